@@ -1,0 +1,47 @@
+# `make demo` and `make test` need Python 3.11 or newer and a package index; everything goes into .venv.
+# The packages take the pinned versions of constraints.txt. On Linux, PyPI's torch brings CUDA along; without a GPU
+#   make demo PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# downloads far less.
+
+PYTHON ?= python3
+BIN := .venv/bin
+OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint docs
+
+help:
+	@echo "make demo   install and train: LaSRO on attribute binding, from the embedded model (a new folder in runs/)"
+	@echo "make test   install and run all checks: ruff, mypy, pytest"
+	@echo "make lint   ruff and mypy alone"
+	@echo "make docs   write the generated parts of docs/ again"
+
+demo: .venv/.installed
+	$(BIN)/alignkit train --algo lasro --reward attribute_binding --out $(OUT)
+
+# One thread: the networks of the tests are so small that a second one mostly waits for the first.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: .venv/.installed-dev
+	$(BIN)/python docs/generate.py
+
+# Stamps, so that a second call installs nothing; a change of pyproject.toml or constraints.txt installs again.
+.venv/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $(PYTHON) is not Python 3.11 or newer; name one that is: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; \
+	  exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.installed: pyproject.toml constraints.txt .venv/.made
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+.venv/.installed-dev: pyproject.toml constraints.txt .venv/.made
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,tensorboard]'
+	@touch $@ .venv/.installed

@@ -1,0 +1,280 @@
+"""The command line: parse, call, print. Nothing here imports torch before a command needs it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from alignkit import __version__, flags
+from alignkit.errors import AlignkitError
+from alignkit.registry import KINDS, default_registry, nearest, normalise
+
+
+class _Group(TyperGroup):
+    """Prints what alignkit raises on purpose as red lines; anything else is a bug and keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AlignkitError as error:
+            for line in str(error).splitlines():
+                typer.secho(f"error: {line}", fg="red", err=True)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="Reward alignment of few-step text-to-image diffusion models.\n\nTry `alignkit train --algo lasro --reward "
+    "attribute_binding`: it needs no download and runs on a laptop.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Algo = Annotated[str | None, typer.Option(metavar="NAME", help="The algorithm (algorithm.name).")]
+Rewards = Annotated[list[str] | None, typer.Option(metavar="NAME[=WEIGHT]", help="A reward; repeatable.")]
+Model = Annotated[str | None, typer.Option(metavar="NAME", help="Registered model, hub id or folder (model.name).")]
+Steps = Annotated[int | None, typer.Option(help="Steps of the sampler (sampler.num_steps).")]
+Out = Annotated[str | None, typer.Option(metavar="FOLDER", help="The run folder (output).")]
+Seed = Annotated[int | None, typer.Option(help="Seed of everything drawn (seed).")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key, in TOML; repeatable.")]
+StepList = Annotated[str | None, typer.Option(metavar="N[,N...]", help="Numbers of sampler steps, as 1,2,4.")]
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def _print_table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    Console(markup=False).print(table)
+
+
+@app.callback(invoke_without_command=True)
+def main(version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False) -> None:
+    if version:
+        typer.echo(f"alignkit {__version__}")
+        raise typer.Exit
+
+
+@app.command("list")
+def list_(kind: Annotated[str | None, typer.Argument(metavar="KIND")] = None, as_json: Json = False) -> None:
+    """List algorithms, rewards, samplers, surrogates and models, with who brought them.
+
+    \b
+    alignkit list                everything
+    alignkit list rewards        one kind
+    alignkit list --json         for programs
+    """
+    from rich.text import Text
+
+    wanted = kind.lower().removesuffix("s") if kind else None
+    if kind and wanted not in KINDS:
+        plurals = [f"{k}s" for k in KINDS]
+        raise AlignkitError(f"list: found {kind!r}, expected one of {', '.join(plurals)}{nearest(kind, plurals)}")
+    rows = default_registry().components(wanted)
+    if as_json:
+        return _print_json([dataclasses.asdict(row) for row in rows])
+    cells = []
+    for row in rows:
+        what = Text(f"broken: {row.broken}", "red") if row.broken else Text(row.help)
+        cells.append([row.kind, Text(row.name, "cyan"), what, Text(f"{row.distribution} {row.version}", "dim")])
+    _print_table(["kind", "name", "what it is", "from"], cells)
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(metavar="NAME")], as_json: Json = False) -> None:
+    """Show one component or one section of a run file: what it is, its paper, its fields and their defaults.
+
+    \b
+    alignkit show lasro
+    alignkit show train          the [train] section of a run file
+    alignkit show lcm --json
+    """
+    from alignkit.describe import component, section
+
+    registry = default_registry()
+    found = [component(registry, row) for row in registry.named(name)] or section(name)
+    if not found:
+        names = [row.name for row in registry.components() if not row.broken]
+        raise AlignkitError(f"show: unknown name {name!r}{nearest(normalise(name), names)} (`alignkit list` shows all)")
+    if as_json:
+        return _print_json(found)
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for item in found:
+        console.print(Text(f"{item['kind']} {item['name']}", "bold cyan"), Text(item["origin"], "dim"))
+        console.print(Text(item["doc"]), "")
+        for field in item["fields"]:
+            default = "required" if field["default"] is None else f"= {field['default']}"
+            console.print(Text.assemble((field["name"], "cyan"), f" {default}  ", (field["type"], "dim")))
+            if field["doc"]:
+                console.print(Padding(Text(field["doc"]), (0, 0, 0, 4), expand=False))
+
+
+@app.command()
+def check(
+    file: Annotated[Path | None, typer.Argument(metavar="FILE")] = None,
+    algo: Algo = None,
+    reward: Rewards = None,
+    model: Model = None,
+    steps: Steps = None,
+    out: Out = None,
+    seed: Seed = None,
+    assignments: Set = None,
+) -> None:
+    """Find every mistake in a run file before any weight loads.
+
+    \b
+    alignkit check run.toml
+    alignkit check run.toml --algo lasro --set train.updates=500
+    """
+    import alignkit.run
+
+    alignkit.run.load(file, flags.overrides(algo, reward, model, steps, out, seed, assignments)).check()
+    typer.echo(f"{file or 'settings'}: no mistakes found")
+
+
+@app.command()
+def train(
+    file: Annotated[Path | None, typer.Argument(metavar="FILE")] = None,
+    algo: Algo = None,
+    reward: Rewards = None,
+    model: Model = None,
+    steps: Steps = None,
+    out: Out = None,
+    seed: Seed = None,
+    assignments: Set = None,
+    resume: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Go on with an interrupted run.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the run folder alone.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Print lines, no live table.")] = False,
+) -> None:
+    """Train a model, from a run file, from flags, or both; flags win.
+
+    \b
+    alignkit train --algo lasro --reward attribute_binding
+    alignkit train run.toml --set train.learning_rate=1e-5
+    alignkit train --model my/pipeline --reward attribute_binding=0.8 --reward other=0.2
+    alignkit train --resume runs/first
+    """
+    from rich.console import Console
+
+    import alignkit.run
+
+    run = alignkit.run.load(file, flags.overrides(algo, reward, model, steps, out, seed, assignments), resume=resume)
+    console = None if quiet else Console(force_terminal=False if plain else None)
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGINT, before)  # a second Ctrl-C ends the run at once
+        typer.echo("stopping behind this update; press Ctrl-C again to stop at once", err=True)
+        run.stop()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        for _ in run.train(console=console):
+            continue
+    except KeyboardInterrupt:
+        run.stop()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if run.stopping:
+        typer.echo(f"stopped; go on with: alignkit train --resume {run.folder}", err=True)
+        raise typer.Exit(130)
+    typer.echo(run.folder)
+
+
+@app.command()
+def sample(
+    source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL")],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...")],
+    steps: StepList = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the pictures go.")] = Path("samples"),
+) -> None:
+    """Draw pictures with a run's trained weights, or with a model as it is.
+
+    \b
+    alignkit sample runs/first "a red circle and a blue square"
+    alignkit sample shapes_lcm "a green star" --steps 1,2,4 --count 3 --out pictures
+    """
+    from alignkit.run import open_run
+
+    pictures = [(prompt, copy) for prompt in range(len(prompts)) for copy in range(count)]
+    plan: list[tuple[int | None, list[Path]]] = [(None, [out / f"{p:03d}_{c}.png" for p, c in pictures])]
+    if numbers := flags.step_list(steps):
+        plan = [(n, [out / f"{p:03d}_{n}steps_{c}.png" for p, c in pictures]) for n in numbers]
+    for path in (path for _, paths in plan for path in paths):
+        if path.exists():
+            raise AlignkitError(f"--out {out}: {path.name} is there already; choose another folder")
+    run = open_run(source)
+    out.mkdir(parents=True, exist_ok=True)
+    for step, paths in plan:
+        for path, image in zip(paths, run.sample(prompts, steps=step, seed=seed, count=count), strict=True):
+            image.save(path)
+            typer.echo(path)
+
+
+@app.command()
+def score(
+    reward: Annotated[str, typer.Argument(metavar="REWARD")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER")],
+    prompts: Annotated[Path, typer.Option(metavar="FILE", help="One prompt a picture, or one for all.")],
+    model: Model = None,
+    assignments: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Score the pictures of a folder with a reward, as a run with this model would.
+
+    \b
+    alignkit score attribute_binding samples/ --prompts prompts.txt
+    alignkit score attribute_binding samples/ --prompts prompts.jsonl --json
+    """
+    import alignkit.run
+
+    overrides = flags.overrides(None, None, model, None, None, None, assignments)
+    records = alignkit.run.score(reward, folder, prompts, overrides)
+    if as_json:
+        return _print_json(records)
+    scores = ("not scored" if r["score"] is None else f"{r['score']:.4f}" for r in records)
+    cells = ([score, r["picture"], r["prompt"]] for score, r in zip(scores, records, strict=True))
+    _print_table(["score", "picture", "prompt"], cells)
+
+
+@app.command()
+def evaluate(
+    source: Annotated[str, typer.Argument(metavar="RUN")], steps: StepList = None, as_json: Json = False
+) -> None:
+    """Measure the rewards before and after training on held-out prompts, with 95 % intervals of the difference.
+
+    \b
+    alignkit evaluate runs/first
+    alignkit evaluate runs/first --steps 1,2,4,8 --json
+    """
+    from rich.console import Console
+
+    from alignkit.evaluate import table
+    from alignkit.run import open_run
+
+    rows = open_run(source).evaluate(flags.step_list(steps))
+    if as_json:
+        return _print_json([dataclasses.asdict(row) for row in rows])
+    Console().print(table(rows))

@@ -1,0 +1,213 @@
+"""A diffusers pipeline as a `Policy`; the only home of diffusers and peft in the core."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import SafetensorError
+from torch import Tensor
+
+from alignkit import diffusion
+from alignkit.errors import ConfigError
+from alignkit.interfaces import Policy, Prompt
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+"""The LoRA targets of diffusers' own training scripts."""
+
+
+def load_pipeline(source: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The pipeline at a local folder or hub id. Raises ConfigError if there is none."""
+    folder = Path(source)
+    looks_local = folder.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1
+    if looks_local and not folder.is_dir():
+        raise ConfigError(f"model: {source!r} is no folder and no hub id of the form owner/name")
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise ConfigError(f"model: the folder {source} holds no diffusers pipeline (model_index.json is missing)")
+    try:
+        index = DiffusionPipeline.load_config(source)
+        optional = {"safety_checker": None} if "safety_checker" in index else {}
+        pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, **optional)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model: {source} cannot be loaded as a diffusers pipeline: {reason}") from error
+    missing = [name for name in ("unet", "vae", "scheduler") if getattr(pipe, name, None) is None]
+    if missing:
+        raise ConfigError(
+            f"model: {source} is a {type(pipe).__name__} without {', '.join(missing)}; "
+            "expected a text-to-image pipeline with a UNet"
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+class DiffusersPolicy(Policy):
+    """A text-to-image pipeline with a UNet: Stable Diffusion, SDXL, their latent consistency and turbo forms.
+
+    What differs between them is read from the pipeline: prediction type and noise levels from the scheduler's config,
+    consistency boundary scalings if that is an LCMScheduler, a guidance embedding if the UNet has one.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        lora_rank: int = 16,
+        lora_targets: Sequence[str] = (),
+        trainable: bool = True,
+        guidance: float | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """`lora_rank` 0 trains the whole UNet. `guidance` is diffusers' guidance_scale minus one."""
+        self.source = source
+        self.device = torch.device(device)
+        self.pipe = load_pipeline(source, dtype).to(self.device)
+        self.unet = self.pipe.unet.requires_grad_(False).eval()
+        self.vae = self.pipe.vae.requires_grad_(False).eval()
+        for name in ("text_encoder", "text_encoder_2"):
+            if (encoder := getattr(self.pipe, name, None)) is not None:
+                encoder.requires_grad_(False).eval()
+        config = self.pipe.scheduler.config
+        self._prediction: str = config.prediction_type
+        self._alphas = DDPMScheduler.from_config(config).alphas_cumprod.to(self.device)
+        self._scaling = config.timestep_scaling if type(self.pipe.scheduler).__name__ == "LCMScheduler" else None
+        self._embed_dim: int | None = self.unet.config.time_cond_proj_dim
+        self.guidance = guidance if guidance is not None else (7.5 if self._embed_dim else 0.0)
+        edge = self.unet.config.sample_size
+        self.latent_shape = (self.unet.config.in_channels, edge, edge)
+        self.image_size = edge * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.lora = self._add_lora(lora_rank, lora_targets) if trainable and lora_rank else None
+        if trainable:
+            for parameter in self.unet.parameters() if self.lora is None else []:
+                parameter.requires_grad_(True)
+            for parameter in self.parameters():
+                parameter.data = parameter.data.float()
+        # A LoRA's reference is the same network with the adapter off; a full fine-tuning must keep its start.
+        full = trainable and self.lora is None
+        self._start = {name: p.detach().cpu().clone() for name, p in self.weights().items()} if full else None
+        self._null: Prompt | None = None
+
+    def _add_lora(self, rank: int, targets: Sequence[str]) -> LoraConfig:
+        lora = LoraConfig(
+            r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(targets or ATTENTION)
+        )
+        try:
+            self.unet.add_adapter(lora)
+        except ValueError as error:
+            raise ConfigError(f"model.lora_targets: {list(targets)} name no layers of the UNet ({error})") from error
+        return lora
+
+    # text and pictures
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Prompt:
+        distinct = list(dict.fromkeys(texts))
+        encoded = self.pipe.encode_prompt(
+            prompt=distinct, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        pooled = encoded[2].float() if len(encoded) == 4 else None
+        index = torch.tensor([distinct.index(text) for text in texts], device=self.device)
+        return Prompt(table=encoded[0].float(), index=index, pooled_table=pooled)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """The mode of the VAE's posterior: no chance is needed for it."""
+        pixels = (2 * images - 1).to(self.device, self.vae.dtype)
+        latents: Tensor = self.vae.encode(pixels).latent_dist.mode().float() * self.vae.config.scaling_factor
+        return latents
+
+    def decode(self, latents: Tensor) -> Tensor:
+        pixels: Tensor = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
+        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+    # the network
+
+    def schedule(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        level = self._alphas[t]
+        return level.sqrt(), (1 - level).sqrt()
+
+    def denoise(self, x: Tensor, t: Tensor, prompt: Prompt, guidance: Tensor | None = None) -> Tensor:
+        if guidance is None and (self._embed_dim or self.guidance):
+            guidance = torch.full((len(x),), self.guidance, device=x.device)
+        if guidance is None or self._embed_dim:
+            return self._predict(x, t, prompt.features, prompt.pooled, guidance)
+        if self._null is None:
+            self._null = self.encode([""])
+        null = self._null.select(torch.zeros(len(x), dtype=torch.long))
+        pooled = None if prompt.pooled is None or null.pooled is None else torch.cat([prompt.pooled, null.pooled])
+        features = torch.cat([prompt.features, null.features])
+        with_text, without = self._predict(torch.cat([x, x]), torch.cat([t, t]), features, pooled, None).chunk(2)
+        return with_text + diffusion.columns(guidance, x) * (with_text - without)
+
+    def _predict(self, x: Tensor, t: Tensor, features: Tensor, pooled: Tensor | None, w: Tensor | None) -> Tensor:
+        dtype = self.unet.dtype
+        embedded = (
+            None if w is None or not self._embed_dim else diffusion.guidance_embedding(w, self._embed_dim).to(dtype)
+        )
+        added = None if pooled is None else {"text_embeds": pooled.to(dtype), "time_ids": self._time_ids(len(x), dtype)}
+        output = self.unet(
+            x.to(dtype), t, features.to(dtype), timestep_cond=embedded, added_cond_kwargs=added, return_dict=False
+        )[0].float()
+        alpha, sigma = self.schedule(t)
+        clean = diffusion.to_clean(self._prediction, output, x.float(), alpha, sigma)
+        if self._scaling is None:
+            return clean
+        c_skip, c_out = diffusion.boundary_scalings(t, self._scaling)
+        return diffusion.columns(c_skip, x) * x.float() + diffusion.columns(c_out, x) * clean
+
+    def _time_ids(self, count: int, dtype: torch.dtype) -> Tensor:
+        edge = self.image_size
+        return torch.tensor([edge, edge, 0, 0, edge, edge], device=self.device, dtype=dtype).expand(count, 6)
+
+    # what is trained
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.unet.parameters() if p.requires_grad]
+
+    @contextmanager
+    def using(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        own = self.weights()
+        kept = {name: own[name].data for name in weights}
+        try:
+            for name, value in weights.items():
+                own[name].data = value.to(self.device)
+            yield
+        finally:
+            for name, value in kept.items():
+                own[name].data = value
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        with torch.no_grad():
+            if self._start is not None:
+                with self.using(self._start):
+                    yield
+            elif self.lora is None:
+                yield
+            else:
+                self.unet.disable_adapters()
+                try:
+                    yield
+                finally:
+                    self.unet.enable_adapters()
+
+    def export(self, folder: Path, weights: Mapping[str, Tensor]) -> Path:
+        """Write what plain diffusers reads: a LoRA file, or the UNet's folder after a full fine-tuning."""
+        with self.using(weights):
+            if self.lora is None:
+                self.unet.save_pretrained(folder / "unet")
+                return folder / "unet"
+            layers = {
+                name: value.detach().cpu().clone() for name, value in get_peft_model_state_dict(self.unet).items()
+            }
+        self.pipe.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=self.lora.to_dict())
+        return folder / "pytorch_lora_weights.safetensors"

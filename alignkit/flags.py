@@ -1,0 +1,42 @@
+"""What is typed behind the flags of the command line, as overrides of a run file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from alignkit.errors import AlignkitError
+from alignkit.toml import parse_assignment
+
+
+def overrides(
+    algo: str | None,
+    reward: list[str] | None,
+    model: str | None,
+    steps: int | None,
+    out: str | None,
+    seed: int | None,
+    assignments: list[str] | None,
+) -> dict[str, Any]:
+    """The flags as the keys that they are short for."""
+    given = {"algorithm.name": algo, "model.name": model, "sampler.num_steps": steps, "output": out, "seed": seed}
+    result: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if reward:
+        result["reward"] = [_reward(text) for text in reward]
+    return result | dict(parse_assignment(text) for text in assignments or ())
+
+
+def _reward(text: str) -> dict[str, Any]:
+    name, equals, weight = text.partition("=")
+    if not equals:
+        return {"name": name}
+    try:
+        return {"name": name, "weight": float(weight)}
+    except ValueError:
+        raise AlignkitError(f"--reward {text}: found weight {weight!r}, expected NAME or NAME=NUMBER") from None
+
+
+def step_list(text: str | None) -> list[int] | None:
+    parts = [part.strip() for part in text.split(",")] if text is not None else []
+    if not all(part.isdecimal() and int(part) >= 1 for part in parts):
+        raise AlignkitError(f"--steps {text}: expected whole numbers of 1 or more with commas between, as 1,2,4")
+    return [int(part) for part in parts] or None

@@ -1,0 +1,53 @@
+"""The hooks through which a plugin says what it brings.
+
+A plugin's `__init__.py` imports the standard library and `alignkit`, nothing else, and registers strings, so that
+listing a hundred plugins imports no network code:
+
+    from alignkit import hookimpl
+
+    @hookimpl
+    def register_rewards(register):
+        register("sharpness", "acme_rewards.sharpness:Sharpness", "Energy of the Laplacian")
+
+`register(name, target, help)`: a snake_case name ("-" and "_" are the same), "module:Attribute", one line of help.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import pluggy
+
+hookspec = pluggy.HookspecMarker("alignkit")
+hookimpl = pluggy.HookimplMarker("alignkit")
+
+
+class Register(Protocol):
+    """What a hook is handed."""
+
+    def __call__(self, name: str, target: str, help: str) -> None: ...
+
+
+@hookspec
+def register_algorithms(register: Register) -> None:
+    """Targets are subclasses of `alignkit.interfaces.Algorithm`."""
+
+
+@hookspec
+def register_rewards(register: Register) -> None:
+    """Targets are subclasses of `alignkit.interfaces.Reward`."""
+
+
+@hookspec
+def register_samplers(register: Register) -> None:
+    """Targets are subclasses of `alignkit.interfaces.Sampler`."""
+
+
+@hookspec
+def register_surrogates(register: Register) -> None:
+    """Targets are subclasses of `alignkit.interfaces.Surrogate`."""
+
+
+@hookspec
+def register_models(register: Register) -> None:
+    """Targets are an `alignkit.interfaces.ModelBundle` or a function without arguments that returns one."""

@@ -1,0 +1,365 @@
+"""The interfaces that a plugin implements, and the records that pass between them.
+
+Letters in shapes: N rows, K sampler steps, S = (C, h, w) one latent, L tokens, D text features, P distinct texts,
+(H, W) pixels. This module imports torch for annotations only, so that listing plugins stays quick.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A frozen table: every field is a column, and all columns share their first axis.
+
+    A column is a tensor (N, ...), another `Rows` of length N (a `Prompt`, say), or None where it is not used.
+    """
+
+    def __len__(self) -> int:
+        return len(next(getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None))
+
+    def _map(self, function: Any) -> Self:
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: function(column) for name, column in columns.items() if column is not None})
+
+    def select(self, index: Tensor) -> Self:
+        """The rows at `index` (M,), in that order."""
+        return self._map(lambda c: c.select(index) if isinstance(c, Rows) else c[index.to(c.device)])
+
+    def to(self, device: torch.device | str) -> Self:
+        """All columns on `device`."""
+        return self._map(lambda c: c.to(device))
+
+    def split(self, size: int) -> Iterator[Self]:
+        """Consecutive parts of at most `size` rows."""
+        import torch
+
+        for start in range(0, len(self), size):
+            yield self.select(torch.arange(start, min(start + size, len(self))))
+
+    def shuffled(self, generator: torch.Generator) -> Self:
+        """The same rows in random order."""
+        import torch
+
+        return self.select(torch.randperm(len(self), generator=generator))
+
+
+@dataclass(frozen=True)
+class Prompt(Rows):
+    """Text conditioning of N rows. Features are stored once per distinct text and gathered when they are read."""
+
+    table: Tensor
+    """(P, L, D) text features."""
+    index: Tensor
+    """(N,) the text of each row."""
+    pooled_table: Tensor | None = None
+    """(P, E) pooled features, for models of the SDXL family."""
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def select(self, index: Tensor) -> Prompt:
+        return replace(self, index=self.index[index.to(self.index.device)])
+
+    @property
+    def features(self) -> Tensor:
+        """(N, L, D)."""
+        return self.table[self.index]
+
+    @property
+    def pooled(self) -> Tensor | None:
+        """(N, E), or None."""
+        return None if self.pooled_table is None else self.pooled_table[self.index]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One text to draw, with whatever a reward needs to know about it (an OCR target, parsed phrases)."""
+
+    text: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What `Algorithm.collect` gets: texts to draw, and captioned pictures where the algorithm needs them."""
+
+    examples: Sequence[Example]
+    pictures: Tensor | None = None
+    """(M, 3, H, W) in [0, 1]."""
+    captions: Sequence[str] = ()
+    """M texts."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A reward's answer for N pictures."""
+
+    values: Tensor
+    """(N,) float32."""
+    valid: Tensor
+    """(N,) bool; False where the picture could not be scored."""
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    """Named sub-scores, (N,) each."""
+
+
+@dataclass(frozen=True)
+class Transition:
+    """The distribution of the next latent: normal, with independent components."""
+
+    mean: Tensor
+    """(N, *S) float32."""
+    std: Tensor
+    """(N,) float32; 0 marks a deterministic step, which has no density."""
+    clean: Tensor
+    """(N, *S) the policy's prediction of the clean latent at this step."""
+
+    def draw(self, noise: Tensor) -> Tensor:
+        """mean + std * noise, (N, *S)."""
+        return self.mean + _columns(self.std, self.mean) * noise
+
+    def log_prob(self, x_next: Tensor, reduction: str = "mean") -> Tensor:
+        """Log-density of `x_next` (N, *S), (N,) float32, over latent dimensions as `reduction`: "mean" or "sum".
+
+        The mean is what all published code uses; clip ranges are tied to it. `x_next` is detached: the gradient
+        flows through the mean alone. Raises ValueError where a step is deterministic.
+        """
+        import math
+
+        if bool((self.std == 0).any()):
+            raise ValueError("log_prob: the step is deterministic (std 0) and has no density; leave its rows out")
+        std = _columns(self.std.float(), self.mean)
+        squares = ((x_next.detach().float() - self.mean.float()) / std) ** 2 / 2
+        density = (-squares - std.log() - 0.5 * math.log(2 * math.pi)).flatten(1)
+        return density.mean(1) if reduction == "mean" else density.sum(1)
+
+
+def _columns(values: Tensor, like: Tensor) -> Tensor:
+    """(N,) as (N, 1, 1, ...) with as many axes as `like`."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+class Policy(ABC):
+    """The network under training, seen through one prediction: the clean latent."""
+
+    latent_shape: tuple[int, int, int]
+    """S = (C, h, w)."""
+    device: torch.device
+    guidance: float
+    """The guidance that `denoise` uses when none is given, on the scale where 0 is the conditional prediction."""
+
+    @abstractmethod
+    def encode(self, texts: Sequence[str]) -> Prompt:
+        """Conditioning for N texts; equal texts share their features."""
+
+    @abstractmethod
+    def encode_images(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) in [0, 1] to latents (N, *S), scaled as the network takes them."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """(N, *S) to float32 (N, 3, H, W) in [0, 1]; differentiable."""
+
+    @abstractmethod
+    def schedule(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma, (N,) float32, at times t (N,) as the network takes them: x_t = alpha clean + sigma noise."""
+
+    @abstractmethod
+    def denoise(self, x: Tensor, t: Tensor, prompt: Prompt, guidance: Tensor | None = None) -> Tensor:
+        """The clean latent (N, *S) predicted from x (N, *S) at times t (N,).
+
+        `guidance` (N,) is w of the LCM paper: clean(prompt) + w (clean(prompt) - clean("")). It is embedded where the
+        network takes an embedding and computed by two passes where it does not.
+        """
+
+    @abstractmethod
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """What is trained, in a fixed order."""
+
+    @abstractmethod
+    def weights(self) -> dict[str, Tensor]:
+        """The trained tensors by name, not copied, in the order of `parameters`."""
+
+    @abstractmethod
+    def using(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Predict with these tensors in the place of the trained ones (an average, say)."""
+
+    @abstractmethod
+    def reference(self) -> AbstractContextManager[None]:
+        """Predict as before training, without gradient."""
+
+
+@dataclass
+class Sampler(ABC):
+    """How to walk from noise to a clean latent in `num_steps` steps."""
+
+    num_steps: int = 2
+    """Network passes for one picture."""
+
+    @abstractmethod
+    def grid(self, policy: Policy) -> Tensor:
+        """The times of the steps, (K,), the noisiest first."""
+
+    @abstractmethod
+    def transition(self, policy: Policy, x: Tensor, k: Tensor, prompt: Prompt) -> Transition:
+        """The distribution of the next latent of x (N, *S) at step k (N,)."""
+
+    def initial_scale(self, policy: Policy) -> float:
+        """What unit noise is multiplied with before the first step."""
+        return 1.0
+
+
+class Reward(ABC):
+    """A number for a picture and its text; may be a black box."""
+
+    differentiable: ClassVar[bool] = False
+    """Whether the score has a useful gradient with respect to the pixels."""
+    deterministic: ClassVar[bool] = True
+    bounds: ClassVar[tuple[float | None, float | None]] = (None, None)
+
+    def check(self, examples: Iterable[Example]) -> None:
+        """Raise ConfigError naming an example that can never be scored. Called before any weight loads."""
+        return
+
+    def load(self, device: torch.device) -> None:
+        """Load what is needed to score; the only place that touches files or the network. Calling it twice is fine."""
+        return
+
+    @abstractmethod
+    def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor | Scores:
+        """Scores (N,) of images (N, 3, H, W) float32 in [0, 1], as the 8-bit files that would be saved."""
+
+
+class Surrogate(ABC):
+    """A learned, differentiable stand-in for a reward, read off latents."""
+
+    @abstractmethod
+    def load(self, policy: Policy) -> None:
+        """Build the network for this policy's latents, on its device."""
+
+    @abstractmethod
+    def score(self, latents: Tensor, prompt: Prompt) -> Tensor:
+        """(N, *S) to (N,) float32, with gradient to the latents."""
+
+    @abstractmethod
+    def loss(self, winner: Tensor, loser: Tensor, prompt: Prompt) -> Tensor:
+        """Scalar mean over pairs of latents (N, *S) of which the true reward prefers the first."""
+
+    @abstractmethod
+    def module(self) -> torch.nn.Module:
+        """The network: its parameters are trained, its state dict is saved."""
+
+
+class Context(ABC):
+    """All that an algorithm may touch during a run; the core implements it."""
+
+    policy: Policy
+    teacher: Policy | None
+    sampler: Sampler
+    surrogate: Surrogate | None
+    generator: torch.Generator
+    """The only source of chance, on the CPU so that runs agree across devices."""
+    update: int
+    """Finished updates of the policy."""
+    rows_per_update: int
+    """Rows of one policy update in this process."""
+
+    @abstractmethod
+    def noise(self, count: int) -> Tensor:
+        """Unit normal latents (count, *S) on the policy's device, from `generator`."""
+
+    @abstractmethod
+    def score(self, latents: Tensor, examples: Sequence[Example]) -> Scores:
+        """Decode clean latents (N, *S) and score them, a few at a time, without gradient. Logs the reward."""
+
+    @abstractmethod
+    def gather(self, values: Tensor) -> Tensor:
+        """The rows of all processes, in rank order; `values` itself in a single process."""
+
+    @abstractmethod
+    def log(self, **metrics: float | Tensor) -> None:
+        """Add to the metrics of the update under way; values of one name are averaged."""
+
+    @abstractmethod
+    def warn(self, message: str) -> None:
+        """Show a message to the user once, and keep it in the metrics."""
+
+
+C = TypeVar("C")
+R = TypeVar("R", bound=Rows)
+
+
+class Algorithm(ABC, Generic[C, R]):
+    """What to collect (C), the rows to learn from (R), and the loss on them.
+
+    Subclasses are dataclasses: their fields are the hyper-parameters.
+
+    One round of the core is: `collect`, every item of `surrogate_updates` and then of `updates` as one optimizer step
+    each (split into passes for memory), `after_update` behind each step of the policy.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Of "surrogate", "teacher", "pictures", "stochastic_steps", "differentiable_reward"; checked by the core."""
+
+    def check(self, sampler: Sampler) -> None:
+        """Raise ConfigError if these fields cannot work with this sampler. Called before any weight loads."""
+        return
+
+    def setup(self, ctx: Context) -> None:
+        """Called once, after the weights are loaded."""
+        return
+
+    @abstractmethod
+    def collect(self, batch: Batch, ctx: Context) -> C:
+        """What to learn from; called without gradient."""
+
+    @abstractmethod
+    def updates(self, collected: C, ctx: Context) -> Iterator[R]:
+        """The rows of one policy update after another, `ctx.rows_per_update` each."""
+
+    @abstractmethod
+    def loss(self, rows: R, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scalar mean over rows, and metrics that are means over rows."""
+
+    def surrogate_updates(self, collected: C, ctx: Context) -> Iterator[Any]:
+        """The rows of one surrogate update after another; none by default."""
+        return iter(())
+
+    def surrogate_loss(self, rows: Any, ctx: Context) -> Tensor:
+        """Scalar mean over rows; needed where `surrogate_updates` yields."""
+        raise NotImplementedError
+
+    def after_update(self, ctx: Context) -> None:
+        """Called behind each policy update (averages, counters)."""
+        return
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: tensors and JSON values, nested in dicts and lists."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The reverse of `state_dict`."""
+        return
+
+
+@dataclass(frozen=True)
+class ModelBundle:
+    """A named model: where it lives and the run settings that suit it."""
+
+    path: str
+    """A hub id or a local diffusers folder."""
+    teacher: str | None = None
+    """The same for the model it was distilled from."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Sections of a run file, for every algorithm."""
+    algorithm_defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """The same, by name of the algorithm; these win."""

@@ -1,0 +1,164 @@
+"""Names to classes, lazily: who brought what, and what is broken.
+
+Plugins are the entry points of the group `alignkit`. Each is imported on its own, so that one which fails leaves the
+others working; the classes behind the names are imported only when one is asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import inspect
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import pluggy
+
+from alignkit import hookspecs, interfaces
+from alignkit.errors import AlignkitError, PluginError
+
+GROUP = "alignkit"
+DISABLE = "ALIGNKIT_DISABLE_PLUGINS"
+KINDS: dict[str, type] = {
+    "algorithm": interfaces.Algorithm,
+    "reward": interfaces.Reward,
+    "sampler": interfaces.Sampler,
+    "surrogate": interfaces.Surrogate,
+    "model": interfaces.ModelBundle,
+}
+
+
+@dataclass(frozen=True)
+class Component:
+    """One registered name, or (kind "plugin") one plugin that could not be read."""
+
+    kind: str
+    name: str
+    help: str
+    target: str
+    """"module:Attribute"."""
+    plugin: str
+    """The entry point's name, which ALIGNKIT_DISABLE_PLUGINS takes."""
+    distribution: str
+    version: str
+    broken: str = ""
+    """Why the plugin cannot be used; empty where it can."""
+
+    @property
+    def origin(self) -> str:
+        return f"plugin {self.plugin} of {self.distribution} {self.version}".rstrip()
+
+
+def normalise(name: str) -> str:
+    """The snake_case form: "-" and "_" are the same."""
+    return name.strip().replace("-", "_")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """ "; did you mean X?" for the closest of `names`, or nothing where none is close."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+class Registry:
+    """The components of some plugins. Raises PluginError where two bring the same name."""
+
+    def __init__(self, plugins: Iterable[EntryPoint]) -> None:
+        self._rows: dict[tuple[str, str], Component] = {}
+        for entry in sorted(plugins, key=lambda e: e.name):
+            for row in _read(entry):
+                other = self._rows.setdefault((row.kind, row.name), row)
+                if other is not row:
+                    raise PluginError(
+                        f"{row.kind} {row.name} is brought by {other.origin} and by {row.origin}; "
+                        f"leave one out with {DISABLE}={row.plugin}"
+                    )
+
+    def components(self, kind: str | None = None) -> list[Component]:
+        """All rows of one kind (or of every kind), broken plugins included, sorted."""
+        order = [*KINDS, "plugin"]
+        rows = (row for row in self._rows.values() if kind in (None, row.kind) or row.broken)
+        return sorted(rows, key=lambda row: (order.index(row.kind), row.name))
+
+    def named(self, name: str) -> list[Component]:
+        """The working rows of this name, of whatever kind."""
+        return [row for row in self.components() if row.name == normalise(name) and not row.broken]
+
+    def find(self, kind: str, name: str) -> Component:
+        """The row of a name, without importing its class. Raises AlignkitError with the nearest name."""
+        if found := self._rows.get((kind, normalise(name))):
+            return found
+        names = [row.name for row in self.components(kind) if not row.broken]
+        others = sorted(row.kind for row in self.named(name))
+        hint = f" (there is a {' and a '.join(others)} of this name)" if others else nearest(normalise(name), names)
+        broken = [f"; {row.origin} is broken: {row.broken}" for row in self.components() if row.broken]
+        raise AlignkitError(f"unknown {kind} {name!r}{hint} (`alignkit list {kind}s` shows all){''.join(broken)}")
+
+    def get(self, kind: str, name: str) -> Any:
+        """The class of a component, or the ModelBundle of a model, imported now.
+
+        Raises AlignkitError for an unknown name and PluginError for a target that does not import or does not fit.
+        """
+        row = self.find(kind, name)
+        what = f"{kind} {row.name} ({row.target}, {row.origin})"
+        module, _, attribute = row.target.partition(":")
+        try:
+            target = getattr(importlib.import_module(module), attribute)
+            if kind == "model" and callable(target):
+                target = target()
+        except Exception as error:
+            raise PluginError(f"{what} does not import: {_reason(error)}") from error
+        expected = KINDS[kind]
+        fits = isinstance(target, expected) if kind == "model" else _is_subclass(target, expected)
+        if not fits:
+            raise PluginError(f"{what} is no alignkit.interfaces.{expected.__name__}")
+        if inspect.isabstract(target):
+            raise PluginError(f"{what} lacks {', '.join(sorted(target.__abstractmethods__))}")
+        return target
+
+
+@functools.cache
+def default_registry() -> Registry:
+    """The plugins installed here, without those that ALIGNKIT_DISABLE_PLUGINS lists (entry point names, by comma)."""
+    disabled = {normalise(name) for name in os.environ.get(DISABLE, "").split(",")}
+    return Registry(entry for entry in entry_points(group=GROUP) if normalise(entry.name) not in disabled)
+
+
+def _read(entry: EntryPoint) -> Iterator[Component]:
+    """What one plugin registers, or the one row that says why it is broken."""
+    distribution = (entry.dist.name, entry.dist.version) if entry.dist else ("an unknown distribution", "")
+    rows: list[Component] = []
+    try:
+        # A manager of its own for each plugin, so that what one hook raises ends that plugin and no other.
+        manager = pluggy.PluginManager("alignkit")
+        manager.add_hookspecs(hookspecs)
+        manager.register(entry.load(), name=entry.name)
+        manager.check_pending()
+        for kind in KINDS:
+
+            def register(name: str, target: str, help: str, kind: str = kind) -> None:
+                name = normalise(name)
+                if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+                    raise ValueError(f"{kind} name {name!r} is not snake_case")
+                if not re.fullmatch(r"[\w.]+:\w+", target):
+                    raise ValueError(f'{kind} {name}: found target {target!r}, expected "module:Attribute"')
+                rows.append(Component(kind, name, help, target, entry.name, *distribution))
+
+            getattr(manager.hook, f"register_{kind}s")(register=register)
+    except (Exception, SystemExit) as error:
+        rows = [Component("plugin", normalise(entry.name), "", entry.value, entry.name, *distribution, _reason(error))]
+    yield from rows
+
+
+def _reason(error: BaseException) -> str:
+    """One line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _is_subclass(target: object, expected: type) -> bool:
+    return isinstance(target, type) and issubclass(target, expected)

@@ -1,0 +1,199 @@
+"""The sections of a run file as dataclasses. Those of plugins hold a name and the plugin's own fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def _require(**demands: tuple[Any, bool, str]) -> None:
+    """Raise ValueError with one line for each `name=(found, whether it is fine, what was expected)` that is not."""
+    wrong = [f"{name}: found {found}, expected {text}" for name, (found, fine, text) in demands.items() if not fine]
+    if wrong:
+        raise ValueError(*wrong)
+
+
+def _at_least(value: float, bound: int) -> tuple[float, bool, str]:
+    return value, value >= bound, f"{bound} or more"
+
+
+def _above_zero(value: float) -> tuple[float, bool, str]:
+    return value, value > 0, "more than 0"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model under training, and how much of it is trained."""
+
+    name: str = "shapes_lcm"
+    """A registered model (`alignkit list models`), a hub id or a diffusers folder."""
+    teacher: str = ""
+    """A hub id or a folder of the model it was distilled from; empty: what the registered model says."""
+    lora_rank: int = 16
+    """Rank of the LoRA adapter; 0 trains all weights."""
+    lora_targets: list[str] = field(default_factory=list)
+    """Names of the layers to adapt, as peft understands them; empty: the attention projections."""
+    guidance: float | None = None
+    """Guidance while sampling, where 0 is the conditional prediction; left out: what suits the model."""
+
+    def __post_init__(self) -> None:
+        _require(name=(repr(self.name), bool(self.name), "a name"), lora_rank=_at_least(self.lora_rank, 0))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to draw during training."""
+
+    prompts: str = ""
+    """A .txt file with one prompt a line, or a .jsonl file of objects with "text" and what the reward needs to know."""
+    pictures: str = ""
+    """Captioned pictures, for algorithms that need them: a folder with metadata.jsonl, or "package.module:Class"."""
+    batch_size: int = 16
+    """Prompts of one round."""
+
+    def __post_init__(self) -> None:
+        _require(batch_size=_at_least(self.batch_size, 1))
+
+
+@dataclass(frozen=True)
+class PluginConfig:
+    """A plugin by name, with all its fields."""
+
+    name: str = ""
+    """Which plugin; `alignkit list` shows all."""
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Every field of the plugin's class, those left at their default included."""
+
+
+@dataclass(frozen=True)
+class RewardConfig(PluginConfig):
+    """A reward and its share in the sum."""
+
+    weight: float = 1.0
+    """Its factor in the sum of all rewards."""
+
+
+@dataclass(frozen=True)
+class SurrogateConfig(PluginConfig):
+    """A learned stand-in for the reward, and how it is trained."""
+
+    init: str = ""
+    """A run folder or a .safetensors file to start from; empty: as the plugin begins."""
+    warmup: int = 0
+    """Batches the surrogate learns from before the first update of the policy."""
+    learning_rate: float = 1e-4
+    """Step size of AdamW."""
+    weight_decay: float = 0.01
+    """Weight decay of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+
+    def __post_init__(self) -> None:
+        _require(
+            warmup=_at_least(self.warmup, 0),
+            learning_rate=_above_zero(self.learning_rate),
+            weight_decay=_at_least(self.weight_decay, 0),
+            max_grad_norm=_above_zero(self.max_grad_norm),
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    updates: int = 200
+    """Optimizer steps of the policy; 0 measures the model as it is."""
+    rows_per_update: int = 32
+    """Rows behind one optimizer step: a choice of learning."""
+    rows_per_pass: int = 32
+    """Rows that go through the network at once: a choice of memory, which changes no result."""
+    learning_rate: float = 1e-4
+    """Step size of AdamW."""
+    weight_decay: float = 0.0
+    """Weight decay of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    ema_decay: float = 0.99
+    """Decay of the average of the trained weights, which evaluation and export use; 0: no average."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Mixed precision; "no" is float32."""
+    checkpoint_every: int = 50
+    """Updates between checkpoints; 0: one at the end."""
+    keep_checkpoints: int = 2
+    """Older checkpoints are deleted."""
+    trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    """Where metrics go besides metrics.jsonl."""
+    device: str = ""
+    """A torch device; empty: the best there is."""
+
+    def __post_init__(self) -> None:
+        _require(
+            updates=_at_least(self.updates, 0),
+            rows_per_update=_at_least(self.rows_per_update, 1),
+            rows_per_pass=_at_least(self.rows_per_pass, 1),
+            learning_rate=_above_zero(self.learning_rate),
+            weight_decay=_at_least(self.weight_decay, 0),
+            max_grad_norm=_above_zero(self.max_grad_norm),
+            ema_decay=(self.ema_decay, 0 <= self.ema_decay < 1, "at least 0 and less than 1"),
+            checkpoint_every=_at_least(self.checkpoint_every, 0),
+            keep_checkpoints=_at_least(self.keep_checkpoints, 1),
+        )
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is measured on prompts that are not trained on."""
+
+    every: int = 50
+    """Updates between evaluations; 0: only before and after the run."""
+    prompts: str = ""
+    """A file as for data.prompts."""
+    steps: list[int] = field(default_factory=lambda: [1, 2, 4])
+    """Numbers of sampler steps."""
+    limit: int = 64
+    """Prompts used, from the top of the file."""
+    seed: int = 1000
+    """Seed of the noise, the same at every evaluation."""
+    rewards: list[str] = field(default_factory=list)
+    """Rewards that are measured and not trained on, besides those of the run."""
+    batch_size: int = 32
+    """Pictures drawn at once."""
+
+    def __post_init__(self) -> None:
+        _require(
+            every=_at_least(self.every, 0),
+            steps=(self.steps, bool(self.steps) and min(self.steps) >= 1, "a list of numbers, each 1 or more"),
+            limit=_at_least(self.limit, 1),
+            batch_size=_at_least(self.batch_size, 1),
+        )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run, every default filled in."""
+
+    sampler: PluginConfig
+    algorithm: PluginConfig
+    rewards: list[RewardConfig]
+    surrogate: SurrogateConfig | None = None
+    output: str = ""
+    """The run folder; empty: runs/<date>-<algorithm>."""
+    seed: int = 0
+    """Seed of everything that is drawn."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+TOP: dict[str, type] = {"output": str, "seed": int}
+"""Keys above all sections."""
+PLAIN: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
+"""Sections that are the core's alone."""
+PLUGINS: dict[str, type] = {
+    "sampler": PluginConfig,
+    "reward": RewardConfig,
+    "surrogate": SurrogateConfig,
+    "algorithm": PluginConfig,
+}
+"""Sections whose `name` picks a plugin of that kind."""

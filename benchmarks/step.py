@@ -1,0 +1,142 @@
+"""How the time of a LaSRO update divides: sampling, decoding, reward, surrogate, generator, bookkeeping.
+
+    python benchmarks/step.py [--updates 5] [--model shapes_lcm] [--set KEY=VALUE ...]
+
+A real run, with the methods of its parts timed; what none of them accounts for is bookkeeping (data, pairs, trackers,
+averages, clipping, metrics). Exits with 1 where that is more than LIMIT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import io
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from rich.console import Console
+from rich.table import Table
+
+import alignkit
+from alignkit.diffusers_policy import DiffusersPolicy
+from alignkit.registry import default_registry
+from alignkit.rewards import WeightedRewards
+from alignkit.toml import parse_assignment
+
+LIMIT = 0.05
+BOOKKEEPING = "bookkeeping"
+MEANING = {
+    "sampling": "the walk of the policy, without gradient",
+    "decoding": "latents to pictures, to be scored",
+    "encoding": "texts and captioned pictures to features and latents",
+    "reward": "the true reward of the pictures",
+    "surrogate": "its scores and its own updates",
+    "generator": "the policy's loss (teacher and surrogate within), its gradient and step",
+    BOOKKEEPING: "everything else",
+}
+
+
+class Clock:
+    """Time by category; what is called within a timed call is taken off that call."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.phase = "sampling"
+        self._inner: list[float] = []
+
+    def time(self, owner: Any, name: str, category: str | Callable[[], str]) -> None:
+        """Replace the method by one that is timed."""
+        method = getattr(owner, name)
+
+        @functools.wraps(method)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            label = category if isinstance(category, str) else category()
+            self._inner.append(0.0)
+            start = now()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                total = now() - start
+                self.seconds[label] += total - self._inner.pop()
+                if self._inner:
+                    self._inner[-1] += total
+
+        setattr(owner, name, timed)
+
+    def enter(self, owner: Any, name: str, phase: str) -> None:
+        """Replace the method by one that says what the calls from here on are for."""
+        method = getattr(owner, name)
+
+        @functools.wraps(method)
+        def entering(*args: Any, **kwargs: Any) -> Any:
+            self.phase = phase
+            return method(*args, **kwargs)
+
+        setattr(owner, name, entering)
+
+
+def now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(overrides: dict[str, Any], updates: int, skipped: int = 1) -> tuple[dict[str, float], float]:
+    """Seconds by category and in all of `updates` updates, behind some that are not counted."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {
+            "algorithm.name": "lasro",
+            "output": f"{folder}/run",
+            "evaluate.prompts": "",
+            "train.checkpoint_every": 0,
+            "train.updates": skipped + updates + 1,  # the last one ends with a checkpoint
+            "surrogate.warmup": 0,
+        }
+        run = alignkit.load(None, {**settings, **overrides})
+        clock, registry = Clock(), default_registry()
+        algorithm = registry.get("algorithm", run.config.algorithm.name)
+        assert run.config.surrogate is not None
+        surrogate = registry.get("surrogate", run.config.surrogate.name)
+        for name, phase in {"collect": "sampling", "surrogate_loss": "surrogate", "loss": "generator"}.items():
+            clock.enter(algorithm, name, phase)
+        clock.time(DiffusersPolicy, "denoise", lambda: clock.phase)
+        clock.time(DiffusersPolicy, "decode", "decoding")
+        clock.time(DiffusersPolicy, "encode", "encoding")
+        clock.time(DiffusersPolicy, "encode_images", "encoding")
+        clock.time(WeightedRewards, "score", "reward")
+        clock.time(surrogate, "score", lambda: "generator" if clock.phase == "generator" else "surrogate")
+        clock.time(Accelerator, "backward", lambda: clock.phase)
+        clock.time(AcceleratedOptimizer, "step", lambda: clock.phase)
+        training = run.train(Console(file=io.StringIO()))
+        for _ in range(skipped):
+            next(training)
+        clock.seconds.clear()
+        start = now()
+        for _ in range(updates):
+            next(training)
+        total = now() - start
+        training.close()
+    return dict(clock.seconds), total
+
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+parser.add_argument("--updates", type=int, default=5)
+parser.add_argument("--model", default="shapes_lcm")
+parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+options = parser.parse_args()
+taken, total = measure({"model.name": options.model, **dict(map(parse_assignment, options.set))}, options.updates)
+taken[BOOKKEEPING] = total - sum(taken.values())
+table = Table("part", "share", "seconds an update", "what it is")
+for part, meaning in MEANING.items():
+    spent = taken.get(part, 0.0)
+    table.add_row(part, f"{spent / total:.1%}", f"{spent / options.updates:.4f}", meaning)
+Console().print(table)
+if taken[BOOKKEEPING] > LIMIT * total:
+    sys.exit(f"bookkeeping takes more than {LIMIT:.0%}")

@@ -1,0 +1,68 @@
+"""Writes the generated parts of the docs: `python docs/generate.py`.
+
+A part stands between `<!-- generated: WHAT NAME -->` and `<!-- end -->`, where WHAT is `help` (a command's --help),
+`section` (a table of a section's keys) or `fields` (a table of the fields of "KIND/NAME"). A test compares.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+from alignkit import describe
+from alignkit.cli import app
+from alignkit.registry import default_registry
+from alignkit.schema import describe as type_words
+from alignkit.sections import TOP, RunConfig
+
+DOCS = Path(__file__).parent
+PART = re.compile(r"(<!-- generated: (\w+) ?(\S*) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def fill(text: str) -> str:
+    """`text` with every generated part as it should be."""
+    return PART.sub(lambda m: f"{m[1]}{WRITERS[m[2]](m[3])}\n{m[4]}", text)
+
+
+def _help(command: str) -> str:
+    result = CliRunner().invoke(app, [*command.split(), "--help"], prog_name="alignkit", terminal_width=100)
+    lines = (line.rstrip() for line in result.output.strip().splitlines())
+    return "```text\n" + "\n".join(lines) + "\n```"
+
+
+def _section(name: str) -> str:
+    if name == "top":
+        own = [field for field in describe.class_fields(RunConfig) if field["name"] in TOP]
+        return _table([{**field, "type": type_words(TOP[field["name"]])} for field in own])
+    (section,) = describe.section(name)
+    return _table(section["fields"])
+
+
+def _fields(component: str) -> str:
+    kind, _, name = component.partition("/")
+    registry = default_registry()
+    return _table(describe.component(registry, registry.find(kind, name))["fields"])
+
+
+def _table(fields: list[dict[str, Any]]) -> str:
+    """Name, type, default and meaning of each field."""
+    rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for field in fields:
+        default = "required" if field["default"] is None else field["default"]
+        default = default if default in ("required", "left out") else f"`{default}`"
+        doc = field["doc"].replace("|", "\\|").replace("<", "&lt;")
+        rows.append(f"| `{field['name']}` | {field['type']} | {default} | {doc} |")
+    return "\n".join(rows)
+
+
+WRITERS = {"help": _help, "section": _section, "fields": _fields}
+
+if __name__ == "__main__":
+    for path in sorted(DOCS.rglob("*.md")):
+        old = path.read_text(encoding="utf-8")
+        if (new := fill(old)) != old:
+            path.write_text(new, encoding="utf-8")
+            print(f"wrote {path}")

@@ -1,0 +1,24 @@
+"""LaSRO: a learned latent-space surrogate of the reward, followed by its gradient."""
+
+from __future__ import annotations
+
+from alignkit import hookimpl
+from alignkit.hookspecs import Register
+
+
+@hookimpl
+def register_algorithms(register: Register) -> None:
+    register(
+        "lasro",
+        "alignkit_lasro.algorithm:LaSRO",
+        "Learned latent surrogate reward, followed by its gradient; any black-box reward",
+    )
+
+
+@hookimpl
+def register_surrogates(register: Register) -> None:
+    register(
+        "latent_unet",
+        "alignkit_lasro.surrogate:LatentUNet",
+        "Down and mid blocks of a latent UNet with a convolutional head",
+    )

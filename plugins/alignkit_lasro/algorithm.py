@@ -1,0 +1,273 @@
+"""LaSRO: reward fine-tuning of two-step diffusion models through a learned latent-space surrogate reward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from alignkit.errors import ConfigError
+from alignkit.interfaces import Algorithm, Batch, Context, Prompt, Rows, Sampler
+from alignkit.rollout import walk
+from alignkit_lasro.pairs import Pairs, Scored, drawn, extremes, rank_correlation
+from alignkit_lcd.distillation import Distillation, Noised
+
+
+@dataclass(frozen=True)
+class Collected:
+    """One round: samples scored by the true reward, states to improve from, captioned latents."""
+
+    states: States
+    scored: Scored
+    texts: list[str]
+    pictures: Tensor | None
+    captions: Prompt | None
+
+
+@dataclass(frozen=True)
+class States(Rows):
+    """Where the policy is asked for a clean latent, N rows."""
+
+    x: Tensor
+    """(N, *S)."""
+    step: Tensor
+    """(N,) sampler step."""
+    prompt: Prompt
+    clean: Tensor
+    """(N, *S) what the policy answered when they were collected."""
+
+
+@dataclass(frozen=True)
+class PolicyRows(Rows):
+    """One policy update: a state to improve and a captioned latent to keep consistent, N rows of each."""
+
+    states: States
+    noised: Noised | None
+
+
+@dataclass
+class LaSRO(Algorithm[Collected, PolicyRows]):
+    """LaSRO (Jia et al., CVPR 2025, arXiv 2411.15247).
+
+    A surrogate learns from pairs of samples which of them the true reward prefers (Eq. 10); the policy follows the
+    surrogate's gradient at every step of its sampler, normalised and clipped (Eq. 12 and 13), beside a latent
+    consistency distillation term (Eq. 11). The paper leaves numbers open; each default below says where it comes from.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"surrogate"})
+    default_surrogate: ClassVar[str] = "latent_unet"
+
+    samples: int = 8
+    """N_s, initial noises a prompt. The coarser the reward, the more it takes to find two samples that differ."""
+    step_weights: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    """c_1, c_2, ...: the weight of the reward term at each sampler step. All zero is the control run."""
+    distillation_weight: float = 1.0
+    """lambda of Eq. 11; 0 needs neither teacher nor pictures (models distilled with a discriminator)."""
+    policy_steps: int = 1
+    """K_1, policy updates a round."""
+    surrogate_steps: int = 2
+    """K_2, surrogate updates a round."""
+    replay: int = 64
+    """Rounds of scored samples that are kept for the surrogate. The true reward is the expensive part of a round;
+    with 1 the surrogate sees each sample in its own round only."""
+    pairs: Literal["extremes", "drawn"] = "drawn"
+    """Which two samples of a group make a pair: best and worst, as in the paper, or any two whose rewards differ."""
+    pairs_per_update: int = 64
+    """Pairs in one surrogate update."""
+    percentile: float = 0.95
+    """The share of surrogate scores below the level at which the reward term stops to pull (Eq. 13)."""
+    tracker_decay: float = 0.99
+    """Decay of the running mean and percentile of the surrogate's scores."""
+    ode_steps: int = 50
+    """Solver steps of the distillation term; must be what the model was distilled with."""
+    w_min: float = 5.0
+    """Smallest guidance of the teacher in the distillation term."""
+    w_max: float = 15.0
+    """Largest guidance of the teacher in the distillation term."""
+
+    def __post_init__(self) -> None:
+        if self.samples < 2:
+            raise ValueError(f"samples is {self.samples}, expected at least 2: a pair takes two samples of one prompt")
+        if not 0 < self.percentile <= 1:
+            raise ValueError(f"percentile is {self.percentile}, expected more than 0 and at most 1")
+        for name in ("policy_steps", "pairs_per_update", "replay"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.distillation_weight:
+            self.needs = type(self).needs | {"teacher", "pictures"}  # type: ignore[misc]
+        self._distillation = Distillation(self.ode_steps, self.w_min, self.w_max)
+        self._memory: list[tuple[Scored, list[str]]] = []
+        self._mean: list[float | None] = [None] * len(self.step_weights)
+        self._level: list[float | None] = [None] * len(self.step_weights)
+        self._agreement: float | None = None
+
+    def check(self, sampler: Sampler) -> None:
+        if sampler.num_steps != len(self.step_weights):
+            raise ConfigError(
+                f"algorithm.step_weights: found {len(self.step_weights)} weights for sampler.num_steps = "
+                f"{sampler.num_steps}; give one a step"
+            )
+
+    # collect: sample and score
+
+    def collect(self, batch: Batch, ctx: Context) -> Collected:
+        texts, each, num_steps = [e.text for e in batch.examples], self.samples, ctx.sampler.num_steps
+        prompt = ctx.policy.encode([text for text in texts for _ in range(each)])
+        count = len(prompt)
+        noises = torch.stack([ctx.noise(count) for _ in range(num_steps + 1)], dim=1)
+        rollout = walk(ctx.policy, ctx.sampler, prompt, noises)
+        repeated = [e for e in batch.examples for _ in range(each)]
+        scores = [ctx.score(rollout.clean[:, k], repeated) for k in range(num_steps)]
+        rewards = torch.stack([s.values.masked_fill(~s.valid, torch.nan) for s in scores]).float()
+        # Groups share prompt and step: across steps the pairs would teach that more steps look better.
+        groups = num_steps * len(texts)
+        scored = Scored(
+            latents=rollout.clean.transpose(0, 1).reshape(groups, each, *ctx.policy.latent_shape),
+            rewards=rewards.reshape(groups, each).to(rollout.clean.device),
+            text=torch.arange(len(texts)).repeat(num_steps),
+            step=torch.arange(num_steps).repeat_interleave(len(texts)),
+        )
+        step = torch.arange(num_steps, device=rollout.clean.device).repeat_interleave(count)
+        states = States(
+            x=rollout.states.transpose(0, 1).flatten(0, 1),
+            step=step,
+            prompt=prompt.select(torch.arange(count).repeat(num_steps)),
+            clean=rollout.clean.transpose(0, 1).flatten(0, 1),
+        )
+        self._measure(states, scored, ctx)
+        self._memory = [*self._memory, (scored.to("cpu"), texts)][-self.replay :]
+        pictures = captions = None
+        if self.distillation_weight and batch.pictures is not None:
+            pictures = ctx.policy.encode_images(batch.pictures)
+            captions = ctx.policy.encode(batch.captions)
+        return Collected(states, scored, texts, pictures, captions)
+
+    def _measure(self, states: States, scored: Scored, ctx: Context) -> None:
+        """How the surrogate ranks samples that it has not learned from yet."""
+        assert ctx.surrogate is not None
+        scores = ctx.surrogate.score(states.clean, states.prompt).view_as(scored.rewards)
+        best, worst, labelled = extremes(scored.rewards.cpu())
+        rows = torch.arange(len(scored))
+        margin = scores[rows, best] - scores[rows, worst]
+        ctx.log(surrogate_score=scores.mean(), labelled_groups=labelled.float().mean())
+        for k in range(ctx.sampler.num_steps):
+            at = scored.step == k
+            ctx.log(**{f"reward/step{k + 1}": scored.rewards[at].nanmean()})
+            if bool(labelled[at].any()):
+                ctx.log(**{f"pair_accuracy/step{k + 1}": (margin[at & labelled] > 0).float().mean()})
+        if not bool(labelled.any()):
+            return
+        correlation = float(rank_correlation(scores, scored.rewards.nan_to_num()))
+        if correlation == correlation:
+            ctx.log(pair_accuracy=(margin[labelled] > 0).float().mean(), rank_correlation=correlation)
+            self._agreement = correlation if self._agreement is None else 0.9 * self._agreement + 0.1 * correlation
+            if ctx.update >= 20 and self._agreement < 0.1:
+                ctx.warn(
+                    "the surrogate no longer ranks fresh samples as the reward does (rank correlation "
+                    f"{self._agreement:.2f}); raise algorithm.surrogate_steps or lower train.learning_rate"
+                )
+
+    # the surrogate
+
+    def surrogate_updates(self, collected: Collected, ctx: Context) -> Iterator[Pairs]:
+        """K_2 updates; the last round is always among the pairs, the rest come from rounds before it."""
+        for _ in range(self.surrogate_steps):
+            winners: list[Tensor] = []
+            losers: list[Tensor] = []
+            texts: list[str] = []
+            fresh, kept = self._memory[-1:], self._memory[:-1]
+            order = torch.randperm(len(kept), generator=ctx.generator).tolist()
+            for scored, names in fresh + [kept[i] for i in order]:
+                best, worst, labelled = (
+                    extremes(scored.rewards) if self.pairs == "extremes" else drawn(scored.rewards, ctx.generator)
+                )
+                rows = labelled.nonzero()[:, 0]
+                if kept:  # half of the room for the fresh round, then a part of each round drawn
+                    room = self.pairs_per_update // 2 if not winners else self.pairs_per_update // 4
+                    rows = rows[torch.randperm(len(rows), generator=ctx.generator)[:room]]
+                winners.append(scored.latents[rows, best[rows]])
+                losers.append(scored.latents[rows, worst[rows]])
+                texts += [names[i] for i in scored.text[rows].tolist()]
+                if len(texts) >= self.pairs_per_update:
+                    break
+            if texts:
+                pairs = Pairs(torch.cat(winners), torch.cat(losers), ctx.policy.encode(texts))
+                yield pairs.to(ctx.policy.device)
+
+    def surrogate_loss(self, rows: Pairs, ctx: Context) -> Tensor:
+        assert ctx.surrogate is not None
+        return ctx.surrogate.loss(rows.winner, rows.loser, rows.prompt)
+
+    # the policy
+
+    def updates(self, collected: Collected, ctx: Context) -> Iterator[PolicyRows]:
+        """K_1 updates, each on states drawn from the round and on the round's captioned latents, noised anew."""
+        self._track(collected.states, ctx)
+        size = ctx.rows_per_update
+        for _ in range(self.policy_steps):
+            states = collected.states.shuffled(ctx.generator)
+            states = states.select(torch.arange(size) % len(states))
+            noised = None
+            if collected.pictures is not None and collected.captions is not None:
+                index = torch.arange(size) % len(collected.pictures)
+                noised = self._distillation.draw(collected.pictures[index], collected.captions.select(index), ctx)
+            yield PolicyRows(states, noised)
+
+    @torch.no_grad()
+    def _track(self, states: States, ctx: Context) -> None:
+        """Running mean and percentile of the surrogate's scores at each step, before they are used (Eq. 12)."""
+        assert ctx.surrogate is not None
+        scores = ctx.surrogate.score(states.clean, states.prompt)
+        for k in range(len(self.step_weights)):
+            at = ctx.gather(scores[states.step == k])
+            mean, level = float(at.mean()), float(at.quantile(self.percentile))
+            before, top = self._mean[k], self._level[k]
+            decay = self.tracker_decay
+            self._mean[k] = mean if before is None else decay * before + (1 - decay) * mean
+            self._level[k] = level if top is None else decay * top + (1 - decay) * level
+
+    def normalised(self, scores: Tensor, step: Tensor) -> Tensor:
+        """(R - mean) / (percentile - mean), clipped at 1 from above and not from below (Eq. 12 and 13), (N,)."""
+        mean = scores.new_tensor([m or 0.0 for m in self._mean])[step]
+        level = scores.new_tensor([m or 0.0 for m in self._level])[step]
+        return ((scores - mean) / (level - mean).clamp(min=1e-6)).clamp(max=1)
+
+    def loss(self, rows: PolicyRows, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        assert ctx.surrogate is not None
+        states = rows.states
+        loss = states.x.new_zeros(())
+        metrics: dict[str, Tensor] = {}
+        if any(self.step_weights):
+            clean = ctx.sampler.transition(ctx.policy, states.x, states.step, states.prompt).clean
+            scores = self.normalised(ctx.surrogate.score(clean, states.prompt), states.step)
+            # The mean over rows of all steps, times K, is the sum over steps of the mean at each.
+            weights = scores.new_tensor(self.step_weights)[states.step] * len(self.step_weights)
+            loss = loss - (weights * scores).mean()
+            metrics["reward_loss"] = loss
+        if rows.noised is not None:
+            assert ctx.teacher is not None
+            distillation = self._distillation.loss(ctx.policy, ctx.teacher, rows.noised).mean()
+            metrics["distillation_loss"] = distillation
+            loss = loss + self.distillation_weight * distillation
+        return loss, metrics
+
+    # what a resumed run needs
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "memory": [{"texts": texts, **vars(scored)} for scored, texts in self._memory],
+            "mean": list(self._mean),
+            "level": list(self._level),
+            "agreement": self._agreement,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._memory = [
+            (Scored(**{name: value for name, value in entry.items() if name != "texts"}), entry["texts"])
+            for entry in state["memory"]
+        ]
+        self._mean, self._level = list(state["mean"]), list(state["level"])
+        self._agreement = state["agreement"]

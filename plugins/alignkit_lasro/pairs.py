@@ -1,0 +1,78 @@
+"""Scored samples, the pairs that are made of them, and how well a surrogate ranks them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alignkit.interfaces import Prompt, Rows
+
+
+@dataclass(frozen=True)
+class Pairs(Rows):
+    """Latents of which the true reward prefers the first. N rows."""
+
+    winner: Tensor
+    """(N, *S)."""
+    loser: Tensor
+    """(N, *S)."""
+    prompt: Prompt
+
+
+@dataclass(frozen=True)
+class Scored(Rows):
+    """Groups of samples that share prompt and step. N groups of M samples."""
+
+    latents: Tensor
+    """(N, M, *S) clean latents."""
+    rewards: Tensor
+    """(N, M) float32; NaN where a picture could not be scored."""
+    text: Tensor
+    """(N,) a text's place in the list that goes with the table."""
+    step: Tensor
+    """(N,) the sampler step that gave the clean latents, 0 for the first."""
+
+
+def extremes(rewards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Best and worst of each group of rewards (N, M), and which groups carry a label.
+
+    Equal rewards go to the first index. A group whose best and worst are equal, or with fewer than two scored samples,
+    carries none. All (N,).
+    """
+    best = rewards.nan_to_num(nan=-torch.inf).argmax(1)
+    worst = rewards.nan_to_num(nan=torch.inf).argmin(1)
+    rows = torch.arange(len(rewards))
+    # NaN compares as False, so a group without scores drops out as well.
+    return best, worst, rewards[rows, best] > rewards[rows, worst]
+
+
+def drawn(rewards: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Like `extremes`, but any two samples of each group, the better one first."""
+    order = torch.rand(rewards.shape, generator=generator).argsort(1)
+    first, second = order[:, 0], order[:, 1]
+    rows = torch.arange(len(rewards))
+    left, right = rewards[rows, first], rewards[rows, second]
+    return torch.where(left >= right, first, second), torch.where(left >= right, second, first), left != right
+
+
+def rank_correlation(scores: Tensor, rewards: Tensor) -> Tensor:
+    """Spearman's coefficient within each group, (N, M) both; the mean over groups in which both vary, NaN if none.
+
+    Ties share their mean rank.
+    """
+    keep = (rewards.amax(1) > rewards.amin(1)) & (scores.amax(1) > scores.amin(1))
+    if not bool(keep.any()):
+        return torch.tensor(torch.nan)
+    a, b = _ranks(scores[keep]), _ranks(rewards[keep])
+    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    coefficients: Tensor = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+    return coefficients.mean()
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Mean ranks along the last axis."""
+    below = (values[:, :, None] > values[:, None, :]).sum(2)
+    equal = (values[:, :, None] == values[:, None, :]).sum(2)
+    return below.float() + (equal.float() - 1) / 2

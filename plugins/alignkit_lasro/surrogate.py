@@ -1,0 +1,90 @@
+"""The surrogate reward of LaSRO: the encoder half of a latent diffusion UNet with a scalar head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from alignkit.errors import ConfigError
+from alignkit.interfaces import Policy, Prompt, Surrogate
+
+
+class EncoderWithHead(nn.Module):
+    """Latents (N, *S) and text features to a score (N,)."""
+
+    def __init__(self, unet: UNet2DConditionModel, spatial: int, image_size: int) -> None:
+        super().__init__()
+        # Without its up blocks and output layers, the UNet's forward returns what the mid block gives.
+        unet.up_blocks = nn.ModuleList()
+        unet.conv_norm_out, unet.conv_out = None, nn.Identity()
+        self.unet = unet
+        self.image_size = image_size
+        channels = unet.config.block_out_channels[-1]
+        layers: list[nn.Module] = []
+        while spatial > 4 or not layers:
+            layers += [
+                nn.Conv2d(channels, channels, 4, stride=2, padding=1),
+                nn.GroupNorm(gcd(32, channels), channels),
+                nn.SiLU(),
+            ]
+            spatial //= 2
+        score = nn.Linear(channels * spatial**2, 1)
+        nn.init.zeros_(score.weight)  # every score starts at 0 and the pair loss at ln 2
+        nn.init.zeros_(score.bias)
+        self.head = nn.Sequential(*layers, nn.Flatten(), score)
+
+    def forward(self, latents: Tensor, prompt: Prompt) -> Tensor:
+        added = None
+        if prompt.pooled is not None:
+            edge = self.image_size
+            ids = torch.tensor([edge, edge, 0, 0, edge, edge], device=latents.device, dtype=latents.dtype)
+            added = {"text_embeds": prompt.pooled, "time_ids": ids.expand(len(latents), 6)}
+        # Clean latents stand at time 0 of the network's schedule.
+        encoded = self.unet(latents, 0, prompt.features, added_cond_kwargs=added, return_dict=False)[0]
+        scores: Tensor = self.head(encoded)[:, 0]
+        return scores
+
+
+@dataclass
+class LatentUNet(Surrogate):
+    """Down and mid blocks of a pretrained latent UNet, all trained, and a head of strided convolutions (LaSRO, 5.1).
+
+    The paper takes Segmind-Vega for SDXL-family generators. The backbone must live in the latent space and take the
+    text features of the generator.
+    """
+
+    backbone: str = ""
+    """A diffusers folder or hub id whose `unet` is taken; empty for the generator's own."""
+
+    def load(self, policy: Policy) -> None:
+        source = self.backbone or getattr(policy, "source", "")
+        try:
+            unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"surrogate.backbone: no UNet in {source!r} ({str(error).splitlines()[0]})") from error
+        if unet.config.in_channels != policy.latent_shape[0]:
+            raise ConfigError(
+                f"surrogate.backbone: {source} reads {unet.config.in_channels} latent channels, the model has "
+                f"{policy.latent_shape[0]}"
+            )
+        spatial = policy.latent_shape[1] // 2 ** (len(unet.config.block_out_channels) - 1)
+        self._network = EncoderWithHead(unet, spatial, getattr(policy, "image_size", 0)).to(policy.device)
+        self._network.requires_grad_(False).eval()
+
+    def score(self, latents: Tensor, prompt: Prompt) -> Tensor:
+        scores: Tensor = self._network(latents, prompt).float()
+        return scores
+
+    def loss(self, winner: Tensor, loser: Tensor, prompt: Prompt) -> Tensor:
+        """-log sigmoid(R(winner) - R(loser)), the mean over pairs (LaSRO, Eq. 10)."""
+        twice = prompt.select(torch.arange(len(winner)).repeat(2))
+        better, worse = self.score(torch.cat([winner, loser]), twice).chunk(2)
+        return -F.logsigmoid(better - worse).mean()
+
+    def module(self) -> nn.Module:
+        return self._network

@@ -1,0 +1,73 @@
+"""The latent consistency distillation loss (Luo et al. 2023, Algorithm 1; RG-LCD, Eq. 9 and 13)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alignkit import diffusion
+from alignkit.interfaces import Context, Policy, Prompt, Rows
+
+
+@dataclass(frozen=True)
+class Noised(Rows):
+    """Captioned latents with what is drawn for one distillation step."""
+
+    latents: Tensor
+    """(N, *S) of real pictures."""
+    prompt: Prompt
+    noise: Tensor
+    """(N, *S) unit normal."""
+    level: Tensor
+    """(N,) in 1 .. ode_steps: which solver step."""
+    guidance: Tensor
+    """(N,) w of the augmented teacher."""
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The settings of the loss; defaults are those of the LCM paper and of diffusers' script."""
+
+    ode_steps: int = 50
+    w_min: float = 5.0
+    w_max: float = 15.0
+    huber_c: float = 1e-3
+
+    def draw(self, latents: Tensor, prompt: Prompt, ctx: Context) -> Noised:
+        """A random solver step, guidance and noise for each latent (N, *S)."""
+        count, device = len(latents), latents.device
+        level = torch.randint(1, self.ode_steps + 1, (count,), generator=ctx.generator).to(device)
+        share = torch.rand(count, generator=ctx.generator).to(device)
+        return Noised(latents, prompt, ctx.noise(count), level, self.w_min + share * (self.w_max - self.w_min))
+
+    def solve(self, teacher: Policy, rows: Noised) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One guided DDIM step of the teacher: (z_t, t, z_t', t') with t' the next lower solver time, 0 at the last."""
+        stride = 1000 // self.ode_steps
+        t = rows.level * stride - 1
+        t_next = (t - stride).clamp(min=0)
+        alpha, sigma = teacher.schedule(t)
+        z = diffusion.add_noise(rows.latents, rows.noise, alpha, sigma)
+        with torch.no_grad():
+            clean = teacher.denoise(z, t, rows.prompt, rows.guidance)
+            noise = diffusion.to_noise(clean, z, alpha, sigma)
+            z_next = diffusion.add_noise(clean, noise, *teacher.schedule(t_next))
+        return z, t, z_next, t_next
+
+    def loss(self, policy: Policy, teacher: Policy, rows: Noised, target: Tensor | None = None) -> Tensor:
+        """Pseudo-Huber distance (N,) between the student's prediction at t and its own, without gradient, at t'.
+
+        `target` (N, *S), from an average of the student, takes the place of its own prediction.
+        """
+        z, t, z_next, t_next = self.solve(teacher, rows)
+        if target is None:
+            with torch.no_grad():
+                target = policy.denoise(z_next, t_next, rows.prompt, rows.guidance)
+        prediction = policy.denoise(z, t, rows.prompt, rows.guidance)
+        return pseudo_huber(prediction - target, self.huber_c).flatten(1).mean(1)
+
+
+def pseudo_huber(difference: Tensor, c: float) -> Tensor:
+    """sqrt(u^2 + c^2) - c, element by element."""
+    return (difference**2 + c**2).sqrt() - c

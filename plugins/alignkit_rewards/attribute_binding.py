@@ -1,0 +1,190 @@
+"""Attribute binding: does the picture show every thing of the prompt, each with its own attributes?
+
+Two kinds of yes/no questions for each noun phrase, asked of a BLIP visual question answering model: the attribute
+binding score of LaSRO ("Reward fine-tuning two-step diffusion models via learning differentiable latent-space surrogate
+reward"). The wording is ours: the paper prints none. T2I-CompBench multiplies probabilities instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from alignkit.errors import ConfigError
+from alignkit.interfaces import Example, Reward, Scores
+from alignkit_rewards.phrases import MATERIALS, Phrase, find_phrases, phrases
+from alignkit_rewards.pixels import CLIP_MEAN, CLIP_STD, normalize, resize
+
+DEFAULT_JUDGE = "Salesforce/blip-vqa-capfilt-large"
+Mode = Literal["hard", "soft", "product"]
+_MAX_TOKENS = 35
+"""As the model was trained (BLIP's `max_length` for questions)."""
+
+
+@dataclass
+class AttributeBinding(Reward):
+    """Mean answer to "is there a chair?" and "is the chair red?" over the noun phrases of the prompt, in [0, 1].
+
+    Parts: "exists" and "attributes", the means over either kind of question. A prompt in which no thing has an
+    attribute cannot be scored, nor one with a word that the judge does not know; both are invalid.
+    """
+
+    judge: str = ""
+    """Hub id or local folder of a BlipForQuestionAnswering and its tokenizer. Empty stands for
+    Salesforce/blip-vqa-capfilt-large."""
+    mode: Mode = "hard"
+    """hard: yes is 1, no is 0, averaged (LaSRO); soft: the probability of yes against no, averaged; product: these
+    probabilities multiplied (as T2I-CompBench does). Soft and product have a gradient."""
+    questions_per_pass: int = 256
+    """Questions answered together, a memory choice."""
+
+    bounds: ClassVar[tuple[float | None, float | None]] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise ConfigError(f"attribute_binding: mode is {self.mode!r}, expected one of {', '.join(get_args(Mode))}")
+        if self.questions_per_pass < 1:
+            raise ConfigError(f"attribute_binding: questions_per_pass is {self.questions_per_pass}, expected 1 or more")
+        self.differentiable = self.mode != "hard"  # type: ignore[misc]  # the mode decides, not the class
+        self._model: Any = None
+        self._tokenizer: Any = None
+        self._choice: list[int] = []
+
+    def check(self, examples: Iterable[Example]) -> None:
+        for example in examples:
+            if not any(phrase.attributes for phrase in phrases(example)):
+                raise ConfigError(
+                    f"attribute_binding: the prompt {example.text!r} has no attribute to bind; expected a thing with "
+                    'an attribute, as "a red chair" (or "phrases" in its metadata); change the prompt or leave it out'
+                )
+
+    def explain(self, text: str) -> list[str]:
+        """The questions that `text` leads to."""
+        return [question for question, _ in questions(find_phrases(text))]
+
+    def load(self, device: torch.device) -> None:
+        if self._model is None:
+            self._model, self._tokenizer = load_judge(self.judge or DEFAULT_JUDGE)
+            self._choice = yes_no(self._tokenizer)
+        self._model.to(device)
+
+    def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
+        asked = [questions(phrases(example)) for example in examples]
+        texts = [text for some in asked for text, _ in some]
+        ids = encode(self._model, self._tokenizer, texts)
+        flat = [(row, not about) for row, some in enumerate(asked) for _, about in some]
+        rows, exists = torch.tensor(flat, device=images.device, dtype=torch.long).reshape(-1, 2).unbind(1)
+        exists = exists.bool()
+
+        size = self._model.config.vision_config.image_size
+        pixels = normalize(resize(images, size, size), CLIP_MEAN, CLIP_STD)
+        features = self._model.vision_model(pixel_values=pixels).last_hidden_state
+        logits = answers(self._model, self._choice, features, rows, ids, self.questions_per_pass)
+        yes = (logits[:, 0] > logits[:, 1]).float() if self.mode == "hard" else logits.softmax(-1)[:, 0]
+
+        def mean(chosen: Tensor) -> Tensor:
+            total = yes.new_zeros(len(examples)).index_add(0, rows[chosen], yes[chosen])
+            return total / torch.bincount(rows[chosen], minlength=len(examples))  # 0 / 0 is NaN: there was no question
+
+        if self.mode == "product":
+            values = torch.stack([yes[rows == row].prod() for row in range(len(examples))])
+        else:
+            values = mean(torch.ones_like(exists))
+        unknown = {row for (row, _), some in zip(flat, ids, strict=True) if self._tokenizer.unk_token_id in some}
+        bound = {row for row, first in flat if not first}
+        valid = torch.tensor([row in bound - unknown for row in range(len(examples))], device=images.device)
+        return Scores(values, valid, {"exists": mean(exists), "attributes": mean(~exists)})
+
+
+def questions(things: Sequence[Phrase]) -> list[tuple[str, bool]]:
+    """The questions about each phrase in turn, and whether they ask for an attribute."""
+    out = []
+    for thing in things:
+        be, article = ("are", "") if thing.plural else ("is", "an " if _takes_an(thing.head) else "a ")
+        out.append((f"{be} there {article}{thing.head}?", False))
+        for word in thing.attributes:
+            what = f"made of {MATERIALS[word]}" if word in MATERIALS else word
+            out.append((f"{be} the {thing.head} {what}?", True))
+    return out
+
+
+def _takes_an(word: str) -> bool:
+    """Whether the word begins with a vowel as it is spoken."""
+    if word.startswith(("uni", "use", "ute", "uku", "eu", "one")):
+        return False
+    return word.startswith(("a", "e", "i", "o", "u", "hour", "heir", "honest"))
+
+
+def load_judge(judge: str) -> tuple[Any, Any]:
+    """A frozen float32 BlipForQuestionAnswering and its BertTokenizer. Raises ConfigError if there is no such thing."""
+    from transformers import AutoConfig, BertTokenizer, BlipConfig, BlipForQuestionAnswering
+
+    if judge.startswith(("/", "./", "../", "~")) and not Path(judge).is_dir():
+        raise ConfigError(f"attribute_binding: there is no folder {judge!r} to load the judge from; correct the path")
+    wanted = "expected a hub id or a folder that holds a BlipForQuestionAnswering and its BertTokenizer"
+    try:
+        config = AutoConfig.from_pretrained(judge)
+        if not isinstance(config, BlipConfig):
+            raise ConfigError(f"attribute_binding: the judge {judge!r} is a {config.model_type} model; {wanted}")
+        model, report = BlipForQuestionAnswering.from_pretrained(judge, dtype=torch.float32, output_loading_info=True)
+        tokenizer = BertTokenizer.from_pretrained(judge)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever transformers, safetensors and the hub raise for a bad name or file
+        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+        raise ConfigError(f"attribute_binding: cannot load the judge {judge!r}: {reason}; {wanted}") from error
+    missing = sorted(key for key in report["missing_keys"] if not key.endswith("position_ids"))
+    if missing:
+        raise ConfigError(
+            f"attribute_binding: the judge {judge!r} lacks {missing[0]} and {len(missing) - 1} more; {wanted}"
+        )
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def yes_no(tokenizer: Any) -> list[int]:
+    """The ids of yes and no. Raises ConfigError unless each is one token."""
+    ids = [tokenizer(word, add_special_tokens=False).input_ids for word in ("yes", "no")]
+    if any(len(some) != 1 or some[0] == tokenizer.unk_token_id for some in ids):
+        raise ConfigError(
+            f"attribute_binding: the judge's tokenizer turns yes and no into {ids}, expected one token each"
+        )
+    return [some[0] for some in ids]
+
+
+def encode(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each question, unpadded, with [ENC] in the place of [CLS]: so BLIP was trained.
+
+    BLIP appends [DEC] and then [ENC] to BERT's vocabulary; the tokenizers on the hub know neither.
+    """
+    first = tokenizer.get_vocab().get("[ENC]", model.decoder_start_token_id + 1)
+    found = tokenizer(list(texts), truncation=True, max_length=_MAX_TOKENS).input_ids if texts else []
+    return [[first, *ids[1:]] for ids in found]
+
+
+def answers(
+    model: Any, choice: Sequence[int], features: Tensor, rows: Tensor, ids: Sequence[Sequence[int]], per_pass: int = 256
+) -> Tensor:
+    """Logits of the tokens `choice` at the decoder's first step, float32 (Q, len(choice)).
+
+    `features` (N, L, D) are the vision tower's tokens, `rows` (Q,) says about which picture each of the Q questions
+    `ids` asks. Questions of one length go together, unpadded: BLIP's cross-attention ignores the padding mask.
+    """
+    order: list[int] = []
+    logits = [features.new_zeros(0, len(choice), dtype=torch.float32)]
+    for length in sorted({len(some) for some in ids}):
+        bucket = [k for k, some in enumerate(ids) if len(some) == length]
+        order += bucket
+        for start in range(0, len(bucket), per_pass):
+            part = bucket[start : start + per_pass]
+            tokens = torch.tensor([ids[k] for k in part], device=features.device)
+            read = model.text_encoder(input_ids=tokens, encoder_hidden_states=features[rows[part]]).last_hidden_state
+            begin = torch.full((len(part), 1), model.decoder_start_token_id, device=features.device)
+            step = model.text_decoder(input_ids=begin, encoder_hidden_states=read, use_cache=False).logits[:, 0]
+            logits.append(step[:, choice].float())
+    back = torch.tensor(order, device=features.device, dtype=torch.long).argsort()
+    return torch.cat(logits)[back]

@@ -1,0 +1,177 @@
+"""Noun phrases and their attributes, by rules alone: closed word lists and a scan from left to right.
+
+Made for prompts that name things with adjectives ("a fluffy dog and a wooden chair next to it"), where it agrees with a
+statistical tagger nearly always; free prose is better served by phrases given with the prompt (`metadata["phrases"]`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from alignkit.errors import ConfigError
+from alignkit.interfaces import Example
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """One thing that a prompt names: "two small red wooden chairs" is ("chairs", ("small", "red", "wooden"), True)."""
+
+    head: str
+    attributes: tuple[str, ...] = ()
+    plural: bool = False
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+COLORS = _words(
+    "red orange yellow green blue purple pink brown black white gray grey gold golden silver beige tan turquoise teal "
+    "cyan magenta violet maroon navy ivory cream crimson scarlet indigo lavender olive burgundy amber bronze copper "
+    "khaki peach lime coral multicolored multicolor colorful rainbow transparent clear"
+)
+SHAPES = _words(
+    "round circular square rectangular triangular oval spherical cubic cubed cylindrical conical oblong hexagonal "
+    "octagonal pentagonal pyramidal rounded curved pointed pointy flat crescent teardrop elliptical diagonal straight"
+)
+MATERIALS = {
+    "wooden": "wood", "wood": "wood", "glass": "glass", "metal": "metal", "metallic": "metal", "plastic": "plastic",
+    "leather": "leather", "fabric": "fabric", "rubber": "rubber", "stone": "stone", "brick": "brick", "paper": "paper",
+    "ceramic": "ceramic", "concrete": "concrete", "cotton": "cotton", "woolen": "wool", "wool": "wool", "silk": "silk",
+    "velvet": "velvet", "marble": "marble", "steel": "steel", "iron": "iron", "brass": "brass", "bamboo": "bamboo",
+    "wicker": "wicker", "denim": "denim", "cardboard": "cardboard", "clay": "clay", "porcelain": "porcelain",
+}  # fmt: skip
+"""The word before a noun, and what the thing is made of."""
+OTHERS = _words(
+    "small large big little tiny huge giant tall short long wide narrow thick thin mini massive gigantic enormous old "
+    "new young modern vintage antique ancient shiny glossy matte smooth rough soft hard fluffy furry fuzzy hairy wooly "
+    "striped spotted checkered dotted plaid patterned floral ornate plain colored shaped wet dry dirty clean empty "
+    "full open closed broken cracked rusty dusty bright dark light pale deep beautiful pretty cute ugly happy sad curly"
+)
+ATTRIBUTES = COLORS | SHAPES | MATERIALS.keys() | OTHERS
+
+_SHADES = _words("dark light bright pale deep")
+_ONE = _words("a an one another this that each every")
+_MANY = _words("two three four five six seven eight nine ten eleven twelve several many few these those both")
+_DETERMINERS = _ONE | _MANY | _words("the some any all its his her their my your our no")
+_COPULAS = _words("is are was were")
+_STOPS = _words(
+    "and or but with without of in on at by to from into onto over under above below behind beside besides between "
+    "near next against around across through inside outside along among beneath underneath off up down out left right "
+    "front upon toward towards past as while when where which who it's that's there's than then for about it they he "
+    "she him them there here not so be been being has have had do does did can could will would may might must should "
+    "very quite also too sits sit sat stands stand stood lies lie lay lays hangs hang rests rest leans lean holds "
+    "hold wears wear eats eat walks walk runs run flies looks look plays play covers cover rides ride drives drive "
+    "grows grow fills surrounds shines reflects blooms flows floats swims jumps catches contrasts complements matches "
+    "makes adds creates provides provide reads read"
+)
+_CLOSED = _DETERMINERS | _COPULAS | _STOPS
+_PARTICIPLE = re.compile(r".{2,}(ing|ed|ly)")
+_NOUNS = _words(
+    "ring king wing string spring building ceiling painting earring clothing swing wedding evening morning bed shed "
+    "sled seed weed butterfly dragonfly fly lily family belly jelly thing lightning pudding stocking bedding red"
+)
+"""Words that end like a participle or adverb and are none."""
+_COLLECTIONS = _words(
+    "pair group bunch piece set lot couple pile stack row photo photograph picture image illustration drawing painting "
+    "rendering sketch type kind slice"
+)
+"""Not the thing itself when "of" follows."""
+_PLACES = _words("top side front back middle center centre bottom foreground background corner edge end")
+"""Named for the layout; a thing only with an attribute of its own."""
+_IRREGULAR_PLURALS = _words("people men women children feet teeth mice geese")
+_ALSO_NOUNS = SHAPES | MATERIALS.keys() | _words("orange light rainbow lime peach coral olive")
+_SINGULARS = _words("lens gas canvas atlas christmas")
+
+
+def _is_attribute(word: str) -> bool:
+    return word in ATTRIBUTES or word.endswith(("-colored", "-shaped"))
+
+
+def phrases(example: Example) -> list[Phrase]:
+    """The phrases given as metadata, a list of {"head", "attributes", "plural"}, or else those found in the text."""
+    given = example.metadata.get("phrases")
+    if given is None:
+        return find_phrases(example.text)
+    return [_given(item, example.text) for item in (given if isinstance(given, list | tuple) else [given])]
+
+
+def _given(item: Any, text: str) -> Phrase:
+    expected = '{"head": "bench", "attributes": ["red"], "plural": false}'
+    if not isinstance(item, dict) or not isinstance(item.get("head"), str) or item.keys() - Phrase.__annotations__:
+        raise ConfigError(f"prompt {text!r}: metadata phrases: found {item!r}, expected {expected}")
+    attributes = item.get("attributes", ())
+    if not isinstance(attributes, list | tuple) or not all(isinstance(word, str) for word in attributes):
+        raise ConfigError(f"prompt {text!r}: metadata phrases: attributes is {attributes!r}, expected a list of words")
+    return Phrase(item["head"].lower(), tuple(word.lower() for word in attributes), bool(item.get("plural", False)))
+
+
+def find_phrases(text: str) -> list[Phrase]:
+    """The noun phrases of `text`, in order.
+
+    A phrase is a run of words up to punctuation or a stop (preposition, verb, pronoun). Up to its last known attribute,
+    short of its last word, the run counts as attributes ("a strange red fire hydrant"); the rest is the head.
+    "black and white cat" and "big, red ball" are one phrase, "the car is red" gives the car its colour.
+    """
+    tokens = re.findall(r"[a-z0-9]+(?:[-'’][a-z0-9]+)*|[,.;:!?]", text.lower().replace("colour", "color"))
+    found: list[Phrase] = []
+    run: list[str] = []
+    number = ""
+    predicate = False
+    for i, token in enumerate([*tokens, "."]):
+        following = tokens[i + 1] if i + 1 < len(tokens) else "."
+        bare = bool(run) and all(map(_is_attribute, run))
+        joined = token in ("and", ",") and _is_attribute(following)
+        if joined and bare and run[-1] not in SHAPES and not predicate:
+            continue
+        if _PARTICIPLE.fullmatch(token) and token not in _NOUNS and not _is_attribute(token):
+            if not run or bare:  # "a painted chair", "a red painted chair", "a brightly lit room"
+                continue
+        elif token.endswith(("'s", "’s")) and token not in _CLOSED:  # "a man's red hat" names a man and a hat
+            run.append(token[:-2])
+        elif token[0].isalnum() and token not in _CLOSED and not token.isdigit():
+            run.append(token)
+            continue
+        if found and predicate and bare:
+            last = found[-1]
+            found[-1] = Phrase(last.head, (*last.attributes, *_attributes(run)), last.plural)
+        elif run:
+            found.extend(_phrase(run, number, then=token))
+        run = []
+        predicate = token in _COPULAS or (predicate and joined)
+        number = token if token in _DETERMINERS or token.isdigit() else ""
+    return found
+
+
+def _phrase(run: Sequence[str], number: str, then: str) -> list[Phrase]:
+    """None or one phrase, made of `run`, with `number` (a determiner or nothing) before it and `then` behind it."""
+    known = [i for i, word in enumerate(run[:-1]) if _is_attribute(word)]
+    cut = known[-1] + 1 if known else 0
+    head = list(run[cut:])
+    if then in _DETERMINERS and len(head) > 1:  # two noun phrases do not touch: the last word was a verb
+        head.pop()
+    if len(head) == 1 and head[0] in ATTRIBUTES - _ALSO_NOUNS:
+        return []  # adjectives without their noun
+    if (then == "of" and head[-1] in _COLLECTIONS) or (head[-1] in _PLACES and not cut):
+        return []
+    name = head[-1]
+    plural = name.endswith("s") and not name.endswith(("ss", "us", "is")) and name not in _SINGULARS
+    plural = plural or name in _IRREGULAR_PLURALS or number in _MANY or (number.isdigit() and number != "1")
+    return [Phrase(" ".join(head), _attributes(run[:cut]), plural)]
+
+
+def _attributes(words: Sequence[str]) -> tuple[str, ...]:
+    """Each attribute once; "dark red" and "cream colored" are one attribute each."""
+    out: list[str] = []
+    for i, word in enumerate(words):
+        if word in ("colored", "shaped"):
+            if i:  # "brightly colored" leaves no colour to ask about
+                out[-1] = f"{out[-1]}-{word}"
+        elif i and words[i - 1] in _SHADES and word in COLORS:
+            out[-1] = f"{out[-1]} {word}"
+        else:
+            out.append(word)
+    return tuple(dict.fromkeys(out))

@@ -1,0 +1,63 @@
+"""Pictures as a vision tower takes them: Pillow's bicubic resize to the bit, with a gradient, and the usual constants.
+
+The image processors of transformers are left out on purpose: which pixels they give depends on whether torchvision is
+installed, and they have no gradient.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+_PRECISION = 1 << 22
+"""Pillow rounds filter weights of 8-bit pictures to 22 binary places (libImaging/Resample.c)."""
+
+
+@lru_cache(maxsize=16)
+def bicubic_matrix(size: int, target: int) -> Tensor:
+    """Pillow's bicubic weights (a = -0.5, widened when shrinking) as a float64 matrix (target, size)."""
+    scale = size / target
+    width = max(scale, 1.0)
+    center = (torch.arange(target, dtype=torch.float64) + 0.5)[:, None] * scale
+    # A tap counts if its index lies in [int(center - support + .5), int(center + support + .5)), as in Pillow.
+    first, last = (center - 2 * width + 0.5).trunc(), (center + 2 * width + 0.5).trunc()
+    taps = torch.arange(size, dtype=torch.float64)[None]
+    x = ((taps - center + 0.5) / width).abs()
+    near, far = (1.5 * x - 2.5) * x * x + 1, -0.5 * (((x - 5) * x + 8) * x - 4)
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0)) * ((taps >= first) & (taps < last))
+    weights = weights / weights.sum(1, keepdim=True) * _PRECISION
+    return (weights.abs() + 0.5).floor() * weights.sign() / _PRECISION
+
+
+def _along_last(levels: Tensor, target: int) -> Tensor:
+    """One pass of the resize over the last axis: levels 0..255 in and out, the rounding straight through."""
+    if levels.shape[-1] == target:
+        return levels
+    weights = bicubic_matrix(levels.shape[-1], target).to(levels)
+    smooth = (levels @ weights.T).clamp(0, 255)
+    return smooth + ((smooth + 0.5).floor() - smooth).detach()
+
+
+def resize(images: Tensor, height: int, width: int) -> Tensor:
+    """(N, 3, H, W) in [0, 1] to float32 (N, 3, height, width) in [0, 1], as Pillow's `resize(..., BICUBIC)` would.
+
+    Equal to Pillow for 8-bit pictures: across first, then down, each pass rounded. (For some tall pictures Pillow goes
+    down first, which moves a level here and there.) All sums are exact in float64, so they agree on every device;
+    differentiable, the rounding counting as the identity.
+    """
+    exact = torch.float32 if images.device.type == "mps" else torch.float64  # MPS has no float64: a level may differ
+    levels = images.to(exact) * 255
+    levels = levels + (levels.round() - levels).detach()
+    across = _along_last(levels, width)
+    down = _along_last(across.transpose(-1, -2), height).transpose(-1, -2)
+    return (down / 255).float()
+
+
+def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """(N, 3, H, W) in [0, 1] to zero mean and unit deviation by channel."""
+    return (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]

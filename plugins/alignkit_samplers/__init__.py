@@ -1,0 +1,16 @@
+"""Samplers: how to walk from noise to a picture."""
+
+from __future__ import annotations
+
+from alignkit import hookimpl
+from alignkit.hookspecs import Register
+
+
+@hookimpl
+def register_samplers(register: Register) -> None:
+    register(
+        "lcm",
+        "alignkit_samplers.lcm:LCM",
+        "Predict the clean latent, noise it again to the next level (latent consistency)",
+    )
+    register("ddim", "alignkit_samplers.ddim:DDIM", "DDIM with eta; eta = 1 makes every step stochastic")

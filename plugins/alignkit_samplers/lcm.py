@@ -1,0 +1,42 @@
+"""Multistep consistency sampling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alignkit import diffusion
+from alignkit.interfaces import Policy, Prompt, Sampler, Transition
+
+
+@dataclass
+class LCM(Sampler):
+    """Latent consistency sampling (Luo et al. 2023, Algorithm 2), with the schedule of diffusers' LCMScheduler.
+
+    Every step predicts the clean latent and noises it again to the level of the next step; the last returns the
+    prediction and is deterministic, so with one step there is nothing to take a likelihood of.
+    """
+
+    original_steps: int = 50
+    """Solver steps of the distillation. Must be what the checkpoint was distilled with."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_steps <= self.original_steps:
+            raise ValueError(f"num_steps is {self.num_steps}, expected 1 to original_steps = {self.original_steps}")
+
+    def grid(self, policy: Policy) -> Tensor:
+        stride = 1000 // self.original_steps
+        origin = np.arange(1, self.original_steps + 1) * stride - 1
+        index = np.floor(np.linspace(0, len(origin), num=self.num_steps, endpoint=False)).astype(np.int64)
+        return torch.from_numpy(origin[::-1].copy()[index])
+
+    def transition(self, policy: Policy, x: Tensor, k: Tensor, prompt: Prompt) -> Transition:
+        grid = self.grid(policy).to(x.device)
+        clean = policy.denoise(x, grid[k], prompt)
+        last = k == self.num_steps - 1
+        alpha, sigma = policy.schedule(grid[(k + 1).clamp(max=self.num_steps - 1)])
+        alpha, sigma = torch.where(last, 1.0, alpha), torch.where(last, 0.0, sigma)
+        return Transition(diffusion.columns(alpha, clean) * clean, sigma, clean)

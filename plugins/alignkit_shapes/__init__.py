@@ -1,0 +1,27 @@
+"""The embedded world: coloured shapes, a model that draws them, a judge that answers questions about them."""
+
+from __future__ import annotations
+
+from alignkit import hookimpl
+from alignkit.hookspecs import Register
+
+
+@hookimpl
+def register_models(register: Register) -> None:
+    register(
+        "shapes_lcm", "alignkit_shapes.models:shapes_lcm", "Coloured shapes in 1 to 8 steps; embedded, no download"
+    )
+    register(
+        "shapes_teacher",
+        "alignkit_shapes.models:shapes_teacher",
+        "What shapes_lcm was distilled from; 25 steps and more",
+    )
+
+
+@hookimpl
+def register_rewards(register: Register) -> None:
+    register(
+        "shapes_reading",
+        "alignkit_shapes.reward:ShapesReading",
+        "The drawing program's own reading of a picture of shapes",
+    )

@@ -1,0 +1,174 @@
+"""The judge: a BlipForQuestionAnswering that learns to answer yes or no about drawings.
+
+Trained end to end from scratch it stays at the majority answer, so it learns in two stages: the vision tower first
+learns what is present (a throw-away linear head over max-pooled tokens), then the text encoder and decoder learn to
+read the frozen features. Every batch shows fresh scenes.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import Parameter
+from torch.nn import functional as F
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import OneCycleLR
+from transformers import BertTokenizer, BlipConfig, BlipForQuestionAnswering
+
+from alignkit_rewards.attribute_binding import answers, encode, yes_no
+from alignkit_shapes.scenes import COLORS, SHAPES, Scene, draw, sample_scene
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]", "yes", "no", "is", "are", "there", "the"]
+WORDS += ["a", "an", "?", "and", "of", "left", "right", "above", "below", ",", "made", "small", "large"]
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGE = 64
+WIDTH = 96
+
+
+def tokenizer() -> BertTokenizer:
+    """Whole words only, the class of the real judge's tokenizer."""
+    words = [*WORDS, *SHAPES, *COLORS]
+    return BertTokenizer(
+        vocab={word: i for i, word in enumerate(words)},
+        additional_special_tokens=["[DEC]", "[ENC]"],
+        model_max_length=35,
+    )
+
+
+def config(vocabulary: int, dec: int) -> BlipConfig:
+    """A hundredth of the real judge's width, the same class."""
+    return BlipConfig(
+        text_config=dict(
+            vocab_size=vocabulary, hidden_size=WIDTH, encoder_hidden_size=WIDTH, intermediate_size=2 * WIDTH,
+            num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=40, projection_dim=WIDTH,
+            bos_token_id=dec, pad_token_id=0, sep_token_id=3, eos_token_id=3,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        ),
+        vision_config=dict(
+            hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=4, num_attention_heads=4,
+            image_size=IMAGE, patch_size=8, hidden_act="gelu", layer_norm_eps=1e-6,
+            initializer_range=0.02,  # the class default of 1e-10 leaves the tower dead
+        ),
+        projection_dim=WIDTH, image_text_hidden_size=WIDTH,
+    )  # fmt: skip
+
+
+def pixels(scenes: list[Scene], rng: np.random.Generator) -> torch.Tensor:
+    """Normalised pictures; half of them blurred or noisy as a decoder's are, so that the judge reads samples too."""
+    x = torch.from_numpy(np.stack([draw(s) for s in scenes])).permute(0, 3, 1, 2).float() / 255
+    rough = torch.from_numpy(rng.random(len(scenes)) < 0.5)
+    width = float(rng.uniform(0.3, 1.1))
+    taps = torch.exp(-((torch.arange(-2, 3).float() / width) ** 2) / 2)
+    taps = taps / taps.sum()
+    kernel = (taps[:, None] * taps[None, :]).expand(3, 1, 5, 5)
+    soft = F.conv2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), kernel, groups=3)
+    noise = torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32)) * float(rng.uniform(0, 0.05))
+    x = torch.where(rough[:, None, None, None], (soft + noise).clamp(0, 1), x)
+    return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+
+
+def labels(scene: Scene) -> np.ndarray:
+    """What is present: shapes, then coloured shapes."""
+    shapes, colors = list(SHAPES), list(COLORS)
+    out = np.zeros(len(shapes) * (1 + len(colors)), dtype=np.float32)
+    for thing in scene.things:
+        place = shapes.index(thing.shape)
+        out[place] = 1
+        out[len(shapes) + place * len(colors) + colors.index(thing.color)] = 1
+    return out
+
+
+def question(scene: Scene, rng: np.random.Generator) -> tuple[str, bool]:
+    """A question and its true answer, yes as often as no; the wrong colour is most often that of another thing."""
+    there = {t.shape: t for t in scene.things}
+    truth = bool(rng.random() < 0.5)
+    absent = [s for s in SHAPES if s not in there]
+    if rng.random() < 0.35:
+        shape = str(rng.choice(list(there) if truth else absent))
+        return f"is there {'an' if shape[0] in 'aeiou' else 'a'} {shape}?", truth
+    if not truth and rng.random() < 0.2:
+        return f"is the {rng.choice(absent)} {rng.choice(list(COLORS))}?", False
+    thing = there[str(rng.choice(list(there)))]
+    if truth:
+        return f"is the {thing.shape} {thing.color}?", True
+    others = [t.color for t in scene.things if t.color != thing.color]
+    if not others or rng.random() < 0.4:
+        others = [c for c in COLORS if c != thing.color]
+    return f"is the {thing.shape} {rng.choice(others)}?", False
+
+
+def _optimizer(parameters: list[Parameter], lr: float, steps: int) -> tuple[AdamW, OneCycleLR]:
+    optimizer = AdamW(parameters, lr=lr, weight_decay=0.01)
+    return optimizer, OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
+
+
+def train_vision(model: BlipForQuestionAnswering, steps: int, batch: int, rng: np.random.Generator) -> None:
+    """Stage 1: presence labels from the maximum over the image tokens."""
+    head = torch.nn.Linear(WIDTH, len(labels(sample_scene(rng))))
+    parameters = [*model.vision_model.parameters(), *head.parameters()]
+    optimizer, schedule = _optimizer(parameters, 1e-3, steps)
+    start = time.time()
+    for step in range(steps):
+        scenes = [sample_scene(rng) for _ in range(batch)]
+        target = torch.from_numpy(np.stack([labels(s) for s in scenes]))
+        tokens = model.vision_model(pixel_values=pixels(scenes, rng)).last_hidden_state
+        logits = head(tokens.amax(1))
+        loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=torch.tensor(6.0))
+        _step(loss, parameters, optimizer, schedule)
+        if step % 100 == 0 or step == steps - 1:
+            found = logits > 0
+            recall = (found & (target > 0)).sum() / target.sum()
+            precision = (found & (target > 0)).sum() / found.sum().clamp(min=1)
+            print(
+                f"vision {step} loss {loss.item():.4f} recall {recall:.3f} precision {precision:.3f} "
+                f"{time.time() - start:.0f} s",
+                flush=True,
+            )
+
+
+def _step(loss: torch.Tensor, parameters: list[Parameter], optimizer: AdamW, schedule: OneCycleLR) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    schedule.step()
+
+
+def train_text(
+    model: BlipForQuestionAnswering, words: BertTokenizer, steps: int, batch: int, each: int, rng: np.random.Generator
+) -> None:
+    """Stage 2: the text encoder and decoder, on frozen features of fresh scenes, `each` questions a scene."""
+    parameters = [*model.text_encoder.parameters(), *model.text_decoder.parameters()]
+    optimizer, schedule = _optimizer(parameters, 1e-3, steps)
+    start, right = time.time(), 0.5
+    choice = yes_no(words)
+    for step in range(steps):
+        scenes = [sample_scene(rng) for _ in range(batch)]
+        with torch.no_grad():
+            features = model.vision_model(pixel_values=pixels(scenes, rng)).last_hidden_state
+        asked = [question(s, rng) for s in scenes for _ in range(each)]
+        rows = torch.arange(batch).repeat_interleave(each)
+        logits = answers(model, choice, features, rows, encode(model, words, [q for q, _ in asked]))
+        target = torch.tensor([0 if truth else 1 for _, truth in asked])
+        loss = F.cross_entropy(logits, target)
+        _step(loss, parameters, optimizer, schedule)
+        right = 0.98 * right + 0.02 * (logits.argmax(1) == target).float().mean().item()
+        if step % 100 == 0 or step == steps - 1:
+            print(f"text {step} loss {loss.item():.4f} accuracy {right:.4f} {time.time() - start:.0f} s", flush=True)
+
+
+def train(out: Path, vision_steps: int = 5000, text_steps: int = 5000, batch: int = 64, seed: int = 1) -> None:
+    """Both stages; saves model and tokenizer to `out`."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    words = tokenizer()
+    model = BlipForQuestionAnswering(config(len(words), words.convert_tokens_to_ids("[DEC]")))
+    model.train()
+    train_vision(model, vision_steps, batch, rng)
+    model.save_pretrained(out)
+    train_text(model, words, text_steps, batch, 6, rng)
+    model.eval().save_pretrained(out)
+    words.save_pretrained(out)

@@ -1,0 +1,60 @@
+"""Stage 3: the few-step model, distilled from the teacher by alignkit's own `lcd`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import LatentConsistencyModelPipeline, LCMScheduler, StableDiffusionPipeline
+from rich.console import Console
+
+import alignkit
+from alignkit_shapes.build.teacher import SCHEDULE, unet
+
+GUIDANCE = 2.0
+"""w of the embedding while sampling; diffusers' guidance_scale is one more."""
+W_MIN, W_MAX = 1.0, 3.0
+
+
+def student(teacher: Path, out: Path) -> None:
+    """The teacher with a guidance embedding and the LCM scheduler, not distilled yet."""
+    torch.manual_seed(0)
+    pipe = StableDiffusionPipeline.from_pretrained(teacher)
+    network = unet(time_cond_proj_dim=256)
+    missing, unexpected = network.load_state_dict(pipe.unet.state_dict(), strict=False)
+    assert missing == ["time_embedding.cond_proj.weight"] and not unexpected
+    schedule = {k: v for k, v in SCHEDULE.items() if k not in ("steps_offset", "timestep_spacing")}
+    LatentConsistencyModelPipeline(
+        vae=pipe.vae, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer, unet=network,
+        scheduler=LCMScheduler(**schedule), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(out)  # fmt: skip
+
+
+def train(
+    teacher: Path, out: Path, run: Path, updates: int = 3000, rows: int = 48, lr: float = 3e-4, seed: int = 3
+) -> None:
+    """Distil into `out`, with the run kept in `run`; an interrupted run is resumed."""
+    start = run.with_name(run.name + "-start")
+    if run.exists():
+        job = alignkit.load(resume=run)
+    else:
+        student(teacher, start)
+        job = alignkit.load(
+            None,
+            {
+                "model.name": str(start), "model.teacher": str(teacher), "model.lora_rank": 0,
+                "model.guidance": GUIDANCE,
+                "sampler.name": "lcm", "algorithm.name": "lcd", "algorithm.w_min": W_MIN, "algorithm.w_max": W_MAX,
+                "reward": ["shapes_reading"], "data.pictures": "alignkit_shapes.data:Drawings",
+                "data.prompts": str(Path(__file__).parents[1] / "prompts" / "train.txt"),
+                "evaluate.prompts": str(Path(__file__).parents[1] / "prompts" / "held_out.txt"),
+                "evaluate.limit": 100, "evaluate.every": 500, "evaluate.batch_size": 50, "train.updates": updates,
+                "train.rows_per_update": rows, "train.rows_per_pass": rows, "train.learning_rate": lr,
+                "train.ema_decay": 0.995, "train.checkpoint_every": 250, "seed": seed, "output": str(run),
+            },
+        )  # fmt: skip
+    for _ in job.train(Console(width=140)):
+        pass
+    shutil.copytree(start, out, dirs_exist_ok=True)
+    shutil.copytree(run / "unet", out / "unet", dirs_exist_ok=True)

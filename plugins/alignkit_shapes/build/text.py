@@ -1,0 +1,44 @@
+"""The tokenizer and text encoder: CLIPTokenizer and CLIPTextModel, small."""
+
+from __future__ import annotations
+
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from alignkit_shapes.scenes import COLORS, SHAPES
+
+LENGTH = 24
+WIDTH = 96
+START, END = "<|startoftext|>", "<|endoftext|>"
+OTHER_WORDS = ["a", "an", "and", "of", "left", "right", "above", "below", "the", "large", "small", ",", ".", "?"]
+
+
+def tokenizer() -> CLIPTokenizer:
+    """Byte-pair encoding in which each word of the world is one token; any other text still splits into bytes."""
+    words = [*OTHER_WORDS, *COLORS, *SHAPES]
+    model = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    model.train_from_iterator(words, trainer)
+    import json
+
+    learned = json.loads(model.to_str())["model"]
+    vocab: dict[str, int] = {}
+    for token in [*alphabet, *(letter + "</w>" for letter in alphabet), *learned["vocab"], START, END]:
+        vocab.setdefault(token, len(vocab))
+    merges = [tuple(pair) if not isinstance(pair, str) else tuple(pair.split(" ")) for pair in learned["merges"]]
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
+
+
+def text_encoder(words: CLIPTokenizer) -> CLIPTextModel:
+    """Two layers, 96 wide, untrained; it learns together with the teacher's UNet."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(words), hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=LENGTH, projection_dim=WIDTH, hidden_act="gelu",
+            bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
+        )
+    )  # fmt: skip

@@ -1,0 +1,54 @@
+"""The drawing program's reading as a reward: independent of every network, so it shows when a judge is being gamed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from alignkit.errors import ConfigError
+from alignkit.interfaces import Example, Reward, Scores
+from alignkit_shapes.reading import answers, exact, read
+from alignkit_shapes.scenes import COLORS, SHAPES, SIZE, Thing
+
+_PHRASE = re.compile(rf"\b({'|'.join(COLORS)})\s+({'|'.join(SHAPES)})\b")
+
+
+def things_of(text: str) -> list[Thing]:
+    """The things that a caption names."""
+    return [Thing(shape, color) for color, shape in _PHRASE.findall(text.lower())]
+
+
+@dataclass
+class ShapesReading(Reward):
+    """The questions of attribute binding, answered from palette and outlines (0 to 1), without any network.
+
+    The part `exact` is 1 where the picture shows just what the prompt names.
+    """
+
+    bounds: ClassVar[tuple[float | None, float | None]] = (0.0, 1.0)
+
+    def check(self, examples: Iterable[Example]) -> None:
+        for example in examples:
+            if not things_of(example.text):
+                raise ConfigError(
+                    f"shapes_reading: the prompt {example.text!r} names no coloured shape of the embedded world"
+                )
+
+    def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
+        if images.shape[-2:] != (SIZE, SIZE):
+            raise ValueError(f"expected pictures of {SIZE}x{SIZE} pixels, found {tuple(images.shape[-2:])}")
+        pictures = (images.detach().permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
+        binding, whole = [], []
+        for picture, example in zip(pictures, examples, strict=True):
+            regions, things = read(picture), things_of(example.text)
+            replies = answers(regions, things)
+            binding.append(sum(replies) / len(replies))
+            whole.append(float(exact(regions, things)))
+        values = torch.tensor(binding, dtype=torch.float32, device=images.device)
+        valid = torch.ones(len(values), dtype=torch.bool, device=images.device)
+        return Scores(values, valid, {"exact": torch.tensor(whole, dtype=torch.float32, device=images.device)})

@@ -1,0 +1,177 @@
+"""The drawing program: coloured shapes on a plain ground, and the captions that describe them.
+
+A scene is one to three things with distinct shapes. Everything here is NumPy and Pillow; chance comes from the
+`numpy.random.Generator` that the caller passes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIZE = 64
+"""Edge of a drawing, in pixels."""
+
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (220, 40, 40),
+    "orange": (245, 140, 20),
+    "yellow": (250, 225, 50),
+    "green": (40, 160, 60),
+    "blue": (40, 80, 220),
+    "purple": (145, 50, 180),
+    "black": (25, 25, 25),
+    "white": (250, 250, 250),
+}
+RADII = (8.5, 13.0)
+"""Radius of a thing in pixels, from and to."""
+
+RELATIONS = ("left of", "right of", "above", "below")
+_OVERSAMPLE = 4
+_GAP = 3.0
+
+
+def _circle(radius: float = 1.0) -> list[tuple[float, float]]:
+    return [(radius * math.cos(a), radius * math.sin(a)) for a in np.linspace(0, 2 * math.pi, 48, endpoint=False)]
+
+
+def _star() -> list[tuple[float, float]]:
+    angles = [-math.pi / 2 + k * math.pi / 5 for k in range(10)]
+    return [((1.1, 0.45)[k % 2] * math.cos(a), (1.1, 0.45)[k % 2] * math.sin(a) + 0.08) for k, a in enumerate(angles)]
+
+
+def _heart() -> list[tuple[float, float]]:
+    angles = np.linspace(0, 2 * math.pi, 64, endpoint=False)
+    return [
+        (
+            float(16 * math.sin(a) ** 3 / 16.5),
+            float(-(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)) / 16.5 - 0.12),
+        )
+        for a in angles
+    ]
+
+
+_ARM = 0.36
+SHAPES: dict[str, list[tuple[float, float]]] = {
+    "circle": _circle(),
+    "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
+    "triangle": [(0.0, -0.95), (1.05, 0.85), (-1.05, 0.85)],
+    "star": _star(),
+    "cross": [
+        (-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM),
+        (_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM),
+    ],
+    "heart": _heart(),
+    "diamond": [(0.0, -1.1), (0.8, 0.0), (0.0, 1.1), (-0.8, 0.0)],
+    "ring": _circle(),
+}  # fmt: skip
+"""Outlines in units of the radius, y downwards. The ring's hole is cut when it is drawn."""
+RING_HOLE = 0.52
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One shape of a scene. `x`, `y` and `radius` are in pixels."""
+
+    shape: str
+    color: str
+    x: float = SIZE / 2
+    y: float = SIZE / 2
+    radius: float = 0.0
+
+    @property
+    def phrase(self) -> str:
+        """The noun phrase that names it, as "a red circle"."""
+        return f"{'an' if self.color[0] in 'aeiou' else 'a'} {self.color} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A ground (grey level, 0..255) and the things on it."""
+
+    things: tuple[Thing, ...]
+    ground: tuple[int, int, int] = (170, 170, 170)
+
+
+def mask(shape: str, x: float, y: float, radius: float) -> Image.Image:
+    """The coverage of one shape as an 8-bit grey picture of `SIZE` x `SIZE`."""
+    scale = _OVERSAMPLE
+    picture = Image.new("L", (SIZE * scale, SIZE * scale))
+    pen = ImageDraw.Draw(picture)
+    pen.polygon([((x + px * radius) * scale, (y + py * radius) * scale) for px, py in SHAPES[shape]], fill=255)
+    if shape == "ring":
+        hole = _circle(RING_HOLE)
+        pen.polygon([((x + px * radius) * scale, (y + py * radius) * scale) for px, py in hole], fill=0)
+    return picture.reduce(scale)
+
+
+def draw(scene: Scene) -> np.ndarray:
+    """The scene as a picture, uint8 (SIZE, SIZE, 3)."""
+    picture = Image.new("RGB", (SIZE, SIZE), scene.ground)
+    for thing in scene.things:
+        picture.paste(COLORS[thing.color], (0, 0), mask(thing.shape, thing.x, thing.y, thing.radius))
+    return np.asarray(picture)
+
+
+def _place(radii: list[float], rng: np.random.Generator) -> list[tuple[float, float]]:
+    """Centres that keep the things inside the picture and apart from each other."""
+    while True:
+        places: list[tuple[float, float]] = []
+        for radius in radii:
+            for _ in range(24):
+                low, high = radius * 1.1 + 1, SIZE - radius * 1.1 - 1
+                x, y = rng.uniform(low, high, 2)
+                apart = all(
+                    max(abs(x - ox), abs(y - oy)) >= 1.06 * (radius + other) + _GAP
+                    for (ox, oy), other in zip(places, radii, strict=False)
+                )
+                if apart:
+                    places.append((float(x), float(y)))
+                    break
+            else:
+                break
+        if len(places) == len(radii):
+            return places
+
+
+def sample_things(count: int, rng: np.random.Generator) -> list[Thing]:
+    """`count` things of distinct shapes; colours are independent, places and radii still open."""
+    shapes = rng.choice(list(SHAPES), size=count, replace=False)
+    return [Thing(str(s), str(rng.choice(list(COLORS)))) for s in shapes]
+
+
+def arrange(things: list[Thing], rng: np.random.Generator) -> Scene:
+    """A scene of these things at random places on a random grey ground."""
+    radii = [float(rng.uniform(*RADII)) for _ in things]
+    places = _place(radii, rng)
+    level = int(rng.integers(150, 191))
+    placed = tuple(Thing(t.shape, t.color, x, y, r) for t, (x, y), r in zip(things, places, radii, strict=True))
+    return Scene(placed, (level, level, level))
+
+
+def sample_scene(rng: np.random.Generator) -> Scene:
+    """A random scene: one thing with probability .15, two with .35, three with .5."""
+    return arrange(sample_things(int(rng.choice([1, 2, 3], p=[0.15, 0.35, 0.5])), rng), rng)
+
+
+def related(first: Thing, second: Thing) -> str:
+    """How `first` stands to `second`, along the axis on which they lie further apart."""
+    dx, dy = first.x - second.x, first.y - second.y
+    if abs(dx) >= abs(dy):
+        return "left of" if dx < 0 else "right of"
+    return "above" if dy < 0 else "below"
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """A true caption; two things are related in space with probability .3."""
+    things = [scene.things[i] for i in rng.permutation(len(scene.things))]
+    if len(things) == 2 and rng.random() < 0.3:
+        return f"{things[0].phrase} {related(*things)} {things[1].phrase}"
+    return join([t.phrase for t in things])
+
+
+def join(phrases: list[str]) -> str:
+    """The phrases as a list in words."""
+    return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"

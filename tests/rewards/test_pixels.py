@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from alignkit.rewards import quantize
+from alignkit_rewards.pixels import CLIP_MEAN, CLIP_STD, bicubic_matrix, normalize, resize
+
+
+def _pillow(levels: np.ndarray, height: int, width: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(levels).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _ours(levels: np.ndarray, height: int, width: int) -> np.ndarray:
+    images = torch.from_numpy(levels.copy()).permute(2, 0, 1)[None].float() / 255
+    return (resize(images, height, width) * 255).round()[0].permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize(("size", "target"), [(512, 384), (64, 64), (200, 480), (64, 224), (513, 224), (37, 11)])
+def test_resize_equals_pillow_to_the_bit_on_noise(size: int, target: int) -> None:
+    levels = np.random.default_rng(size).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(_ours(levels, target, target), _pillow(levels, target, target))
+
+
+def test_resize_equals_pillow_within_a_level_off_the_square() -> None:
+    levels = np.random.default_rng(0).integers(0, 256, (96, 160, 3), dtype=np.uint8)
+    np.testing.assert_allclose(_ours(levels, 64, 48), _pillow(levels, 64, 48), atol=1)
+
+
+def test_the_gradient_of_the_resize_is_that_of_the_smooth_resize() -> None:
+    x = (torch.randint(64, 192, (1, 3, 24, 24), generator=torch.Generator().manual_seed(0)) / 255).requires_grad_()
+    towards = torch.randn(1, 3, 16, 10, generator=torch.Generator().manual_seed(1))
+    (resize(x, 16, 10) * towards).sum().backward()
+    down, across = bicubic_matrix(24, 16).float(), bicubic_matrix(24, 10).float()
+    torch.testing.assert_close(x.grad, down.T @ towards @ across, atol=1e-5, rtol=1e-4)
+
+
+def test_the_rows_of_the_matrix_sum_to_one() -> None:
+    torch.testing.assert_close(bicubic_matrix(97, 33).sum(1), torch.ones(33, dtype=torch.float64), atol=1e-5, rtol=0)
+
+
+def test_resize_of_a_quantized_picture_gives_8_bit_levels() -> None:
+    x = quantize(torch.rand(2, 3, 20, 20, generator=torch.Generator().manual_seed(0)) * 1.4 - 0.2)
+    levels = resize(x, 33, 33) * 255
+    torch.testing.assert_close(levels, levels.round(), atol=1e-4, rtol=0)
+    assert levels.min() >= 0
+    assert levels.max() <= 255
+
+
+def test_normalize_maps_the_mean_to_zero_and_a_deviation_to_one() -> None:
+    mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
+    x = torch.stack([mean, mean + std])[:, :, None, None]
+    torch.testing.assert_close(normalize(x, CLIP_MEAN, CLIP_STD)[:, :, 0, 0], torch.tensor([[0.0] * 3, [1.0] * 3]))

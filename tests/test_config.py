@@ -1,0 +1,380 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignkit import schema, toml
+from alignkit.config import RewardConfig, RunConfig, find_bundle, load, to_toml
+from alignkit.errors import AlignkitError, ConfigError, PluginError
+
+MODEL = {"model.name": "acme_model", "algorithm.name": "acme_plain"}
+
+
+@pytest.fixture
+def make(acme: Any, tmp_path: Path) -> Any:
+    """Load a run file of the given text, and overrides, against the test plugin alone."""
+
+    def make(text: str | None = None, overrides: dict[str, Any] | None = None) -> RunConfig:
+        if text is not None:
+            (tmp_path / "run.toml").write_text(text, encoding="utf-8")
+        return load(tmp_path / "run.toml" if text is not None else None, overrides, acme.registry())
+
+    return make
+
+
+def problems(make: Any, text: str | None, overrides: dict[str, Any] | None = None) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        make(text, overrides)
+    return str(caught.value).splitlines()
+
+
+# What wins
+
+
+def test_the_models_settings_stand_above_the_defaults(make: Any) -> None:
+    config = make(None, MODEL)
+    assert (config.train.updates, config.train.learning_rate, config.train.rows_per_pass) == (50, 1e-3, 32)
+    assert (config.sampler.name, config.sampler.fields) == ("acme_walk", {"num_steps": 3, "pace": 0.5})
+    assert config.rewards == [RewardConfig("acme_blue", {"judge": "embedded"})]
+
+
+def test_the_models_settings_for_the_algorithm_stand_above_those_for_all(make: Any) -> None:
+    config = make(None, MODEL | {"algorithm.name": "acme-steps"})
+    assert (config.train.updates, config.algorithm.fields["clip"]) == (70, 0.9)
+    assert make(None, MODEL).algorithm.fields["clip"] == 0.2
+
+
+def test_the_run_file_stands_above_the_model_and_overrides_above_the_file(make: Any) -> None:
+    text = (
+        '[model]\nname = "acme_model"\n[algorithm]\nname = "acme_plain"\n[train]\nupdates = 5\nlearning_rate = 2e-3\n'
+    )
+    config = make(text, {"train.updates": 6})
+    assert (config.train.updates, config.train.learning_rate) == (6, 2e-3)
+
+
+def test_another_sampler_drops_the_fields_meant_for_the_first(make: Any) -> None:
+    config = make(None, MODEL | {"sampler.name": "acme_jump"})
+    assert config.sampler.fields == {"num_steps": 2, "pace": 1.0, "height": 2.0}
+
+
+def test_another_sampler_keeps_what_the_user_said_of_samplers_in_general(make: Any) -> None:
+    text = '[model]\nname = "acme_model"\n[algorithm]\nname = "acme_plain"\n[sampler]\nnum_steps = 7\n'
+    assert make(text, {"sampler.name": "acme_jump"}).sampler.fields["num_steps"] == 7
+    assert make(text).sampler.fields == {"num_steps": 7, "pace": 0.5}
+
+
+def test_another_algorithm_drops_the_fields_of_the_files_algorithm(make: Any) -> None:
+    text = '[model]\nname = "acme_model"\n[algorithm]\nname = "acme_plain"\nclip = 0.5\n[surrogate]\nwidth = 4\n'
+    config = make(text.partition("[surrogate]")[0], {"algorithm.name": "acme_steps"})
+    assert config.algorithm.fields["clip"] == 0.9
+    text = text.replace("acme_plain", "acme_steps")
+    assert make(text).surrogate.fields == {"width": 4}
+    assert make(text, {"algorithm.name": "acme_plain"}).surrogate is None
+
+
+def test_a_reward_that_is_named_again_keeps_its_fields(make: Any) -> None:
+    config = make(None, MODEL | {"reward": ["acme-red", {"name": "acme_blue", "weight": 2}]})
+    assert config.rewards == [RewardConfig("acme_red", {}), RewardConfig("acme_blue", {"judge": "embedded"}, 2.0)]
+
+
+def test_one_field_of_one_reward_can_be_set(make: Any) -> None:
+    config = make(None, MODEL | {"reward.acme-blue.weight": 3, "reward.acme_blue.judge": "mine"})
+    assert config.rewards == [RewardConfig("acme_blue", {"judge": "mine"}, 3.0)]
+
+
+def test_the_surrogate_is_the_algorithms_own_unless_named(make: Any) -> None:
+    config = make(None, MODEL | {"algorithm.name": "acme_steps", "surrogate.warmup": 4})
+    assert (config.surrogate.name, config.surrogate.fields, config.surrogate.warmup) == ("acme_net", {"width": 8}, 4)
+    assert make(None, MODEL).surrogate is None
+
+
+def test_a_hub_id_needs_no_registered_model(make: Any) -> None:
+    overrides = {"model.name": "acme/other", "sampler.name": "acme_walk", "reward": ["acme_red"]}
+    assert make(None, overrides | {"algorithm.name": "acme_plain"}).model.name == "acme/other"
+
+
+# Mistakes
+
+
+def test_every_mistake_is_told_with_its_file_and_line(make: Any) -> None:
+    text = """
+[model]
+name = "acme_model"
+lora_rnk = 4
+[sampler]
+num_steps = 0
+[[reward]]
+name = "acme_red"
+[[reward]]
+name = "acme_blue"
+juge = "x"
+[algorithm]
+name = "acme_plain"
+learning_rate = 1e-5
+mode = "medium"
+[train]
+updates = -1
+ema_decay = 1.0
+precision = "fp8"
+[evaluate]
+steps = [1, "two"]
+rewards = ["acme_rde"]
+"""
+    found = problems(make, text, {"data.batch_size": "many"})
+    expected = [
+        "run.toml:4: model.lora_rnk: unknown key; did you mean lora_rank? (`alignkit show model` lists all)",
+        "run.toml:6: sampler.num_steps: found 0, expected 1 or more",
+        "run.toml:11: reward.juge: unknown key; did you mean judge? (`alignkit show acme_blue` lists all)",
+        "run.toml:14: algorithm.learning_rate: unknown key; did you mean train.learning_rate? "
+        "(`alignkit show acme_plain` lists all)",
+        'run.toml:15: algorithm.mode: found "medium", expected "hard" or "soft"',
+        "run.toml:17: train.updates: found -1, expected 0 or more",
+        "run.toml:18: train.ema_decay: found 1.0, expected at least 0 and less than 1",
+        'run.toml:19: train.precision: found "fp8", expected "no" or "bf16" or "fp16"',
+        'run.toml:21: evaluate.steps: found [1, "two"], expected list of integer',
+        "run.toml:22: evaluate.rewards: unknown reward 'acme_rde'; did you mean acme_red? "
+        "(`alignkit list rewards` shows all)",
+        'data.batch_size: found "many", expected integer',
+    ]
+    for line in expected:
+        assert any(one.endswith(line) for one in found), line
+    assert len(found) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("train.updates", -1, "0 or more"),
+        ("train.rows_per_update", 0, "1 or more"),
+        ("train.learning_rate", 0.0, "more than 0"),
+        ("train.learning_rate", float("nan"), "more than 0"),
+        ("train.ema_decay", 1.0, "at least 0 and less than 1"),
+        ("data.batch_size", 0, "1 or more"),
+        ("model.lora_rank", -1, "0 or more"),
+        ("evaluate.steps", [], "a list of numbers, each 1 or more"),
+        ("evaluate.steps", [1, 0], "a list of numbers, each 1 or more"),
+        ("sampler.num_steps", 0, "1 or more"),
+        ("surrogate.warmup", -2, "0 or more"),
+        ("algorithm.clip", -1, "more than 0"),
+        ("train.updates", True, "integer"),
+        ("train.updates", 1.5, "integer"),
+        ("train.trackers", ["mlflow"], 'list of "tensorboard" or "wandb"'),
+        ("seed", "one", "integer"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_by_name(make: Any, key: str, value: object, expected: str) -> None:
+    (line,) = problems(make, None, MODEL | {"algorithm.name": "acme_steps", key: value})
+    assert line.startswith(f"{key}: found ") and line.endswith(f", expected {expected}")
+
+
+def test_several_bounds_of_one_section_are_told_together(make: Any) -> None:
+    assert len(problems(make, None, MODEL | {"train.updates": -1, "train.ema_decay": 2.0})) == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"algorithm.name": "acme_stps"}, "algorithm.name: unknown algorithm 'acme_stps'; did you mean acme_steps?"),
+        ({"sampler.name": "acme_red"}, "sampler.name: unknown sampler 'acme_red' (there is a reward of this name)"),
+        ({"reward": ["acme_rad"]}, "reward.name: unknown reward 'acme_rad'; did you mean acme_red?"),
+        ({"reward": ["acme_red", "acme_red"]}, "reward.name: acme_red is there twice"),
+        ({"reward": "acme_red"}, "reward: expected [[reward]] tables, each with a name"),
+        ({"reward.acme_red.weight": 1}, "reward.acme_red: not one of this run's rewards (acme_blue)"),
+        ({"surrogate.warmup": 1}, "surrogate: algorithm acme_plain uses none"),
+        ({"trian.updates": 1}, "trian: unknown section; did you mean train?"),
+        ({"updates": 1}, "updates: expected section.key"),
+        ({"train.updates": None}, "train.updates: found None"),
+        ({"evaluate.rewards": ["acme_rad"]}, "evaluate.rewards: unknown reward 'acme_rad'; did you mean acme_red?"),
+        ({"algorithm.pace": 1.0}, "algorithm.pace: unknown key; did you mean sampler.pace?"),
+    ],
+)
+def test_a_wrong_override_is_one_clear_line(make: Any, overrides: dict[str, Any], message: str) -> None:
+    (line,) = problems(make, None, MODEL | overrides)
+    assert line.startswith(message)
+
+
+def test_a_run_without_reward_or_sampler_says_how_to_name_one(make: Any) -> None:
+    lines = problems(make, None, {"model.name": "acme_bare", "algorithm.name": "acme_plain"})
+    assert [line.partition(";")[0] for line in lines] == ["sampler.name: missing", "reward: missing"]
+
+
+def test_an_unknown_model_is_answered_with_the_nearest(make: Any) -> None:
+    with pytest.raises(AlignkitError, match="unknown model 'acme_modle'; did you mean acme_model"):
+        make(None, {"model.name": "acme_modle"})
+
+
+@pytest.mark.parametrize("text", ["[train", "seed = 1\nseed = 2", "seed = é\x00"])
+def test_a_file_that_is_no_toml_is_one_line_with_the_place(make: Any, text: str) -> None:
+    (line,) = problems(make, text)
+    assert re.search(r"run\.toml: not valid TOML: .*\(at (line \d+|end of document)", line)
+
+
+def test_a_missing_file_a_folder_and_bytes_are_each_one_line(tmp_path: Path) -> None:
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    for path in (tmp_path / "missing.toml", tmp_path, tmp_path / "bytes"):
+        with pytest.raises(ConfigError, match=rf"{path}: (cannot be read|not UTF-8)[^\n]+$"):
+            load(path)
+
+
+def test_a_mistake_in_the_models_own_settings_names_the_model(acme: Any) -> None:
+    acme.install(
+        "odd",
+        "from alignkit import hookimpl\n@hookimpl\ndef register_models(register): register('odd', 'odd.m:ODD', '')",
+        m="from alignkit.interfaces import ModelBundle as M\nODD = M('odd/odd', defaults={'train': {'updates': 'x'}})",
+    )
+    with pytest.raises(ConfigError, match=r'^model odd: train\.updates: found "x", expected integer'):
+        load(None, {"model.name": "odd", "algorithm.name": "acme_plain"}, acme.registry())
+
+
+# Paths
+
+
+def test_paths_are_taken_from_the_files_folder_first(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    for path in (tmp_path / "both.txt", elsewhere / "both.txt", elsewhere / "here.txt"):
+        path.touch()
+    config = make(
+        '[model]\nname = "acme_model"\n[algorithm]\nname = "acme_plain"\n[data]\nprompts = "both.txt"\n'
+        'pictures = "acme.data:Drawings"\n[evaluate]\nprompts = "here.txt"\n'
+    )
+    assert config.data.prompts == str(tmp_path / "both.txt")
+    assert config.evaluate.prompts == str(elsewhere / "here.txt")
+    assert config.data.pictures == "acme.data:Drawings"
+
+
+def test_a_model_folder_beside_the_run_file_is_found(make: Any, tmp_path: Path) -> None:
+    (tmp_path / "mymodel").mkdir()
+    overrides = {"algorithm.name": "acme_plain", "sampler.name": "acme_walk", "reward": ["acme_red"]}
+    assert make('[model]\nname = "mymodel"\n', overrides).model.name == str(tmp_path / "mymodel")
+
+
+def test_a_folder_is_a_model_without_settings(acme: Any, tmp_path: Path) -> None:
+    assert find_bundle(str(tmp_path), acme.registry()).path == str(tmp_path)
+    assert find_bundle("acme-model", acme.registry()).path == "acme/model"
+
+
+@pytest.mark.parametrize("name", ["./gone", "/gone/model", "a/b/c"])
+def test_a_model_folder_that_is_not_there_is_told_at_once(make: Any, name: str) -> None:
+    assert problems(make, None, {"model.name": name}) == [
+        f"model.name: there is no folder {name}, and a hub id has the form owner/name"
+    ]
+
+
+# Writing
+
+
+@pytest.mark.parametrize("algorithm", ["acme_plain", "acme_steps"])
+def test_the_resolved_file_loads_to_an_equal_run(make: Any, tmp_path: Path, algorithm: str) -> None:
+    config = make(
+        None,
+        MODEL
+        | {
+            "algorithm.name": algorithm,
+            "algorithm.scales": [1, 2.5],
+            "algorithm.span": [3, 4],
+            "output": 'a "quoted" \\ name\nü\x7f',
+            "train.max_grad_norm": float("inf"),
+            "train.trackers": ["wandb"],
+            "model.guidance": 7.5,
+            "reward": [{"name": "acme_red", "weight": 0.1}, {"name": "acme_blue"}],
+        },
+    )
+    assert config.algorithm.fields["span"] == (3, 4)
+    text = to_toml(config)
+    again = make(text)
+    assert again == config and to_toml(again) == text
+
+
+def test_the_resolved_file_writes_what_was_left_at_its_default(make: Any) -> None:
+    text = to_toml(make(None, MODEL))
+    assert "rows_per_pass = 32" in text and 'mode = "hard"' in text
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("train.updates=100", "train.updates", 100),
+        ("train.learning_rate = 1e-5", "train.learning_rate", 1e-5),
+        ("sampler.name=ddim", "sampler.name", "ddim"),
+        ("output=runs/first one", "output", "runs/first one"),
+        ("output=2026-11-21", "output", "2026-11-21"),
+        ('output="7"', "output", "7"),
+        ("evaluate.steps=[1, 2]", "evaluate.steps", [1, 2]),
+        ("a.b=true", "a.b", True),
+        ("data.prompts=", "data.prompts", ""),
+        ("a.b=c=d", "a.b", "c=d"),
+        ("a.b=1\nc=2", "a.b", "1\nc=2"),
+    ],
+)
+def test_an_assignment_is_toml_or_a_bare_word(text: str, key: str, value: object) -> None:
+    assert toml.parse_assignment(text) == (key, value)
+
+
+@pytest.mark.parametrize("text", ["train.updates", "=3", "a b=3", "a.=3", "a.b=[1, 2", 'a.b="x'])
+def test_what_is_no_assignment_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^--set [^\n]+$"):
+        toml.parse_assignment(text)
+
+
+# The dataclass as schema
+
+
+def test_fields_carry_the_docstrings_beneath_them_and_those_of_their_bases(acme: Any) -> None:
+    docs = schema.field_docs(acme.registry().get("algorithm", "acme_steps"))
+    assert docs["clip"] == "How far a step may go, in units of the ratio."
+    assert docs["rounds"] == "Rounds of each batch."
+
+
+def test_what_cannot_be_set_is_no_field(acme: Any) -> None:
+    types = schema.field_types(acme.registry().get("algorithm", "acme_steps"))
+    assert set(types) == {"clip", "mode", "scales", "limit", "span", "rounds"}
+    assert schema.field_types(acme.registry().get("reward", "acme_red")) == {}
+
+
+def test_an_annotation_that_is_there_for_type_checkers_alone_is_the_plugins_error(plugins: Any) -> None:
+    plugins.install(
+        "odd",
+        "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass Odd:\n    x: Gone = 1\n",
+    )
+    import odd  # type: ignore[import-not-found]
+
+    with pytest.raises(PluginError, match=r"odd\.Odd\.x: the annotation cannot be read"):
+        schema.field_types(odd.Odd)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "expected"),
+    [
+        (3, float, 3.0),
+        (3, float | int, 3),
+        (None, int | None, None),
+        ([1, 2], tuple[float, ...], (1.0, 2.0)),
+        ({"a": 1}, dict[str, float], {"a": 1.0}),
+        ("x", Path, Path("x")),
+    ],
+)
+def test_values_become_the_type_of_the_field(value: object, hint: Any, expected: object) -> None:
+    result = schema.convert(value, hint)
+    assert result == expected and type(result) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "message"),
+    [
+        (True, float, "found true, expected number"),
+        ([1, 2, 3], tuple[int, int], r"found \[1, 2, 3\], expected list of integer, integer"),
+        ("x", int | None, 'found "x", expected integer'),
+        (["x"], list[int], r"found \[\"x\"\], expected list of integer"),
+        (1, str, "found 1, expected string"),
+    ],
+)
+def test_a_wrong_type_says_what_was_found_and_expected(value: object, hint: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        schema.convert(value, hint)

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from alignkit.errors import AlignkitError, ConfigError, PluginError
+from alignkit.interfaces import Example, Reward, Scores
+from alignkit.rewards import WeightedRewards, quantize
+
+EXAMPLES = [Example(f"prompt {i}") for i in range(5)]
+IMAGES = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Given(Reward):
+    """Answers what a function answers."""
+
+    def __init__(self, function: Callable[[Tensor, Sequence[Example]], Any]) -> None:
+        self.function = function
+
+    def __call__(self, images: Tensor, examples: Sequence[Example]) -> Any:
+        return self.function(images, examples)
+
+
+class Brightness(Reward):
+    differentiable = True
+
+    def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
+        return images.mean((1, 2, 3))
+
+
+def test_the_sum_is_weighted_and_the_parts_are_raw() -> None:
+    number = Given(
+        lambda x, e: Scores(torch.arange(5.0), torch.ones(5, dtype=torch.bool), {"half": torch.arange(5.0) / 2})
+    )
+    scores = WeightedRewards([("bright", 2.0, Brightness()), ("number", -0.5, number)])(IMAGES, EXAMPLES)
+    bright = quantize(IMAGES).mean((1, 2, 3))
+    torch.testing.assert_close(scores.values, 2 * bright - 0.5 * torch.arange(5.0))
+    assert list(scores.parts) == ["bright", "number", "number/half"]
+    torch.testing.assert_close(scores.parts["number"], torch.arange(5.0))
+    torch.testing.assert_close(scores.parts["number/half"], torch.arange(5.0) / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float16, torch.bfloat16, torch.float64])
+def test_every_type_is_promoted_to_float32_before_it_is_weighted(dtype: torch.dtype) -> None:
+    scores = WeightedRewards([("r", 0.3, Given(lambda x, e: torch.ones(len(e)).to(dtype)))])(IMAGES, EXAMPLES)
+    assert scores.values.dtype == scores.parts["r"].dtype == torch.float32
+    torch.testing.assert_close(scores.values, torch.full((5,), 0.3))
+
+
+def test_a_row_is_valid_only_if_all_rewards_say_so_and_is_nan_where_not() -> None:
+    values = torch.tensor([1.0, torch.nan, 1.0, 1.0, 1.0])
+    first = Given(lambda x, e: Scores(values, ~values.isnan()))
+    second = Given(lambda x, e: Scores(torch.ones(5), torch.tensor([True, True, True, False, True])))
+    scores = WeightedRewards([("a", 1.0, first), ("b", 1.0, second)])(IMAGES, EXAMPLES)
+    assert scores.valid.tolist() == [True, False, True, False, True]
+    assert scores.values.isnan().tolist() == [False, True, False, True, False]
+    assert scores.parts["a"].isnan().tolist() == [False, True, False, False, False]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 100])
+def test_chunks_give_what_the_whole_gives_in_order_without_gradient(chunk: int) -> None:
+    seen: list[int] = []
+
+    def count(images: Tensor, examples: Sequence[Example]) -> Tensor:
+        seen.append(len(examples))
+        return torch.tensor([float(e.text.split()[1]) for e in examples]) + images.mean((1, 2, 3))
+
+    rewards = WeightedRewards([("count", 1.0, Given(count)), ("bright", 1.0, Brightness())])
+    whole = rewards(IMAGES, EXAMPLES)
+    seen.clear()
+    scores = rewards.score(IMAGES.clone().requires_grad_(), EXAMPLES, chunk)
+    assert max(seen) == min(chunk, 5)
+    assert sum(seen) == 5
+    assert not scores.values.requires_grad
+    torch.testing.assert_close(scores.values, whole.values)
+    torch.testing.assert_close(scores.parts["count"], whole.parts["count"])
+
+
+def test_a_part_that_only_some_chunks_have_is_nan_elsewhere() -> None:
+    def first_only(images: Tensor, examples: Sequence[Example]) -> Scores:
+        parts = {"first": torch.ones(len(examples))} if examples[0].text == "prompt 0" else {}
+        return Scores(torch.zeros(len(examples)), torch.ones(len(examples), dtype=torch.bool), parts)
+
+    scores = WeightedRewards([("r", 1.0, Given(first_only))]).score(IMAGES, EXAMPLES, 2)
+    assert scores.parts["r/first"].isnan().tolist() == [False, False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (torch.ones(5, 1), r"'bad' returned values of shape \(5, 1\), expected shape \(5,\)"),
+        (torch.tensor(1.0), r"'bad' returned values of shape \(\), expected shape \(5,\)"),
+        ([1.0] * 5, r"'bad' returned list, expected a tensor \(5,\) or Scores"),
+        (None, "'bad' returned NoneType"),
+        (Scores(torch.ones(5), torch.ones(4)), r"'bad' returned valid of shape \(4,\)"),
+        (Scores(torch.ones(5), torch.ones(5), {"x": torch.ones(2)}), r"'bad' returned part 'x' of shape \(2,\)"),
+        (Scores([1.0] * 5, torch.ones(5)), "'bad' returned values of list"),  # type: ignore[arg-type]
+        (torch.tensor([0, 0, torch.nan, 0, 0]), "'bad' returned nan for the prompt 'prompt 2'"),
+        (torch.tensor([0, 0, 0, -torch.inf, 0]), "'bad' returned -inf for the prompt 'prompt 3'"),
+    ],
+)
+def test_a_broken_contract_is_one_line_that_names_the_reward(answer: Any, message: str) -> None:
+    rewards = WeightedRewards([("fine", 1.0, Brightness()), ("bad", 1.0, Given(lambda x, e: answer))])
+    with pytest.raises(PluginError, match=message) as caught:
+        rewards.score(IMAGES, EXAMPLES, 8)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_exception_inside_a_reward_is_chained_and_told_in_one_line() -> None:
+    def fail(images: Tensor, examples: Sequence[Example]) -> Tensor:
+        raise KeyError("no such\nthing")
+
+    with pytest.raises(PluginError, match="reward 'bad' failed while scoring: KeyError") as caught:
+        WeightedRewards([("bad", 1.0, Given(fail))])(IMAGES, EXAMPLES)
+    assert isinstance(caught.value.__cause__, KeyError)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_meant_for_the_user_passes_unchanged() -> None:
+    class Refusing(Brightness):
+        def check(self, examples: Iterable[Example]) -> None:
+            raise ConfigError(f"no {next(iter(examples)).text}")
+
+        def load(self, device: torch.device) -> None:
+            raise OSError("gone")
+
+    rewards = WeightedRewards([("r", 1.0, Brightness()), ("s", 1.0, Refusing())])
+    with pytest.raises(AlignkitError, match=r"^no prompt 0$"):
+        rewards.check(iter(EXAMPLES))
+    with pytest.raises(PluginError, match="reward 's' failed while loading: OSError: gone"):
+        rewards.load(torch.device("cpu"))
+
+
+def test_no_reward_and_a_name_used_twice_are_refused() -> None:
+    with pytest.raises(ConfigError, match="none is given"):
+        WeightedRewards([])
+    with pytest.raises(ConfigError, match="'r' is listed 2 times"):
+        WeightedRewards([("r", 1.0, Brightness()), ("r", 0.5, Brightness())])
+
+
+def test_the_sum_is_differentiable_only_if_every_reward_is() -> None:
+    black_box = Given(lambda x, e: x.mean((1, 2, 3)))
+    assert WeightedRewards([("r", 1.0, Brightness())]).differentiable
+    assert not WeightedRewards([("r", 1.0, Brightness()), ("s", 1.0, black_box)]).differentiable
+
+
+def test_the_gradient_of_a_reward_reaches_the_pixels() -> None:
+    x = IMAGES.clone().requires_grad_()
+    WeightedRewards([("r", 3.0, Brightness())])(x, EXAMPLES).values.sum().backward()
+    torch.testing.assert_close(x.grad, torch.full_like(x, 3 / 48))
+
+
+def test_quantize_gives_what_an_8_bit_file_holds() -> None:
+    x = torch.tensor([-0.3, 0.0, 0.4 / 255, 0.6 / 255, 0.5, 1.0, 1.7])
+    torch.testing.assert_close(quantize(x) * 255, torch.tensor([0.0, 0, 0, 1, 128, 255, 255]))
+    assert torch.equal(quantize(quantize(x)), quantize(x))
+
+
+def test_a_clamped_value_takes_only_the_gradient_that_leads_back() -> None:
+    x = torch.tensor([-0.3, -0.3, 0.5, 0.5, 1.7, 1.7], requires_grad=True)
+    slope = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])
+    (quantize(x) * slope).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [0.0, -1.0, 1.0, -1.0, 1.0, 0.0]
