@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
 from collections.abc import Iterable
 from pathlib import Path
@@ -70,6 +71,9 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
     if version:
         typer.echo(f"alignkit {__version__}")
         raise typer.Exit
+    # Before they are imported: their notes on optional packages and defaults are not about this run.
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
 
 @app.command("list")

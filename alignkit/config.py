@@ -6,6 +6,7 @@ file, the overrides. Every mistake is collected, so that one look mends them all
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -77,11 +78,21 @@ def find_bundle(name: str, registry: Registry | None = None) -> ModelBundle:
     registry = registry or default_registry()
     registered = any(row.kind == "model" for row in registry.named(name))
     if not registered and (re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or Path(name).is_dir()):
-        return ModelBundle(path=name)
+        return ModelBundle(path=name, defaults=_suited(Path(name)))
     if not registered and "/" in name:
         raise ConfigError(f"model.name: there is no folder {name}, and a hub id has the form owner/name")
     bundle: ModelBundle = registry.get("model", name)
     return bundle
+
+
+def _suited(folder: Path) -> dict[str, Any]:
+    """The sampler that a local pipeline's scheduler stands for. A hub id is not asked: that would be a download."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    consistency = isinstance(index, dict) and "LCMScheduler" in (index.get("scheduler") or ())
+    return {"sampler": {"name": "lcm"} if consistency else {"name": "ddim", "num_steps": 25, "eta": 0.0}}
 
 
 def to_toml(config: RunConfig) -> str:
@@ -159,8 +170,6 @@ class _Loader:
         """The last list that was given; fields of the same reward in earlier lists still hold."""
         lists = [[{"name": e} if isinstance(e, str) else e for e in x.tree.get("reward", ())] for x in self.layers]
         wanted = [normalise(str(entry["name"])) for entry in next((e for e in reversed(lists) if e), [])]
-        if not wanted:
-            self.layers.problem("reward", "", "missing; name at least one (`alignkit list rewards`, --reward NAME)")
         changes = self.layers.layers[-1].tree.get("reward.", {})
         for name in changes.keys() - set(wanted):
             self.layers.problems.append(f"reward.{name}: not one of this run's rewards ({', '.join(wanted)})")

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from alignkit.errors import ConfigError
+from alignkit.errors import AlignkitError, ConfigError
 from alignkit.interfaces import Example
 
 
@@ -21,7 +21,8 @@ def read_examples(path: str | Path) -> list[Example]:
     """One text a line (.txt), or one JSON object a line with "text" and any metadata (.jsonl)."""
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines, which also ends lines at characters that JSON strings may hold.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"prompts: {path} cannot be read ({error}); expected a .txt or .jsonl file") from error
     examples = []
@@ -34,9 +35,11 @@ def read_examples(path: str | Path) -> list[Example]:
         try:
             record = json.loads(line)
             text = record.pop("text")
+            if not isinstance(text, str):
+                raise TypeError(f"text is {text!r}")
         except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise ConfigError(
-                f'prompts: {path}, line {number}: expected a JSON object with "text", found {line[:60]!r}'
+                f'prompts: {path}, line {number}: expected a JSON object with "text", a string, found {line[:60]!r}'
             ) from error
         examples.append(Example(text, record))
     if not examples:
@@ -95,8 +98,11 @@ class PictureFolder(Pictures):
         return torch.stack([self._read(name) for name, _ in chosen]), [text for _, text in chosen]
 
     def _read(self, name: str) -> Tensor:
-        with Image.open(self.folder / name) as opened:
-            picture = opened.convert("RGB")
+        try:
+            with Image.open(self.folder / name) as opened:
+                picture = opened.convert("RGB")
+        except OSError as error:
+            raise AlignkitError(f"data.pictures: {self.folder / name} cannot be read as a picture ({error})") from error
         edge = min(picture.size)
         left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
         square = picture.crop((left, top, left + edge, top + edge)).resize(

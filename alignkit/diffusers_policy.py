@@ -16,23 +16,30 @@ from torch import Tensor
 from alignkit import diffusion
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Policy, Prompt
+from alignkit.loading import no_progress_bars
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 """The LoRA targets of diffusers' own training scripts."""
 
 
-def load_pipeline(source: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The pipeline at a local folder or hub id. Raises ConfigError if there is none."""
+def check_source(source: str) -> None:
+    """Raise ConfigError for a folder that is missing or holds no pipeline. A hub id is not looked up."""
     folder = Path(source)
     looks_local = folder.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1
     if looks_local and not folder.is_dir():
         raise ConfigError(f"model: {source!r} is no folder and no hub id of the form owner/name")
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise ConfigError(f"model: the folder {source} holds no diffusers pipeline (model_index.json is missing)")
+
+
+def load_pipeline(source: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The pipeline at a local folder or hub id. Raises ConfigError if there is none."""
+    check_source(source)
     try:
         index = DiffusionPipeline.load_config(source)
         optional = {"safety_checker": None} if "safety_checker" in index else {}
-        pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, **optional)
+        with no_progress_bars():
+            pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, **optional)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"model: {source} cannot be loaded as a diffusers pipeline: {reason}") from error

@@ -18,12 +18,13 @@ from PIL import Image
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from alignkit import checkpoint, evaluate
 from alignkit.config import RunConfig, find_bundle, to_toml
 from alignkit.config import load as load_config
 from alignkit.data import open_pictures, read_examples
-from alignkit.diffusers_policy import DiffusersPolicy
+from alignkit.diffusers_policy import DiffusersPolicy, check_source
 from alignkit.environment import environment
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.interfaces import Algorithm, Example, Reward, Sampler, Surrogate
@@ -77,6 +78,7 @@ class Run:
         self.stopping = False
         self._existing = folder is not None
         self._policy: DiffusersPolicy | None = None
+        self._average: Mapping[str, Tensor] = {}
         self._rewards: WeightedRewards | None = None
 
     def stop(self) -> None:
@@ -125,6 +127,9 @@ class Run:
     def check(self) -> None:
         """Find what can be found before any weight loads. Raises ConfigError or PluginError."""
         sampler, algorithm = self.sampler(), self.algorithm()
+        check_source(find_bundle(self.config.model.name).path)
+        if "teacher" in algorithm.needs and self._teacher_source():
+            check_source(self._teacher_source())
         algorithm.check(sampler)
         for steps in self.config.evaluate.steps:
             self.sampler(steps)
@@ -299,6 +304,7 @@ class Run:
         )
         pictures = open_pictures(config.data.pictures, policy.image_size) if "pictures" in algorithm.needs else None
         trainer = Trainer(config, ctx, algorithm, self._prompts(), pictures)
+        self._average = trainer.average
         algorithm.setup(ctx)
         if train.trackers:
             accelerator.init_trackers("alignkit", config=json.loads(json.dumps(asdict(config))))
@@ -389,18 +395,13 @@ class Run:
     # drawing and measuring
 
     def policy(self) -> DiffusersPolicy:
-        """The model with this run's exported or newest average weights; as it comes if nothing was trained."""
-        if self._policy is None or self._existing:
-            policy = self._load_policy(
+        """The model of this run. What is drawn and measured uses the newest average weights, if it was trained."""
+        if self._policy is None:
+            self._policy = self._load_policy(
                 "cuda" if torch.cuda.is_available() and self.config.train.device != "cpu" else "cpu"
             )
-            saved = self._newest_checkpoint()
-            weights = checkpoint.load(saved)["trainer"]["average"] if saved else None
-            if weights is not None:
-                with torch.no_grad():
-                    for name, parameter in policy.weights().items():
-                        parameter.copy_(weights[name])
-            self._policy, self._existing = policy, False
+            if saved := self._newest_checkpoint():
+                self._average = checkpoint.load(saved)["trainer"]["average"]
         return self._policy
 
     def sample(
@@ -417,7 +418,7 @@ class Run:
             part = texts[start : start + self.config.evaluate.batch_size]
             seeds = [(seed, start + i) for i in range(len(part))]
             noises = seeded_noises(policy.latent_shape, sampler.num_steps, seeds).to(policy.device)
-            with torch.no_grad():
+            with torch.no_grad(), policy.using(self._average):
                 images = policy.decode(sample(policy, sampler, policy.encode(part), noises))
             array = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
             pictures += [Image.fromarray(a) for a in array]
@@ -442,7 +443,8 @@ class Run:
 
         with policy.reference():
             before = measure()
-        return evaluate.compare(before, measure())
+        with policy.using(self._average):
+            return evaluate.compare(before, measure())
 
 
 def score(

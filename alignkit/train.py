@@ -30,8 +30,8 @@ class Update:
 
     @property
     def reward(self) -> float:
-        """Mean true reward of what was drawn for this update."""
-        return self.metrics["reward"]
+        """Mean true reward of what was drawn for this update; NaN if nothing was scored for it."""
+        return self.metrics.get("reward", math.nan)
 
 
 class TrainContext(Context):

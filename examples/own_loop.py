@@ -1,7 +1,7 @@
 """A loop of your own from the public parts: best-of-n distillation in one file.
 
-For each prompt draw n pictures, keep the one that the reward likes best, and teach the model to predict its clean latent
-at every step of the sampler. It shows how policy, sampler, walk and reward fit together; it is no tuned method.
+For each prompt draw n pictures, keep the one that the reward likes best, and teach the model to predict its clean
+latent at every step of the sampler. It shows how policy, sampler, walk and reward fit together; it is no tuned method.
 
     python examples/own_loop.py --updates 50
 """

@@ -1,6 +1,6 @@
 """Train, look at the reward, draw: the Python API in one page.
 
-    python examples/quickstart.py
+python examples/quickstart.py
 """
 
 from __future__ import annotations

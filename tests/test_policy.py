@@ -187,7 +187,7 @@ def test_weights_in_half_precision_are_trained_and_run_in_float32(tiny_lcm: Path
 
 
 def test_lora_targets_that_name_no_layer_are_refused(tiny_lcm: Path) -> None:
-    with pytest.raises(ConfigError, match="model.lora_targets"):
+    with pytest.raises(ConfigError, match=r"model\.lora_targets"):
         DiffusersPolicy(str(tiny_lcm), lora_targets=["nowhere"])
 
 

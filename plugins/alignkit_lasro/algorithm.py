@@ -160,7 +160,7 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
                 ctx.log(**{f"pair_accuracy/step{k + 1}": (margin[at & labelled] > 0).float().mean()})
         if not bool(labelled.any()):
             return
-        correlation = float(rank_correlation(scores, scored.rewards.nan_to_num()))
+        correlation = float(rank_correlation(scores, scored.rewards))
         if correlation == correlation:
             ctx.log(pair_accuracy=(margin[labelled] > 0).float().mean(), rank_correlation=correlation)
             self._agreement = correlation if self._agreement is None else 0.9 * self._agreement + 0.1 * correlation
@@ -238,7 +238,8 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
     def loss(self, rows: PolicyRows, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
         assert ctx.surrogate is not None
         states = rows.states
-        loss = states.x.new_zeros(())
+        # With every term switched off it is still a loss: its gradient is zero.
+        loss = states.x.new_zeros((), requires_grad=True)
         metrics: dict[str, Tensor] = {}
         if any(self.step_weights):
             clean = ctx.sampler.transition(ctx.policy, states.x, states.step, states.prompt).clean

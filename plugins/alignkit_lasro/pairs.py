@@ -54,13 +54,15 @@ def drawn(rewards: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, 
     first, second = order[:, 0], order[:, 1]
     rows = torch.arange(len(rewards))
     left, right = rewards[rows, first], rewards[rows, second]
-    return torch.where(left >= right, first, second), torch.where(left >= right, second, first), left != right
+    # NaN compares as False both ways, so a sample that could not be scored is in no pair.
+    better, worse = torch.where(left >= right, first, second), torch.where(left >= right, second, first)
+    return better, worse, (left > right) | (left < right)
 
 
 def rank_correlation(scores: Tensor, rewards: Tensor) -> Tensor:
     """Spearman's coefficient within each group, (N, M) both; the mean over groups in which both vary, NaN if none.
 
-    Ties share their mean rank.
+    Ties share their mean rank. A group with a NaN is left out.
     """
     keep = (rewards.amax(1) > rewards.amin(1)) & (scores.amax(1) > scores.amin(1))
     if not bool(keep.any()):

@@ -32,22 +32,17 @@ class LCD(Algorithm[Noised, Noised]):
     """Where the pseudo-Huber distance turns from quadratic to linear."""
 
     def __post_init__(self) -> None:
-        if self.ode_steps < 1 or 1000 % self.ode_steps:
-            raise ValueError(f"ode_steps is {self.ode_steps}, expected a divisor of 1000")
-
-    @property
-    def distillation(self) -> Distillation:
-        return Distillation(self.ode_steps, self.w_min, self.w_max, self.huber_c)
+        self._distillation = Distillation(self.ode_steps, self.w_min, self.w_max, self.huber_c)
 
     def collect(self, batch: Batch, ctx: Context) -> Noised:
         assert batch.pictures is not None  # needs "pictures"
         latents = ctx.policy.encode_images(batch.pictures)
-        return self.distillation.draw(latents, ctx.policy.encode(batch.captions), ctx)
+        return self._distillation.draw(latents, ctx.policy.encode(batch.captions), ctx)
 
     def updates(self, collected: Noised, ctx: Context) -> Iterator[Noised]:
         yield from collected.split(ctx.rows_per_update)
 
     def loss(self, rows: Noised, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
         assert ctx.teacher is not None  # needs "teacher"
-        value = self.distillation.loss(ctx.policy, ctx.teacher, rows).mean()
+        value = self._distillation.loss(ctx.policy, ctx.teacher, rows).mean()
         return value, {"distillation_loss": value}

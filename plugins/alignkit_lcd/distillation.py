@@ -35,6 +35,12 @@ class Distillation:
     w_max: float = 15.0
     huber_c: float = 1e-3
 
+    def __post_init__(self) -> None:
+        if self.ode_steps < 1 or 1000 % self.ode_steps:
+            raise ValueError(f"ode_steps: found {self.ode_steps}, expected a divisor of 1000")
+        if self.w_min > self.w_max:
+            raise ValueError(f"w_min: found {self.w_min}, expected at most w_max, which is {self.w_max}")
+
     def draw(self, latents: Tensor, prompt: Prompt, ctx: Context) -> Noised:
         """A random solver step, guidance and noise for each latent (N, *S)."""
         count, device = len(latents), latents.device

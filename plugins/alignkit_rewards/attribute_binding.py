@@ -73,18 +73,26 @@ class AttributeBinding(Reward):
             self._choice = yes_no(self._tokenizer)
         self._model.to(device)
 
+    def ask(self, images: Tensor, rows: Tensor, ids: Sequence[Sequence[int]]) -> Tensor:
+        """Logits (Q, 2) of yes and no to the questions `ids` (see `encode`) about the pictures `rows` (Q,)."""
+        size = self._model.config.vision_config.image_size
+        pixels = normalize(resize(images, size, size), CLIP_MEAN, CLIP_STD)
+        features = self._model.vision_model(pixel_values=pixels).last_hidden_state
+        return answers(self._model, self._choice, features, rows, ids, self.questions_per_pass)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of questions, as `ask` takes them."""
+        return encode(self._model, self._tokenizer, texts)
+
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
         asked = [questions(phrases(example)) for example in examples]
         texts = [text for some in asked for text, _ in some]
-        ids = encode(self._model, self._tokenizer, texts)
+        ids = self.encode(texts)
         flat = [(row, not about) for row, some in enumerate(asked) for _, about in some]
         rows, exists = torch.tensor(flat, device=images.device, dtype=torch.long).reshape(-1, 2).unbind(1)
         exists = exists.bool()
 
-        size = self._model.config.vision_config.image_size
-        pixels = normalize(resize(images, size, size), CLIP_MEAN, CLIP_STD)
-        features = self._model.vision_model(pixel_values=pixels).last_hidden_state
-        logits = answers(self._model, self._choice, features, rows, ids, self.questions_per_pass)
+        logits = self.ask(images, rows, ids)
         yes = (logits[:, 0] > logits[:, 1]).float() if self.mode == "hard" else logits.softmax(-1)[:, 0]
 
         def mean(chosen: Tensor) -> Tensor:
@@ -124,6 +132,8 @@ def load_judge(judge: str) -> tuple[Any, Any]:
     """A frozen float32 BlipForQuestionAnswering and its BertTokenizer. Raises ConfigError if there is no such thing."""
     from transformers import AutoConfig, BertTokenizer, BlipConfig, BlipForQuestionAnswering
 
+    from alignkit.loading import no_progress_bars
+
     if judge.startswith(("/", "./", "../", "~")) and not Path(judge).is_dir():
         raise ConfigError(f"attribute_binding: there is no folder {judge!r} to load the judge from; correct the path")
     wanted = "expected a hub id or a folder that holds a BlipForQuestionAnswering and its BertTokenizer"
@@ -131,7 +141,10 @@ def load_judge(judge: str) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(judge)
         if not isinstance(config, BlipConfig):
             raise ConfigError(f"attribute_binding: the judge {judge!r} is a {config.model_type} model; {wanted}")
-        model, report = BlipForQuestionAnswering.from_pretrained(judge, dtype=torch.float32, output_loading_info=True)
+        with no_progress_bars():
+            model, report = BlipForQuestionAnswering.from_pretrained(
+                judge, dtype=torch.float32, output_loading_info=True
+            )
         tokenizer = BertTokenizer.from_pretrained(judge)
     except ConfigError:
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +30,9 @@ class DDIM(Sampler):
             raise ValueError(f"eta is {self.eta}, expected 0 to 1")
 
     def grid(self, policy: Policy) -> Tensor:
-        return torch.arange(1000, 0, -1000 / self.num_steps).round().long()[: self.num_steps] - 1
+        # In NumPy, as diffusers does: torch rounds ties such as 937.5 another way.
+        times = np.arange(1000, 0, -1000 / self.num_steps).round().astype(np.int64) - 1
+        return torch.from_numpy(times[: self.num_steps])
 
     def transition(self, policy: Policy, x: Tensor, k: Tensor, prompt: Prompt) -> Transition:
         grid = torch.cat([self.grid(policy), torch.zeros(1, dtype=torch.long)]).to(x.device)

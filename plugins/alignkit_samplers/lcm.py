@@ -24,6 +24,8 @@ class LCM(Sampler):
     """Solver steps of the distillation. Must be what the checkpoint was distilled with."""
 
     def __post_init__(self) -> None:
+        if not 1 <= self.original_steps <= 1000:
+            raise ValueError(f"original_steps is {self.original_steps}, expected 1 to 1000")
         if not 1 <= self.num_steps <= self.original_steps:
             raise ValueError(f"num_steps is {self.num_steps}, expected 1 to original_steps = {self.original_steps}")
 

@@ -67,7 +67,9 @@ def test_rows_at_different_steps_are_what_they_are_alone(policy: DiffusersPolicy
             assert torch.equal(together.std[row], alone.std)
 
 
-@pytest.mark.parametrize("fields", [{"num_steps": 0}, {"num_steps": 51}, {"original_steps": 0}, {"original_steps": 1001}])
+@pytest.mark.parametrize(
+    "fields", [{"num_steps": 0}, {"num_steps": 51}, {"original_steps": 0}, {"original_steps": 1001}]
+)
 def test_numbers_that_make_no_schedule_are_refused(fields: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="expected"):
         LCM(**fields)

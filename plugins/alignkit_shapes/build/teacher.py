@@ -72,7 +72,7 @@ def average_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parame
                 flat = flat[parameter.numel() :]
 
 
-def train(vae_folder: Path, out: Path, steps: int = 9000, batch: int = 64, lr: float = 1e-3, seed: int = 2) -> None:
+def train(vae_folder: Path, out: Path, steps: int = 2600, batch: int = 96, lr: float = 1.5e-3, seed: int = 2) -> None:
     """Train with `batch` scenes a step, over all processes; saves the average weights as a pipeline every 500 steps."""
     accelerator = Accelerator(cpu=True)
     torch.manual_seed(seed)
@@ -86,11 +86,11 @@ def train(vae_folder: Path, out: Path, steps: int = 9000, batch: int = 64, lr: f
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.04)
     seed += 1000 * accelerator.process_index
-    pool, chance = Pool(vae, 12000, seed), torch.Generator().manual_seed(seed)
+    pool, chance = Pool(vae, 8000, seed), torch.Generator().manual_seed(seed)
     each = batch // accelerator.num_processes
     start, smooth = time.time(), 0.0
     for step in range(steps):
-        latents, captions = pool.batch(each, fresh=4)
+        latents, captions = pool.batch(each, fresh=3)
         dropped = torch.rand(each, generator=chance) < 0.1
         texts = ["" if drop else text for text, drop in zip(captions, dropped, strict=True)]
         ids = words(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -106,7 +106,7 @@ def train(vae_folder: Path, out: Path, steps: int = 9000, batch: int = 64, lr: f
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        decay = min(0.999, (step + 1) / (step + 20))
+        decay = min(0.998, (step + 1) / (step + 20))
         torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1 - decay)
         smooth = loss.item() if step == 0 else 0.98 * smooth + 0.02 * loss.item()
         if accelerator.is_main_process and (step % 100 == 0 or step == steps - 1):

@@ -1,0 +1,83 @@
+"""Stage 6: the numbers of the card, `docs/shapes.md`."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from alignkit.data import read_examples
+from alignkit.interfaces import Example
+from alignkit.rewards import quantize
+from alignkit.rollout import sample, seeded_noises
+from alignkit.run import open_run
+from alignkit_rewards.attribute_binding import AttributeBinding
+from alignkit_rewards.attribute_binding import questions as asked_by
+from alignkit_rewards.phrases import phrases
+from alignkit_shapes.build.judge import question
+from alignkit_shapes.models import FOLDER, WEIGHTS
+from alignkit_shapes.reading import answers, read
+from alignkit_shapes.reward import ShapesReading, things_of
+from alignkit_shapes.scenes import Scene, draw, sample_scene
+
+
+def pictures_of(scenes: list[Scene]) -> Tensor:
+    """Drawings as float (N, 3, 64, 64) in [0, 1]."""
+    return torch.from_numpy(np.stack([draw(s) for s in scenes])).permute(0, 3, 1, 2).float() / 255
+
+
+@torch.no_grad()
+def judge_on_drawings(judge: AttributeBinding, scenes: int = 500, each: int = 6, seed: int = 4242) -> float:
+    """The share of right answers about fresh drawings."""
+    rng = np.random.default_rng(seed)
+    drawn = [sample_scene(rng) for _ in range(scenes)]
+    asked = [question(scene, rng) for scene in drawn for _ in range(each)]
+    rows = torch.arange(scenes).repeat_interleave(each)
+    logits = judge.ask(pictures_of(drawn), rows, judge.encode([text for text, _ in asked]))
+    return float(((logits[:, 0] > logits[:, 1]) == torch.tensor([truth for _, truth in asked])).float().mean())
+
+
+@torch.no_grad()
+def agreement(judge: AttributeBinding, images: Tensor, examples: list[Example]) -> float:
+    """The share of the reward's questions that judge and reading answer alike about sampled pictures."""
+    asked = [asked_by(phrases(example)) for example in examples]
+    rows = torch.tensor([row for row, some in enumerate(asked) for _ in some])
+    logits = judge.ask(images, rows, judge.encode([text for some in asked for text, _ in some]))
+    pixels = (images.permute(0, 2, 3, 1) * 255).round().byte().numpy()
+    truth = [reply for p, e in zip(pixels, examples, strict=True) for reply in answers(read(p), things_of(e.text))]
+    return float(((logits[:, 0] > logits[:, 1]) == torch.tensor(truth)).float().mean())
+
+
+@torch.no_grad()
+def draw_prompts(model: str, steps: int, examples: list[Example], seed: int = 1000) -> Tensor:
+    """One picture a prompt, quantised as a file would be."""
+    run = open_run(model)
+    policy, sampler = run.policy(), run.sampler(steps)
+    parts = []
+    for start in range(0, len(examples), 50):
+        part = examples[start : start + 50]
+        noises = seeded_noises(policy.latent_shape, steps, [(seed, start + i) for i in range(len(part))])
+        parts.append(policy.decode(sample(policy, sampler, policy.encode([e.text for e in part]), noises)))
+    return quantize(torch.cat(parts))
+
+
+def measure(limit: int = 200) -> None:
+    """Print judge accuracy, and for each model and number of steps judge, reading and how often they agree."""
+    examples = read_examples(FOLDER / "prompts" / "held_out.txt")[:limit]
+    judge, reading = AttributeBinding(judge=str(WEIGHTS / "judge")), ShapesReading()
+    judge.load(torch.device("cpu"))
+    console = Console(width=120)
+    console.print(f"judge on 3000 questions about fresh drawings: {judge_on_drawings(judge):.4f} right")
+    table = Table("model", "steps", "judge", "reading", "exact", "agreement", title=f"{len(examples)} held-out prompts")
+    jobs = [("shapes_teacher", 25)] + [("shapes_lcm", k) for k in (1, 2, 4, 8)]
+    for model, steps in jobs:
+        images = draw_prompts(model, steps, examples)
+        with torch.no_grad():
+            judged, read_off = judge(images, examples), reading(images, examples)
+        means = [judged.values.mean(), read_off.values.mean(), read_off.parts["exact"].mean()]
+        table.add_row(
+            model, str(steps), *(f"{float(m):.3f}" for m in means), f"{agreement(judge, images, examples):.3f}"
+        )
+    console.print(table)

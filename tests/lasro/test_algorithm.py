@@ -1,0 +1,290 @@
+"""LaSRO: what it collects, what each of its two kinds of update may change, and that it works on a toy reward."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from alignkit.errors import ConfigError
+from alignkit.run import Run
+from alignkit.train import Trainer
+from alignkit_lasro.algorithm import Collected, LaSRO
+from alignkit_samplers.lcm import LCM
+
+MakeRun = Callable[..., Run]
+
+
+@pytest.fixture
+def make_trainer(tiny_run: MakeRun) -> Callable[..., Trainer]:
+    def make(overrides: Mapping[str, Any] | None = None) -> Trainer:
+        run = tiny_run(overrides=overrides)
+        trainer, _ = run._build(run._accelerator())
+        return trainer
+
+    return make
+
+
+def collect(trainer: Trainer) -> Collected:
+    with torch.no_grad():
+        collected = trainer.algorithm.collect(trainer.batch(), trainer.ctx)
+    trainer.batches += 1
+    assert isinstance(collected, Collected)
+    return collected
+
+
+def tensors(trainer: Trainer) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """Copies of what the policy trains, of the surrogate, and of all that is frozen."""
+    ctx = trainer.ctx
+    assert ctx.surrogate is not None and ctx.teacher is not None
+    parts = [ctx.policy.vae, ctx.policy.pipe.text_encoder, ctx.teacher.unet, ctx.teacher.vae]  # type: ignore[attr-defined]
+    frozen = [p for p in ctx.policy.unet.parameters() if not p.requires_grad]  # type: ignore[attr-defined]
+    frozen += [p for part in parts for p in part.parameters()]
+    columns = (ctx.policy.parameters(), list(ctx.surrogate.module().parameters()), frozen)
+    return tuple([p.detach().clone() for p in column] for column in columns)  # type: ignore[return-value]
+
+
+def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_the_normalised_score_is_golden_and_bounded_above_alone() -> None:
+    method = LaSRO()
+    method._mean, method._level = [0.5, 0.5], [2.5, 2.5]
+    scores = torch.tensor([-2.0, 0.0, 1.0, 3.0], requires_grad=True)
+    loss = -method.normalised(scores, torch.tensor([0, 1, 0, 1]))
+    assert loss.tolist() == [1.25, 0.25, -0.25, -1.0]
+    loss.sum().backward()
+    assert scores.grad is not None and scores.grad.tolist() == [-0.5, -0.5, -0.5, 0.0]
+
+
+def test_each_step_is_normalised_by_its_own_trackers() -> None:
+    method = LaSRO()
+    method._mean, method._level = [0.0, 10.0], [1.0, 20.0]
+    assert method.normalised(torch.tensor([0.5, 15.0]), torch.tensor([0, 1])).tolist() == [0.5, 0.5]
+
+
+def test_the_trackers_start_at_the_first_round_and_then_move_slowly(make_trainer: Callable[..., Trainer]) -> None:
+    trainer = make_trainer()
+    method, ctx = trainer.algorithm, trainer.ctx
+    assert isinstance(method, LaSRO) and ctx.surrogate is not None
+    with torch.no_grad():
+        ctx.surrogate.module().head[-1].weight.normal_(generator=torch.Generator().manual_seed(0))  # type: ignore[index, operator, union-attr]
+    states = collect(trainer).states
+    scores = ctx.surrogate.score(states.clean, states.prompt)
+    method._track(states, ctx)
+    for k in (0, 1):
+        at = scores[states.step == k]
+        assert method._mean[k] == pytest.approx(float(at.mean()), rel=1e-4)
+        assert method._level[k] == pytest.approx(float(at.quantile(0.95)), rel=1e-4)
+    method._mean, method._level = [0.0, 0.0], [0.0, 0.0]
+    method._track(states, ctx)
+    assert method._mean[1] == pytest.approx(0.01 * float(scores[states.step == 1].mean()), rel=1e-3)
+
+
+def test_groups_hold_samples_of_one_prompt_and_one_step_with_the_rewards_of_their_pictures(
+    make_trainer: Callable[..., Trainer],
+) -> None:
+    trainer = make_trainer()
+    collected, policy = collect(trainer), trainer.ctx.policy
+    assert collected.scored.latents.shape == (4, 3, 4, 8, 8) and collected.scored.step.tolist() == [0, 0, 1, 1]
+    assert collected.scored.text.tolist() == [0, 1, 0, 1] and len(collected.texts) == 2
+    for group in range(4):
+        expected = policy.decode(collected.scored.latents[group]).mean((1, 2, 3))
+        assert torch.allclose(collected.scored.rewards[group], expected, atol=3e-3)  # of 8-bit pictures
+    # The states of a group lead to its clean latents, under its own text and at its own step.
+    states = collected.states
+    for row in range(len(states)):
+        one = states.select(torch.tensor([row]))
+        with torch.no_grad():
+            clean = trainer.ctx.sampler.transition(policy, one.x, one.step, one.prompt).clean
+        group, member = divmod(row, 3)
+        assert torch.allclose(clean[0], collected.scored.latents[group, member], rtol=1e-3, atol=1e-2)
+        text = policy.encode([collected.texts[int(collected.scored.text[group])]])
+        assert torch.allclose(one.prompt.features, text.features, atol=1e-5)
+
+
+def test_a_step_of_the_policy_changes_the_policy_alone_and_one_of_the_surrogate_the_surrogate_alone(
+    make_trainer: Callable[..., Trainer],
+) -> None:
+    trainer = make_trainer()
+    collected = collect(trainer)
+    policy, surrogate, frozen = tensors(trainer)
+    trainer._update_surrogate(collected)
+    after_policy, after_surrogate, after_frozen = tensors(trainer)
+    assert equal(policy, after_policy) and equal(frozen, after_frozen) and not equal(surrogate, after_surrogate)
+    for rows in trainer.algorithm.updates(collected, trainer.ctx):
+        trainer._update_policy(rows)
+    last_policy, last_surrogate, last_frozen = tensors(trainer)
+    assert equal(after_surrogate, last_surrogate) and equal(frozen, last_frozen) and not equal(policy, last_policy)
+
+
+def test_with_every_term_switched_off_the_policy_stays_as_it_is(make_trainer: Callable[..., Trainer]) -> None:
+    trainer = make_trainer({"algorithm.step_weights": [0.0, 0.0], "algorithm.distillation_weight": 0.0})
+    before = [p.detach().clone() for p in trainer.ctx.policy.parameters()]
+    for _ in range(2):
+        list(trainer.round())
+    assert trainer.ctx.update == 1  # the first round is the surrogate's warm-up
+    assert equal(before, [p.detach() for p in trainer.ctx.policy.parameters()])
+
+
+def test_without_distillation_neither_teacher_nor_pictures_are_needed() -> None:
+    assert LaSRO().needs == {"surrogate", "teacher", "pictures"}
+    assert LaSRO(distillation_weight=0).needs == {"surrogate"}
+
+
+def test_a_step_weight_of_zero_leaves_the_states_of_that_step_without_gradient(
+    make_trainer: Callable[..., Trainer],
+) -> None:
+    trainer = make_trainer({"algorithm.step_weights": [0.0, 1.0], "algorithm.distillation_weight": 0.0})
+    collected = collect(trainer)
+    trainer._update_surrogate(collected)
+    (rows,) = trainer.algorithm.updates(collected, trainer.ctx)
+    assert not rows.states.x.requires_grad  # each step starts from a state without history
+    for step, moves in ((0, False), (1, True)):
+        states = collected.states.select((collected.states.step == step).nonzero()[:, 0])
+        value, _ = trainer.algorithm.loss(replace(rows, states=states), trainer.ctx)
+        gradients = torch.autograd.grad(value, trainer.ctx.policy.parameters(), allow_unused=True)
+        assert any(g is not None and bool((g != 0).any()) for g in gradients) == moves
+
+
+def test_one_pass_of_all_rows_has_the_gradient_of_several_passes(make_trainer: Callable[..., Trainer]) -> None:
+    trainer = make_trainer({"train.rows_per_update": 7})
+    collected = collect(trainer)
+    trainer._update_surrogate(collected)
+    (rows,) = trainer.algorithm.updates(collected, trainer.ctx)
+    assert len(rows) == 7 and rows.noised is not None and len(rows.noised) == 7
+    found = []
+    for size in (7, 3, 1):
+        trainer.config = replace(trainer.config, train=replace(trainer.config.train, rows_per_pass=size))
+        means = trainer._backward(rows, lambda part: trainer.algorithm.loss(part, trainer.ctx))
+        found.append((means["loss"], [p.grad.clone() for p in trainer.ctx.policy.parameters() if p.grad is not None]))
+        trainer.optimizer.zero_grad()
+    for loss, gradients in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-4)
+        largest = max(float(g.abs().max()) for g in found[0][1])
+        assert all(torch.allclose(a, b, atol=1e-3 * largest) for a, b in zip(gradients, found[0][1], strict=True))
+
+
+@pytest.mark.parametrize("pairs", ["extremes", "drawn"])
+def test_pairs_are_of_the_true_reward_and_under_their_own_text(
+    make_trainer: Callable[..., Trainer], pairs: str
+) -> None:
+    trainer = make_trainer({"algorithm.pairs": pairs, "algorithm.pairs_per_update": 6})
+    for _ in range(4):
+        collected = collect(trainer)
+    policy = trainer.ctx.policy
+    memory = trainer.algorithm._memory  # type: ignore[attr-defined]
+    updates = list(trainer.algorithm.surrogate_updates(collected, trainer.ctx))
+    assert len(updates) == 2
+    for rows in updates:
+        assert 6 <= len(rows) <= 9
+        better, worse = (policy.decode(x).mean((1, 2, 3)) for x in (rows.winner, rows.loser))
+        assert bool((better > worse - 1e-3).all()) and float((better - worse).mean()) > 1e-3
+        for row in range(len(rows)):
+            where = [
+                (names[int(scored.text[g])])
+                for scored, names in memory
+                for g in range(len(scored))
+                if any(torch.equal(rows.winner[row], x) for x in scored.latents[g])
+            ]
+            assert len(where) == 1
+            features = policy.encode(where).features
+            assert torch.allclose(rows.prompt.features[row], features[0], atol=1e-5)
+
+
+def test_no_more_rounds_are_kept_than_replay_says(make_trainer: Callable[..., Trainer]) -> None:
+    trainer = make_trainer({"algorithm.replay": 2})
+    seen = [collect(trainer).scored.latents for _ in range(3)]
+    memory = trainer.algorithm._memory  # type: ignore[attr-defined]
+    assert len(memory) == 2
+    assert all(torch.equal(kept.latents, latents) for (kept, _), latents in zip(memory, seen[1:], strict=True))
+
+
+def test_the_state_of_the_method_comes_back_whole(make_trainer: Callable[..., Trainer]) -> None:
+    trainer = make_trainer()
+    for _ in range(2):
+        collected = collect(trainer)
+    trainer._update_surrogate(collected)
+    list(trainer.algorithm.updates(collected, trainer.ctx))
+    other = LaSRO(samples=3)
+    other.load_state_dict(copy.deepcopy(trainer.algorithm.state_dict()))
+    assert str(other.state_dict()) == str(trainer.algorithm.state_dict())
+    chance = trainer.ctx.generator.get_state()
+    drawn = [list(trainer.algorithm.surrogate_updates(collected, trainer.ctx))]
+    trainer.ctx.generator.set_state(chance)
+    drawn.append(list(other.surrogate_updates(collected, trainer.ctx)))
+    assert all(torch.equal(a.winner, b.winner) for a, b in zip(*drawn, strict=True))
+
+
+@pytest.mark.parametrize("fields", [{"samples": 1}, {"percentile": 0.0}, {"replay": 0}, {"pairs_per_update": 0}])
+def test_settings_that_cannot_learn_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        LaSRO(**fields)
+
+
+def test_a_number_of_weights_that_is_not_the_number_of_steps_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"found 2 weights for sampler\.num_steps = 4"):
+        LaSRO().check(LCM(4))
+
+
+REWARDS = """
+    from alignkit import hookimpl
+
+    @hookimpl
+    def register_rewards(register):
+        register("constant", "odd_rewards.rewards:Constant", "The same for every picture")
+        register("partial", "odd_rewards.rewards:Partial", "Every second picture cannot be scored")
+        register("unscored", "odd_rewards.rewards:Unscored", "No picture can be scored")
+"""
+
+REWARD_CLASSES = """
+    import torch
+    from alignkit.interfaces import Reward, Scores
+
+
+    class Constant(Reward):
+        def __call__(self, images, examples):
+            return torch.ones(len(images), dtype=torch.long)
+
+
+    class Partial(Reward):
+        def __call__(self, images, examples):
+            return Scores(images.mean((1, 2, 3)), torch.arange(len(images)) % 2 == 0)
+
+
+    class Unscored(Reward):
+        def __call__(self, images, examples):
+            return Scores(images.mean((1, 2, 3)), torch.zeros(len(images), dtype=torch.bool))
+"""
+
+
+@pytest.mark.parametrize("reward", ["constant", "partial", "unscored"])
+def test_a_reward_that_tells_little_or_nothing_apart_breaks_nothing(
+    tiny_run: MakeRun, plugins: Any, reward: str
+) -> None:
+    plugins.install("odd_rewards", REWARDS, rewards=REWARD_CLASSES)
+    run = tiny_run(overrides={"reward": [reward], "train.updates": 2})
+    updates = list(run.train())
+    assert all(torch.isfinite(torch.tensor(u.metrics["loss"])) for u in updates)
+    assert ("surrogate_loss" in updates[-1].metrics) == (reward == "partial")
+    assert all(v == v for u in updates for n, v in u.metrics.items() if not n.startswith("reward"))
+
+
+def test_the_true_reward_rises_on_a_toy_reward(make_trainer: Callable[..., Trainer]) -> None:
+    """The reward is how far the first three channels of the latent lie above zero; it never gives a gradient."""
+    trainer = make_trainer({
+        "algorithm.distillation_weight": 0.0, "algorithm.samples": 4, "data.batch_size": 4, "model.lora_rank": 8,
+        "train.updates": 20, "train.rows_per_update": 16, "train.learning_rate": 1e-2,
+        "surrogate.warmup": 6, "surrogate.learning_rate": 1e-3,
+    })  # fmt: skip
+    trainer.ctx.policy.decode = lambda latents: (latents[:, :3] / 20).sigmoid()  # type: ignore[method-assign]
+    updates = []
+    while not trainer.finished:
+        updates += [update for update in trainer.round() if update.step]
+    rewards = [update.reward for update in updates]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:3]) / 3 + 0.02

@@ -1,0 +1,171 @@
+"""The latent consistency distillation loss: closed forms, limits, and where the gradient goes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from torch import Tensor
+
+from alignkit.diffusers_policy import DiffusersPolicy
+from alignkit.interfaces import Policy, Prompt
+from alignkit.run import Run
+from alignkit_lasro.algorithm import LaSRO
+from alignkit_lcd.algorithm import LCD
+from alignkit_lcd.distillation import Distillation, Noised, pseudo_huber
+
+SD = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod
+
+
+class Analytic(Policy):
+    """The exact answer for data that is unit normal: the noise in x at t is sigma x."""
+
+    def __init__(self) -> None:
+        self.latent_shape, self.device, self.guidance = (4, 8, 8), torch.device("cpu"), 0.0
+
+    def schedule(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return SD[t].sqrt(), (1 - SD[t]).sqrt()
+
+    def denoise(self, x: Tensor, t: Tensor, prompt: Prompt, guidance: Tensor | None = None) -> Tensor:
+        return self.schedule(t)[0].view(-1, 1, 1, 1) * x
+
+    def encode(self, texts: Sequence[str]) -> Prompt:
+        return Prompt(torch.zeros(1, 1, 1), torch.zeros(len(texts), dtype=torch.long))
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        return images
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return []
+
+    def weights(self) -> dict[str, Tensor]:
+        return {}
+
+    def using(self, weights: Mapping[str, Tensor]) -> Any:
+        return nullcontext()
+
+    def reference(self) -> Any:
+        return nullcontext()
+
+
+def rows(prompt: Prompt, level: Sequence[int], guidance: Sequence[float], seed: int = 0) -> Noised:
+    generator = torch.Generator().manual_seed(seed)
+    latents, noise = torch.randn(2, len(level), 4, 8, 8, generator=generator)
+    return Noised(latents, prompt, noise, torch.tensor(level), torch.tensor(guidance))
+
+
+def test_one_step_of_the_analytic_teacher_is_a_rotation() -> None:
+    """Levels are angles, cos of which is alpha; the step from one to the next multiplies by the cosine between them."""
+    policy = Analytic()
+    for t, t_next, golden in [(999, 979, 0.99996257), (499, 479, 0.99954444), (19, 0, 0.99454588)]:
+        given = rows(policy.encode(["a"]), [(t + 1) // 20], [0.0])
+        z, found, z_next, found_next = Distillation().solve(policy, given)
+        assert (int(found), int(found_next)) == (t, t_next)
+        assert torch.allclose(z_next, golden * z, rtol=1e-5, atol=1e-6)
+    z, _, z_next, _ = Distillation(ode_steps=2).solve(policy, rows(policy.encode(["a"]), [2], [0.0]))
+    assert torch.allclose(z_next, 0.88388945 * z, rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_difference_between_text_and_no_text_the_guidance_has_no_effect(tiny_teacher: Path) -> None:
+    teacher = DiffusersPolicy(str(tiny_teacher), trainable=False, guidance=0.0)
+    targets = [
+        Distillation().solve(teacher, rows(teacher.encode(["", ""]), [3, 40], [w, w]))[2] for w in (0.0, 5.0, 15.0)
+    ]
+    assert torch.allclose(targets[0], targets[1], atol=1e-4) and torch.allclose(targets[0], targets[2], atol=1e-4)
+    guided = [Distillation().solve(teacher, rows(teacher.encode(["a red circle"]), [40], [w]))[2] for w in (0.0, 5.0)]
+    assert not torch.allclose(guided[0], guided[1], atol=1e-4)
+
+
+def test_without_guidance_the_solver_step_is_that_of_plain_ddim(tiny_teacher: Path) -> None:
+    teacher = DiffusersPolicy(str(tiny_teacher), trainable=False, guidance=0.0)
+    given = rows(teacher.encode(["a red circle"]), [40], [0.0])
+    z, t, z_next, _ = Distillation().solve(teacher, given)
+    scheduler = DDIMScheduler.from_config(teacher.pipe.scheduler.config)
+    scheduler.set_timesteps(50)
+    with torch.no_grad():
+        output = teacher.unet(z, t, given.prompt.features).sample
+    expected = scheduler.step(output, int(t), z, eta=0.0).prev_sample
+    assert torch.allclose(z_next, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_guidance_is_that_of_the_paper(tiny_teacher: Path) -> None:
+    """RG-LCD, Eq. 9: z + (1 + w) Psi(z, c) - w Psi(z, ""), with Psi the plain step minus z."""
+    teacher = DiffusersPolicy(str(tiny_teacher), trainable=False, guidance=0.0)
+    level = [3, 25, 50]
+    z, _, guided, _ = Distillation().solve(teacher, rows(teacher.encode(["a red circle"] * 3), level, [3.0] * 3))
+    _, _, with_text, _ = Distillation().solve(teacher, rows(teacher.encode(["a red circle"] * 3), level, [0.0] * 3))
+    _, _, without, _ = Distillation().solve(teacher, rows(teacher.encode([""] * 3), level, [0.0] * 3))
+    assert torch.allclose(guided, z + 4 * (with_text - z) - 3 * (without - z), rtol=1e-4, atol=1e-4)
+
+
+def test_at_the_last_level_the_target_is_the_solver_result_whatever_the_student_says(
+    tiny_lcm: Path, tiny_teacher: Path
+) -> None:
+    torch.manual_seed(0)
+    student = DiffusersPolicy(str(tiny_lcm), lora_rank=4)
+    teacher = DiffusersPolicy(str(tiny_teacher), trainable=False, guidance=0.0)
+    given = rows(student.encode(["a red circle"] * 2), [1, 1], [5.0, 7.0])
+    z, t, z_next, t_next = Distillation().solve(teacher, given)
+    assert t.tolist() == [19, 19] and t_next.tolist() == [0, 0]
+    with torch.no_grad():
+        assert torch.equal(student.denoise(z_next, t_next, given.prompt, given.guidance), z_next)
+        prediction = student.denoise(z, t, given.prompt, given.guidance)
+        found = Distillation().loss(student, teacher, given)
+    assert torch.equal(found, pseudo_huber(prediction - z_next, 1e-3).flatten(1).mean(1))
+
+
+def test_the_gradient_reaches_the_student_through_its_prediction_alone(tiny_lcm: Path, tiny_teacher: Path) -> None:
+    torch.manual_seed(0)
+    student = DiffusersPolicy(str(tiny_lcm), lora_rank=4)
+    teacher = DiffusersPolicy(str(tiny_teacher), lora_rank=0, guidance=0.0)  # trainable, so that a leak would show
+    given = rows(student.encode(["a red circle"] * 2), [10, 40], [5.0, 7.0])
+    Distillation().loss(student, teacher, given).mean().backward()
+    found = [p.grad.clone() for p in student.parameters() if p.grad is not None]
+    assert len(found) == len(student.parameters())
+    assert all(p.grad is None for p in teacher.parameters())
+
+    for p in student.parameters():
+        p.grad = None
+    z, t, z_next, t_next = Distillation().solve(teacher, given)
+    with torch.no_grad():
+        target = student.denoise(z_next, t_next, given.prompt, given.guidance)
+    prediction = student.denoise(z, t, given.prompt, given.guidance)
+    pseudo_huber(prediction - target, 1e-3).mean().backward()
+    assert all(torch.allclose(a, p.grad, atol=1e-7) for a, p in zip(found, student.parameters(), strict=True))
+    assert torch.equal(
+        Distillation().loss(student, teacher, given, target=target), Distillation().loss(student, teacher, given)
+    )
+
+
+def test_the_pseudo_huber_distance_is_golden() -> None:
+    u = torch.tensor([0, 1e-3, 1e-2, 1], dtype=torch.float64, requires_grad=True)
+    distance = pseudo_huber(u, 1e-3)
+    assert distance.tolist() == pytest.approx([0, 4.14213562e-4, 9.04987562e-3, 0.9990005], rel=1e-6)
+    (slope,) = torch.autograd.grad(distance.sum(), u)
+    assert slope[0] == 0 and bool((slope.abs() <= 1).all())
+
+
+@pytest.mark.parametrize(
+    "fields", [{"ode_steps": 0}, {"ode_steps": 30}, {"ode_steps": 2000}, {"w_min": 3.0, "w_max": 1.0}]
+)
+def test_settings_that_make_no_solver_are_refused(fields: dict[str, Any]) -> None:
+    for method in (LCD, LaSRO):
+        with pytest.raises(ValueError, match=r"ode_steps|w_min"):
+            method(**fields)
+
+
+def test_the_plain_method_trains_without_scoring_a_picture(tiny_run: Callable[..., Run]) -> None:
+    run = tiny_run(overrides={"algorithm.name": "lcd", "train.updates": 2, "evaluate.prompts": ""})
+    updates = list(run.train())
+    assert [u.step for u in updates] == [1, 2]
+    assert all(u.metrics["distillation_loss"] > 0 and u.metrics["grad_norm"] > 0 for u in updates)
+    assert all(math.isnan(u.reward) for u in updates)

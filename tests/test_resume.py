@@ -1,0 +1,202 @@
+"""How runs go on after whatever ended them, bit for bit, and that two of them share nothing."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import alignkit
+from alignkit import checkpoint
+from alignkit.config import to_toml
+from alignkit.errors import PluginError
+from alignkit.run import Run
+
+MakeRun = Callable[..., Run]
+
+
+def flat(value: Any, where: str = "") -> dict[str, Any]:
+    """Every leaf of a nested state, tensors as bytes."""
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, item in items for k, v in flat(item, f"{where}.{key}").items()}
+    return {where: (str(value.dtype), value.numpy().tobytes()) if isinstance(value, torch.Tensor) else value}
+
+
+def final_state(folder: Path) -> dict[str, Any]:
+    saved = checkpoint.latest(folder / "checkpoints")
+    assert saved is not None
+    return flat(checkpoint.load(saved))
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records, without what is measured in seconds."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What a finished run leaves to be taken away."""
+    paths = [*folder.glob("*.safetensors"), *folder.glob("samples/*.png")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def assert_same(folder: Path, other: Path) -> None:
+    assert final_state(folder) == final_state(other)
+    assert metrics(folder) == metrics(other)
+    assert files(folder) == files(other)
+
+
+def stop_after(run: Run, updates: int) -> None:
+    for update in run.train():
+        if update.step == updates:
+            run.stop()
+
+
+def test_a_stopped_run_that_is_resumed_ends_with_the_same_bits(tiny_run: MakeRun) -> None:
+    overrides = {"train.updates": 5, "evaluate.every": 2, "train.keep_checkpoints": 3}
+    unbroken, broken = tiny_run("unbroken", overrides), tiny_run("broken", overrides)
+    assert [u.step for u in unbroken.train()] == [1, 2, 3, 4, 5]
+    stop_after(broken, 3)
+    assert not list(broken.folder.glob("*.safetensors"))
+    assert [u.step for u in alignkit.load(resume=broken.folder).train()] == [4, 5]
+    assert_same(unbroken.folder, broken.folder)
+
+
+def test_a_run_that_was_left_between_checkpoints_goes_back_to_the_last(tiny_run: MakeRun) -> None:
+    unbroken, broken = tiny_run("unbroken"), tiny_run("broken")
+    list(unbroken.train())
+    for update in broken.train():
+        if update.step == 3:
+            break
+    resumed = alignkit.load(resume=broken.folder)
+    resumed.sample(["a red circle"])  # to look at the state in between is no reason to lose it
+    assert [u.step for u in resumed.train()] == [3, 4]
+    assert_same(unbroken.folder, broken.folder)
+
+
+def test_full_fine_tuning_resumes_with_the_same_bits_and_is_exported_whole(tiny_run: MakeRun) -> None:
+    overrides = {"model.lora_rank": 0, "train.updates": 2, "train.checkpoint_every": 1}
+    unbroken, broken = tiny_run("unbroken", overrides), tiny_run("broken", overrides)
+    list(unbroken.train())
+    stop_after(broken, 1)
+    list(alignkit.load(resume=broken.folder).train())
+    assert_same(unbroken.folder, broken.folder)
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        assert (unbroken.folder / "unet" / name).read_bytes() == (broken.folder / "unet" / name).read_bytes()
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(tiny_run: MakeRun) -> None:
+    finished = tiny_run()
+    list(finished.train())
+    before = (metrics(finished.folder), final_state(finished.folder), files(finished.folder))
+    assert list(alignkit.load(resume=finished.folder).train()) == []
+    assert (metrics(finished.folder), final_state(finished.folder), files(finished.folder)) == before
+
+
+def test_two_runs_in_one_process_do_not_influence_each_other(tiny_run: MakeRun) -> None:
+    other = {"seed": 5, "train.learning_rate": 1e-2, "sampler.num_steps": 1, "algorithm.step_weights": [1.0]}
+    alone = [tiny_run("a"), tiny_run("b", other)]
+    for run in alone:
+        list(run.train())
+    together = [tiny_run("c"), tiny_run("d", other)]
+    for _ in itertools.zip_longest(*(run.train() for run in together)):
+        torch.rand(1)  # nor does it matter what their surroundings draw
+    for one, same in zip(alone, together, strict=True):
+        assert_same(one.folder, same.folder)
+
+
+def test_the_same_run_twice_gives_the_same_bits_and_another_seed_others(tiny_run: MakeRun) -> None:
+    runs = [tiny_run("a"), tiny_run("b"), tiny_run("c", {"seed": 1})]
+    for run in runs:
+        list(run.train())
+    assert_same(runs[0].folder, runs[1].folder)
+    assert files(runs[0].folder) != files(runs[2].folder)
+
+
+FAULTY = """
+    from alignkit import hookimpl
+
+    @hookimpl
+    def register_rewards(register):
+        for name in ("Raises", "Nan", "Wide"):
+            register(name.lower(), f"faulty.rewards:{name}", "Breaks at the ninth call")
+"""
+
+FAULTY_REWARDS = """
+    import torch
+    from alignkit.interfaces import Reward
+
+
+    class Faulty(Reward):
+        calls = 0
+
+        def __call__(self, images, examples):
+            self.calls += 1
+            values = images.mean((1, 2, 3))
+            return values if self.calls < 9 else self.fault(values)
+
+
+    class Raises(Faulty):
+        def fault(self, values):
+            raise RuntimeError("no judge today\\nat all")
+
+
+    class Nan(Faulty):
+        def fault(self, values):
+            return values * torch.nan
+
+
+    class Wide(Faulty):
+        def fault(self, values):
+            return values[:, None]
+"""
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"), [("raises", "no judge today"), ("nan", "finite"), ("wide", r"shape \(6, 1\)")]
+)
+def test_a_reward_that_breaks_is_named_in_one_line_and_the_last_checkpoint_survives(
+    tiny_run: MakeRun, plugins: Any, reward: str, message: str
+) -> None:
+    plugins.install("faulty", FAULTY, rewards=FAULTY_REWARDS)
+    run = tiny_run(overrides={"reward": [reward], "evaluate.prompts": "", "train.updates": 9})
+    with pytest.raises(PluginError, match=message) as caught:
+        list(run.train())
+    assert f"'{reward}'" in str(caught.value) and "\n" not in str(caught.value)
+    saved = checkpoint.latest(run.folder / "checkpoints")
+    assert saved is not None and saved.name == "000002"
+    assert checkpoint.load(saved)["trainer"]["update"] == 2
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_goes_on_to_the_same_bits(tiny_run: MakeRun, plugins: Any) -> None:
+    overrides = {"train.updates": 8, "train.checkpoint_every": 1}
+    unbroken, broken = tiny_run("unbroken", overrides), tiny_run("broken", overrides)
+    list(unbroken.train())
+    settings = broken.folder.parent / "broken.toml"
+    settings.write_text(to_toml(broken.config))
+    code = (
+        f"import sys; sys.path.insert(0, {str(plugins.path)!r}); import torch; torch.set_num_threads("
+        f"{torch.get_num_threads()}); import alignkit; list(alignkit.load({str(settings)!r}).train())"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    limit = time.monotonic() + 120
+    while not (broken.folder / "checkpoints" / "000003").exists():
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (broken.folder / "pytorch_lora_weights.safetensors").exists()
+    steps = [u.step for u in alignkit.load(resume=broken.folder).train()]
+    assert steps[0] >= 4 and steps[-1] == 8
+    assert_same(unbroken.folder, broken.folder)

@@ -1,0 +1,117 @@
+"""The loop: its batches, its averages, its own state."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from alignkit.data import Stream
+from alignkit.errors import AlignkitError
+from alignkit.run import Run
+from alignkit.train import Trainer, Update
+
+MakeRun = Callable[..., Run]
+
+
+@pytest.fixture
+def make_trainer(tiny_run: MakeRun) -> Callable[..., Trainer]:
+    def make(overrides: Mapping[str, Any] | None = None) -> Trainer:
+        run = tiny_run(overrides=overrides)
+        trainer, _ = run._build(run._accelerator())
+        return trainer
+
+    return make
+
+
+def test_batches_follow_the_stream_of_the_seed(make_trainer: Callable[..., Trainer]) -> None:
+    trainer = make_trainer({"seed": 3})
+    found = []
+    for trainer.batches in range(4):
+        batch = trainer.batch()
+        found += [e.text for e in batch.examples]
+        assert batch.pictures is not None and len(batch.pictures) == len(batch.captions) == 4
+    assert found == [trainer._examples[i].text for i in Stream(5, 3).indices(0, 8)]
+
+
+def test_rounds_warm_the_surrogate_up_before_the_policy_learns(make_trainer: Callable[..., Trainer]) -> None:
+    trainer = make_trainer({"surrogate.warmup": 2, "algorithm.policy_steps": 2, "train.updates": 3})
+    before = [p.detach().clone() for p in trainer.ctx.policy.parameters()]
+    assert [u.step for _ in range(2) for u in trainer.round()] == [0, 0]
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.ctx.policy.parameters(), strict=True))
+    assert not trainer.warming_up
+    steps = [u.step for _ in range(2) for u in trainer.round()]
+    assert steps == [1, 2, 3] and trainer.finished  # a round ends early with the run
+
+
+def test_the_average_follows_the_trained_weights_with_its_decay(make_trainer: Callable[..., Trainer]) -> None:
+    trainer = make_trainer({"train.ema_decay": 0.75, "surrogate.warmup": 0})
+    weights = [{n: p.detach().clone() for n, p in trainer.ctx.policy.weights().items()}]
+    for _ in range(2):
+        list(trainer.round())
+        weights.append({n: p.detach().clone() for n, p in trainer.ctx.policy.weights().items()})
+    for name, average in trainer.average.items():
+        first, second, third = (w[name] for w in weights)
+        assert torch.allclose(average, 0.75 * (0.75 * first + 0.25 * second) + 0.25 * third, atol=1e-6)
+
+
+def test_an_update_that_nothing_was_scored_for_has_no_reward() -> None:
+    assert math.isnan(Update(1, {"loss": 0.0}).reward) and Update(1, {"reward": 0.5}).reward == 0.5
+
+
+def test_metrics_are_averaged_over_an_update_and_then_forgotten(make_trainer: Callable[..., Trainer]) -> None:
+    ctx = make_trainer().ctx
+    ctx.log(a=1.0, b=torch.tensor(4.0))
+    ctx.log(a=2.0)
+    assert ctx.take_metrics() == {"a": 1.5, "b": 4.0} and ctx.take_metrics() == {}
+    ctx.warn("twice")
+    ctx.warn("twice")
+    assert ctx.warnings == ["twice"]
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_it_reaches_the_weights(
+    make_trainer: Callable[..., Trainer],
+) -> None:
+    trainer = make_trainer({"surrogate.warmup": 0})
+    before = [p.detach().clone() for p in trainer.ctx.policy.parameters()]
+    loss = trainer.algorithm.loss
+    trainer.algorithm.loss = lambda rows, ctx: (loss(rows, ctx)[0] * math.inf, {})  # type: ignore[method-assign]
+    with pytest.raises(AlignkitError, match="update 1 is not finite"):
+        list(trainer.round())
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.ctx.policy.parameters(), strict=True))
+
+
+def test_the_gradient_norm_is_told_as_it_was_before_clipping(make_trainer: Callable[..., Trainer]) -> None:
+    norms = []
+    for bound in (1e9, 1e-9):
+        trainer = make_trainer({"surrogate.warmup": 0, "train.max_grad_norm": bound})
+        norms += [update.metrics["grad_norm"] for update in trainer.round()]
+    assert norms[0] == norms[1] > 1e-6
+
+
+def test_a_trainer_goes_on_from_the_state_of_another(make_trainer: Callable[..., Trainer]) -> None:
+    first = make_trainer()
+    for _ in range(2):
+        list(first.round())
+    saved = copy.deepcopy((first.state_dict(), first.rank_state()))
+    expected = list(first.round())
+    second = make_trainer()
+    second.load_state_dict(saved[0])
+    second.load_rank_state(saved[1])
+    assert [dict(u.metrics) for u in second.round()] == [dict(u.metrics) for u in expected]
+    pairs = zip(first.ctx.policy.parameters(), second.ctx.policy.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("precision", ["bf16"])
+def test_mixed_precision_keeps_the_trained_weights_in_float32(
+    make_trainer: Callable[..., Trainer], precision: str
+) -> None:
+    trainer = make_trainer({"train.precision": precision, "surrogate.warmup": 0})
+    (update,) = trainer.round()
+    assert math.isfinite(update.metrics["loss"]) and math.isfinite(update.metrics["surrogate_loss"])
+    assert {p.dtype for p in trainer.ctx.policy.parameters()} == {torch.float32}
