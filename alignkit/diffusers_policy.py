@@ -216,5 +216,7 @@ class DiffusersPolicy(Policy):
             layers = {
                 name: value.detach().cpu().clone() for name, value in get_peft_model_state_dict(self.unet).items()
             }
-        self.pipe.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=self.lora.to_dict())
+        # Without the adapter's metadata: alpha is the rank, as readers assume, and safetensors writes several entries
+        # of metadata in random order, which would make equal runs differ.
+        self.pipe.save_lora_weights(folder, unet_lora_layers=layers)
         return folder / "pytorch_lora_weights.safetensors"

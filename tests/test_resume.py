@@ -51,9 +51,22 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def assert_same(folder: Path, other: Path) -> None:
-    assert final_state(folder) == final_state(other)
+    assert_same_state(folder, other)
     assert metrics(folder) == metrics(other)
     assert files(folder) == files(other)
+
+
+def assert_same_state(folder: Path, other: Path, but: str = "nothing") -> None:
+    """Of what is in neither or differs, only the names are told: a diff of all tensors takes minutes to print."""
+    found, expected = final_state(folder), final_state(other)
+    different = {name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)}
+    assert not {name for name in different if but not in name}
+
+
+def assert_same_but_surroundings(folder: Path, other: Path) -> None:
+    """Of the global generators, which are kept for the sake of third parties, the runs may find different states."""
+    assert_same_state(folder, other, but=".rng.")
+    assert metrics(folder) == metrics(other) and files(folder) == files(other)
 
 
 def stop_after(run: Run, updates: int) -> None:
@@ -112,7 +125,7 @@ def test_two_runs_in_one_process_do_not_influence_each_other(tiny_run: MakeRun) 
     for _ in itertools.zip_longest(*(run.train() for run in together)):
         torch.rand(1)  # nor does it matter what their surroundings draw
     for one, same in zip(alone, together, strict=True):
-        assert_same(one.folder, same.folder)
+        assert_same_but_surroundings(one.folder, same.folder)
 
 
 def test_the_same_run_twice_gives_the_same_bits_and_another_seed_others(tiny_run: MakeRun) -> None:
@@ -179,6 +192,7 @@ def test_a_reward_that_breaks_is_named_in_one_line_and_the_last_checkpoint_survi
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_run_that_is_killed_goes_on_to_the_same_bits(tiny_run: MakeRun, plugins: Any) -> None:
     overrides = {"train.updates": 8, "train.checkpoint_every": 1}
     unbroken, broken = tiny_run("unbroken", overrides), tiny_run("broken", overrides)
@@ -190,7 +204,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(tiny_run: MakeRun, plugin
         f"{torch.get_num_threads()}); import alignkit; list(alignkit.load({str(settings)!r}).train())"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + 200
     while not (broken.folder / "checkpoints" / "000003").exists():
         assert process.poll() is None and time.monotonic() < limit
         time.sleep(0.005)
@@ -199,4 +213,5 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(tiny_run: MakeRun, plugin
     assert not (broken.folder / "pytorch_lora_weights.safetensors").exists()
     steps = [u.step for u in alignkit.load(resume=broken.folder).train()]
     assert steps[0] >= 4 and steps[-1] == 8
-    assert_same(unbroken.folder, broken.folder)
+    # Two processes start with different global generators of Python and NumPy; nothing of ours draws from them.
+    assert_same_but_surroundings(unbroken.folder, broken.folder)

@@ -1,0 +1,136 @@
+"""What a run's config names, built: sampler, algorithm, rewards, prompts, model, surrogate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from alignkit.config import RunConfig, SurrogateConfig, find_bundle
+from alignkit.data import read_examples
+from alignkit.diffusers_policy import DiffusersPolicy, check_source
+from alignkit.errors import ConfigError
+from alignkit.interfaces import Algorithm, Example, Reward, Sampler, Surrogate
+from alignkit.registry import default_registry
+from alignkit.rewards import WeightedRewards
+
+SURROGATE_FILE = "surrogate.safetensors"
+
+
+class Parts:
+    """Builds what `config` names. Nothing is kept: each call builds anew."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+
+    def _plugin(self, kind: str, config: Any) -> Any:
+        return default_registry().get(kind, config.name)(**config.fields)
+
+    def sampler(self, num_steps: int | None = None) -> Sampler:
+        """The run's sampler, at another number of steps if one is given."""
+        sampler: Sampler = self._plugin("sampler", self.config.sampler)
+        try:
+            return sampler if num_steps is None else replace(sampler, num_steps=num_steps)
+        except ValueError as error:
+            raise ConfigError(f"steps: {error}") from error
+
+    def algorithm(self) -> Algorithm[Any, Any]:
+        """A fresh instance of the run's algorithm."""
+        algorithm: Algorithm[Any, Any] = self._plugin("algorithm", self.config.algorithm)
+        return algorithm
+
+    def trained_rewards(self) -> list[tuple[str, float, Reward]]:
+        """(name, weight, reward) of those that are trained on."""
+        return [(r.name, r.weight, self._plugin("reward", r)) for r in self.config.rewards]
+
+    def all_rewards(self) -> WeightedRewards:
+        """Those that are trained on, and at weight 0 those that are only measured."""
+        trained = self.trained_rewards()
+        names = {name for name, _, _ in trained}
+        extra = [
+            (n, 0.0, default_registry().get("reward", n)()) for n in self.config.evaluate.rewards if n not in names
+        ]
+        return WeightedRewards([*trained, *extra])
+
+    def prompts(self) -> list[Example]:
+        """The texts to train on."""
+        if not self.config.data.prompts:
+            raise ConfigError("data.prompts: missing; expected a .txt file with one prompt a line, or a .jsonl file")
+        return read_examples(self.config.data.prompts)
+
+    def held_out(self) -> list[Example]:
+        """The texts to measure on; none if there is no file."""
+        path = self.config.evaluate.prompts
+        return read_examples(path)[: self.config.evaluate.limit] if path else []
+
+    def check(self) -> None:
+        """Find what can be found before any weight loads. Raises ConfigError or PluginError."""
+        sampler, algorithm = self.sampler(), self.algorithm()
+        check_source(find_bundle(self.config.model.name).path)
+        if "teacher" in algorithm.needs and self.teacher_source():
+            check_source(self.teacher_source())
+        algorithm.check(sampler)
+        for steps in self.config.evaluate.steps:
+            self.sampler(steps)
+        if "teacher" in algorithm.needs and not self.teacher_source():
+            raise ConfigError(
+                f"model.teacher: missing; algorithm {self.config.algorithm.name} needs the model that "
+                f"{self.config.model.name} was distilled from"
+            )
+        if self.config.surrogate and self.config.surrogate.init and not surrogate_file(self.config.surrogate).is_file():
+            raise ConfigError(
+                f"surrogate.init: there is no {surrogate_file(self.config.surrogate)}; "
+                f"expected a run folder with {SURROGATE_FILE}, or such a file"
+            )
+        if "pictures" in algorithm.needs and not self.config.data.pictures:
+            raise ConfigError(
+                f"data.pictures: missing; algorithm {self.config.algorithm.name} needs captioned pictures"
+            )
+        rewards = WeightedRewards(self.trained_rewards())
+        if "differentiable_reward" in algorithm.needs and not rewards.differentiable:
+            raise ConfigError(f"reward: algorithm {self.config.algorithm.name} needs a differentiable reward")
+        rewards.check(self.prompts())
+        if held_out := self.held_out():
+            self.all_rewards().check(held_out)
+
+    def teacher_source(self) -> str:
+        """Folder or hub id of the teacher; empty if there is none."""
+        return self.config.model.teacher or find_bundle(self.config.model.name).teacher or ""
+
+    def load_policy(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> DiffusersPolicy:
+        """The model, ready to be trained."""
+        model = self.config.model
+        return DiffusersPolicy(
+            find_bundle(model.name).path,
+            lora_rank=model.lora_rank,
+            lora_targets=model.lora_targets,
+            guidance=model.guidance,
+            device=device,
+            dtype=dtype,
+        )
+
+    def load_surrogate(self, policy: DiffusersPolicy) -> Surrogate | None:
+        """The surrogate for this policy, from `surrogate.init` if that is set; None if the run has none."""
+        config = self.config.surrogate
+        if config is None:
+            return None
+        surrogate: Surrogate = self._plugin("surrogate", config)
+        surrogate.load(policy)
+        if config.init:
+            path = surrogate_file(config)
+            try:
+                surrogate.module().load_state_dict(load_file(path))
+            except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise ConfigError(f"surrogate.init: {path} does not fit surrogate {config.name} ({reason})") from error
+        return surrogate
+
+
+def surrogate_file(config: SurrogateConfig) -> Path:
+    """Where `surrogate.init` points: a run folder's exported surrogate, or the file itself."""
+    path = Path(config.init)
+    return path / SURROGATE_FILE if path.is_dir() else path
