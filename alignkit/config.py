@@ -77,6 +77,8 @@ def find_bundle(name: str, registry: Registry | None = None) -> ModelBundle:
     """
     registry = registry or default_registry()
     registered = any(row.kind == "model" for row in registry.named(name))
+    if not registered and Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
+        raise ConfigError(f"model.name: the folder {name} holds no diffusers pipeline (model_index.json is missing)")
     if not registered and (re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or Path(name).is_dir()):
         return ModelBundle(path=name, defaults=_suited(Path(name)))
     if not registered and "/" in name:

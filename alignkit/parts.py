@@ -47,9 +47,8 @@ class Parts:
         """(name, weight, reward) of those that are trained on."""
         return [(r.name, r.weight, self._plugin("reward", r)) for r in self.config.rewards]
 
-    def all_rewards(self) -> WeightedRewards:
-        """Those that are trained on, and at weight 0 those that are only measured."""
-        trained = self.trained_rewards()
+    def with_measured(self, trained: list[tuple[str, float, Reward]]) -> WeightedRewards:
+        """These rewards that are trained on and, at weight 0, those that are only measured."""
         names = {name for name, _, _ in trained}
         extra = [
             (n, 0.0, default_registry().get("reward", n)()) for n in self.config.evaluate.rewards if n not in names
@@ -95,7 +94,7 @@ class Parts:
             raise ConfigError(f"reward: algorithm {self.config.algorithm.name} needs a differentiable reward")
         rewards.check(self.prompts())
         if held_out := self.held_out():
-            self.all_rewards().check(held_out)
+            self.with_measured(self.trained_rewards()).check(held_out)
 
     def teacher_source(self) -> str:
         """Folder or hub id of the teacher; empty if there is none."""

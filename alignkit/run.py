@@ -113,43 +113,50 @@ class Run(Parts):
                 )
             trainer.load_rank_state(ranks[accelerator.process_index]["trainer"])
             checkpoint.restore_rng(ranks[accelerator.process_index]["rng"])
+        try:
+            with Report(
+                self.folder, console, self.config.train.updates, state["lines"], writes=accelerator.is_main_process
+            ) as report:
+                yield from self._loop(accelerator, trainer, report, self._measurement(state["before"]), examples)
+        finally:
+            accelerator.end_training()
+
+    def _loop(
+        self,
+        accelerator: Accelerator,
+        trainer: Trainer,
+        report: Report,
+        before: evaluate.Measurement | None,
+        examples: Sequence[Example],
+    ) -> Iterator[Update]:
+        """Rounds until the last update, with what is due between them: evaluation, pictures, checkpoints."""
         config, ctx = self.config, trainer.ctx
-        with Report(
-            self.folder, console, config.train.updates, state["lines"], writes=accelerator.is_main_process
-        ) as report:
-            before = self._measurement(state["before"])
-            if before is None and examples:
-                before = self._measure(trainer, examples)
-                report.evaluation(0, evaluate.compare(before))
-            while not trainer.finished:
-                warming_up = trainer.warming_up
-                last = ctx.update
-                for update in trainer.round():
-                    report.update(update.step, update.metrics, ctx.take_pictures())
-                    for message in ctx.warnings:
-                        report.warn(message)
-                    accelerator.log(dict(update.metrics), step=trainer.batches if warming_up else update.step)
-                    if not warming_up:
-                        yield update
-                if _due(config.evaluate.every, last, ctx.update) and not trainer.finished and before is not None:
-                    after = self._measure(trainer, examples)
-                    self._show(report, ctx.update, before, after, examples)
-                warmed_up = warming_up and not trainer.warming_up
-                if (
-                    self.stopping
-                    or warmed_up
-                    or trainer.finished
-                    or _due(config.train.checkpoint_every, last, ctx.update)
-                ):
-                    self._save(accelerator, trainer, before, report)
-                if self.stopping:
-                    return
-            if before is not None:
+        warmup = config.surrogate.warmup if config.surrogate else 0
+        if before is None and examples:
+            before = self._measure(trainer, examples)
+            report.evaluation(0, evaluate.compare(before))
+        while not trainer.finished:
+            warming_up, last = trainer.warming_up, ctx.update
+            for update in trainer.round():
+                report.update(update.step, update.metrics, ctx.take_pictures())
+                for message in ctx.warnings:
+                    report.warn(message)
+                accelerator.log(dict(update.metrics), step=trainer.batches if warming_up else warmup + update.step)
+                if not warming_up:
+                    yield update
+            if _due(config.evaluate.every, last, ctx.update) and not trainer.finished and before is not None:
                 self._show(report, ctx.update, before, self._measure(trainer, examples), examples)
-            if accelerator.is_main_process:
-                assert self._policy is not None
-                run_folder.export(self.folder, self._policy, trainer.average, ctx.surrogate)
-        accelerator.end_training()
+            warmed_up = warming_up and not trainer.warming_up
+            saving = warmed_up or _due(config.train.checkpoint_every, last, ctx.update)
+            if saving or self.stopping or trainer.finished:
+                self._save(accelerator, trainer, before, report)
+            if self.stopping:
+                return
+        if before is not None:
+            self._show(report, ctx.update, before, self._measure(trainer, examples), examples)
+        if accelerator.is_main_process:
+            assert self._policy is not None
+            run_folder.export(self.folder, self._policy, trainer.average, ctx.surrogate)
 
     def _accelerator(self) -> Accelerator:
         train = self.config.train
@@ -168,9 +175,13 @@ class Run(Parts):
 
     def _build(self, accelerator: Accelerator) -> tuple[Trainer, list[Example]]:
         """Load everything that training needs, and the held-out examples."""
+        # Initial weights of adapters and heads come from torch's global generator, which is the caller's.
+        with torch.random.fork_rng():
+            torch.manual_seed(self.config.seed)
+            return self._load(accelerator)
+
+    def _load(self, accelerator: Accelerator) -> tuple[Trainer, list[Example]]:
         config, device = self.config, accelerator.device
-        # Initial weights of adapters and heads come from torch's global generator.
-        torch.manual_seed(config.seed)
         algorithm = self.algorithm()
         policy = self.load_policy(device)
         self._policy = policy
@@ -178,9 +189,8 @@ class Run(Parts):
         if "teacher" in algorithm.needs:
             teacher = DiffusersPolicy(self.teacher_source(), trainable=False, guidance=0.0, device=device)
         surrogate = self.load_surrogate(policy)
-        rewards = WeightedRewards(self.trained_rewards())
-        rewards.load(device)
-        self._rewards = self.all_rewards()
+        trained = self.trained_rewards()
+        self._rewards = self.with_measured(trained)
         self._rewards.load(device)
         train = config.train
         rows = train.rows_per_update
@@ -189,7 +199,7 @@ class Run(Parts):
             policy,
             teacher,
             self.sampler(),
-            rewards,
+            WeightedRewards(trained),
             surrogate,
             config.seed,
             rows,
@@ -269,6 +279,11 @@ class Run(Parts):
             )
             if saved := self._newest_checkpoint():
                 self._average = checkpoint.load(saved)["trainer"]["average"]
+            elif self._existing:
+                raise ConfigError(
+                    f"{self.folder}: no checkpoint here to draw from; train it first with "
+                    f"alignkit train --resume {self.folder}"
+                )
         return self._policy
 
     def sample(
@@ -296,7 +311,7 @@ class Run(Parts):
         settings, examples = self.config.evaluate, self.held_out()
         if not examples:
             raise ConfigError("evaluate.prompts: missing; expected a file of prompts that are not trained on")
-        policy, rewards = self.policy(), self.all_rewards()
+        policy, rewards = self.policy(), self.with_measured(self.trained_rewards())
         rewards.check(examples)
         rewards.load(policy.device)
         chosen = list(steps or settings.steps)

@@ -185,6 +185,9 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
+    def __post_init__(self) -> None:
+        _require(seed=_at_least(self.seed, 0))
+
 
 TOP: dict[str, type] = {"output": str, "seed": int}
 """Keys above all sections."""

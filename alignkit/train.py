@@ -6,11 +6,13 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from alignkit.config import RunConfig
@@ -18,6 +20,8 @@ from alignkit.data import Pictures, Stream, examples_at, slice_of
 from alignkit.errors import AlignkitError
 from alignkit.interfaces import Algorithm, Batch, Context, Example, Policy, Rows, Sampler, Scores, Surrogate
 from alignkit.rewards import WeightedRewards
+
+RowsT = TypeVar("RowsT")
 
 
 @dataclass(frozen=True)
@@ -93,12 +97,13 @@ class TrainContext(Context):
 
     def take_metrics(self) -> dict[str, float]:
         """Means over the values logged since the last call, and over processes."""
-        names = sorted(self._metrics)
-        means = torch.tensor([sum(self._metrics[n]) / len(self._metrics[n]) for n in names], dtype=torch.float64)
+        logged = [(name, value) for name, values in self._metrics.items() for value in values]
         self._metrics.clear()
-        if self.accelerator.num_processes > 1:
-            means = self.accelerator.reduce(means.float().to(self.accelerator.device), "mean").cpu()
-        return dict(zip(names, means.tolist(), strict=True))
+        # As objects: a process may have nothing to say about a metric, such as pairs when all its rewards are tied.
+        together: dict[str, list[float]] = defaultdict(list)
+        for name, value in gather_object(logged):
+            together[name].append(value)
+        return {name: sum(values) / len(values) for name, values in sorted(together.items())}
 
 
 class Trainer:
@@ -164,17 +169,24 @@ class Trainer:
         if warming_up:
             yield Update(0, ctx.take_metrics())
             return
-        for rows in algorithm.updates(collected, ctx):
+        for rows in self._together(algorithm.updates(collected, ctx)):
             self._update_policy(rows)
             yield Update(ctx.update, ctx.take_metrics())
             if self.finished:
                 return
 
+    def _together(self, updates: Iterator[RowsT]) -> Iterator[RowsT]:
+        """The updates, as long as every process has one: gradients are averaged over all of them."""
+        for rows in chain(updates, [None]):
+            if not all(gather_object([rows is not None])) or rows is None:
+                return
+            yield rows
+
     def _update_surrogate(self, collected: Any) -> None:
         if self.surrogate_optimizer is None or self.ctx.surrogate is None or self.config.surrogate is None:
             return
         module = self.ctx.surrogate.module()
-        for part in self.algorithm.surrogate_updates(collected, self.ctx):
+        for part in self._together(self.algorithm.surrogate_updates(collected, self.ctx)):
             module.requires_grad_(True)
             losses = self._backward(part, lambda rows: (self.algorithm.surrogate_loss(rows, self.ctx), {}))
             norm = self._step(self.surrogate_optimizer, list(module.parameters()), self.config.surrogate.max_grad_norm)

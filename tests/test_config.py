@@ -196,9 +196,9 @@ def test_a_wrong_override_is_one_clear_line(make: Any, overrides: dict[str, Any]
     assert line.startswith(message)
 
 
-def test_a_run_without_reward_or_sampler_says_how_to_name_one(make: Any) -> None:
+def test_a_run_without_sampler_says_how_to_name_one(make: Any) -> None:
     lines = problems(make, None, {"model.name": "acme_bare", "algorithm.name": "acme_plain"})
-    assert [line.partition(";")[0] for line in lines] == ["sampler.name: missing", "reward: missing"]
+    assert [line.partition(";")[0] for line in lines] == ["sampler.name: missing"]
 
 
 def test_an_unknown_model_is_answered_with_the_nearest(make: Any) -> None:
@@ -251,13 +251,22 @@ def test_paths_are_taken_from_the_files_folder_first(
 
 def test_a_model_folder_beside_the_run_file_is_found(make: Any, tmp_path: Path) -> None:
     (tmp_path / "mymodel").mkdir()
+    (tmp_path / "mymodel" / "model_index.json").write_text("{}", encoding="utf-8")
     overrides = {"algorithm.name": "acme_plain", "sampler.name": "acme_walk", "reward": ["acme_red"]}
     assert make('[model]\nname = "mymodel"\n', overrides).model.name == str(tmp_path / "mymodel")
 
 
-def test_a_folder_is_a_model_without_settings(acme: Any, tmp_path: Path) -> None:
-    assert find_bundle(str(tmp_path), acme.registry()).path == str(tmp_path)
+def test_a_folder_with_a_pipeline_is_a_model_with_the_sampler_of_its_scheduler(acme: Any, tmp_path: Path) -> None:
+    index = '{"scheduler": ["diffusers", "LCMScheduler"]}'
+    (tmp_path / "model_index.json").write_text(index, encoding="utf-8")
+    bundle = find_bundle(str(tmp_path), acme.registry())
+    assert bundle.path == str(tmp_path) and bundle.defaults == {"sampler": {"name": "lcm"}}
     assert find_bundle("acme-model", acme.registry()).path == "acme/model"
+
+
+def test_a_folder_without_a_pipeline_is_refused(make: Any, tmp_path: Path) -> None:
+    line = f"model.name: the folder {tmp_path} holds no diffusers pipeline (model_index.json is missing)"
+    assert problems(make, None, {"model.name": str(tmp_path)}) == [line]
 
 
 @pytest.mark.parametrize("name", ["./gone", "/gone/model", "a/b/c"])

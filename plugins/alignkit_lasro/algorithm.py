@@ -15,6 +15,9 @@ from alignkit.rollout import walk
 from alignkit_lasro.pairs import Pairs, Scored, drawn, extremes, rank_correlation
 from alignkit_lcd.distillation import Distillation, Noised
 
+MIN_SPREAD = 0.05
+"""Scores are log-odds of winning a pair. A spread below this says nothing yet, and must not be scaled up to one."""
+
 
 @dataclass(frozen=True)
 class Collected:
@@ -233,7 +236,7 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
         """(R - mean) / (percentile - mean), clipped at 1 from above and not from below (Eq. 12 and 13), (N,)."""
         mean = scores.new_tensor([m or 0.0 for m in self._mean])[step]
         level = scores.new_tensor([m or 0.0 for m in self._level])[step]
-        return ((scores - mean) / (level - mean).clamp(min=1e-6)).clamp(max=1)
+        return ((scores - mean) / (level - mean).clamp(min=MIN_SPREAD)).clamp(max=1)
 
     def loss(self, rows: PolicyRows, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
         assert ctx.surrogate is not None

@@ -20,11 +20,18 @@ _data: dict[str, Any] = {
 def shapes_lcm() -> ModelBundle:
     """The few-step model; guidance as it was distilled with."""
     guidance = {"w_min": 1.0, "w_max": 3.0}
+    lasro = {
+        "data": {"batch_size": 4},
+        "algorithm": {**guidance, "samples": 6, "distillation_weight": 2.0},
+        "surrogate": {"init": str(WEIGHTS / "surrogate.safetensors")},
+        "train": {"updates": 60, "checkpoint_every": 20, "ema_decay": 0.95},
+        "evaluate": {"every": 30},
+    }
     return ModelBundle(
         path=str(WEIGHTS / "shapes_lcm"),
         teacher=str(WEIGHTS / "shapes_teacher"),
         defaults={"model": {"guidance": 2.0}, "sampler": {"name": "lcm", "num_steps": 2}, **_data},
-        algorithm_defaults={"lasro": {"algorithm": guidance}, "lcd": {"algorithm": guidance}},
+        algorithm_defaults={"lasro": lasro, "lcd": {"algorithm": guidance}},
     )
 
 

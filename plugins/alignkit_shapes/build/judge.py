@@ -81,12 +81,12 @@ def labels(scene: Scene) -> np.ndarray:
     return out
 
 
-def question(scene: Scene, rng: np.random.Generator) -> tuple[str, bool]:
+def question(scene: Scene, rng: np.random.Generator, colors: bool = True) -> tuple[str, bool]:
     """A question and its true answer, yes as often as no; the wrong colour is most often that of another thing."""
     there = {t.shape: t for t in scene.things}
     truth = bool(rng.random() < 0.5)
     absent = [s for s in SHAPES if s not in there]
-    if rng.random() < 0.35:
+    if not colors or rng.random() < 0.35:
         shape = str(rng.choice(list(there) if truth else absent))
         return f"is there {'an' if shape[0] in 'aeiou' else 'a'} {shape}?", truth
     if not truth and rng.random() < 0.2:
@@ -137,20 +137,53 @@ def _step(loss: torch.Tensor, parameters: list[Parameter], optimizer: AdamW, sch
     schedule.step()
 
 
+class Features:
+    """Scenes with the frozen vision tower's tokens of their pictures; some are drawn anew at each batch."""
+
+    def __init__(self, model: BlipForQuestionAnswering, size: int, rng: np.random.Generator) -> None:
+        self.model, self.rng = model, rng
+        self.scenes: list[Scene] = []
+        self.tokens = torch.zeros(size, (IMAGE // 8) ** 2 + 1, WIDTH)
+        for start in range(0, size, 64):
+            self._fill(list(range(start, min(start + 64, size))))
+
+    @torch.no_grad()
+    def _fill(self, places: list[int]) -> None:
+        scenes = [sample_scene(self.rng) for _ in places]
+        tokens = self.model.vision_model(pixel_values=pixels(scenes, self.rng)).last_hidden_state
+        for place, scene, features in zip(places, scenes, tokens, strict=True):
+            self.scenes[place : place + 1] = [scene]
+            self.tokens[place] = features
+
+    def batch(self, size: int, fresh: int) -> tuple[list[Scene], torch.Tensor]:
+        """`size` scenes with their tokens, after `fresh` places were drawn anew."""
+        self._fill(self.rng.integers(0, len(self.scenes), fresh).tolist())
+        index = self.rng.integers(0, len(self.scenes), size)
+        return [self.scenes[i] for i in index], self.tokens[index]
+
+
 def train_text(
-    model: BlipForQuestionAnswering, words: BertTokenizer, steps: int, batch: int, each: int, rng: np.random.Generator
+    model: BlipForQuestionAnswering,
+    words: BertTokenizer,
+    steps: int,
+    batch: int,
+    rng: np.random.Generator,
+    lr: float = 6e-4,
 ) -> None:
-    """Stage 2: the text encoder and decoder, on frozen features of fresh scenes, `each` questions a scene."""
+    """Stage 2: text encoder and decoder on frozen features, two questions a scene.
+
+    The first fifth of the steps asks for presence alone: from there the step to colours is short, while all questions
+    at once leave it at chance for long.
+    """
     parameters = [*model.text_encoder.parameters(), *model.text_decoder.parameters()]
-    optimizer, schedule = _optimizer(parameters, 1e-3, steps)
+    optimizer, schedule = _optimizer(parameters, lr, steps)
     start, right = time.time(), 0.5
     choice = yes_no(words)
+    pool = Features(model, 3000, rng)
     for step in range(steps):
-        scenes = [sample_scene(rng) for _ in range(batch)]
-        with torch.no_grad():
-            features = model.vision_model(pixel_values=pixels(scenes, rng)).last_hidden_state
-        asked = [question(s, rng) for s in scenes for _ in range(each)]
-        rows = torch.arange(batch).repeat_interleave(each)
+        scenes, features = pool.batch(batch, fresh=6)
+        asked = [question(s, rng, colors=step >= steps // 5) for s in scenes for _ in range(2)]
+        rows = torch.arange(batch).repeat_interleave(2)
         logits = answers(model, choice, features, rows, encode(model, words, [q for q, _ in asked]))
         target = torch.tensor([0 if truth else 1 for _, truth in asked])
         loss = F.cross_entropy(logits, target)
@@ -169,6 +202,6 @@ def train(out: Path, vision_steps: int = 5000, text_steps: int = 5000, batch: in
     model.train()
     train_vision(model, vision_steps, batch, rng)
     model.save_pretrained(out)
-    train_text(model, words, text_steps, batch, 6, rng)
+    train_text(model, words, text_steps, batch, rng)
     model.eval().save_pretrained(out)
     words.save_pretrained(out)

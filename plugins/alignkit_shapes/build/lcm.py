@@ -49,7 +49,7 @@ def train(
                 "reward": ["shapes_reading"], "data.pictures": "alignkit_shapes.data:Drawings",
                 "data.prompts": str(Path(__file__).parents[1] / "prompts" / "train.txt"),
                 "evaluate.prompts": str(Path(__file__).parents[1] / "prompts" / "held_out.txt"),
-                "evaluate.limit": 100, "evaluate.every": 500, "evaluate.batch_size": 50, "train.updates": updates,
+                "evaluate.limit": 60, "evaluate.every": 0, "evaluate.batch_size": 50, "train.updates": updates,
                 "train.rows_per_update": rows, "train.rows_per_pass": rows, "train.learning_rate": lr,
                 "train.ema_decay": 0.995, "train.checkpoint_every": 250, "seed": seed, "output": str(run),
             },
