@@ -17,7 +17,7 @@ help:
 	@echo "make docs   write the generated parts of docs/ again"
 
 demo: .venv/.installed
-	$(BIN)/alignkit train --algo lasro --reward attribute_binding --out $(OUT)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/alignkit train --algo lasro --reward attribute_binding --out $(OUT)
 
 # One thread: the networks of the tests are so small that a second one mostly waits for the first.
 test: lint

@@ -168,9 +168,10 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
             ctx.log(pair_accuracy=(margin[labelled] > 0).float().mean(), rank_correlation=correlation)
             self._agreement = correlation if self._agreement is None else 0.9 * self._agreement + 0.1 * correlation
             if ctx.update >= 20 and self._agreement < 0.1:
+                # One text for the whole run, so that it is told once; the numbers are in the metrics.
                 ctx.warn(
-                    "the surrogate no longer ranks fresh samples as the reward does (rank correlation "
-                    f"{self._agreement:.2f}); raise algorithm.surrogate_steps or lower train.learning_rate"
+                    "the surrogate does not rank fresh samples as the reward does (running rank correlation below "
+                    "0.1); raise algorithm.surrogate_steps or surrogate.warmup, or lower train.learning_rate"
                 )
 
     # the surrogate
