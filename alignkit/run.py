@@ -51,6 +51,8 @@ def load(
         raise ConfigError(
             f"--resume {folder}: a resumed run keeps its own settings; leave the run file and other options out"
         )
+    if not (folder / "run.toml").is_file():
+        raise ConfigError(f"--resume {folder}: no run.toml there; expected the folder of a run that was started before")
     return open_run(folder)
 
 

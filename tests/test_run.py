@@ -210,3 +210,8 @@ def test_pictures_of_a_folder_are_scored_by_name(tiny_run: MakeRun, tmp_path: Pa
         score("brightness", folder, prompts)
     with pytest.raises(ConfigError, match="no pictures"):
         score("brightness", tmp_path / "nowhere", prompts)
+
+
+def test_resuming_what_is_no_run_folder_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--resume .*gone: no run.toml there"):
+        alignkit.load(resume=tmp_path / "gone")
