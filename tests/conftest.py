@@ -16,6 +16,7 @@ from alignkit.registry import GROUP, Registry, default_registry
 
 if TYPE_CHECKING:
     from alignkit.run import Run
+    from alignkit.train import Trainer
 
 
 @dataclass
@@ -283,5 +284,17 @@ def tiny_run(tmp_path: Path, plugins: PluginFolder, tiny_lcm: Path, tiny_teacher
     def make(output: str = "run", overrides: Mapping[str, Any] | None = None) -> Run:
         chosen = settings | {"output": str(tmp_path / output)} | dict(overrides or {})
         return alignkit.load(None, (lasro if chosen["algorithm.name"] == "lasro" else {}) | chosen)
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(tiny_run: Callable[..., Run]) -> Callable[..., Trainer]:
+    """The built trainer of a tiny run, before its first round."""
+
+    def make(overrides: Mapping[str, Any] | None = None) -> Trainer:
+        run = tiny_run(overrides=overrides)
+        trainer, _ = run._build(run._accelerator())
+        return trainer
 
     return make

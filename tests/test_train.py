@@ -4,28 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from alignkit.data import Stream
 from alignkit.errors import AlignkitError
-from alignkit.run import Run
 from alignkit.train import Trainer, Update
-
-MakeRun = Callable[..., Run]
-
-
-@pytest.fixture
-def make_trainer(tiny_run: MakeRun) -> Callable[..., Trainer]:
-    def make(overrides: Mapping[str, Any] | None = None) -> Trainer:
-        run = tiny_run(overrides=overrides)
-        trainer, _ = run._build(run._accelerator())
-        return trainer
-
-    return make
 
 
 def test_batches_follow_the_stream_of_the_seed(make_trainer: Callable[..., Trainer]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,16 +17,6 @@ from alignkit_lasro.algorithm import Collected, LaSRO
 from alignkit_samplers.lcm import LCM
 
 MakeRun = Callable[..., Run]
-
-
-@pytest.fixture
-def make_trainer(tiny_run: MakeRun) -> Callable[..., Trainer]:
-    def make(overrides: Mapping[str, Any] | None = None) -> Trainer:
-        run = tiny_run(overrides=overrides)
-        trainer, _ = run._build(run._accelerator())
-        return trainer
-
-    return make
 
 
 def collect(trainer: Trainer) -> Collected:
