@@ -265,20 +265,34 @@ def score(
 
 @app.command()
 def evaluate(
-    source: Annotated[str, typer.Argument(metavar="RUN")], steps: StepList = None, as_json: Json = False
+    sources: Annotated[list[str], typer.Argument(metavar="RUN...")],
+    steps: StepList = None,
+    reward: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A further reward; repeatable.")] = None,
+    unseen: Annotated[bool, typer.Option("--unseen", help="Leave out the prompts that were trained on.")] = False,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the rows as CSV.")] = None,
+    as_json: Json = False,
 ) -> None:
-    """Measure the rewards before and after training on held-out prompts, with 95 % intervals of the difference.
+    """Measure the rewards before and after training, with 95 % intervals of the difference, and the drift.
+
+    On prompts that were trained on and on held-out ones. Drift is how far the pictures moved away from those of the
+    model before training: a kernel distance in that model's own features, 0 where nothing changed.
 
     \b
     alignkit evaluate runs/first
-    alignkit evaluate runs/first --steps 1,2,4,8 --json
+    alignkit evaluate runs/first runs/control --steps 1,2,4,8 --csv table.csv
+    alignkit evaluate runs/first --unseen --json
     """
     from rich.console import Console
 
+    from alignkit.compare import as_csv
     from alignkit.evaluate import table
-    from alignkit.run import open_run
+    from alignkit.run import compare_runs, open_run
 
-    rows = open_run(source).evaluate(flags.step_list(steps))
+    if csv is not None and csv.exists():
+        raise AlignkitError(f"--csv {csv}: is there already; choose another name")
+    rows = compare_runs([open_run(source) for source in sources], flags.step_list(steps), reward or (), not unseen)
+    if csv is not None:
+        csv.write_text(as_csv(rows), encoding="utf-8")
     if as_json:
         return _print_json([dataclasses.asdict(row) for row in rows])
     Console().print(table(rows))

@@ -98,6 +98,7 @@ class DiffusersPolicy(Policy):
         # A LoRA's reference is the same network with the adapter off; a full fine-tuning must keep its start.
         full = trainable and self.lora is None
         self._start = {name: p.detach().cpu().clone() for name, p in self.weights().items()} if full else None
+        self._plain = False  # whether the adapter is off
         self._null: Prompt | None = None
 
     def _add_lora(self, rank: int, targets: Sequence[str]) -> LoraConfig:
@@ -133,6 +134,24 @@ class DiffusersPolicy(Policy):
         pixels: Tensor = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """What the model before training makes of pictures (N, 3, H, W) in [0, 1]: (N, D) float32.
+
+        The mean over space of the UNet's middle block, which reads the encoded pictures at time 0 and without text.
+        """
+        latents = self.encode_images(images)
+        empty = self._without_text(len(latents))
+        zeros = torch.zeros(len(latents), device=self.device)
+        kept: list[Tensor] = []
+        hook = self.unet.mid_block.register_forward_hook(lambda _, __, output: kept.append(output.float().mean((2, 3))))
+        try:
+            with self.reference():
+                self._predict(latents, zeros.long(), empty.features, empty.pooled, zeros)
+        finally:
+            hook.remove()
+        return kept[0]
+
     # the network
 
     def schedule(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,13 +163,16 @@ class DiffusersPolicy(Policy):
             guidance = torch.full((len(x),), self.guidance, device=x.device)
         if guidance is None or self._embed_dim:
             return self._predict(x, t, prompt.features, prompt.pooled, guidance)
-        if self._null is None:
-            self._null = self.encode([""])
-        null = self._null.select(torch.zeros(len(x), dtype=torch.long))
+        null = self._without_text(len(x))
         pooled = None if prompt.pooled is None or null.pooled is None else torch.cat([prompt.pooled, null.pooled])
         features = torch.cat([prompt.features, null.features])
         with_text, without = self._predict(torch.cat([x, x]), torch.cat([t, t]), features, pooled, None).chunk(2)
         return with_text + diffusion.columns(guidance, x) * (with_text - without)
+
+    def _without_text(self, count: int) -> Prompt:
+        if self._null is None:
+            self._null = self.encode([""])
+        return self._null.select(torch.zeros(count, dtype=torch.long))
 
     def _predict(self, x: Tensor, t: Tensor, features: Tensor, pooled: Tensor | None, w: Tensor | None) -> Tensor:
         dtype = self.unet.dtype
@@ -198,14 +220,16 @@ class DiffusersPolicy(Policy):
             if self._start is not None:
                 with self.using(self._start):
                     yield
-            elif self.lora is None:
+            elif self.lora is None or self._plain:
                 yield
             else:
                 self.unet.disable_adapters()
+                self._plain = True
                 try:
                     yield
                 finally:
                     self.unet.enable_adapters()
+                    self._plain = False
 
     def export(self, folder: Path, weights: Mapping[str, Tensor]) -> Path:
         """Write what plain diffusers reads: a LoRA file, or the UNet's folder after a full fine-tuning."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,11 +28,13 @@ class Measurement:
     """By number of steps and name of the reward or part: (P,) float32 on the CPU, NaN where it could not be scored."""
     pictures: Tensor
     """(G, len(steps), 3, H, W) uint8, the first G prompts at each number of steps."""
+    features: dict[int, Tensor] = field(default_factory=dict)
+    """By number of steps: (P, D) features of the pictures, where they were asked for."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: means over the prompts scored both times, and the interval of their difference.
+    """One line of the table: means over the prompts scored both times, and the 95 % interval of their difference.
 
     Rows of one table all have what came after, or none has.
     """
@@ -45,6 +47,15 @@ class Row:
     difference: float | None = None
     low: float | None = None
     high: float | None = None
+    before_low: float | None = None
+    """95 % interval of the mean itself, which prompts differing from each other make wide."""
+    before_high: float | None = None
+    after_low: float | None = None
+    after_high: float | None = None
+    prompts: str = "unseen"
+    """Whether they were trained on: "seen" or "unseen"."""
+    run: str = ""
+    """The run, where a table holds several."""
 
 
 @torch.no_grad()
@@ -57,14 +68,18 @@ def evaluate(
     seed: int,
     batch_size: int,
     pictures: int = 8,
+    features: Callable[[Tensor], Tensor] | None = None,
 ) -> Measurement:
     """Draw every example at every number of steps, and score it; keep the first few pictures.
+
+    `features` maps pictures (N, 3, H, W) in [0, 1] to what is kept of them all, (N, D).
 
     The noise of prompt i depends on `seed` and i alone, so two measurements compare prompt by prompt, whatever the
     weights and the batch size.
     """
     values: dict[tuple[int, str], Tensor] = {}
     columns: list[Tensor] = []
+    seen: dict[int, list[Tensor]] = {}
     for num_steps in steps:
         walker = replace(sampler, num_steps=num_steps)
         kept: list[Tensor] = []
@@ -77,9 +92,11 @@ def evaluate(
             for name, found in {TOTAL: scores.values, **scores.parts}.items():
                 column = values.setdefault((num_steps, name), torch.full((len(examples),), torch.nan))
                 column[start : start + len(part)] = found.cpu()
+            if features is not None:
+                seen.setdefault(num_steps, []).append(features(images).cpu())
             kept.extend((images[: max(0, pictures - start)] * 255).round().byte().cpu())
         columns.append(torch.stack(kept))
-    return Measurement(values, torch.stack(columns, dim=1))
+    return Measurement(values, torch.stack(columns, dim=1), {k: torch.cat(parts) for k, parts in seen.items()})
 
 
 def bootstrap(before: Tensor, after: Tensor, samples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
@@ -87,12 +104,15 @@ def bootstrap(before: Tensor, after: Tensor, samples: int = 2000, seed: int = 0)
 
     Paired: a prompt keeps its two values together, so what makes prompts easy or hard cancels.
     """
-    differences = after.double() - before.double()
+    return interval(after.double() - before.double(), samples, seed)
+
+
+def interval(values: Tensor, samples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of `values` (P,), and its 95 % interval as percentiles of the means of resampled values."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(differences), (samples, len(differences)), generator=generator)
-    bounds = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    low, high = differences[drawn].mean(1).quantile(bounds).tolist()
-    return float(differences.mean()), low, high
+    drawn = torch.randint(len(values), (samples, len(values)), generator=generator)
+    low, high = values.double()[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(values.double().mean()), low, high
 
 
 def compare(before: Measurement, after: Measurement | None = None) -> list[Row]:
@@ -107,10 +127,13 @@ def compare(before: Measurement, after: Measurement | None = None) -> list[Row]:
         first, second = first[scored], second[scored]
         if not len(first):
             continue
-        row = Row(name, num_steps, len(first), float(first.double().mean()))
+        mean, low, high = interval(first)
+        row = Row(name, num_steps, len(first), mean, before_low=low, before_high=high)
         if after is not None:
+            mean, low, high = interval(second)
+            row = replace(row, after=mean, after_low=low, after_high=high)
             difference, low, high = bootstrap(first, second)
-            row = replace(row, after=float(second.double().mean()), difference=difference, low=low, high=high)
+            row = replace(row, difference=difference, low=low, high=high)
         rows.append(row)
     return rows
 
@@ -121,17 +144,21 @@ def table(rows: Sequence[Row], title: str = "") -> Table:
     from rich.table import Table
 
     compared = any(row.after is not None for row in rows)
-    headings = ["steps", "reward", "before", *(["after", "change", "95 % interval"] if compared else [])]
-    prompts = sorted({row.count for row in rows})
-    caption = f"means over {' to '.join(map(str, prompts))} prompts that were not trained on" if rows else None
+    # What is the same in all rows needs no column.
+    telling = [name for name in ("run", "prompts") if len({getattr(row, name) for row in rows}) > 1]
+    headings = [*telling, "steps", "reward", "before", *(["after", "change", "95 % interval"] if compared else [])]
+    counts = sorted({row.count for row in rows})
+    kinds = {"unseen": "that were not trained on", "seen": "that were trained on"}
+    which = "of each kind" if "prompts" in telling else kinds[rows[0].prompts] if rows else ""
+    caption = f"means over {' to '.join(map(str, counts))} prompts {which}" if rows else None
     # Plain enough for a terminal of 80 columns.
     shown = Table(title=title or None, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in headings:
-        shown.add_column(heading, justify="left" if heading == "reward" else "right", no_wrap=True)
+        shown.add_column(heading, justify="left" if heading in ("reward", *telling) else "right", no_wrap=True)
     for row in rows:
         if row.reward == TOTAL and any(r is not row and replace(r, reward=TOTAL) == row for r in rows):
             continue
-        cells = [str(row.num_steps), row.reward, f"{row.before:.3f}"]
+        cells = [*(getattr(row, name) for name in telling), str(row.num_steps), row.reward, f"{row.before:.3f}"]
         if compared:
             cells += [f"{row.after:.3f}", f"{row.difference:+.3f}", f"[{row.low:+.3f}, {row.high:+.3f}]"]
         shown.add_row(*cells)

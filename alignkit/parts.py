@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,13 @@ class Parts:
         """(name, weight, reward) of those that are trained on."""
         return [(r.name, r.weight, self._plugin("reward", r)) for r in self.config.rewards]
 
-    def with_measured(self, trained: list[tuple[str, float, Reward]]) -> WeightedRewards:
+    def with_measured(self, trained: list[tuple[str, float, Reward]], further: Sequence[str] = ()) -> WeightedRewards:
         """These rewards that are trained on and, at weight 0, those that are only measured."""
         names = {name for name, _, _ in trained}
-        extra = [
-            (n, 0.0, default_registry().get("reward", n)()) for n in self.config.evaluate.rewards if n not in names
-        ]
-        return WeightedRewards([*trained, *extra])
+        measured = [name for name in dict.fromkeys([*self.config.evaluate.rewards, *further]) if name not in names]
+        return WeightedRewards(
+            [*trained, *((name, 0.0, default_registry().get("reward", name)()) for name in measured)]
+        )
 
     def prompts(self) -> list[Example]:
         """The texts to train on."""

@@ -18,11 +18,12 @@ from rich.console import Console
 from torch import Tensor
 
 from alignkit import checkpoint, evaluate, run_folder
+from alignkit.compare import compare_runs
 from alignkit.config import RunConfig
 from alignkit.config import load as load_config
 from alignkit.data import open_pictures
 from alignkit.diffusers_policy import DiffusersPolicy
-from alignkit.errors import ConfigError
+from alignkit.errors import AlignkitError, ConfigError
 from alignkit.interfaces import Example
 from alignkit.parts import Parts
 from alignkit.report import Report
@@ -31,7 +32,7 @@ from alignkit.rollout import sample, seeded_noises
 from alignkit.score import score
 from alignkit.train import TrainContext, Trainer, Update
 
-__all__ = ["Run", "load", "open_run", "score"]
+__all__ = ["Run", "compare_runs", "load", "open_run", "score"]
 
 GRID = 8
 """Prompts in a picture grid."""
@@ -78,8 +79,14 @@ class Run(Parts):
         self.stopping = False
         self._existing = folder is not None
         self._policy: DiffusersPolicy | None = None
-        self._average: Mapping[str, Tensor] = {}
+        self.average: Mapping[str, Tensor] = {}
+        """The average of the trained weights, once there is one."""
         self._rewards: WeightedRewards | None = None
+
+    @property
+    def name(self) -> str:
+        """What tables call it: its folder, or the model if there is no folder yet."""
+        return self.folder.name if (self.folder / "run.toml").is_file() else self.config.model.name
 
     def stop(self) -> None:
         """Ask a running `train` to save and end behind the update under way."""
@@ -95,11 +102,7 @@ class Run(Parts):
         """
         self.check()
         accelerator = self._accelerator()
-        if accelerator.is_main_process:
-            if not self._existing:
-                run_folder.claim(self.folder, self.config)
-            run_folder.note_environment(self.folder)
-        accelerator.wait_for_everyone()
+        self._claim(accelerator)
         saved = self._newest_checkpoint()
         trainer, examples = self._build(accelerator)
         state: dict[str, Any] = {"before": None, "lines": 0}
@@ -160,6 +163,20 @@ class Run(Parts):
             assert self._policy is not None
             run_folder.export(self.folder, self._policy, trainer.average, ctx.surrogate)
 
+    def _claim(self, accelerator: Accelerator) -> None:
+        """Take the folder, in one process; if that fails it does so in all, so that none waits for the others."""
+        refused: AlignkitError | None = None
+        if accelerator.is_main_process:
+            try:
+                if not self._existing:
+                    run_folder.claim(self.folder, self.config)
+                run_folder.note_environment(self.folder)
+            except AlignkitError as error:
+                refused = error
+        for error in gather_object([refused]):
+            if error is not None:
+                raise error
+
     def _accelerator(self) -> Accelerator:
         train = self.config.train
         # Accelerate keeps its first settings for the whole process; two runs in one may differ in precision.
@@ -209,7 +226,7 @@ class Run(Parts):
         )
         pictures = open_pictures(config.data.pictures, policy.image_size) if "pictures" in algorithm.needs else None
         trainer = Trainer(config, ctx, algorithm, self.prompts(), pictures)
-        self._average = trainer.average
+        self.average = trainer.average
         algorithm.setup(ctx)
         if train.trackers:
             accelerator.init_trackers("alignkit", config=json.loads(json.dumps(asdict(config))))
@@ -280,7 +297,7 @@ class Run(Parts):
                 "cuda" if torch.cuda.is_available() and self.config.train.device != "cpu" else "cpu"
             )
             if saved := self._newest_checkpoint():
-                self._average = checkpoint.load(saved)["trainer"]["average"]
+                self.average = checkpoint.load(saved)["trainer"]["average"]
             elif self._existing:
                 raise ConfigError(
                     f"{self.folder}: no checkpoint here to draw from; train it first with "
@@ -302,33 +319,20 @@ class Run(Parts):
             part = texts[start : start + self.config.evaluate.batch_size]
             seeds = [(seed, start + i) for i in range(len(part))]
             noises = seeded_noises(policy.latent_shape, sampler.num_steps, seeds).to(policy.device)
-            with torch.no_grad(), policy.using(self._average):
+            with torch.no_grad(), policy.using(self.average):
                 images = policy.decode(sample(policy, sampler, policy.encode(part), noises))
             array = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
             pictures += [Image.fromarray(a) for a in array]
         return pictures
 
-    def evaluate(self, steps: Sequence[int] | None = None) -> list[evaluate.Row]:
-        """The rewards on the held-out prompts, before and after, with 95 % intervals."""
-        settings, examples = self.config.evaluate, self.held_out()
-        if not examples:
-            raise ConfigError("evaluate.prompts: missing; expected a file of prompts that are not trained on")
-        policy, rewards = self.policy(), self.with_measured(self.trained_rewards())
-        rewards.check(examples)
-        rewards.load(policy.device)
-        chosen = list(steps or settings.steps)
-        for number in chosen:
-            self.sampler(number)
+    def evaluate(
+        self, steps: Sequence[int] | None = None, rewards: Sequence[str] = (), seen: bool = False
+    ) -> list[evaluate.Row]:
+        """The rewards before and after with 95 % intervals, and how far the pictures drifted.
 
-        def measure() -> evaluate.Measurement:
-            return evaluate.evaluate(
-                policy, self.sampler(), rewards, examples, chosen, settings.seed, settings.batch_size
-            )
-
-        with policy.reference():
-            before = measure()
-        with policy.using(self._average):
-            return evaluate.compare(before, measure())
+        On held-out prompts; with `seen` also on as many of the training prompts.
+        """
+        return compare_runs([self], steps, rewards, seen)
 
 
 def _due(every: int, last: int, now: int) -> bool:

@@ -69,8 +69,10 @@ class TrainContext(Context):
 
     @torch.no_grad()
     def score(self, latents: Tensor, examples: Sequence[Example]) -> Scores:
-        images = torch.cat([self.policy.decode(part) for part in torch.split(latents, self._chunk)])
-        scores = self._rewards.score(images, examples, self._chunk)
+        # In the precision that decoder and rewards were loaded in, as when the run is measured.
+        with torch.autocast(self.policy.device.type, enabled=False):
+            images = torch.cat([self.policy.decode(part) for part in torch.split(latents, self._chunk)])
+            scores = self._rewards.score(images, examples, self._chunk)
         self.pictures += len(images) * self.accelerator.num_processes
         if bool(scores.valid.any()):
             self.log(reward=scores.values[scores.valid].mean())
@@ -162,7 +164,8 @@ class Trainer:
     def round(self) -> Iterator[Update]:
         """Collect once and learn from it; yields behind each update of the policy, or once in the warm-up (step 0)."""
         algorithm, ctx, warming_up = self.algorithm, self.ctx, self.warming_up
-        with torch.no_grad():
+        # Under the precision of the loss: likelihoods of then and now are compared.
+        with torch.no_grad(), self.accelerator.autocast():
             collected = algorithm.collect(self.batch(), ctx)
         self.batches += 1
         self._update_surrogate(collected)
@@ -246,6 +249,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "surrogate": surrogate.module().state_dict() if surrogate else None,
             "surrogate_optimizer": self.surrogate_optimizer.state_dict() if self.surrogate_optimizer else None,
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         }
 
     def rank_state(self) -> dict[str, Any]:
@@ -269,6 +273,8 @@ class Trainer:
         if self.ctx.surrogate is not None and self.surrogate_optimizer is not None:
             self.ctx.surrogate.module().load_state_dict(state["surrogate"])
             self.surrogate_optimizer.load_state_dict(state["surrogate_optimizer"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
 
     def load_rank_state(self, state: Mapping[str, Any]) -> None:
         """The reverse of `rank_state`."""

@@ -50,10 +50,6 @@ class FakeRun:
         self.calls.append(("sample", prompts, steps, seed, count))
         return [Image.new("RGB", (2, 2))] * (len(prompts) * count)
 
-    def evaluate(self, steps: list[int] | None = None) -> list[Row]:
-        self.calls.append(("evaluate", steps))
-        return [Row("acme_red", 2, 64, 0.5, 0.75, 0.25, 0.125, 0.375)]
-
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -71,7 +67,12 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
         module.calls.append(("score", reward, folder, prompts, overrides))
         return [{"picture": f"{x}.png", "prompt": "text", "score": x, "parts": {}} for x in (0.5, None)]
 
+    def compare_runs(runs: list[FakeRun], steps: Any, rewards: Any, seen: bool) -> list[Row]:
+        module.calls.append(("evaluate", len(runs), steps, rewards, seen))
+        return [Row("acme_red", 2, 64, 0.5, 0.75, 0.25, 0.125, 0.375)]
+
     module.load, module.score, module.open_run = load, score, lambda source: FakeRun(module.calls)
+    module.compare_runs = compare_runs
     monkeypatch.setitem(sys.modules, "alignkit.run", module)
     monkeypatch.setattr(alignkit, "run", module, raising=False)
     return module
@@ -246,10 +247,17 @@ def test_score_prints_a_table_or_json(engine: Any) -> None:
     assert [record["score"] for record in json.loads(run(*arguments, "--json").stdout)] == [0.5, None]
 
 
-def test_evaluate_prints_a_table_or_json(engine: Any) -> None:
+def test_evaluate_prints_a_table_or_json_and_writes_csv_once(engine: Any, tmp_path: Path) -> None:
     assert "0.750" in run("evaluate", "runs/first").stdout
-    (row,) = json.loads(run("evaluate", "runs/first", "--steps", "1,2", "--json").stdout)
-    assert row["after"] == 0.75 and engine.calls[-1] == ("evaluate", [1, 2])
+    assert engine.calls[-1] == ("evaluate", 1, None, (), True)
+    csv = tmp_path / "table.csv"
+    arguments = ["runs/first", "runs/second", "--steps", "1,2", "--reward", "acme_blue", "--unseen"]
+    (row,) = json.loads(run("evaluate", *arguments, "--json", "--csv", str(csv)).stdout)
+    assert row["after"] == 0.75 and engine.calls[-1] == ("evaluate", 2, [1, 2], ["acme_blue"], False)
+    headings, values = (line.split(",") for line in csv.read_text().splitlines())
+    assert dict(zip(headings, values, strict=True))["after"] == "0.75"
+    again = run("evaluate", "runs/first", "--csv", str(csv))
+    assert again.exit_code == 1 and "is there already" in again.stderr
 
 
 def test_the_package_loads_lazily_and_has_nothing_else() -> None:

@@ -218,3 +218,15 @@ def test_weights_that_are_cut_short_are_a_single_clear_line(tiny_lcm: Path, tmp_
     with pytest.raises(ConfigError, match="cannot be loaded as a diffusers pipeline") as caught:
         DiffusersPolicy(str(folder))
     assert "\n" not in str(caught.value)
+
+
+def test_a_reference_within_a_reference_ends_with_the_outer_one(tiny_lcm: Path) -> None:
+    policy = DiffusersPolicy(str(tiny_lcm))
+    before = predict(policy)
+    disturb(policy)
+    after = predict(policy)
+    with policy.reference():
+        with policy.reference():
+            pass
+        assert torch.equal(predict(policy), before)
+    assert torch.equal(predict(policy), after) and not torch.equal(after, before)

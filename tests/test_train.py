@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +92,23 @@ def test_a_trainer_goes_on_from_the_state_of_another(make_trainer: Callable[...,
     assert [dict(u.metrics) for u in second.round()] == [dict(u.metrics) for u in expected]
     pairs = zip(first.ctx.policy.parameters(), second.ctx.policy.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_collecting_takes_the_precision_of_the_loss_and_rewards_take_their_own(
+    make_trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer({"train.precision": "bf16", "surrogate.warmup": 0})
+    policy, mixed = trainer.ctx.policy, []
+    for name in ("denoise", "decode"):
+        method = getattr(policy, name)
+
+        def noted(*arguments: Any, name: str = name, method: Any = method) -> torch.Tensor:
+            mixed.append((name, torch.is_autocast_enabled("cpu")))
+            return method(*arguments)
+
+        monkeypatch.setattr(policy, name, noted)
+    list(trainer.round())
+    assert set(mixed) == {("denoise", True), ("decode", False)}
 
 
 @pytest.mark.parametrize("precision", ["bf16"])

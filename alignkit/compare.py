@@ -1,0 +1,99 @@
+"""Runs side by side: every reward before and after, on prompts seen and unseen, and how far the pictures drifted."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from alignkit import evaluate
+from alignkit.drift import kernel_distance
+from alignkit.errors import ConfigError
+from alignkit.evaluate import Measurement, Row
+from alignkit.interfaces import Example
+from alignkit.rewards import WeightedRewards
+
+if TYPE_CHECKING:
+    from alignkit.run import Run
+
+DRIFT = "drift"
+"""The row that holds the kernel distance to the base model's pictures."""
+
+
+def compare_runs(
+    runs: Sequence[Run], steps: Sequence[int] | None = None, rewards: Sequence[str] = (), seen: bool = True
+) -> list[Row]:
+    """Rows of all runs, those of one reward and number of steps beside each other.
+
+    `rewards` are measured besides those that a run names. With `seen`, as many of the training prompts are measured
+    as of the held-out ones. Runs that began as the same model and are measured alike share what came before.
+    """
+    before: dict[str, Measurement] = {}
+    rows = [row for run in runs for row in _rows(run, steps, rewards, seen, before)]
+    # Sorting is stable, so runs stay in the order given.
+    names = list(dict.fromkeys(row.reward for row in rows))
+    kinds = list(dict.fromkeys(row.prompts for row in rows))
+    return sorted(rows, key=lambda row: (kinds.index(row.prompts), row.num_steps, names.index(row.reward)))
+
+
+def _rows(
+    run: Run, steps: Sequence[int] | None, extra: Sequence[str], seen: bool, before: dict[str, Measurement]
+) -> list[Row]:
+    config, settings = run.config, run.config.evaluate
+    prompts: dict[str, list[Example]] = {"unseen": run.held_out()}
+    if seen:
+        prompts["seen"] = run.prompts()[: settings.limit]
+    elif not prompts["unseen"]:
+        raise ConfigError("evaluate.prompts: missing; expected a file of prompts that are not trained on")
+    chosen = list(steps or settings.steps)
+    for number in chosen:
+        run.sampler(number)
+    rewards = run.with_measured(run.trained_rewards(), extra)
+    for examples in prompts.values():
+        rewards.check(examples)
+    policy = run.policy()
+    rewards.load(policy.device)
+    rows: list[Row] = []
+    for kind, examples in prompts.items():
+        if not examples:
+            continue
+
+        def measure(examples: Sequence[Example] = examples, rewards: WeightedRewards = rewards) -> Measurement:
+            sampler = run.sampler()
+            return evaluate.evaluate(
+                policy, sampler, rewards, examples, chosen, settings.seed, settings.batch_size, features=policy.features
+            )
+
+        key = repr((kind, config.model.name, policy.guidance, config.sampler, config.rewards, chosen, settings, extra))
+        if key not in before:
+            with policy.reference():
+                before[key] = measure()
+        with policy.using(run.average):
+            after = measure()
+        found = evaluate.compare(before[key], after) + drift(before[key].features, after.features)
+        rows += [replace(row, prompts=kind, run=run.name) for row in found]
+    return rows
+
+
+def drift(before: Mapping[int, Tensor], after: Mapping[int, Tensor]) -> list[Row]:
+    """A row for each number of steps: the kernel distance between the features (P, D) of the pictures."""
+    rows = []
+    for num_steps, features in before.items():
+        if len(features) < 2:
+            continue
+        distance, low, high = kernel_distance(features, after[num_steps])
+        rows.append(Row(DRIFT, num_steps, len(features), 0.0, distance, distance, low, high))
+    return rows
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """The rows with a line of headings."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    return text.getvalue()

@@ -1,0 +1,90 @@
+"""Runs side by side."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from alignkit.compare import as_csv, compare_runs
+from alignkit.errors import ConfigError
+from alignkit.evaluate import table
+from alignkit.run import Run, open_run
+
+MakeRun = Callable[..., Run]
+QUICK = {"train.updates": 1, "surrogate.warmup": 0, "train.learning_rate": 0.05, "train.ema_decay": 0.0}
+
+
+@pytest.fixture
+def trained(tiny_run: MakeRun) -> list[Run]:
+    for name, rate in (("first", 0.05), ("second", 0.02)):
+        list(tiny_run(name, {**QUICK, "train.learning_rate": rate}).train())
+    return [open_run(tiny_run(name, QUICK).folder) for name in ("first", "second")]
+
+
+def test_two_runs_stand_beside_each_other_with_one_start(trained: list[Run]) -> None:
+    rows = compare_runs(trained, steps=[1, 2])
+    names = ["reward", "brightness", "drift"]
+    expected = [
+        (kind, k, name, run) for kind in ("unseen", "seen") for k in (1, 2) for name in names
+        for run in ("first", "second")
+    ]  # fmt: skip
+    assert [(r.prompts, r.num_steps, r.reward, r.run) for r in rows] == expected
+    for one, other in zip(rows[::2], rows[1::2], strict=True):
+        assert one.before == other.before and one.after != other.after
+        assert one.count == other.count == 2
+        assert one.after is not None and one.low is not None and one.high is not None
+        if one.reward != "drift":
+            assert one.before_low is not None and one.before_low <= one.before <= (one.before_high or 0)
+            assert one.difference == pytest.approx(one.after - one.before)
+    assert all(row.after for row in rows if row.reward == "drift")
+
+
+def test_a_model_that_was_not_trained_has_neither_gain_nor_drift(tiny_run: MakeRun) -> None:
+    rows = tiny_run().evaluate([2], seen=True)
+    assert {row.prompts for row in rows} == {"seen", "unseen"}
+    assert all(row.difference == pytest.approx(0, abs=1e-9) for row in rows)
+
+
+def test_a_further_reward_is_measured_and_not_summed(tiny_run: MakeRun) -> None:
+    rows = {row.reward: row for row in tiny_run().evaluate([1], rewards=["shapes_reading"])}
+    assert rows["reward"].before == rows["brightness"].before != rows["shapes_reading"].before
+
+
+def test_without_held_out_prompts_the_seen_ones_are_measured_or_it_is_told(tiny_run: MakeRun) -> None:
+    run = tiny_run(overrides={"evaluate.prompts": ""})
+    assert {row.prompts for row in run.evaluate([1], seen=True)} == {"seen"}
+    with pytest.raises(ConfigError, match=r"evaluate\.prompts: missing"):
+        run.evaluate([1])
+
+
+def test_the_table_names_runs_and_prompts_where_they_differ_and_csv_holds_all(trained: list[Run]) -> None:
+    rows = compare_runs(trained, steps=[1])
+    console = Console(width=110)
+    with console.capture() as capture:
+        console.print(table(rows))
+    text = capture.get()
+    assert all(word in text for word in ("run", "prompts", "second", "unseen", "drift", "of each kind"))
+    with console.capture() as capture:
+        console.print(table([row for row in rows if row.run == "first" and row.prompts == "seen"]))
+    assert "first" not in capture.get() and "that were trained on" in capture.get()
+    records = list(csv.DictReader(io.StringIO(as_csv(rows))))
+    assert len(records) == len(rows) and records[0]["run"] == "first"
+    assert float(records[0]["after"]) == rows[0].after
+
+
+def test_features_are_those_of_the_model_before_training(tiny_run: MakeRun, tmp_path: Path) -> None:
+    policy = tiny_run().policy()
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    before = policy.features(images)
+    assert before.shape == (3, policy.unet.config.block_out_channels[-1]) and before.std(0).min() > 0
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += 0.3
+    assert torch.equal(policy.features(images), before)
+    torch.testing.assert_close(policy.features(images[1:2]), before[1:2], rtol=1e-4, atol=1e-5)
