@@ -41,6 +41,7 @@ def shapes_lcm() -> ModelBundle:
             "lasro": lasro,
             "lcd": {"algorithm": guidance},
             "rg_lcd": rg_lcd,
+            "gors_lcm": {"algorithm": guidance},
         },
     )
 
