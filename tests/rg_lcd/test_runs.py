@@ -80,7 +80,6 @@ def test_the_reward_rises_along_its_gradient(make_trainer: MakeTrainer) -> None:
 def test_the_reward_rises_along_the_gradient_of_its_proxy(make_trainer: MakeTrainer, sign: float) -> None:
     settings = {
         "algorithm.proxy_rows": 8, "surrogate.learning_rate": 3e-3, "surrogate.latent_groups": 9,
-        "surrogate.weight_decay": 0.0, "train.updates": 30,
-        "reward.brightness.weight": sign,
+        "surrogate.weight_decay": 0.0, "train.updates": 20, "reward.brightness.weight": sign,
     }  # fmt: skip
     assert sign * rise(make_trainer({**PROXY, **TOY, **settings})) > 0.004
