@@ -131,7 +131,7 @@ class _Loader:
         algorithm = self._plugin("algorithm", self.algorithm)
         sampler = self._plugin("sampler", self.layers.name("sampler"))
         rewards = list(self._rewards())
-        surrogate = self._surrogate(algorithm.name if algorithm else "")
+        surrogate = self._surrogate(algorithm)
         self.layers.raise_problems()
         config: dict[str, Any] = {"sampler": sampler, "algorithm": algorithm, "surrogate": surrogate}
         return RunConfig(**config, rewards=rewards, **values, **plain)
@@ -185,17 +185,17 @@ class _Loader:
             if config := self._check_plugin("reward", name, values | changes.get(name, {}), entry):
                 yield config
 
-    def _surrogate(self, algorithm: str) -> Any:
+    def _surrogate(self, algorithm: PluginConfig | None) -> Any:
         """The surrogate if the algorithm needs one. A section that it has no use for is a mistake, unless it came
         with the model, or with a run file whose algorithm an override has replaced."""
-        if not algorithm:
+        if algorithm is None:
             return None
-        cls = self.registry.get("algorithm", algorithm)
-        if "surrogate" in cls.needs:
+        cls = self.registry.get("algorithm", algorithm.name)
+        if "surrogate" in cls(**algorithm.fields).needs:
             return self._plugin("surrogate", self.layers.name("surrogate") or getattr(cls, "default_surrogate", ""))
         file, overrides = self.file.tree if self.file else {}, self.layers.layers[-1].tree
         if "surrogate" in overrides or ("surrogate" in file and "name" not in overrides.get("algorithm", {})):
-            self.layers.problem("surrogate", "", f"algorithm {algorithm} uses none; remove this section")
+            self.layers.problem("surrogate", "", f"algorithm {algorithm.name} uses none; remove this section")
         return None
 
     def _check_plugin(self, section: str, name: str, values: dict[str, Any], entry: int = 0) -> Any:

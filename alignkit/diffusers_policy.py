@@ -121,7 +121,7 @@ class DiffusersPolicy(Policy):
         )
         pooled = encoded[2].float() if len(encoded) == 4 else None
         index = torch.tensor([distinct.index(text) for text in texts], device=self.device)
-        return Prompt(table=encoded[0].float(), index=index, pooled_table=pooled)
+        return Prompt(table=encoded[0].float(), index=index, pooled_table=pooled, text_table=tuple(distinct))
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:

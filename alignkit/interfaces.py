@@ -63,12 +63,23 @@ class Prompt(Rows):
     """(N,) the text of each row."""
     pooled_table: Tensor | None = None
     """(P, E) pooled features, for models of the SDXL family."""
+    text_table: tuple[str, ...] = ()
+    """P texts, for whoever reads them with an encoder of its own; empty where only features are known."""
 
     def __len__(self) -> int:
         return len(self.index)
 
     def select(self, index: Tensor) -> Prompt:
         return replace(self, index=self.index[index.to(self.index.device)])
+
+    def to(self, device: torch.device | str) -> Prompt:
+        pooled = None if self.pooled_table is None else self.pooled_table.to(device)
+        return replace(self, table=self.table.to(device), index=self.index.to(device), pooled_table=pooled)
+
+    @property
+    def texts(self) -> list[str]:
+        """N texts."""
+        return [self.text_table[i] for i in self.index.tolist()]
 
     @property
     def features(self) -> Tensor:
@@ -270,6 +281,8 @@ class Context(ABC):
     """The only source of chance, on the CPU so that runs agree across devices."""
     update: int
     """Finished updates of the policy."""
+    warming_up: bool
+    """Whether this round teaches the surrogate alone."""
     rows_per_update: int
     """Rows of one policy update in this process."""
 
@@ -280,6 +293,10 @@ class Context(ABC):
     @abstractmethod
     def score(self, latents: Tensor, examples: Sequence[Example]) -> Scores:
         """Decode clean latents (N, *S) and score them, a few at a time, without gradient. Logs the reward."""
+
+    @abstractmethod
+    def differentiable_score(self, latents: Tensor, examples: Sequence[Example]) -> Scores:
+        """The same all at once, with gradient through reward and decoder to the latents. Logs nothing."""
 
     @abstractmethod
     def gather(self, values: Tensor) -> Tensor:
@@ -308,7 +325,10 @@ class Algorithm(ABC, Generic[C, R]):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Of "surrogate", "teacher", "pictures", "stochastic_steps", "differentiable_reward"; checked by the core."""
+    """Of "surrogate", "teacher", "pictures", "stochastic_steps", "differentiable_reward"; checked by the core.
+
+    What depends on the fields is set on the instance, in `__post_init__`.
+    """
 
     def check(self, sampler: Sampler) -> None:
         """Raise ConfigError if these fields cannot work with this sampler. Called before any weight loads."""

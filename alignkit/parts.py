@@ -92,7 +92,12 @@ class Parts:
             )
         rewards = WeightedRewards(self.trained_rewards())
         if "differentiable_reward" in algorithm.needs and not rewards.differentiable:
-            raise ConfigError(f"reward: algorithm {self.config.algorithm.name} needs a differentiable reward")
+            boxes = " and ".join(name for name, _, reward in rewards.rewards if not reward.differentiable)
+            raise ConfigError(
+                f"reward: algorithm {self.config.algorithm.name} follows the gradient of a reward, and {boxes} has "
+                f"none as set; choose other rewards, or settings of either that do without (`alignkit show "
+                f"{self.config.algorithm.name}`)"
+            )
         rewards.check(self.prompts())
         if held_out := self.held_out():
             self.with_measured(self.trained_rewards()).check(held_out)

@@ -59,6 +59,7 @@ class TrainContext(Context):
         self.generator = torch.Generator().manual_seed(seed * 1000 + accelerator.process_index)
         self.rows_per_update = rows_per_update
         self.update = 0
+        self.warming_up = False
         self.pictures = 0
         """Pictures scored since `take_pictures`."""
         self.warnings: list[str] = []
@@ -79,6 +80,10 @@ class TrainContext(Context):
             for name, values in scores.parts.items():
                 self.log(**{f"reward/{name}": values[scores.valid].mean()})
         return scores
+
+    def differentiable_score(self, latents: Tensor, examples: Sequence[Example]) -> Scores:
+        self.pictures += len(latents) * self.accelerator.num_processes
+        return self._rewards(self.policy.decode(latents), examples)
 
     def gather(self, values: Tensor) -> Tensor:
         gathered: Tensor = self.accelerator.gather(values)
@@ -164,6 +169,7 @@ class Trainer:
     def round(self) -> Iterator[Update]:
         """Collect once and learn from it; yields behind each update of the policy, or once in the warm-up (step 0)."""
         algorithm, ctx, warming_up = self.algorithm, self.ctx, self.warming_up
+        ctx.warming_up = warming_up
         # Under the precision of the loss: likelihoods of then and now are compared.
         with torch.no_grad(), self.accelerator.autocast():
             collected = algorithm.collect(self.batch(), ctx)

@@ -22,7 +22,8 @@ class Table(Rows):
 
 
 def table(count: int = 7) -> Table:
-    texts = Prompt(torch.arange(3.0).view(3, 1, 1), torch.arange(count) % 3, torch.arange(3.0).view(3, 1))
+    index, features = torch.arange(count) % 3, torch.arange(3.0)
+    texts = Prompt(features.view(3, 1, 1), index, features.view(3, 1), text_table=("a", "b", "c"))
     return Table(torch.arange(count) * 10, texts)
 
 
@@ -32,6 +33,7 @@ def test_selecting_rows_keeps_their_columns_together_and_the_texts_stored_once()
     assert rows.prompt.table.shape == (3, 1, 1)
     assert rows.prompt.features.flatten().tolist() == [2, 0, 2]
     assert rows.prompt.pooled is not None and rows.prompt.pooled.flatten().tolist() == [2, 0, 2]
+    assert rows.prompt.texts == ["c", "a", "c"] and rows.prompt.text_table == ("a", "b", "c")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
@@ -53,6 +55,8 @@ def test_shuffling_is_a_permutation_that_the_generator_alone_decides() -> None:
 def test_rows_move_between_devices_with_all_their_columns() -> None:
     moved = table().to("meta")
     assert {moved.values.device.type, moved.prompt.table.device.type, moved.prompt.index.device.type} == {"meta"}
+    assert moved.prompt.pooled_table is not None and moved.prompt.pooled_table.device.type == "meta"
+    assert moved.prompt.text_table == table().prompt.text_table
 
 
 SD = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod

@@ -100,6 +100,7 @@ def test_at_time_zero_a_consistency_model_returns_its_input(tiny_lcm: Path) -> N
 def test_equal_texts_share_a_row_of_the_table(tiny_lcm: Path) -> None:
     policy = DiffusersPolicy(str(tiny_lcm), trainable=False)
     prompt = policy.encode([TEXTS[0], TEXTS[1], TEXTS[0], TEXTS[0]])
+    assert prompt.texts == [TEXTS[0], TEXTS[1], TEXTS[0], TEXTS[0]]
     assert prompt.table.shape[0] == 2 and prompt.index.tolist() == [0, 1, 0, 0]
     assert torch.equal(prompt.features[2], prompt.features[0])
     assert torch.allclose(prompt.features[1], policy.encode([TEXTS[1]]).features[0], atol=1e-6)

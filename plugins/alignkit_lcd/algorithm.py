@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from alignkit.interfaces import Algorithm, Batch, Context
+from alignkit.interfaces import Algorithm, Batch, Context, Sampler
 from alignkit_lcd.distillation import Distillation, Noised
 
 
@@ -33,6 +33,9 @@ class LCD(Algorithm[Noised, Noised]):
 
     def __post_init__(self) -> None:
         self._distillation = Distillation(self.ode_steps, self.w_min, self.w_max, self.huber_c)
+
+    def check(self, sampler: Sampler) -> None:
+        self._distillation.check(sampler)
 
     def collect(self, batch: Batch, ctx: Context) -> Noised:
         assert batch.pictures is not None  # needs "pictures"

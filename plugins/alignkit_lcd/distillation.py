@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from alignkit import diffusion
-from alignkit.interfaces import Context, Policy, Prompt, Rows
+from alignkit.errors import ConfigError
+from alignkit.interfaces import Context, Policy, Prompt, Rows, Sampler
+from alignkit_samplers.lcm import LCM
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,20 @@ class Distillation:
             raise ValueError(f"ode_steps: found {self.ode_steps}, expected a divisor of 1000")
         if self.w_min > self.w_max:
             raise ValueError(f"w_min: found {self.w_min}, expected at most w_max, which is {self.w_max}")
+
+    def check(self, sampler: Sampler) -> None:
+        """Raise ConfigError for a student that this loss cannot distil: one that is no latent consistency model."""
+        if not isinstance(sampler, LCM):
+            raise ConfigError(
+                f"sampler.name: found {type(sampler).__name__}, expected lcm: only a latent consistency model has this "
+                "distillation loss. A model distilled otherwise, as SD-Turbo, has none; train it with a method that "
+                "does without (lasro with algorithm.distillation_weight = 0)"
+            )
+        if sampler.original_steps != self.ode_steps:
+            raise ConfigError(
+                f"algorithm.ode_steps: found {self.ode_steps}, expected {sampler.original_steps}, which is "
+                "sampler.original_steps; both must be what the model was distilled with"
+            )
 
     def draw(self, latents: Tensor, prompt: Prompt, ctx: Context) -> Noised:
         """A random solver step, guidance and noise for each latent (N, *S)."""

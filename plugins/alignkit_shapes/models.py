@@ -27,11 +27,22 @@ def shapes_lcm() -> ModelBundle:
         "train": {"updates": 60, "checkpoint_every": 20, "ema_decay": 0.95},
         "evaluate": {"every": 30},
     }
+    rg_lcd = {
+        "algorithm": guidance,
+        # Hard answers have no gradient. The proxy's own default is a tower for latents of 64 x 64; here they are 8 x 8.
+        "reward": [{"name": "attribute_binding", "mode": "soft"}],
+        "surrogate": {"name": "lrm", "patch": 1, "width": 128, "layers": 4, "heads": 4, "latent_groups": 3},
+    }
     return ModelBundle(
         path=str(WEIGHTS / "shapes_lcm"),
         teacher=str(WEIGHTS / "shapes_teacher"),
         defaults={"model": {"guidance": 2.0}, "sampler": {"name": "lcm", "num_steps": 2}, **_data},
-        algorithm_defaults={"lasro": lasro, "lcd": {"algorithm": guidance}},
+        algorithm_defaults={
+            "lasro": lasro,
+            "lcd": {"algorithm": guidance},
+            "rg_lcd": rg_lcd,
+            "gors_lcm": {"algorithm": guidance},
+        },
     )
 
 

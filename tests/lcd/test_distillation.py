@@ -14,11 +14,14 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
 from alignkit.diffusers_policy import DiffusersPolicy
+from alignkit.errors import ConfigError
 from alignkit.interfaces import Policy, Prompt
 from alignkit.run import Run
 from alignkit_lasro.algorithm import LaSRO
 from alignkit_lcd.algorithm import LCD
 from alignkit_lcd.distillation import Distillation, Noised, pseudo_huber
+from alignkit_samplers.ddim import DDIM
+from alignkit_samplers.lcm import LCM
 
 SD = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod
 
@@ -161,6 +164,14 @@ def test_settings_that_make_no_solver_are_refused(fields: dict[str, Any]) -> Non
     for method in (LCD, LaSRO):
         with pytest.raises(ValueError, match=r"ode_steps|w_min"):
             method(**fields)
+
+
+def test_a_student_that_is_no_latent_consistency_model_is_refused() -> None:
+    LCD().check(LCM(1))
+    with pytest.raises(ConfigError, match=r"sampler\.name: found DDIM, expected lcm: .* SD-Turbo"):
+        LCD().check(DDIM())
+    with pytest.raises(ConfigError, match=r"algorithm\.ode_steps: found 25, expected 50"):
+        LCD(ode_steps=25).check(LCM(2))
 
 
 def test_the_plain_method_trains_without_scoring_a_picture(tiny_run: Callable[..., Run]) -> None:

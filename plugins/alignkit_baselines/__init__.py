@@ -1,0 +1,15 @@
+"""Methods that others are compared with, one file each."""
+
+from __future__ import annotations
+
+from alignkit import hookimpl
+from alignkit.hookspecs import Register
+
+
+@hookimpl
+def register_algorithms(register: Register) -> None:
+    register(
+        "gors_lcm",
+        "alignkit_baselines.gors_lcm:GorsLCM",
+        "Draw several, keep the best, distil on it; any black-box reward",
+    )

@@ -1,0 +1,230 @@
+"""RG-LCD: latent consistency distillation that raises the reward of the student's one-step prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from alignkit.errors import ConfigError
+from alignkit.interfaces import Algorithm, Batch, Context, Example, Prompt, Rows, Sampler
+from alignkit_lcd.distillation import Distillation, Noised, pseudo_huber
+from alignkit_rg_lcd.preference import Direction, RealPictures, margins, preference_loss, with_real_pictures
+from alignkit_rg_lcd.surrogate import LRM
+
+
+@dataclass(frozen=True)
+class Contrast(Rows):
+    """Batches of captioned latents, told apart from each other within a batch. N batches of M."""
+
+    latents: Tensor
+    """(N, M, *S)."""
+    prompt: Prompt
+    """With an index (N, M)."""
+
+
+@dataclass(frozen=True)
+class Compared(Rows):
+    """Three latents for each caption, and what the expert makes of them."""
+
+    latents: Tensor
+    """(N, 3, *S) of the real picture, the student's prediction and the target (z_0, z_1, z_2)."""
+    expert: Tensor
+    """(N, 3) rewards; NaN where a picture could not be scored."""
+    prompt: Prompt
+
+
+@dataclass(frozen=True)
+class Collected:
+    """One round: what the policy and what the proxy learn from, where either does."""
+
+    noised: Noised | None
+    lesson: Contrast | Compared | None
+
+
+@dataclass
+class RGLCD(Algorithm[Collected, Noised]):
+    """RG-LCD (Li et al. 2024, arXiv 2403.11027).
+
+    The distillation loss minus beta times the reward of the prediction that it makes anyway (Eq. 11). The gradient is
+    the reward's, through the decoder, or, with `proxy`, that of a latent reward model (LRM) which learns in every round
+    to prefer what the reward prefers (Eq. 12); the reward may then be any black box.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"teacher", "pictures"})
+    default_surrogate: ClassVar[str] = "lrm"
+
+    beta: float = 1.0
+    """Weight of the reward. The paper has 5 for CLIPScore and PickScore, 1 for ImageReward and HPSv2.1; 0 is plain
+    distillation, the control run."""
+    proxy: bool = False
+    """Follow the latent proxy (surrogate lrm) in the place of the reward itself. Rounds of surrogate.warmup are its
+    pre-training, with CLIP's loss on captioned pictures."""
+    reward_cap: float | None = None
+    """Rewards above this pull no more, without the proxy. The released code has 2 for ImageReward."""
+    kl: Direction = "forward"
+    """forward: KL(expert || proxy), as the released code; reverse: KL(proxy || expert), as the paper prints."""
+    expert_temperature: float = 0.01
+    """tau_E: rewards a temperature apart are e to 1. 0.01 suits cosines (CLIP, HPS); small for a reward that only says
+    which of two is better."""
+    real_pictures: RealPictures = "judged"
+    """What the expert is taken to say of a real picture beside a predicted one. judged: what it says; never_worse: at
+    the least even; always_best: that it is better."""
+    proxy_rows: int = 16
+    """Rows that the expert scores in a round (three pictures each) and the proxy learns from; at most those of the
+    update."""
+    target_decay: float = 0.95
+    """mu, decay of the average of the student that gives the distillation's target; 0: the student itself, as for
+    LCM-LoRA."""
+    ode_steps: int = 50
+    """Solver steps; must be what the student's sampler counts as original steps."""
+    w_min: float = 5.0
+    """Smallest guidance of the teacher, on the scale where 0 is the conditional prediction."""
+    w_max: float = 15.0
+    """Largest guidance of the teacher."""
+    huber_c: float = 1e-3
+    """Where the pseudo-Huber distance turns from quadratic to linear."""
+
+    def __post_init__(self) -> None:
+        for name, low in (("beta", 0), ("proxy_rows", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}: found {getattr(self, name)}, expected {low} or more")
+        if self.expert_temperature <= 0:
+            raise ValueError(f"expert_temperature: found {self.expert_temperature}, expected more than 0")
+        if not 0 <= self.target_decay < 1:
+            raise ValueError(f"target_decay: found {self.target_decay}, expected at least 0 and less than 1")
+        if self.proxy:
+            self.needs = type(self).needs | {"surrogate"}  # type: ignore[misc]
+        elif self.beta:
+            self.needs = type(self).needs | {"differentiable_reward"}  # type: ignore[misc]
+        self._distillation = Distillation(self.ode_steps, self.w_min, self.w_max, self.huber_c)
+        self._target: dict[str, Tensor] = {}
+
+    def check(self, sampler: Sampler) -> None:
+        self._distillation.check(sampler)
+
+    def setup(self, ctx: Context) -> None:
+        if self.proxy and not isinstance(ctx.surrogate, LRM):
+            raise ConfigError(
+                f"surrogate.name: found {type(ctx.surrogate).__name__}, expected lrm: the proxy is taught by its layers"
+            )
+        if self.target_decay:
+            self._target = {name: p.detach().clone() for name, p in ctx.policy.weights().items()}
+
+    # collect: captioned latents, noised; with the proxy, what the expert says of some of them
+
+    def collect(self, batch: Batch, ctx: Context) -> Collected:
+        assert batch.pictures is not None  # needs "pictures"
+        latents, prompt = ctx.policy.encode_images(batch.pictures), ctx.policy.encode(batch.captions)
+        if ctx.warming_up:
+            return Collected(None, Contrast(latents[None], replace(prompt, index=prompt.index[None])))
+        noised = self._distillation.draw(latents, prompt, ctx)
+        return Collected(noised, self._compare(noised, ctx) if self.proxy else None)
+
+    def _compare(self, noised: Noised, ctx: Context) -> Compared:
+        rows = noised.select(torch.randperm(len(noised), generator=ctx.generator)[: self.proxy_rows])
+        prediction, target = self._predict(rows, ctx)
+        examples = [Example(text) for text in rows.prompt.texts]
+        student = ctx.score(prediction, examples)  # the reward that the run tells
+        real, average = (ctx.differentiable_score(z, examples) for z in (rows.latents, target))
+        compared = Compared(
+            torch.stack([rows.latents, prediction, target], dim=1),
+            torch.stack([s.values.masked_fill(~s.valid, torch.nan) for s in (real, student, average)], dim=1),
+            rows.prompt,
+        )
+        self._measure(compared, ctx)
+        return compared
+
+    def _measure(self, rows: Compared, ctx: Context) -> None:
+        """How the proxy ranks what it has not learned from yet."""
+        assert isinstance(ctx.surrogate, LRM)
+        proxy = ctx.surrogate.score(rows.latents.flatten(0, 1), _thrice(rows.prompt)).view_as(rows.expert)
+        said, expected = margins(proxy), margins(rows.expert)
+        decided = expected.isfinite() & (expected != 0)
+        ctx.log(proxy_score=proxy[:, 1].mean(), decided_pairs=decided.float().mean())
+        if bool(decided.any()):
+            ctx.log(pair_accuracy=(said.sign() == expected.sign())[decided].float().mean())
+        for name, values in (("real", rows.expert[:, 0]), ("target", rows.expert[:, 2])):
+            if bool(values.isfinite().any()):
+                ctx.log(**{f"reward/{name}": values.nanmean()})
+
+    # the proxy
+
+    def surrogate_updates(self, collected: Collected, ctx: Context) -> Iterator[Contrast | Compared]:
+        """One update: of CLIP's loss in the warm-up, towards the expert (Eq. 12) after it."""
+        if collected.lesson is not None:
+            yield collected.lesson
+
+    def surrogate_loss(self, rows: Contrast | Compared, ctx: Context) -> Tensor:
+        lrm = ctx.surrogate
+        assert isinstance(lrm, LRM)
+        if isinstance(rows, Contrast):
+            # A batch is one row: captions are told apart from all others of it, however rows are split for memory.
+            losses = [
+                lrm.contrastive_loss(latents, replace(rows.prompt, index=index))
+                for latents, index in zip(rows.latents, rows.prompt.index, strict=True)
+            ]
+            return torch.stack(losses).mean()
+        scores = lrm.finetuning_score(rows.latents.flatten(0, 1), _thrice(rows.prompt)).view_as(rows.expert)
+        expert = with_real_pictures(margins(rows.expert) / self.expert_temperature, self.real_pictures)
+        return preference_loss(lrm.scale() * margins(scores), expert, self.kl)
+
+    # the policy
+
+    def updates(self, collected: Collected, ctx: Context) -> Iterator[Noised]:
+        if collected.noised is not None:
+            yield from collected.noised.split(ctx.rows_per_update)
+
+    def _predict(self, rows: Noised, ctx: Context) -> tuple[Tensor, Tensor]:
+        """f_theta(z_t, t) and, without gradient, the target f_theta-(z_t', t'), (N, *S) both."""
+        assert ctx.teacher is not None  # needs "teacher"
+        z, t, z_next, t_next = self._distillation.solve(ctx.teacher, rows)
+        with torch.no_grad(), ctx.policy.using(self._target):
+            target = ctx.policy.denoise(z_next, t_next, rows.prompt, rows.guidance)
+        return ctx.policy.denoise(z, t, rows.prompt, rows.guidance), target
+
+    def loss(self, rows: Noised, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        prediction, target = self._predict(rows, ctx)
+        distillation = pseudo_huber(prediction - target, self.huber_c).flatten(1).mean(1).mean()
+        if not self.beta:
+            return distillation, {"distillation_loss": distillation}
+        reward_loss = -self.beta * self._reward(prediction, rows.prompt, ctx)
+        return distillation + reward_loss, {"distillation_loss": distillation, "reward_loss": reward_loss}
+
+    def _reward(self, prediction: Tensor, prompt: Prompt, ctx: Context) -> Tensor:
+        """J of Eq. 10: the mean over rows; a picture that cannot be scored has no part in it."""
+        if self.proxy:
+            assert ctx.surrogate is not None
+            return ctx.surrogate.score(prediction, prompt).mean()
+        scores = ctx.differentiable_score(prediction, [Example(text) for text in prompt.texts])
+        if bool(scores.valid.any()):
+            ctx.log(reward=scores.values[scores.valid].detach().mean())
+            for name, part in scores.parts.items():
+                ctx.log(**{f"reward/{name}": part[scores.valid].detach().mean()})
+        values = scores.values.masked_fill(~scores.valid, 0)
+        if self.reward_cap is not None:
+            values = values.clamp(max=self.reward_cap)
+        return values.mean()
+
+    @torch.no_grad()
+    def after_update(self, ctx: Context) -> None:
+        """theta- <- mu theta- + (1 - mu) theta."""
+        for name, average in self._target.items():
+            average.lerp_(ctx.policy.weights()[name], 1 - self.target_decay)
+
+    # what a resumed run needs
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"target": dict(self._target)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, value in state["target"].items():
+            self._target[name].copy_(value)
+
+
+def _thrice(prompt: Prompt) -> Prompt:
+    """Each row three times, one after the other."""
+    return prompt.select(torch.arange(len(prompt)).repeat_interleave(3))
