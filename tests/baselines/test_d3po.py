@@ -123,7 +123,7 @@ def test_the_true_reward_rises_on_a_toy_reward(make: MakeTrainer) -> None:
     """The reward is how far the first three channels of the latent lie above zero; it never gives a gradient."""
     trainer = make("d3po", {
         "algorithm.pairs": 4, "data.batch_size": 4, "sampler.num_steps": 4, "model.lora_rank": 8,
-        "train.updates": 30, "train.rows_per_update": 48, "train.rows_per_pass": 48, "train.learning_rate": 5e-3,
+        "train.updates": 14, "train.rows_per_update": 48, "train.rows_per_pass": 48, "train.learning_rate": 5e-3,
     })  # fmt: skip
     trainer.ctx.policy.decode = lambda latents: (latents[:, :3] / 20).sigmoid()  # type: ignore[method-assign]
     updates = []
