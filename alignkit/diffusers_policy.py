@@ -209,10 +209,12 @@ class DiffusersPolicy(Policy):
         try:
             for name, value in weights.items():
                 own[name].data = value.to(self.device)
+            torch.clear_autocast_cache()  # which knows a parameter's half-precision copy, and not that its data changed
             yield
         finally:
             for name, value in kept.items():
                 own[name].data = value
+            torch.clear_autocast_cache()
 
     @contextmanager
     def reference(self) -> Iterator[None]:

@@ -46,6 +46,11 @@ class Rows:
         for start in range(0, len(self), size):
             yield self.select(torch.arange(start, min(start + size, len(self))))
 
+    def even_split(self, size: int) -> Iterator[Self]:
+        """Consecutive parts of nearly `size` rows, so that no update rests on a small remainder."""
+        count = max(1, round(len(self) / size))
+        yield from self.split(max(1, -(-len(self) // count)))
+
     def shuffled(self, generator: torch.Generator) -> Self:
         """The same rows in random order."""
         import torch
@@ -227,6 +232,10 @@ class Sampler(ABC):
     def initial_scale(self, policy: Policy) -> float:
         """What unit noise is multiplied with before the first step."""
         return 1.0
+
+    def stochastic_steps(self) -> int:
+        """How many of the steps have a likelihood, as the fields tell it before any weight loads; all by default."""
+        return self.num_steps
 
 
 class Reward(ABC):

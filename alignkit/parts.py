@@ -73,6 +73,13 @@ class Parts:
         check_source(find_bundle(self.config.model.name).path)
         if "teacher" in algorithm.needs and self.teacher_source():
             check_source(self.teacher_source())
+        if "stochastic_steps" in algorithm.needs and not sampler.stochastic_steps():
+            found = ", ".join(f"{name} = {value}" for name, value in self.config.sampler.fields.items())
+            raise ConfigError(
+                f"sampler: every step of {self.config.sampler.name} is deterministic with {found}, and algorithm "
+                f"{self.config.algorithm.name} learns from the likelihood of steps with chance in them; "
+                "raise sampler.num_steps, or sampler.eta where there is one, or take another sampler or algorithm"
+            )
         algorithm.check(sampler)
         for steps in self.config.evaluate.steps:
             self.sampler(steps)

@@ -23,6 +23,9 @@ from alignkit.rewards import WeightedRewards
 
 RowsT = TypeVar("RowsT")
 
+IDLE_ROUNDS = 10
+"""A run that draws and scores this often without anything to learn from would do so for ever."""
+
 
 @dataclass(frozen=True)
 class Update:
@@ -139,6 +142,8 @@ class Trainer:
             )
         self.batches = 0
         """Finished rounds."""
+        self._idle = 0
+        """Rounds since the last update."""
 
     def _optimizer(self, parameters: list[torch.nn.Parameter], lr: float, decay: float) -> AcceleratedOptimizer:
         prepared: AcceleratedOptimizer = self.accelerator.prepare(
@@ -168,7 +173,7 @@ class Trainer:
 
     def round(self) -> Iterator[Update]:
         """Collect once and learn from it; yields behind each update of the policy, or once in the warm-up (step 0)."""
-        algorithm, ctx, warming_up = self.algorithm, self.ctx, self.warming_up
+        algorithm, ctx, warming_up, before = self.algorithm, self.ctx, self.warming_up, self.ctx.update
         ctx.warming_up = warming_up
         # Under the precision of the loss: likelihoods of then and now are compared.
         with torch.no_grad(), self.accelerator.autocast():
@@ -178,11 +183,28 @@ class Trainer:
         if warming_up:
             yield Update(0, ctx.take_metrics())
             return
-        for rows in self._together(algorithm.updates(collected, ctx)):
+        for rows in self._together(self._in_precision(algorithm.updates(collected, ctx))):
             self._update_policy(rows)
             yield Update(ctx.update, ctx.take_metrics())
             if self.finished:
                 return
+        self._idle = 0 if ctx.update > before else self._idle + 1
+        if self._idle >= IDLE_ROUNDS:
+            raise AlignkitError(
+                f"train: {IDLE_ROUNDS} rounds in a row gave algorithm {self.config.algorithm.name} nothing to learn "
+                "from: no picture could be scored, or no two were told apart; try the reward with alignkit score, or "
+                "draw more pictures of each prompt"
+            )
+
+    def _in_precision(self, updates: Iterator[RowsT]) -> Iterator[RowsT]:
+        """The updates, made in the precision of the loss: a log-probability that is kept for comparison must not
+        differ from the loss's own by rounding."""
+        while True:
+            with self.accelerator.autocast():
+                rows = next(updates, None)
+            if rows is None:
+                return
+            yield rows
 
     def _together(self, updates: Iterator[RowsT]) -> Iterator[RowsT]:
         """The updates, as long as every process has one: gradients are averaged over all of them."""

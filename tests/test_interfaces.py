@@ -44,6 +44,13 @@ def test_the_parts_of_a_split_are_the_rows_in_order(size: int) -> None:
     assert all(len(p) == len(p.prompt) == size for p in parts[:-1]) and 1 <= len(parts[-1]) <= size
 
 
+@pytest.mark.parametrize(("count", "sizes"), [(64, [32, 32]), (63, [32, 31]), (33, [33]), (80, [40, 40]), (5, [5])])
+def test_an_even_split_leaves_no_small_remainder(count: int, sizes: list[int]) -> None:
+    parts = list(table(count).even_split(32))
+    assert [len(p) for p in parts] == sizes
+    assert torch.cat([p.values for p in parts]).tolist() == table(count).values.tolist()
+
+
 def test_shuffling_is_a_permutation_that_the_generator_alone_decides() -> None:
     first = table(50).shuffled(torch.Generator().manual_seed(3))
     again = table(50).shuffled(torch.Generator().manual_seed(3))

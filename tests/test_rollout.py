@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from alignkit.diffusers_policy import DiffusersPolicy
+from alignkit.interfaces import Sampler
 from alignkit.rollout import sample, seeded_noises, walk
+from alignkit_samplers.ddim import DDIM
 from alignkit_samplers.lcm import LCM
 
 SHAPE = (4, 8, 8)
@@ -25,6 +27,15 @@ def test_every_state_is_the_next_state_of_the_step_before(tiny_lcm: Path) -> Non
     assert torch.equal(found.next_states[:, -1], found.clean[:, -1])
     assert (found.std > 0).tolist() == [[True, True, True, False]] * 2
     assert torch.equal(sample(policy, LCM(4), prompt, noises), found.next_states[:, -1])
+
+
+@pytest.mark.parametrize("sampler", [LCM(1), LCM(4), DDIM(3), DDIM(3, eta=0.0), DDIM(2, eta=0.5)])
+def test_a_sampler_tells_beforehand_how_many_of_its_steps_have_chance(tiny_lcm: Path, sampler: Sampler) -> None:
+    policy = DiffusersPolicy(str(tiny_lcm), trainable=False)
+    noises = seeded_noises(SHAPE, sampler.num_steps, [(0, 0)])
+    with torch.no_grad():
+        found = walk(policy, sampler, policy.encode(["a red circle"]), noises)
+    assert int((found.std > 0).sum()) == sampler.stochastic_steps()
 
 
 def test_a_walk_with_too_little_noise_is_refused(tiny_lcm: Path) -> None:

@@ -44,3 +44,6 @@ class DDIM(Sampler):
         direction = (sigma_next**2 - std**2).clamp(min=0).sqrt()
         mean = diffusion.columns(alpha_next, x) * clean + diffusion.columns(direction, x) * noise
         return Transition(mean, std, clean)
+
+    def stochastic_steps(self) -> int:
+        return self.num_steps if self.eta else 0

@@ -42,3 +42,6 @@ class LCM(Sampler):
         alpha, sigma = policy.schedule(grid[(k + 1).clamp(max=self.num_steps - 1)])
         alpha, sigma = torch.where(last, 1.0, alpha), torch.where(last, 0.0, sigma)
         return Transition(diffusion.columns(alpha, clean) * clean, sigma, clean)
+
+    def stochastic_steps(self) -> int:
+        return self.num_steps - 1
