@@ -1,0 +1,15 @@
+"""SDPO: differences of dense rewards between two walks from one initial noise."""
+
+from __future__ import annotations
+
+from alignkit import hookimpl
+from alignkit.hookspecs import Register
+
+
+@hookimpl
+def register_algorithms(register: Register) -> None:
+    register(
+        "sdpo",
+        "alignkit_sdpo.algorithm:SDPO",
+        "Differences of dense rewards between paired walks, step by step; any black-box reward",
+    )

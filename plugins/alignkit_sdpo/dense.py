@@ -1,0 +1,87 @@
+"""A reward for every step of a walk from few queries, and what the steps behind it bring, as pure functions.
+
+N walks of K steps, Q of them queried. `clean` (N, K, *S) holds the clean latent that is predicted at each step; `step`
+(N, Q) the queried steps, ascending, and `rewards` (N, Q) what was found there, NaN where a picture could not be scored.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ALL_BELOW = {"three": 5, "two": 3, "one": 2}
+"""With fewer steps than this every step is queried. At four, three queries would save one and cost a bias."""
+SMALLEST = 1e-8
+"""Added to every similarity, so that a step that resembles no queried step gets their plain mean."""
+
+
+def similarity(clean: Tensor, step: Tensor) -> Tensor:
+    """Cosine between each predicted clean latent and that of step `step` (N,), (N, K) float32 (SDPO, Eq. 9)."""
+    latents = clean.float().flatten(2)
+    at = latents[torch.arange(len(latents), device=latents.device), step]
+    return F.cosine_similarity(latents, at[:, None], dim=2)
+
+
+def adaptive_anchor(clean: Tensor) -> Tensor:
+    """The step (N,) between the ends that is least like the first and the last (SDPO, Eq. 10). Needs K of 3 or more."""
+    count, num_steps = clean.shape[:2]
+    if num_steps < 3:
+        raise ValueError(f"adaptive_anchor: found {num_steps} steps, expected at least 3: it lies between the ends")
+    ends = torch.tensor([0, num_steps - 1], device=clean.device)
+    first, last = (similarity(clean, end.expand(count)) for end in ends)
+    return (first + last)[:, 1:-1].argmin(1) + 1
+
+
+def queried_steps(clean: Tensor, queries: str, anchor: str, generator: torch.Generator) -> Tensor:
+    """The steps whose predictions are scored, ascending, (N, Q).
+
+    `queries` is "three" (first, anchor, last), "two" (first and last), "one" (last) or "all"; `anchor` "adaptive",
+    "random" or "fixed", which is the middle step.
+    """
+    count, num_steps = clean.shape[:2]
+    if queries == "all" or num_steps < ALL_BELOW[queries]:
+        return torch.arange(num_steps, device=clean.device).repeat(count, 1)
+    first, last = torch.zeros(count, dtype=torch.long), torch.full((count,), num_steps - 1)
+    if queries == "one":
+        return last[:, None].to(clean.device)
+    if queries == "two":
+        return torch.stack([first, last], dim=1).to(clean.device)
+    if anchor == "adaptive":
+        middle = adaptive_anchor(clean).cpu()
+    elif anchor == "random":
+        middle = torch.randint(1, num_steps - 1, (count,), generator=generator)
+    else:
+        middle = torch.full((count,), (num_steps - 1) // 2)
+    return torch.stack([first, middle, last], dim=1).to(clean.device)
+
+
+def by_similarity(clean: Tensor, step: Tensor, rewards: Tensor) -> Tensor:
+    """The mean of the queried rewards, weighted by likeness to the queried steps, (N, K) (SDPO, Eq. 11).
+
+    Queried steps keep what was found there. A negative cosine counts as none.
+    """
+    weights = torch.stack([similarity(clean, column) for column in step.T], dim=2).clamp(min=0) + SMALLEST
+    dense = (weights * rewards[:, None]).sum(2) / weights.sum(2)
+    return dense.scatter(1, step, rewards)
+
+
+def by_interpolation(num_steps: int, step: Tensor, rewards: Tensor) -> Tensor:
+    """The queried rewards joined by straight lines over the number of the step, (N, K); beyond the ends they go on."""
+    every = torch.arange(num_steps, device=step.device).repeat(len(step), 1)
+    after = torch.searchsorted(step.contiguous(), every).clamp(max=step.shape[1] - 1)
+    before = (after - 1).clamp(min=0)
+    left, right = step.gather(1, before), step.gather(1, after)
+    share = ((every - left) / (right - left).clamp(min=1)).clamp(0, 1)
+    start, end = rewards.gather(1, before), rewards.gather(1, after)
+    return (start + share * (end - start)).scatter(1, step, rewards)
+
+
+def discounted_returns(rewards: Tensor, discount: float) -> Tensor:
+    """G_i = R_i + discount G_{i+1} over steps in the order of sampling, (N, K) (SDPO, Eq. 13)."""
+    if not discount:  # a step then depends on no other, not even on one that could not be scored
+        return rewards
+    returns = rewards.clone()
+    for k in range(rewards.shape[1] - 2, -1, -1):
+        returns[:, k] += discount * returns[:, k + 1]
+    return returns
