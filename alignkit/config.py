@@ -96,7 +96,7 @@ def _living_at(source: str, registry: Registry) -> ModelBundle | None:
     """The registered model that is the pipeline at this hub id, and not one that exchanges a part of it."""
     for row in registry.components("model"):
         try:
-            bundle = registry.get("model", row.name) if not row.broken else None
+            bundle: ModelBundle | None = None if row.broken else registry.get("model", row.name)
         except AlignkitError:
             continue  # somebody else's mistake, which is told to those who name that model
         if bundle and bundle.path == source and not {"unet", "adapter"} & bundle.defaults.get("model", {}).keys():

@@ -20,10 +20,9 @@ def spaced_times(num_steps: int, spacing: Spacing) -> Tensor:
     checkpoint of Stable Diffusion names; without it the last step would begin where the noise has ended.
     """
     if spacing == "leading":
-        times = np.arange(num_steps)[::-1] * (1000 // num_steps) + 1
-    else:
-        # In NumPy, as diffusers does: torch rounds ties such as 937.5 another way.
-        times = np.arange(1000, 0, -1000 / num_steps).round()[:num_steps] - 1
+        return torch.arange(num_steps - 1, -1, -1) * (1000 // num_steps) + 1
+    # In NumPy, as diffusers does: torch rounds ties such as 937.5 another way.
+    times = np.arange(1000, 0, -1000 / num_steps).round()[:num_steps] - 1
     return torch.from_numpy(times.astype(np.int64))
 
 
