@@ -47,7 +47,10 @@ __all__ = [
 ]
 
 DEFAULT_ALGORITHM = "lasro"
-PATHS = {"data.prompts", "data.pictures", "evaluate.prompts", "surrogate.init", "model.name", "model.teacher"}
+PATHS = {
+    "data.prompts", "data.pictures", "evaluate.prompts", "surrogate.init",
+    "model.name", "model.teacher", "model.unet", "model.adapter",
+}  # fmt: skip
 
 
 def load(
@@ -71,7 +74,7 @@ def load(
 
 
 def find_bundle(name: str, registry: Registry | None = None) -> ModelBundle:
-    """The registered model of this name, or a bare bundle around a hub id (owner/name) or a folder.
+    """The registered model of this name or at this hub id (owner/name), else a bare bundle around a hub id or a folder.
 
     Raises AlignkitError, with the nearest name, for what is none of these.
     """
@@ -79,16 +82,30 @@ def find_bundle(name: str, registry: Registry | None = None) -> ModelBundle:
     registered = any(row.kind == "model" for row in registry.named(name))
     if not registered and Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
         raise ConfigError(f"model.name: the folder {name} holds no diffusers pipeline (model_index.json is missing)")
-    if not registered and (re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or Path(name).is_dir()):
+    if not registered and Path(name).is_dir():
         return ModelBundle(path=name, defaults=_suited(Path(name)))
+    if not registered and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        return _living_at(name, registry) or ModelBundle(path=name)
     if not registered and "/" in name:
         raise ConfigError(f"model.name: there is no folder {name}, and a hub id has the form owner/name")
     bundle: ModelBundle = registry.get("model", name)
     return bundle
 
 
+def _living_at(source: str, registry: Registry) -> ModelBundle | None:
+    """The registered model that is the pipeline at this hub id, and not one that exchanges a part of it."""
+    for row in registry.components("model"):
+        try:
+            bundle: ModelBundle | None = None if row.broken else registry.get("model", row.name)
+        except AlignkitError:
+            continue  # somebody else's mistake, which is told to those who name that model
+        if bundle and bundle.path == source and not {"unet", "adapter"} & bundle.defaults.get("model", {}).keys():
+            return bundle
+    return None
+
+
 def _suited(folder: Path) -> dict[str, Any]:
-    """The sampler that a local pipeline's scheduler stands for. A hub id is not asked: that would be a download."""
+    """The sampler that a local pipeline's scheduler stands for."""
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,69 +1,42 @@
-"""A diffusers pipeline as a `Policy`; the only home of diffusers and peft in the core."""
+"""A diffusers pipeline as a `Policy`; the only home of peft in the core."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMScheduler, LCMScheduler
 from peft import LoraConfig, get_peft_model_state_dict
-from safetensors import SafetensorError
 from torch import Tensor
 
 from alignkit import diffusion
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Policy, Prompt
-from alignkit.loading import no_progress_bars
+from alignkit.pipelines import LORA_FILE, load_pipeline
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 """The LoRA targets of diffusers' own training scripts."""
-
-
-def check_source(source: str) -> None:
-    """Raise ConfigError for a folder that is missing or holds no pipeline. A hub id is not looked up."""
-    folder = Path(source)
-    looks_local = folder.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1
-    if looks_local and not folder.is_dir():
-        raise ConfigError(f"model: {source!r} is no folder and no hub id of the form owner/name")
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise ConfigError(f"model: the folder {source} holds no diffusers pipeline (model_index.json is missing)")
-
-
-def load_pipeline(source: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The pipeline at a local folder or hub id. Raises ConfigError if there is none."""
-    check_source(source)
-    try:
-        index = DiffusionPipeline.load_config(source)
-        optional = {"safety_checker": None} if "safety_checker" in index else {}
-        with no_progress_bars():
-            pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, **optional)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model: {source} cannot be loaded as a diffusers pipeline: {reason}") from error
-    missing = [name for name in ("unet", "vae", "scheduler") if getattr(pipe, name, None) is None]
-    if missing:
-        raise ConfigError(
-            f"model: {source} is a {type(pipe).__name__} without {', '.join(missing)}; "
-            "expected a text-to-image pipeline with a UNet"
-        )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 class DiffusersPolicy(Policy):
     """A text-to-image pipeline with a UNet: Stable Diffusion, SDXL, their latent consistency and turbo forms.
 
     What differs between them is read from the pipeline: prediction type and noise levels from the scheduler's config,
-    consistency boundary scalings if that is an LCMScheduler, a guidance embedding if the UNet has one.
+    consistency boundary scalings if that is an LCMScheduler, a guidance embedding if the UNet has one, what stands for
+    no text from the pipeline's config. `prediction` says it where the scheduler cannot: a LoRA or a UNet that was
+    distilled is not what the pipeline around it was made for.
     """
 
     def __init__(
         self,
         source: str,
         *,
+        unet: str = "",
+        adapter: str = "",
+        prediction: str = "",
         lora_rank: int = 16,
         lora_targets: Sequence[str] = (),
         trainable: bool = True,
@@ -71,19 +44,21 @@ class DiffusersPolicy(Policy):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """`lora_rank` 0 trains the whole UNet. `guidance` is diffusers' guidance_scale minus one."""
+        """`lora_rank` 0 trains the whole UNet. `guidance` is diffusers' guidance_scale minus one. `unet`, `adapter` and
+        `prediction` are as in the section [model] of a run file."""
         self.source = source
         self.device = torch.device(device)
-        self.pipe = load_pipeline(source, dtype).to(self.device)
+        self.pipe = load_pipeline(source, dtype, unet=unet, adapter=adapter).to(self.device)
         self.unet = self.pipe.unet.requires_grad_(False).eval()
         self.vae = self.pipe.vae.requires_grad_(False).eval()
         for name in ("text_encoder", "text_encoder_2"):
             if (encoder := getattr(self.pipe, name, None)) is not None:
                 encoder.requires_grad_(False).eval()
         config = self.pipe.scheduler.config
-        self._prediction: str = config.prediction_type
+        self._prediction: str = config.prediction_type if prediction in ("", "consistency") else prediction
         self._alphas = DDPMScheduler.from_config(config).alphas_cumprod.to(self.device)
-        self._scaling = config.timestep_scaling if type(self.pipe.scheduler).__name__ == "LCMScheduler" else None
+        consistency = prediction == "consistency" or (not prediction and isinstance(self.pipe.scheduler, LCMScheduler))
+        self._scaling: float | None = config.get("timestep_scaling", 10.0) if consistency else None
         self._embed_dim: int | None = self.unet.config.time_cond_proj_dim
         self.guidance = guidance if guidance is not None else (7.5 if self._embed_dim else 0.0)
         edge = self.unet.config.sample_size
@@ -170,8 +145,13 @@ class DiffusersPolicy(Policy):
         return with_text + diffusion.columns(guidance, x) * (with_text - without)
 
     def _without_text(self, count: int) -> Prompt:
+        """What guidance leads away from: the empty text, or zeros where the pipeline was made with those (SDXL)."""
         if self._null is None:
-            self._null = self.encode([""])
+            null = self.encode([""])
+            if self.pipe.config.get("force_zeros_for_empty_prompt"):
+                pooled = None if null.pooled_table is None else torch.zeros_like(null.pooled_table)
+                null = replace(null, table=torch.zeros_like(null.table), pooled_table=pooled)
+            self._null = null
         return self._null.select(torch.zeros(count, dtype=torch.long))
 
     def _predict(self, x: Tensor, t: Tensor, features: Tensor, pooled: Tensor | None, w: Tensor | None) -> Tensor:
@@ -245,4 +225,4 @@ class DiffusersPolicy(Policy):
         # Without the adapter's metadata: alpha is the rank, as readers assume, and safetensors writes several entries
         # of metadata in random order, which would make equal runs differ.
         self.pipe.save_lora_weights(folder, unet_lora_layers=layers)
-        return folder / "pytorch_lora_weights.safetensors"
+        return folder / LORA_FILE

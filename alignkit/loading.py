@@ -20,3 +20,14 @@ def no_progress_bars() -> Iterator[None]:
     finally:
         for library in shown:
             library.enable_progress_bar()
+
+
+@contextmanager
+def errors_only() -> Iterator[None]:
+    """Diffusers warns of each text encoder that a LoRA has nothing for; not here."""
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(level)

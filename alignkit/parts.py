@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 from alignkit.config import RunConfig, SurrogateConfig, find_bundle
 from alignkit.data import read_examples
-from alignkit.diffusers_policy import DiffusersPolicy, check_source
+from alignkit.diffusers_policy import DiffusersPolicy
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Algorithm, Example, Reward, Sampler, Surrogate
+from alignkit.pipelines import check_source, locate_weights
 from alignkit.registry import default_registry
 from alignkit.rewards import WeightedRewards
 
@@ -70,7 +71,11 @@ class Parts:
     def check(self) -> None:
         """Find what can be found before any weight loads. Raises ConfigError or PluginError."""
         sampler, algorithm = self.sampler(), self.algorithm()
-        check_source(find_bundle(self.config.model.name).path)
+        model = self.config.model
+        check_source(find_bundle(model.name).path)
+        for key, source in (("model.unet", model.unet), ("model.adapter", model.adapter)):
+            if source:
+                locate_weights(key, source)
         if "teacher" in algorithm.needs and self.teacher_source():
             check_source(self.teacher_source())
         if "stochastic_steps" in algorithm.needs and not sampler.stochastic_steps():
@@ -118,6 +123,9 @@ class Parts:
         model = self.config.model
         return DiffusersPolicy(
             find_bundle(model.name).path,
+            unet=model.unet,
+            adapter=model.adapter,
+            prediction=model.prediction,
             lora_rank=model.lora_rank,
             lora_targets=model.lora_targets,
             guidance=model.guidance,

@@ -29,6 +29,14 @@ class ModelConfig:
     """A registered model (`alignkit list models`), a hub id or a diffusers folder."""
     teacher: str = ""
     """A hub id or a folder of the model it was distilled from; empty: what the registered model says."""
+    unet: str = ""
+    """A UNet in the place of the pipeline's own (SDXL-Lightning, LCM for SDXL): a hub id, a folder, a .safetensors
+    file, or owner/name/file.safetensors on the hub."""
+    adapter: str = ""
+    """A LoRA that is merged into the model before anything else (LCM-LoRA, an earlier run), named as for unet."""
+    prediction: Literal["", "epsilon", "v_prediction", "sample", "consistency"] = ""
+    """How to read the network where unet or adapter changed it; "consistency" is an LCM. Empty: as the pipeline's
+    scheduler says."""
     lora_rank: int = 16
     """Rank of the LoRA adapter; 0 trains all weights."""
     lora_targets: list[str] = field(default_factory=list)

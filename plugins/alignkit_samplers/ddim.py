@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from alignkit import diffusion
 from alignkit.interfaces import Policy, Prompt, Sampler, Transition
+from alignkit_samplers.schedule import Spacing, check_spaced, spaced_times
 
 
 @dataclass
 class DDIM(Sampler):
-    """DDIM (Song et al. 2021, Eq. 12 and 16) on a trailing schedule.
+    """DDIM (Song et al. 2021, Eq. 12 and 16).
 
     The last step goes to train timestep 0, as the official policy-gradient implementations do: with eta = 1 it keeps a
     standard deviation of about .029 and therefore a likelihood.
@@ -22,17 +22,17 @@ class DDIM(Sampler):
 
     eta: float = 1.0
     """0 is deterministic, 1 the DDPM posterior."""
+    spacing: Spacing = "trailing"
+    """How the times are spread: "trailing" begins at pure noise, as distilled models do; "leading" is how Stable
+    Diffusion's own pipelines and the policy-gradient papers walk many steps."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_steps <= 999:
-            raise ValueError(f"num_steps is {self.num_steps}, expected 1 to 999")
+        check_spaced(self.num_steps, self.spacing)
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta is {self.eta}, expected 0 to 1")
 
     def grid(self, policy: Policy) -> Tensor:
-        # In NumPy, as diffusers does: torch rounds ties such as 937.5 another way.
-        times = np.arange(1000, 0, -1000 / self.num_steps).round().astype(np.int64) - 1
-        return torch.from_numpy(times[: self.num_steps])
+        return spaced_times(self.num_steps, self.spacing)
 
     def transition(self, policy: Policy, x: Tensor, k: Tensor, prompt: Prompt) -> Transition:
         grid = torch.cat([self.grid(policy), torch.zeros(1, dtype=torch.long)]).to(x.device)

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alignkit import diffusion
 from alignkit.interfaces import Policy, Prompt, Sampler, Transition
+from alignkit_samplers.renoise import renoise
 
 
 @dataclass
@@ -36,12 +36,7 @@ class LCM(Sampler):
         return torch.from_numpy(origin[::-1].copy()[index])
 
     def transition(self, policy: Policy, x: Tensor, k: Tensor, prompt: Prompt) -> Transition:
-        grid = self.grid(policy).to(x.device)
-        clean = policy.denoise(x, grid[k], prompt)
-        last = k == self.num_steps - 1
-        alpha, sigma = policy.schedule(grid[(k + 1).clamp(max=self.num_steps - 1)])
-        alpha, sigma = torch.where(last, 1.0, alpha), torch.where(last, 0.0, sigma)
-        return Transition(diffusion.columns(alpha, clean) * clean, sigma, clean)
+        return renoise(policy, self.grid(policy).to(x.device), x, k, prompt)
 
     def stochastic_steps(self) -> int:
         return self.num_steps - 1

@@ -1,0 +1,183 @@
+"""The bundles. Each setting is the paper's or its code's, named where it stands; what no source states is left to the
+defaults of the method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from alignkit.interfaces import ModelBundle
+
+SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+
+Settings = dict[str, Any]
+
+# Memory alone, with caution: raise them where there is room.
+_of_512: Settings = {"train": {"rows_per_pass": 8}, "evaluate": {"batch_size": 8}}
+_of_1024: Settings = {"train": {"rows_per_pass": 2}, "evaluate": {"batch_size": 2}}
+
+
+def _with(*layers: Settings) -> Settings:
+    """The sections of all layers; the later win, key by key, and a sampler that is named begins anew."""
+    merged: Settings = {}
+    for layer in layers:
+        for section, values in layer.items():
+            merged[section] = {**({} if "name" in values else merged.get(section, {})), **values}
+    return merged
+
+
+def _sampler(name: str, num_steps: int, **fields: Any) -> Settings:
+    return {"sampler": {"name": name, "num_steps": num_steps, **fields}}
+
+
+def _train(learning_rate: float, weight_decay: float = 0.0, **fields: Any) -> Settings:
+    return {"train": {"learning_rate": learning_rate, "weight_decay": weight_decay, **fields}}
+
+
+# Methods
+
+# LaSRO (2411.15247) trains two steps; a model that was distilled by a discriminator has no distillation loss, and is
+# noised again in full so that y depends on the policy through its clean latent alone.
+_lasro_lcm = _sampler("lcm", 2)
+_lasro_turbo_loss: Settings = {"algorithm": {"distillation_weight": 0.0}}
+_lasro_turbo = _with(_sampler("renoise", 2), _lasro_turbo_loss)
+_vega: Settings = {"surrogate": {"backbone": "segmind/Segmind-Vega"}}
+# The policy-gradient methods of RLCM (2404.03673, its code): 8 steps, Adam without decay, LoRA of rank 8, advantages
+# clipped at 10 in DDPO's loss.
+_rlcm = _with(_sampler("lcm", 8), _train(1e-4, max_grad_norm=5.0), {"model": {"lora_rank": 8}})
+# SDPO (2411.11727, Table 2) trains 50 steps and is read at few; so do the rivals it is compared with.
+_sdpo = _with(
+    _sampler("ddim", 50, eta=1.0), _train(1e-4, 1e-4), {"model": {"lora_rank": 4}},
+    {"evaluate": {"steps": [1, 2, 4, 8, 50]}},
+)  # fmt: skip
+# PSO (2410.03190, its code for SDXL-Turbo).
+_pso = _with(_sampler("euler_ancestral", 4, eta=1.0), _train(1e-5, 1e-6), {"model": {"lora_rank": 32}})
+# RG-LCD (2403.11027, its code): the whole UNet, small steps.
+_rg_lcd = _with(
+    _train(1e-6, updates=10_000, rows_per_update=40, ema_decay=0.95, checkpoint_every=1000), {"model": {"lora_rank": 0}}
+)
+# Diffusion-DPO (2311.12908, its code): the whole UNet, 2000 updates of 2048 pairs.
+_dpo = _with(_train(2.05e-5, 1e-2, updates=2000, rows_per_update=2048), {"model": {"lora_rank": 0}})
+
+
+def _lcm_methods(*extra: Settings) -> dict[str, Settings]:
+    return {
+        "lasro": _with(_lasro_lcm, *extra),
+        "ddpo": _rlcm | {"algorithm": {"advantage_clip": 10.0}},
+        "rebel": _rlcm,
+        "sdpo": _with(_rlcm, {"evaluate": {"steps": [1, 2, 4, 8]}}),
+        "rg_lcd": _rg_lcd,
+    }
+
+
+# Distilled by a discriminator: epsilon, trailing times, no guidance, no teacher to distil from.
+
+
+def sd_turbo() -> ModelBundle:
+    return ModelBundle(
+        path="stabilityai/sd-turbo",
+        defaults=_with(_of_512, _sampler("euler_ancestral", 4, eta=0.0), {"model": {"guidance": 0.0}}),
+        algorithm_defaults={
+            "lasro": _lasro_turbo,
+            "sdpo": _sdpo,
+            "ddpo": _sdpo,
+            "rebel": _sdpo,
+            "d3po": _sdpo,
+            "pso": _pso,
+        },
+    )
+
+
+def sdxl_turbo() -> ModelBundle:
+    return ModelBundle(
+        path="stabilityai/sdxl-turbo",
+        defaults=_with(_of_512, _sampler("euler_ancestral", 4), {"model": {"guidance": 0.0}}),
+        algorithm_defaults={"lasro": _with(_lasro_turbo, _vega), "pso": _pso, "sdpo": _sdpo},
+    )
+
+
+def sdxl_lightning() -> ModelBundle:
+    """Its UNets serve one number of steps each; for another, set model.unet and sampler.num_steps."""
+    unet = {"unet": "ByteDance/SDXL-Lightning/sdxl_lightning_4step_unet.safetensors", "guidance": 0.0}
+    four = {"algorithm": {"step_weights": [1.0, 1.0, 1.0, 1.0]}}
+    return ModelBundle(
+        path=SDXL,
+        defaults=_with(_of_1024, _sampler("euler_ancestral", 4, eta=0.0), {"model": unet, "evaluate": {"steps": [4]}}),
+        algorithm_defaults={"lasro": _with(_sampler("renoise", 4), _lasro_turbo_loss, four, _vega), "pso": _pso},
+    )
+
+
+# Latent consistency models.
+
+
+def lcm_dreamshaper() -> ModelBundle:
+    return ModelBundle(
+        path="SimianLuo/LCM_Dreamshaper_v7",
+        teacher="Lykon/dreamshaper-7",
+        defaults=_with(_of_512, _sampler("lcm", 4), {"model": {"guidance": 7.0}}),
+        algorithm_defaults=_lcm_methods(),
+    )
+
+
+def sdxl_lcm() -> ModelBundle:
+    return _sdxl_lcm(SDXL, "latent-consistency/lcm-sdxl")
+
+
+def ssd_1b_lcm() -> ModelBundle:
+    """The model of LaSRO's tables, as far as it is published."""
+    return _sdxl_lcm("segmind/SSD-1B", "latent-consistency/lcm-ssd-1b")
+
+
+def _sdxl_lcm(path: str, unet: str) -> ModelBundle:
+    model = {"unet": unet, "prediction": "consistency", "guidance": 7.0}
+    return ModelBundle(
+        path=path,
+        teacher=path,
+        defaults=_with(_of_1024, _sampler("lcm", 4), {"model": model}),
+        algorithm_defaults=_lcm_methods(_vega) | {"pso": _with(_pso, _sampler("lcm", 2))},
+    )
+
+
+def sd_1_5_lcm_lora() -> ModelBundle:
+    return _lcm_lora(SD, "latent-consistency/lcm-lora-sdv1-5", _of_512)
+
+
+def sdxl_lcm_lora() -> ModelBundle:
+    return _lcm_lora(SDXL, "latent-consistency/lcm-lora-sdxl", _of_1024, _vega)
+
+
+def _lcm_lora(path: str, adapter: str, memory: Settings, *lasro: Settings) -> ModelBundle:
+    # Guidance is in the weights: the card asks for a guidance_scale between 1 and 2, or none.
+    model = {"adapter": adapter, "prediction": "consistency", "guidance": 0.0}
+    return ModelBundle(
+        path=path,
+        teacher=path,
+        defaults=_with(memory, _sampler("lcm", 4), {"model": model}),
+        algorithm_defaults=_lcm_methods(*lasro),
+    )
+
+
+# Models of many steps.
+
+
+def sd_1_5() -> ModelBundle:
+    """As DDPO and D3PO walk it: 50 and 20 steps with noise, guidance_scale 5."""
+    walk = _sampler("ddim", 50, eta=1.0, spacing="leading")
+    return ModelBundle(
+        path=SD,
+        defaults=_with(_of_512, walk, {"model": {"guidance": 4.0}, "evaluate": {"steps": [20, 50]}}),
+        algorithm_defaults={
+            "ddpo": _with(_train(3e-4, 1e-4), {"model": {"lora_rank": 4}}),
+            "d3po": _with(_train(3e-5, 1e-4), {"sampler": {"num_steps": 20}, "model": {"lora_rank": 4}}),
+            "diffusion_dpo": _dpo,
+        },
+    )
+
+
+def sdxl() -> ModelBundle:
+    walk = _sampler("euler_ancestral", 30, eta=0.0, spacing="leading")
+    return ModelBundle(
+        path=SDXL,
+        defaults=_with(_of_1024, walk, {"model": {"guidance": 4.0}, "evaluate": {"steps": [30]}}),
+        algorithm_defaults={"diffusion_dpo": _dpo},
+    )

@@ -1,0 +1,86 @@
+"""The bundles of published models make whole run files, and load nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignkit.config import find_bundle, load, to_toml
+from alignkit.parts import Parts
+from alignkit.registry import default_registry
+from alignkit_models import MODELS
+
+INSTALLED = {row.name for row in default_registry().components("algorithm")}
+PAIRS = [(model, name) for model in MODELS for name in find_bundle(model).algorithm_defaults if name in INSTALLED]
+
+
+def run(prompts: Path, model: str, algorithm: str = "lasro", **changes: Any) -> Parts:
+    settings = {"model.name": model, "algorithm.name": algorithm, "reward": ["shapes_reading"]}
+    return Parts(load(None, settings | {"data.prompts": str(prompts)} | changes))
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red circle\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(("model", "algorithm"), PAIRS)
+def test_what_a_bundle_says_for_a_method_is_accepted_by_it(prompts: Path, model: str, algorithm: str) -> None:
+    made = run(prompts, model, algorithm)
+    made.algorithm().check(made.sampler())
+    for steps in made.config.evaluate.steps:
+        made.sampler(steps)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_bundle_resolves_to_a_run_file_that_says_the_same_again(prompts: Path, tmp_path: Path, model: str) -> None:
+    config = run(prompts, model, "lcd").config
+    file = tmp_path / "run.toml"
+    file.write_text(to_toml(config), encoding="utf-8")
+    assert load(file) == config
+
+
+def test_the_settings_of_the_papers_arrive(prompts: Path) -> None:
+    turbo = run(prompts, "sd_turbo")
+    assert turbo.config.sampler.name == "renoise" and turbo.sampler().num_steps == 2
+    assert turbo.config.algorithm.fields["distillation_weight"] == 0 and "teacher" not in turbo.algorithm().needs
+    assert run(prompts, "sd_turbo", "lcd").config.sampler.fields["eta"] == 0
+    lightning = run(prompts, "sdxl_lightning")
+    assert lightning.config.model.unet.startswith("ByteDance/SDXL-Lightning/")
+    assert lightning.sampler().num_steps == len(lightning.config.algorithm.fields["step_weights"]) == 4
+    pruned = run(prompts, "ssd_1b_lcm").config
+    assert pruned.model.guidance == 7 and pruned.model.prediction == "consistency" and pruned.model.lora_rank == 16
+    assert pruned.surrogate is not None and pruned.surrogate.fields["backbone"] == "segmind/Segmind-Vega"
+    lora = run(prompts, "sdxl_lcm_lora").config
+    assert lora.model.adapter == "latent-consistency/lcm-lora-sdxl" and lora.model.guidance == 0
+
+
+def test_what_the_user_says_wins_over_the_bundle(prompts: Path) -> None:
+    changes = {"sampler.num_steps": 1, "algorithm.step_weights": [1.0], "train.rows_per_pass": 3}
+    made = run(prompts, "ssd_1b_lcm", **changes)
+    assert made.sampler().num_steps == 1 and made.config.train.rows_per_pass == 3
+    other = run(prompts, "ssd_1b_lcm", **{"model.unet": "owner/another"})
+    assert other.config.model.unet == "owner/another" and other.config.model.prediction == "consistency"
+
+
+@pytest.mark.parametrize("model", ["sd_turbo", "sdxl_turbo", "lcm_dreamshaper", "sd_1_5", "sdxl"])
+def test_the_hub_id_of_a_whole_pipeline_brings_the_settings_of_its_name(model: str) -> None:
+    bundle = find_bundle(model)
+    assert not {"unet", "adapter"} & bundle.defaults["model"].keys()
+    assert find_bundle(bundle.path) == bundle
+    assert find_bundle("owner/another").defaults == {}
+
+
+def test_naming_a_model_imports_no_torch_and_no_diffusers() -> None:
+    code = (
+        "import sys; from alignkit.config import find_bundle; from alignkit_models import MODELS;"
+        "[find_bundle(name) for name in MODELS]; print({'torch', 'diffusers', 'huggingface_hub'} & set(sys.modules))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "set()"
