@@ -173,9 +173,9 @@ class Run(Parts):
                 run_folder.note_environment(self.folder)
             except AlignkitError as error:
                 refused = error
-        for error in gather_object([refused]):
-            if error is not None:
-                raise error
+        for reason in gather_object([refused]):
+            if reason is not None:
+                raise reason
 
     def _accelerator(self) -> Accelerator:
         train = self.config.train

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -48,6 +48,8 @@ class PolicyRows(Rows):
     """One policy update: a state to improve and a captioned latent to keep consistent, N rows of each."""
 
     states: States
+    blur: Tensor
+    """(N, *S) what is added to the clean latent before the surrogate sees it."""
     noised: Noised | None
 
 
@@ -80,6 +82,13 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
     """Which two samples of a group make a pair: best and worst, as in the paper, or any two whose rewards differ."""
     pairs_per_update: int = 64
     """Pairs in one surrogate update."""
+    reference_samples: int = 0
+    """How many of the N_s samples are drawn by the model as it was before training. Pairs within one model's samples
+    say nothing about what all of them have in common, so a drift of the policy that the surrogate happens to like
+    would never be corrected; beside samples without the drift it is."""
+    smoothing: float = 0.0
+    """Standard deviation of noise on the latents that the surrogate sees, while it learns and while the policy follows
+    it. Its gradient is then that of an average over a neighbourhood, and points less often where no picture is."""
     percentile: float = 0.95
     """The share of surrogate scores below the level at which the reward term stops to pull (Eq. 13)."""
     tracker_decay: float = 0.99
@@ -94,6 +103,12 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
     def __post_init__(self) -> None:
         if self.samples < 2:
             raise ValueError(f"samples is {self.samples}, expected at least 2: a pair takes two samples of one prompt")
+        if not 0 <= self.reference_samples < self.samples:
+            raise ValueError(
+                f"reference_samples is {self.reference_samples}, expected 0 to {self.samples - 1}, less than samples"
+            )
+        if self.smoothing < 0:
+            raise ValueError(f"smoothing is {self.smoothing}, expected 0 or more")
         if not 0 < self.percentile <= 1:
             raise ValueError(f"percentile is {self.percentile}, expected more than 0 and at most 1")
         for name in ("policy_steps", "pairs_per_update", "replay"):
@@ -113,6 +128,8 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
                 f"algorithm.step_weights: found {len(self.step_weights)} weights for sampler.num_steps = "
                 f"{sampler.num_steps}; give one a step"
             )
+        if self.distillation_weight:
+            self._distillation.check(sampler)
 
     # collect: sample and score
 
@@ -122,6 +139,12 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
         count = len(prompt)
         noises = torch.stack([ctx.noise(count) for _ in range(num_steps + 1)], dim=1)
         rollout = walk(ctx.policy, ctx.sampler, prompt, noises)
+        current = torch.arange(count) % each < each - self.reference_samples
+        if self.reference_samples:
+            with ctx.policy.reference():
+                other = walk(ctx.policy, ctx.sampler, prompt.select((~current).nonzero()[:, 0]), noises[~current])
+            for mine, theirs in ((rollout.states, other.states), (rollout.clean, other.clean)):
+                mine[~current] = theirs
         repeated = [e for e in batch.examples for _ in range(each)]
         scores = [ctx.score(rollout.clean[:, k], repeated) for k in range(num_steps)]
         rewards = torch.stack([s.values.masked_fill(~s.valid, torch.nan) for s in scores]).float()
@@ -141,6 +164,7 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
             clean=rollout.clean.transpose(0, 1).flatten(0, 1),
         )
         self._measure(states, scored, ctx)
+        states = states.select(current.repeat(num_steps).nonzero()[:, 0])
         self._memory = [*self._memory, (scored.to("cpu"), texts)][-self.replay :]
         pictures = captions = None
         if self.distillation_weight and batch.pictures is not None:
@@ -158,7 +182,8 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
         ctx.log(surrogate_score=scores.mean(), labelled_groups=labelled.float().mean())
         for k in range(ctx.sampler.num_steps):
             at = scored.step == k
-            ctx.log(**{f"reward/step{k + 1}": scored.rewards[at].nanmean()})
+            own = scored.rewards[at, : self.samples - self.reference_samples]
+            ctx.log(**{f"reward/step{k + 1}": own.nanmean()})
             if bool(labelled[at].any()):
                 ctx.log(**{f"pair_accuracy/step{k + 1}": (margin[at & labelled] > 0).float().mean()})
         if not bool(labelled.any()):
@@ -198,8 +223,12 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
                 if len(texts) >= self.pairs_per_update:
                     break
             if texts:
-                pairs = Pairs(torch.cat(winners), torch.cat(losers), ctx.policy.encode(texts))
-                yield pairs.to(ctx.policy.device)
+                pairs = Pairs(torch.cat(winners), torch.cat(losers), ctx.policy.encode(texts)).to(ctx.policy.device)
+                yield replace(
+                    pairs,
+                    winner=pairs.winner + self.smoothing * ctx.noise(len(pairs)),
+                    loser=pairs.loser + self.smoothing * ctx.noise(len(pairs)),
+                )
 
     def surrogate_loss(self, rows: Pairs, ctx: Context) -> Tensor:
         assert ctx.surrogate is not None
@@ -218,7 +247,7 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
             if collected.pictures is not None and collected.captions is not None:
                 index = torch.arange(size) % len(collected.pictures)
                 noised = self._distillation.draw(collected.pictures[index], collected.captions.select(index), ctx)
-            yield PolicyRows(states, noised)
+            yield PolicyRows(states, self.smoothing * ctx.noise(size), noised)
 
     @torch.no_grad()
     def _track(self, states: States, ctx: Context) -> None:
@@ -247,7 +276,7 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
         metrics: dict[str, Tensor] = {}
         if any(self.step_weights):
             clean = ctx.sampler.transition(ctx.policy, states.x, states.step, states.prompt).clean
-            scores = self.normalised(ctx.surrogate.score(clean, states.prompt), states.step)
+            scores = self.normalised(ctx.surrogate.score(clean + rows.blur, states.prompt), states.step)
             # The mean over rows of all steps, times K, is the sum over steps of the mean at each.
             weights = scores.new_tensor(self.step_weights)[states.step] * len(self.step_weights)
             loss = loss - (weights * scores).mean()

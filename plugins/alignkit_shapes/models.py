@@ -22,10 +22,17 @@ def shapes_lcm() -> ModelBundle:
     guidance = {"w_min": 1.0, "w_max": 3.0}
     lasro = {
         "data": {"batch_size": 4},
-        "algorithm": {**guidance, "samples": 6, "distillation_weight": 2.0},
+        "algorithm": {
+            **guidance,
+            "samples": 6,
+            "reference_samples": 2,
+            "surrogate_steps": 3,
+            "smoothing": 0.4,  # the shipped surrogate was taught with it
+            "distillation_weight": 2.0,
+        },
         "surrogate": {"init": str(WEIGHTS / "surrogate.safetensors")},
         "train": {"updates": 60, "checkpoint_every": 20, "ema_decay": 0.95},
-        "evaluate": {"every": 30},
+        "evaluate": {"every": 30, "limit": 200, "steps": [1, 2]},
     }
     rg_lcd = {
         "algorithm": guidance,

@@ -25,7 +25,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "black": (25, 25, 25),
     "white": (250, 250, 250),
 }
-RADII = (8.5, 13.0)
+RADII = (10.0, 12.5)
 """Radius of a thing in pixels, from and to."""
 
 RELATIONS = ("left of", "right of", "above", "below")
@@ -152,8 +152,8 @@ def arrange(things: list[Thing], rng: np.random.Generator) -> Scene:
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
-    """A random scene: one thing with probability .15, two with .35, three with .5."""
-    return arrange(sample_things(int(rng.choice([1, 2, 3], p=[0.15, 0.35, 0.5])), rng), rng)
+    """A random scene: one thing with probability .2, two with .45, three with .35."""
+    return arrange(sample_things(int(rng.choice([1, 2, 3], p=[0.2, 0.45, 0.35])), rng), rng)
 
 
 def related(first: Thing, second: Thing) -> str:

@@ -89,7 +89,7 @@ def test_the_better_walk_comes_first_at_every_stochastic_step(make: MakeTrainer)
 
 
 def test_equal_rewards_and_pictures_that_could_not_be_scored_make_no_pair(make: MakeTrainer) -> None:
-    assert len(collect(make("d3po", {"reward": ["partial"]}))) == 2  # one pair of four, two steps
+    assert len(collect(make("d3po", {"reward": ["two_of_three"]}))) == 2  # one pair of four, two steps
     trainer = make("d3po", {"reward": ["constant"]})
     assert len(collect(trainer)) == 0
     with pytest.raises(AlignkitError, match="algorithm d3po nothing to learn from"):

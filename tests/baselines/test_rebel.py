@@ -59,7 +59,7 @@ def test_the_loss_of_several_pairs_is_the_mean_of_their_own_and_so_is_its_gradie
 
 
 def test_a_pair_with_a_picture_that_could_not_be_scored_is_left_out(make: MakeTrainer) -> None:
-    trainer = make("rebel", {"reward": ["partial"], "algorithm.baseline": "batch"})
+    trainer = make("rebel", {"reward": ["two_of_three"], "algorithm.baseline": "batch"})
     rows = parts(trainer)
     assert sum(len(r) for r in rows) == 1  # pictures 0, 3 and 6 of eight
     (advantages,) = (r.advantages for r in rows)

@@ -239,46 +239,14 @@ def test_the_sum_over_latent_dimensions_is_an_option(make: MakeTrainer) -> None:
     assert torch.allclose(total, 256 * mean, rtol=1e-5)
 
 
-REWARDS = """
-    from alignkit import hookimpl
-
-    @hookimpl
-    def register_rewards(register):
-        register("constant", "odd_rewards.rewards:Constant", "The same for every picture")
-        register("partial", "odd_rewards.rewards:Partial", "Every second picture cannot be scored")
-        register("unscored", "odd_rewards.rewards:Unscored", "No picture can be scored")
-"""
-
-REWARD_CLASSES = """
-    import torch
-    from alignkit.interfaces import Reward, Scores
-
-
-    class Constant(Reward):
-        def __call__(self, images, examples):
-            return torch.ones(len(images), dtype=torch.long)
-
-
-    class Partial(Reward):
-        def __call__(self, images, examples):
-            return Scores(images.mean((1, 2, 3)), torch.arange(len(images)) % 2 == 0)
-
-
-    class Unscored(Reward):
-        def __call__(self, images, examples):
-            return Scores(images.mean((1, 2, 3)), torch.zeros(len(images), dtype=torch.bool))
-"""
-
-
 def test_a_reward_that_tells_nothing_apart_moves_nothing_and_what_it_cannot_score_is_left_out(
-    make: MakeTrainer, plugins: Any
+    make: MakeTrainer, odd_rewards: None
 ) -> None:
-    plugins.install("odd_rewards", REWARDS, rewards=REWARD_CLASSES)
     trainer = make({"reward": ["constant"], "train.rows_per_update": 8})
     (rows,) = parts(trainer, collect(trainer))
     assert rows.advantage.tolist() == [0] * 8
     assert float(gradients(trainer, trainer.algorithm.loss(rows, trainer.ctx)[0]).abs().max()) == 0
-    steps = collect(make({"reward": ["partial"], "algorithm.baseline": "batch"})).steps
+    steps = collect(make({"reward": ["every_second"], "algorithm.baseline": "batch"})).steps
     assert len(steps) == 4 and steps.prompt.index.tolist() == [0, 0, 1, 1]
     assert steps.advantage.abs().tolist() == pytest.approx([1] * 4, abs=1e-4)  # of two
     nothing = make({"reward": ["unscored"]})

@@ -14,6 +14,7 @@ from alignkit.errors import ConfigError
 from alignkit.run import Run
 from alignkit.train import Trainer
 from alignkit_lasro.algorithm import Collected, LaSRO
+from alignkit_samplers.ddim import DDIM
 from alignkit_samplers.lcm import LCM
 
 MakeRun = Callable[..., Run]
@@ -137,7 +138,8 @@ def test_a_step_weight_of_zero_leaves_the_states_of_that_step_without_gradient(
     assert not rows.states.x.requires_grad  # each step starts from a state without history
     for step, moves in ((0, False), (1, True)):
         states = collected.states.select((collected.states.step == step).nonzero()[:, 0])
-        value, _ = trainer.algorithm.loss(replace(rows, states=states), trainer.ctx)
+        part = replace(rows, states=states, blur=torch.zeros_like(states.x))
+        value, _ = trainer.algorithm.loss(part, trainer.ctx)
         gradients = torch.autograd.grad(value, trainer.ctx.policy.parameters(), allow_unused=True)
         assert any(g is not None and bool((g != 0).any()) for g in gradients) == moves
 
@@ -211,7 +213,17 @@ def test_the_state_of_the_method_comes_back_whole(make_trainer: Callable[..., Tr
     assert all(torch.equal(a.winner, b.winner) for a, b in zip(*drawn, strict=True))
 
 
-@pytest.mark.parametrize("fields", [{"samples": 1}, {"percentile": 0.0}, {"replay": 0}, {"pairs_per_update": 0}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"samples": 1},
+        {"percentile": 0.0},
+        {"replay": 0},
+        {"pairs_per_update": 0},
+        {"reference_samples": 8},
+        {"smoothing": -0.1},
+    ],
+)
 def test_settings_that_cannot_learn_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected"):
         LaSRO(**fields)
@@ -222,46 +234,14 @@ def test_a_number_of_weights_that_is_not_the_number_of_steps_is_refused() -> Non
         LaSRO().check(LCM(4))
 
 
-REWARDS = """
-    from alignkit import hookimpl
-
-    @hookimpl
-    def register_rewards(register):
-        register("constant", "odd_rewards.rewards:Constant", "The same for every picture")
-        register("partial", "odd_rewards.rewards:Partial", "Every second picture cannot be scored")
-        register("unscored", "odd_rewards.rewards:Unscored", "No picture can be scored")
-"""
-
-REWARD_CLASSES = """
-    import torch
-    from alignkit.interfaces import Reward, Scores
-
-
-    class Constant(Reward):
-        def __call__(self, images, examples):
-            return torch.ones(len(images), dtype=torch.long)
-
-
-    class Partial(Reward):
-        def __call__(self, images, examples):
-            return Scores(images.mean((1, 2, 3)), torch.arange(len(images)) % 2 == 0)
-
-
-    class Unscored(Reward):
-        def __call__(self, images, examples):
-            return Scores(images.mean((1, 2, 3)), torch.zeros(len(images), dtype=torch.bool))
-"""
-
-
-@pytest.mark.parametrize("reward", ["constant", "partial", "unscored"])
+@pytest.mark.parametrize("reward", ["constant", "every_second", "unscored"])
 def test_a_reward_that_tells_little_or_nothing_apart_breaks_nothing(
-    tiny_run: MakeRun, plugins: Any, reward: str
+    tiny_run: MakeRun, odd_rewards: None, reward: str
 ) -> None:
-    plugins.install("odd_rewards", REWARDS, rewards=REWARD_CLASSES)
     run = tiny_run(overrides={"reward": [reward], "train.updates": 2})
     updates = list(run.train())
     assert all(torch.isfinite(torch.tensor(u.metrics["loss"])) for u in updates)
-    assert ("surrogate_loss" in updates[-1].metrics) == (reward == "partial")
+    assert ("surrogate_loss" in updates[-1].metrics) == (reward == "every_second")
     assert all(v == v for u in updates for n, v in u.metrics.items() if not n.startswith("reward"))
 
 
@@ -278,3 +258,46 @@ def test_the_true_reward_rises_on_a_toy_reward(make_trainer: Callable[..., Train
         updates += [update for update in trainer.round() if update.step]
     rewards = [update.reward for update in updates]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:3]) / 3 + 0.02
+
+
+def test_reference_samples_are_drawn_without_the_adapter_and_taught_but_not_followed(
+    make_trainer: Callable[..., Trainer],
+) -> None:
+    trainer = make_trainer({"algorithm.samples": 5, "algorithm.reference_samples": 2})
+    ctx = trainer.ctx
+    with torch.no_grad():
+        for parameter in ctx.policy.parameters():
+            parameter += 0.1
+    state = ctx.generator.get_state()
+    collected = collect(trainer)
+    with ctx.policy.reference():
+        ctx.generator.set_state(state)
+        reference = trainer.algorithm.collect(replace_batch(trainer), ctx).scored.latents
+    found = collected.scored.latents
+    assert torch.equal(found[:, 3:], reference[:, 3:])
+    assert not torch.isclose(found[:, :3], reference[:, :3]).all(-1).any()
+    assert len(collected.states) == 2 * 2 * 3  # prompts, steps, samples of the policy as it is
+
+
+def replace_batch(trainer: Trainer) -> Any:
+    """The batch of the round before."""
+    trainer.batches -= 1
+    return trainer.batch()
+
+
+def test_smoothing_moves_what_the_surrogate_sees_and_nothing_else(make_trainer: Callable[..., Trainer]) -> None:
+    plain, smooth = (make_trainer({"algorithm.smoothing": s}) for s in (0.0, 0.5))
+    for trainer, spread in ((plain, 0.0), (smooth, 0.5)):
+        collected = collect(trainer)
+        (pairs, *_) = trainer.algorithm.surrogate_updates(collected, trainer.ctx)
+        known = collected.scored.latents.flatten(0, 1)
+        distance = (pairs.winner[:, None] - known).flatten(2).norm(dim=2).min(1).values / known[0].numel() ** 0.5
+        assert distance.mean() == pytest.approx(spread, abs=0.15)
+        (rows,) = trainer.algorithm.updates(collected, trainer.ctx)
+        assert float(rows.blur.std()) == pytest.approx(spread, abs=0.1)
+
+
+def test_distillation_is_refused_for_a_sampler_it_cannot_serve() -> None:
+    with pytest.raises(ConfigError, match="expected lcm"):
+        LaSRO().check(DDIM(2))
+    LaSRO(distillation_weight=0.0).check(DDIM(2))

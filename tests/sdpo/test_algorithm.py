@@ -170,46 +170,14 @@ def test_measured_by_the_prompt_or_by_the_round_the_steps_are_taken_together(mak
 # what cannot be scored, what cannot be learned from
 
 
-REWARDS = """
-    from alignkit import hookimpl
-
-    @hookimpl
-    def register_rewards(register):
-        register("constant", "odd_rewards.rewards:Constant", "The same for every picture")
-        register("partial", "odd_rewards.rewards:Partial", "The first picture cannot be scored")
-        register("unscored", "odd_rewards.rewards:Unscored", "No picture can be scored")
-"""
-
-REWARD_CLASSES = """
-    import torch
-    from alignkit.interfaces import Reward, Scores
-
-
-    class Constant(Reward):
-        def __call__(self, images, examples):
-            return torch.ones(len(images), dtype=torch.long)
-
-
-    class Partial(Reward):
-        def __call__(self, images, examples):
-            return Scores(images.mean((1, 2, 3)), torch.arange(len(images)) > 0)
-
-
-    class Unscored(Reward):
-        def __call__(self, images, examples):
-            return Scores(images.mean((1, 2, 3)), torch.zeros(len(images), dtype=torch.bool))
-"""
-
-
 def test_a_reward_that_tells_nothing_apart_moves_nothing_and_what_rests_on_no_score_is_left_out(
-    make: MakeTrainer, plugins: Any
+    make: MakeTrainer, odd_rewards: None
 ) -> None:
-    plugins.install("odd_rewards", REWARDS, rewards=REWARD_CLASSES)
     trainer = make({"reward": ["constant"]})
     for rows in parts(trainer, collect(trainer)):
         assert rows.advantage.tolist() == [[0, 0]] * 4
         assert float(gradients(trainer, trainer.algorithm.loss(rows, trainer.ctx)[0]).abs().max()) == 0
-    trainer = make({"reward": ["partial"]})
+    trainer = make({"reward": ["all_but_first"]})
     steps = collect(trainer)
     found = parts(trainer, steps)
     # The first prediction of the first walk: its return is unknown, those behind it are not.

@@ -1,17 +1,20 @@
 """The judge: a BlipForQuestionAnswering that learns to answer yes or no about drawings.
 
-Trained end to end from scratch it stays at the majority answer, so it learns in two stages: the vision tower first
-learns what is present (a throw-away linear head over max-pooled tokens), then the text encoder and decoder learn to
-read the frozen features. Every batch shows fresh scenes.
+Trained end to end from scratch it stays at the majority answer, so it learns in stages: the vision tower first learns
+what is present (a throw-away linear head over max-pooled tokens), then the text encoder and decoder learn to read the
+frozen features, and at the end all of it learns together. Every batch shows fresh scenes.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.optim import AdamW
@@ -19,7 +22,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from transformers import BertTokenizer, BlipConfig, BlipForQuestionAnswering
 
 from alignkit_rewards.attribute_binding import answers, encode, yes_no
-from alignkit_shapes.scenes import COLORS, SHAPES, Scene, draw, sample_scene
+from alignkit_shapes.scenes import COLORS, SHAPES, SIZE, Scene, draw, mask, sample_scene
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]", "yes", "no", "is", "are", "there", "the"]
 WORDS += ["a", "an", "?", "and", "of", "left", "right", "above", "below", ",", "made", "small", "large"]
@@ -56,10 +59,59 @@ def config(vocabulary: int, dec: int) -> BlipConfig:
     )  # fmt: skip
 
 
-def pixels(scenes: list[Scene], rng: np.random.Generator) -> torch.Tensor:
+def _warped(outline: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """A mask (SIZE, SIZE) moved by a smooth random field of `strength` pixels."""
+    field = ndimage.gaussian_filter(rng.standard_normal((2, SIZE, SIZE)), (0, 5, 5))
+    moved = np.mgrid[:SIZE, :SIZE] + strength * field / field.std()
+    bent: np.ndarray = ndimage.map_coordinates(outline, moved, order=1)
+    return bent
+
+
+def _blended(first: np.ndarray, second: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """An outline halfway between two masks."""
+    share = rng.uniform(0.4, 0.6)
+    soft = ndimage.gaussian_filter(share * first + (1 - share) * second, 2.0)
+    halfway: np.ndarray = np.clip((soft - 0.5) * 6 + 0.5, 0, 1)
+    return halfway
+
+
+def spoiled(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, Scene, list[str]]:
+    """The scene as a few-step model might draw it: some outlines melted or between two shapes, some colours mixed.
+
+    The picture, uint8 (SIZE, SIZE, 3); what is still true of it, where a thing of mixed colour has the colour ""; and
+    the shapes that are gone.
+    """
+    picture: np.ndarray = np.empty((SIZE, SIZE, 3))
+    picture[:] = scene.ground
+    kept, gone = [], []
+    for thing in scene.things:
+        outline = np.asarray(mask(thing.shape, thing.x, thing.y, thing.radius), np.float32) / 255
+        paint = np.broadcast_to(np.array(COLORS[thing.color], np.float32), picture.shape)
+        color, chance = thing.color, rng.random()
+        if chance < 0.2:
+            outline = _warped(outline, rng.uniform(2.5, 4.5), rng)
+        elif chance < 0.35:
+            other = str(rng.choice([s for s in SHAPES if s != thing.shape]))
+            outline = _blended(outline, np.asarray(mask(other, thing.x, thing.y, thing.radius), np.float32) / 255, rng)
+        elif chance < 0.6:
+            other = str(rng.choice([c for c in COLORS if c != thing.color]))
+            angle = rng.uniform(0, 2 * np.pi)
+            y, x = np.mgrid[:SIZE, :SIZE]
+            along = ((x - thing.x) * np.cos(angle) + (y - thing.y) * np.sin(angle)) / thing.radius
+            share = np.clip(0.5 + along * rng.uniform(0.5, 2), 0, 1)[..., None]
+            paint, color = share * paint + (1 - share) * np.array(COLORS[other], np.float32), ""
+        if chance < 0.35:
+            gone.append(thing.shape)
+        else:
+            kept.append(replace(thing, color=color))
+        picture = outline[..., None] * paint + (1 - outline[..., None]) * picture
+    return picture.round().astype(np.uint8), Scene(tuple(kept), scene.ground), gone
+
+
+def pixels(pictures: list[np.ndarray], rng: np.random.Generator) -> torch.Tensor:
     """Normalised pictures; half of them blurred or noisy as a decoder's are, so that the judge reads samples too."""
-    x = torch.from_numpy(np.stack([draw(s) for s in scenes])).permute(0, 3, 1, 2).float() / 255
-    rough = torch.from_numpy(rng.random(len(scenes)) < 0.5)
+    x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+    rough = torch.from_numpy(rng.random(len(pictures)) < 0.5)
     width = float(rng.uniform(0.3, 1.1))
     taps = torch.exp(-((torch.arange(-2, 3).float() / width) ** 2) / 2)
     taps = taps / taps.sum()
@@ -81,20 +133,27 @@ def labels(scene: Scene) -> np.ndarray:
     return out
 
 
-def question(scene: Scene, rng: np.random.Generator, colors: bool = True) -> tuple[str, bool]:
-    """A question and its true answer, yes as often as no; the wrong colour is most often that of another thing."""
+def question(scene: Scene, rng: np.random.Generator, colors: bool = True, gone: Sequence[str] = ()) -> tuple[str, bool]:
+    """A question and its true answer, yes as often as no; the wrong colour is most often that of another thing.
+
+    `gone` are shapes that are no longer what they were; a question about what is absent is most often about them.
+    """
     there = {t.shape: t for t in scene.things}
-    truth = bool(rng.random() < 0.5)
+    clear = [t for t in scene.things if t.color]
+    truth = bool(rng.random() < 0.5) and bool(there)
     absent = [s for s in SHAPES if s not in there]
-    if not colors or rng.random() < 0.35:
+    if gone and rng.random() < 0.7:
+        absent = list(gone)
+    if not colors or rng.random() < 0.35 or (truth and not clear):
         shape = str(rng.choice(list(there) if truth else absent))
         return f"is there {'an' if shape[0] in 'aeiou' else 'a'} {shape}?", truth
-    if not truth and rng.random() < 0.2:
+    if not truth and (not there or rng.random() < (0.5 if gone else 0.2)):
         return f"is the {rng.choice(absent)} {rng.choice(list(COLORS))}?", False
-    thing = there[str(rng.choice(list(there)))]
     if truth:
+        thing = clear[int(rng.integers(len(clear)))]
         return f"is the {thing.shape} {thing.color}?", True
-    others = [t.color for t in scene.things if t.color != thing.color]
+    thing = there[str(rng.choice(list(there)))]
+    others = [t.color for t in clear if t.color != thing.color]
     if not others or rng.random() < 0.4:
         others = [c for c in COLORS if c != thing.color]
     return f"is the {thing.shape} {rng.choice(others)}?", False
@@ -114,7 +173,7 @@ def train_vision(model: BlipForQuestionAnswering, steps: int, batch: int, rng: n
     for step in range(steps):
         scenes = [sample_scene(rng) for _ in range(batch)]
         target = torch.from_numpy(np.stack([labels(s) for s in scenes]))
-        tokens = model.vision_model(pixel_values=pixels(scenes, rng)).last_hidden_state
+        tokens = model.vision_model(pixel_values=pixels([draw(s) for s in scenes], rng)).last_hidden_state
         logits = head(tokens.amax(1))
         loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=torch.tensor(6.0))
         _step(loss, parameters, optimizer, schedule)
@@ -150,7 +209,7 @@ class Features:
     @torch.no_grad()
     def _fill(self, places: list[int]) -> None:
         scenes = [sample_scene(self.rng) for _ in places]
-        tokens = self.model.vision_model(pixel_values=pixels(scenes, self.rng)).last_hidden_state
+        tokens = self.model.vision_model(pixel_values=pixels([draw(s) for s in scenes], self.rng)).last_hidden_state
         for place, scene, features in zip(places, scenes, tokens, strict=True):
             self.scenes[place : place + 1] = [scene]
             self.tokens[place] = features
@@ -193,8 +252,43 @@ def train_text(
             print(f"text {step} loss {loss.item():.4f} accuracy {right:.4f} {time.time() - start:.0f} s", flush=True)
 
 
-def train(out: Path, vision_steps: int = 5000, text_steps: int = 5000, batch: int = 64, seed: int = 1) -> None:
-    """Both stages; saves model and tokenizer to `out`."""
+def train_together(
+    model: BlipForQuestionAnswering,
+    words: BertTokenizer,
+    steps: int,
+    batch: int,
+    rng: np.random.Generator,
+    lr: float = 2e-4,
+) -> None:
+    """Stage 3: the whole judge, four questions a fresh scene, of which half are spoiled."""
+    parameters = list(model.parameters())
+    optimizer, schedule = _optimizer(parameters, lr, steps)
+    start, right = time.time(), 0.95
+    choice = yes_no(words)
+    for step in range(steps):
+        scenes = [sample_scene(rng) for _ in range(batch)]
+        drawn = [spoiled(s, rng) if rng.random() < 0.5 else (draw(s), s, []) for s in scenes]
+        features = model.vision_model(pixel_values=pixels([p for p, _, _ in drawn], rng)).last_hidden_state
+        asked = [question(truth, rng, gone=gone) for _, truth, gone in drawn for _ in range(4)]
+        rows = torch.arange(batch).repeat_interleave(4)
+        logits = answers(model, choice, features, rows, encode(model, words, [q for q, _ in asked]))
+        target = torch.tensor([0 if truth else 1 for _, truth in asked])
+        loss = F.cross_entropy(logits, target)
+        _step(loss, parameters, optimizer, schedule)
+        right = 0.98 * right + 0.02 * (logits.argmax(1) == target).float().mean().item()
+        if step % 100 == 0 or step == steps - 1:
+            print(f"judge {step} loss {loss.item():.4f} accuracy {right:.4f} {time.time() - start:.0f} s", flush=True)
+
+
+def train(
+    out: Path,
+    vision_steps: int = 5000,
+    text_steps: int = 5000,
+    together_steps: int = 1000,
+    batch: int = 64,
+    seed: int = 1,
+) -> None:
+    """All stages; saves model and tokenizer to `out`."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     words = tokenizer()
@@ -203,5 +297,6 @@ def train(out: Path, vision_steps: int = 5000, text_steps: int = 5000, batch: in
     train_vision(model, vision_steps, batch, rng)
     model.save_pretrained(out)
     train_text(model, words, text_steps, batch, rng)
+    train_together(model, words, together_steps, batch // 2, rng)
     model.eval().save_pretrained(out)
     words.save_pretrained(out)

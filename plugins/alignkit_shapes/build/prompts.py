@@ -23,7 +23,7 @@ def write(folder: Path, train: int = 400, held_out: int = 200, seed: int = 7) ->
     for name, count, wanted in (("train", train, False), ("held_out", held_out, True)):
         lines: dict[str, None] = {}
         while len(lines) < count:
-            things = sample_things(2 if rng.random() < 0.3 else 3, rng)
+            things = sample_things(2 if rng.random() < 0.5 else 3, rng)
             if _held_out(things) != wanted:
                 continue
             phrases = [t.phrase for t in things]

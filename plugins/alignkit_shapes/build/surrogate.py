@@ -10,11 +10,12 @@ from safetensors.torch import load_file, save_file
 import alignkit
 
 
-def train(out: Path, run: Path, rounds: int = 100, seed: int = 5) -> None:
+def train(out: Path, run: Path, rounds: int = 120, seed: int = 5) -> None:
     """Score `rounds` rounds of samples of `shapes_lcm` and learn from them; the policy stays as it is."""
     overrides = {
         "algorithm.name": "lasro", "algorithm.replay": rounds, "surrogate.init": "", "surrogate.warmup": rounds,
-        "surrogate.learning_rate": 4e-4, "algorithm.surrogate_steps": 6, "algorithm.samples": 6, "data.batch_size": 8,
+        "surrogate.learning_rate": 4e-4, "algorithm.surrogate_steps": 5, "algorithm.samples": 8, "data.batch_size": 12,
+        "algorithm.reference_samples": 0,
         "train.updates": 0, "evaluate.limit": 8, "evaluate.steps": [2], "model.lora_rank": 4,
         "seed": seed, "output": str(run),
     }  # fmt: skip

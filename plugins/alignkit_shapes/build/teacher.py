@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import CLIPTextModel
 
 from alignkit import diffusion
 from alignkit_shapes.build.text import WIDTH, text_encoder, tokenizer
@@ -72,13 +73,28 @@ def average_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parame
                 flat = flat[parameter.numel() :]
 
 
-def train(vae_folder: Path, out: Path, steps: int = 2600, batch: int = 96, lr: float = 1.5e-3, seed: int = 2) -> None:
-    """Train with `batch` scenes a step, over all processes; saves the average weights as a pipeline every 500 steps."""
+def train(
+    vae_folder: Path,
+    out: Path,
+    steps: int = 9000,
+    batch: int = 64,
+    lr: float = 1e-3,
+    seed: int = 2,
+    source: Path | None = None,
+) -> None:
+    """Train with `batch` scenes a step, over all processes; saves the average weights as a pipeline every 500 steps.
+
+    `source` is a pipeline folder to go on from.
+    """
     accelerator = Accelerator(cpu=True)
     torch.manual_seed(seed)
     vae = AutoencoderKL.from_pretrained(vae_folder).eval().requires_grad_(False)
     words = tokenizer()
-    text, network = text_encoder(words), unet()
+    if source is None:
+        text, network = text_encoder(words), unet()
+    else:
+        text = CLIPTextModel.from_pretrained(source / "text_encoder")
+        network = UNet2DConditionModel.from_pretrained(source / "unet")
     parameters = [*network.parameters(), *text.parameters()]
     averages = [p.detach().clone() for p in parameters]
     noiser = DDIMScheduler(**SCHEDULE)

@@ -89,9 +89,10 @@ def train(out: Path, steps: int = 4000, whole: int = 400, batch: int = 24, lr: f
 
 
 def refine(source: Path, out: Path, steps: int = 1000, batch: int = 16, lr: float = 1e-3, seed: int = 9) -> None:
-    """Train the decoder alone on whole drawings, from latents with a little noise as a sampler leaves it.
+    """Train the decoder alone on whole drawings, from latents with as much noise as a sampler leaves, 0 to 0.3 of them.
 
-    The encoder is frozen, so networks trained on its latents stay valid.
+    The encoder is frozen, so networks trained on its latents stay valid. Without the noise a square decodes to a
+    circle as soon as its latent is a little off.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -105,7 +106,8 @@ def refine(source: Path, out: Path, steps: int = 1000, batch: int = 16, lr: floa
         pixels = drawings(batch, rng)
         with torch.no_grad():
             latents = vae.encode(pixels).latent_dist.mode()
-        loss = distance(vae.decode(latents + 0.05 * torch.randn_like(latents)).sample, pixels)
+        noise = 0.3 * torch.rand(batch, 1, 1, 1) * torch.randn_like(latents) / vae.config.scaling_factor
+        loss = distance(vae.decode(latents + noise).sample, pixels)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
