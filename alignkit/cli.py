@@ -295,4 +295,5 @@ def evaluate(
         csv.write_text(as_csv(rows), encoding="utf-8")
     if as_json:
         return _print_json([dataclasses.asdict(row) for row in rows])
-    Console().print(table(rows))
+    for kind in dict.fromkeys(row.prompts for row in rows):
+        Console().print(table([row for row in rows if row.prompts == kind]))

@@ -11,15 +11,16 @@ def kernel_distance(first: Tensor, second: Tensor, samples: int = 500, seed: int
 
     Row i of both belongs to the same prompt and noise; pairs of a row with itself are left out of every term, so the
     estimate has mean 0 where nothing changed (the U-statistic of Gretton et al. 2012, Lemma 6), and may be a little
-    below. The kernel is that of KID, (x y / D + 1)^3 (Binkowski et al. 2018), on features in units of the first set's
-    mean and standard deviation. Raises ValueError below two rows.
+    below. The kernel is that of KID, (x y / D + 1)^3 (Binkowski et al. 2018), on features measured from the first
+    set's mean in units of its spread over all D. Raises ValueError below two rows.
     """
     if len(first) < 2 or first.shape != second.shape:
         raise ValueError(
             f"kernel_distance: found {tuple(first.shape)} and {tuple(second.shape)}, expected the same "
             "shape with two rows or more"
         )
-    center, scale = first.double().mean(0), first.double().std(0).clamp(min=1e-6)
+    center = first.double().mean(0)
+    scale = (first.double() - center).square().mean().sqrt().clamp(min=1e-6)
     x, y = (first.double() - center) / scale, (second.double() - center) / scale
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:

@@ -139,26 +139,27 @@ def compare(before: Measurement, after: Measurement | None = None) -> list[Row]:
 
 
 def table(rows: Sequence[Row], title: str = "") -> Table:
-    """The rows for the terminal. A total that equals a part is shown once, by the name of the part."""
+    """Rows of one kind of prompts for the terminal. A total that equals a part is shown once, by the part's name."""
     from rich import box
     from rich.table import Table
 
     compared = any(row.after is not None for row in rows)
-    # What is the same in all rows needs no column.
-    telling = [name for name in ("run", "prompts") if len({getattr(row, name) for row in rows}) > 1]
-    headings = [*telling, "steps", "reward", "before", *(["after", "change", "95 % interval"] if compared else [])]
+    several = len({row.run for row in rows}) > 1
+    texts = ["reward", *(["run"] if several else [])]
+    headings = ["steps", *texts, "before", *(["after", "change", "95 % interval"] if compared else [])]
     counts = sorted({row.count for row in rows})
-    kinds = {"unseen": "that were not trained on", "seen": "that were trained on"}
-    which = "of each kind" if "prompts" in telling else kinds[rows[0].prompts] if rows else ""
-    caption = f"means over {' to '.join(map(str, counts))} prompts {which}" if rows else None
+    which = {"unseen": "that were not trained on", "seen": "that were trained on"}
+    caption = f"means over {' to '.join(map(str, counts))} prompts {which[rows[0].prompts]}" if rows else None
     # Plain enough for a terminal of 80 columns.
     shown = Table(title=title or None, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in headings:
-        shown.add_column(heading, justify="left" if heading in ("reward", *telling) else "right", no_wrap=True)
+        # Where there is no room, names go over two lines; numbers never do.
+        is_text = heading in texts
+        shown.add_column(heading, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
     for row in rows:
         if row.reward == TOTAL and any(r is not row and replace(r, reward=TOTAL) == row for r in rows):
             continue
-        cells = [*(getattr(row, name) for name in telling), str(row.num_steps), row.reward, f"{row.before:.3f}"]
+        cells = [str(row.num_steps), *(getattr(row, name) for name in texts), f"{row.before:.3f}"]
         if compared:
             cells += [f"{row.after:.3f}", f"{row.difference:+.3f}", f"[{row.low:+.3f}, {row.high:+.3f}]"]
         shown.add_row(*cells)
