@@ -284,6 +284,7 @@ def evaluate(
     """
     from rich.console import Console
 
+    from alignkit.checkpoint import write_file
     from alignkit.compare import as_csv
     from alignkit.evaluate import table
     from alignkit.run import compare_runs, open_run
@@ -292,7 +293,7 @@ def evaluate(
         raise AlignkitError(f"--csv {csv}: is there already; choose another name")
     rows = compare_runs([open_run(source) for source in sources], flags.step_list(steps), reward or (), not unseen)
     if csv is not None:
-        csv.write_text(as_csv(rows), encoding="utf-8")
+        write_file(csv, as_csv(rows))
     if as_json:
         return _print_json([dataclasses.asdict(row) for row in rows])
     for kind in dict.fromkeys(row.prompts for row in rows):

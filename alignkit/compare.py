@@ -68,7 +68,9 @@ def _rows(
                 policy, sampler, rewards, examples, chosen, settings.seed, settings.batch_size, features=policy.features
             )
 
-        key = repr((kind, config.model.name, policy.guidance, config.sampler, config.rewards, chosen, settings, extra))
+        # All that the measurement before depends on; how the model is trained is left out of it.
+        model = replace(config.model, teacher="", lora_rank=0, lora_targets=[])
+        key = repr((model, config.sampler, config.rewards, settings, examples, chosen, extra))
         if key not in before:
             with policy.reference():
                 before[key] = measure()

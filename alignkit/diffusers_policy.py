@@ -113,13 +113,19 @@ class DiffusersPolicy(Policy):
     def features(self, images: Tensor) -> Tensor:
         """What the model before training makes of pictures (N, 3, H, W) in [0, 1]: (N, D) float32.
 
-        The mean over space of the UNet's middle block, which reads the encoded pictures at time 0 and without text.
+        The mean over space of the UNet's middle block, or of its last down block where there is none, which reads the
+        encoded pictures at time 0 and without text.
         """
         latents = self.encode_images(images)
         empty = self._without_text(len(latents))
         zeros = torch.zeros(len(latents), device=self.device)
         kept: list[Tensor] = []
-        hook = self.unet.mid_block.register_forward_hook(lambda _, __, output: kept.append(output.float().mean((2, 3))))
+
+        def keep(_: object, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            kept.append((output if isinstance(output, Tensor) else output[0]).float().mean((2, 3)))
+
+        deepest = self.unet.down_blocks[-1] if self.unet.mid_block is None else self.unet.mid_block
+        hook = deepest.register_forward_hook(keep)
         try:
             with self.reference():
                 self._predict(latents, zeros.long(), empty.features, empty.pooled, zeros)

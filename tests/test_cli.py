@@ -254,7 +254,7 @@ def test_score_prints_a_table_or_json(engine: Any) -> None:
 def test_evaluate_prints_a_table_or_json_and_writes_csv_once(engine: Any, tmp_path: Path) -> None:
     assert "0.750" in run("evaluate", "runs/first").stdout
     assert engine.calls[-1] == ("evaluate", 1, None, (), True)
-    csv = tmp_path / "table.csv"
+    csv = tmp_path / "new" / "table.csv"
     arguments = ["runs/first", "runs/second", "--steps", "1,2", "--reward", "acme_blue", "--unseen"]
     (row,) = json.loads(run("evaluate", *arguments, "--json", "--csv", str(csv)).stdout)
     assert row["after"] == 0.75 and engine.calls[-1] == ("evaluate", 2, [1, 2], ["acme_blue"], False)

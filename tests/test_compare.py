@@ -51,6 +51,28 @@ def test_a_model_that_was_not_trained_has_neither_gain_nor_drift(tiny_run: MakeR
     assert all(row.difference == pytest.approx(0, abs=1e-9) for row in rows)
 
 
+def test_runs_share_no_start_where_their_prompts_or_their_model_differ(tiny_run: MakeRun, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("a white ring\na red star\n", encoding="utf-8")
+    lora = tiny_run("lora", {**QUICK, "train.learning_rate": 0.05})
+    list(lora.train())
+    plain = tiny_run("plain", QUICK)
+    runs = [plain, tiny_run("prompts", {**QUICK, "data.prompts": str(other)})]
+    runs.append(tiny_run("merged", {**QUICK, "model.adapter": str(lora.folder)}))
+    together = compare_runs(runs, steps=[1])
+    alone = [row for run in runs for row in compare_runs([run], steps=[1])]
+    assert sorted(map(repr, together)) == sorted(map(repr, alone))
+    # The plain run's start, the other prompts', and that of the merged LoRA; held-out prompts are the same for all.
+    assert len({row.before for row in alone if row.reward == "brightness"}) == 3
+
+
+def test_a_unet_without_a_middle_block_has_features(tiny_run: MakeRun) -> None:
+    policy = tiny_run().policy()
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    policy.unet.mid_block = None
+    assert policy.features(images).shape == (2, policy.unet.config.block_out_channels[-1])
+
+
 def test_a_further_reward_is_measured_and_not_summed(tiny_run: MakeRun) -> None:
     rows = {row.reward: row for row in tiny_run().evaluate([1], rewards=["shapes_reading"])}
     assert rows["reward"].before == rows["brightness"].before != rows["shapes_reading"].before
