@@ -21,6 +21,7 @@ from alignkit import checkpoint, evaluate, run_folder
 from alignkit.compare import compare_runs
 from alignkit.config import RunConfig
 from alignkit.config import load as load_config
+from alignkit.context import TrainContext
 from alignkit.data import open_pictures
 from alignkit.diffusers_policy import DiffusersPolicy
 from alignkit.errors import AlignkitError, ConfigError
@@ -30,7 +31,7 @@ from alignkit.report import Report
 from alignkit.rewards import WeightedRewards
 from alignkit.rollout import sample, seeded_noises
 from alignkit.score import score
-from alignkit.train import TrainContext, Trainer, Update
+from alignkit.train import Trainer, Update
 
 __all__ = ["Run", "compare_runs", "load", "open_run", "score"]
 
