@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
 from alignkit.interfaces import Example, Policy, Sampler
 from alignkit.rewards import WeightedRewards
-from alignkit.rollout import sample, seeded_noises
+from alignkit.rollout import sample_pictures
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,6 +30,16 @@ class Measurement:
     """(G, len(steps), 3, H, W) uint8, the first G prompts at each number of steps."""
     features: dict[int, Tensor] = field(default_factory=dict)
     """By number of steps: (P, D) features of the pictures, where they were asked for."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Values and pictures as a checkpoint takes them; features are left out."""
+        values = [[steps, name, column] for (steps, name), column in self.values.items()]
+        return {"values": values, "pictures": self.pictures}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        """The reverse of `state_dict`."""
+        return cls({(steps, name): column for steps, name, column in state["values"]}, state["pictures"])
 
 
 @dataclass(frozen=True)
@@ -85,9 +95,8 @@ def evaluate(
         kept: list[Tensor] = []
         for start in range(0, len(examples), batch_size):
             part = examples[start : start + batch_size]
-            rows = range(start, start + len(part))
-            noises = seeded_noises(policy.latent_shape, num_steps, [(seed, row) for row in rows]).to(policy.device)
-            images = policy.decode(sample(policy, walker, policy.encode([e.text for e in part]), noises))
+            seeds = [(seed, start + i) for i in range(len(part))]
+            images = sample_pictures(policy, walker, [e.text for e in part], seeds)
             scores = rewards.score(images, part, batch_size)
             for name, found in {TOTAL: scores.values, **scores.parts}.items():
                 column = values.setdefault((num_steps, name), torch.full((len(examples),), torch.nan))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,7 @@ def sample(policy: Policy, sampler: Sampler, prompt: Prompt, noises: Tensor) -> 
     return walk(policy, sampler, prompt, noises).next_states[:, -1]
 
 
-def seeded_noises(latent_shape: tuple[int, int, int], num_steps: int, seeds: list[tuple[int, int]]) -> Tensor:
+def seeded_noises(latent_shape: tuple[int, int, int], num_steps: int, seeds: Sequence[tuple[int, int]]) -> Tensor:
     """Noise (N, num_steps + 1, *S) for `walk`, one (seed, index) a row, on the CPU.
 
     A row depends on its own pair alone: not on the batch, the model or the other rows. Walks of fewer steps share the
@@ -57,3 +58,10 @@ def seeded_noises(latent_shape: tuple[int, int, int], num_steps: int, seeds: lis
         generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
         rows.append(torch.randn((num_steps + 1, *latent_shape), generator=generator))
     return torch.stack(rows)
+
+
+@torch.no_grad()
+def sample_pictures(policy: Policy, sampler: Sampler, texts: Sequence[str], seeds: Sequence[tuple[int, int]]) -> Tensor:
+    """Pictures (N, 3, H, W) in [0, 1] of N texts, each from the noise of its own (seed, index)."""
+    noises = seeded_noises(policy.latent_shape, sampler.num_steps, seeds).to(policy.device)
+    return policy.decode(sample(policy, sampler, policy.encode(texts), noises))

@@ -29,7 +29,7 @@ from alignkit.interfaces import Example
 from alignkit.parts import Parts
 from alignkit.report import Report
 from alignkit.rewards import WeightedRewards
-from alignkit.rollout import sample, seeded_noises
+from alignkit.rollout import sample_pictures
 from alignkit.score import score
 from alignkit.train import Trainer, Update
 
@@ -106,24 +106,13 @@ class Run(Parts):
         self._claim(accelerator)
         saved = self._newest_checkpoint()
         trainer, examples = self._build(accelerator)
-        state: dict[str, Any] = {"before": None, "lines": 0}
-        if saved is not None:
-            loaded = checkpoint.load(saved)
-            trainer.load_state_dict(loaded["trainer"])
-            state = loaded["run"]
-            ranks = loaded["ranks"]
-            if len(ranks) != accelerator.num_processes:
-                raise ConfigError(
-                    f"{saved}: saved by {len(ranks)} processes, resumed by {accelerator.num_processes}; "
-                    "start as many as then"
-                )
-            trainer.load_rank_state(ranks[accelerator.process_index]["trainer"])
-            checkpoint.restore_rng(ranks[accelerator.process_index]["rng"])
+        state: dict[str, Any] = {"before": None, "lines": 0} if saved is None else trainer.restore(saved)
+        before = evaluate.Measurement.from_state(state["before"]) if state["before"] else None
         try:
             with Report(
                 self.folder, console, self.config.train.updates, state["lines"], writes=accelerator.is_main_process
             ) as report:
-                yield from self._loop(accelerator, trainer, report, self._measurement(state["before"]), examples)
+                yield from self._loop(accelerator, trainer, report, before, examples)
         finally:
             accelerator.end_training()
 
@@ -155,7 +144,8 @@ class Run(Parts):
             warmed_up = warming_up and not trainer.warming_up
             saving = warmed_up or _due(config.train.checkpoint_every, last, ctx.update)
             if saving or self.stopping or trainer.finished:
-                self._save(accelerator, trainer, before, report)
+                run_state = {"before": before.state_dict() if before else None, "lines": report.lines}
+                trainer.save(self.folder / "checkpoints", run_state)
             if self.stopping:
                 return
         if before is not None:
@@ -212,24 +202,15 @@ class Run(Parts):
         trained = self.trained_rewards()
         self._rewards = self.with_measured(trained)
         self._rewards.load(device)
-        train = config.train
-        rows = train.rows_per_update
+        rows, chunk = config.train.rows_per_update, config.evaluate.batch_size
         ctx = TrainContext(
-            accelerator,
-            policy,
-            teacher,
-            self.sampler(),
-            WeightedRewards(trained),
-            surrogate,
-            config.seed,
-            rows,
-            config.evaluate.batch_size,
+            accelerator, policy, teacher, self.sampler(), WeightedRewards(trained), surrogate, config.seed, rows, chunk
         )
         pictures = open_pictures(config.data.pictures, policy.image_size) if "pictures" in algorithm.needs else None
         trainer = Trainer(config, ctx, algorithm, self.prompts(), pictures)
         self.average = trainer.average
         algorithm.setup(ctx)
-        if train.trackers:
+        if config.train.trackers:
             accelerator.init_trackers("alignkit", config=json.loads(json.dumps(asdict(config))))
         return trainer, self.held_out()
 
@@ -263,32 +244,6 @@ class Run(Parts):
         pairs = torch.stack([before.pictures, after.pictures], dim=2).flatten(1, 2)
         report.grid(step, pairs, [e.text for e in examples[: len(pairs)]], columns)
 
-    def _measurement(self, saved: Any) -> evaluate.Measurement | None:
-        if saved is None:
-            return None
-        values = {(steps, name): column for steps, name, column in saved["values"]}
-        return evaluate.Measurement(values, saved["pictures"])
-
-    def _save(
-        self, accelerator: Accelerator, trainer: Trainer, before: evaluate.Measurement | None, report: Report
-    ) -> None:
-        # Chance and what the algorithm keeps differ between processes; all else is the same in each.
-        ranks = gather_object([{"trainer": trainer.rank_state(), "rng": checkpoint.rng_state()}])
-        if not accelerator.is_main_process:
-            return
-        measured = None
-        if before is not None:
-            measured = {
-                "values": [[k, n, column] for (k, n), column in before.values.items()],
-                "pictures": before.pictures,
-            }
-        state = {
-            "trainer": trainer.state_dict(),
-            "ranks": ranks,
-            "run": {"before": measured, "lines": report.lines},
-        }
-        checkpoint.save(self.folder / "checkpoints", trainer.ctx.update, state, self.config.train.keep_checkpoints)
-
     # drawing and measuring
 
     def policy(self) -> DiffusersPolicy:
@@ -318,10 +273,8 @@ class Run(Parts):
         pictures: list[Image.Image] = []
         for start in range(0, len(texts), self.config.evaluate.batch_size):
             part = texts[start : start + self.config.evaluate.batch_size]
-            seeds = [(seed, start + i) for i in range(len(part))]
-            noises = seeded_noises(policy.latent_shape, sampler.num_steps, seeds).to(policy.device)
-            with torch.no_grad(), policy.using(self.average):
-                images = policy.decode(sample(policy, sampler, policy.encode(part), noises))
+            with policy.using(self.average):
+                images = sample_pictures(policy, sampler, part, [(seed, start + i) for i in range(len(part))])
             array = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
             pictures += [Image.fromarray(a) for a in array]
         return pictures

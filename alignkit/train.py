@@ -1,4 +1,4 @@
-"""The loop: batch, collect, rows, loss, update. The only home of accelerate."""
+"""The loop: batch, collect, rows, loss, update; and its checkpoints."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -14,10 +15,11 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from alignkit import checkpoint
 from alignkit.config import RunConfig
 from alignkit.context import TrainContext
 from alignkit.data import Pictures, Stream, examples_at, slice_of
-from alignkit.errors import AlignkitError
+from alignkit.errors import AlignkitError, ConfigError
 from alignkit.interfaces import Algorithm, Batch, Example, Rows
 
 RowsT = TypeVar("RowsT")
@@ -189,6 +191,29 @@ class Trainer:
         optimizer.step()
         optimizer.zero_grad()
         return norm
+
+    def save(self, folder: Path, run: Mapping[str, Any]) -> None:
+        """Write a checkpoint into `folder`: the state of all processes, and what else the run wants back, `run`."""
+        ranks = gather_object([{"trainer": self.rank_state(), "rng": checkpoint.rng_state()}])
+        if self.accelerator.is_main_process:
+            state = {"trainer": self.state_dict(), "ranks": ranks, "run": run}
+            checkpoint.save(folder, self.ctx.update, state, self.config.train.keep_checkpoints)
+
+    def restore(self, path: Path) -> dict[str, Any]:
+        """Go on from the checkpoint at `path`; returns its `run`.
+
+        Raises ConfigError if another number of processes saved it, AlignkitError if it is damaged.
+        """
+        state = checkpoint.load(path)
+        found, expected = self.accelerator.num_processes, len(state["ranks"])
+        if found != expected:
+            raise ConfigError(f"{path}: saved by {expected} processes, resumed by {found}; start as many as then")
+        self.load_state_dict(state["trainer"])
+        own = state["ranks"][self.accelerator.process_index]
+        self.load_rank_state(own["trainer"])
+        checkpoint.restore_rng(own["rng"])
+        run: dict[str, Any] = state["run"]
+        return run
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next update depends on and that every process holds."""

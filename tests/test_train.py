@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from alignkit import checkpoint
 from alignkit.data import Stream
-from alignkit.errors import AlignkitError
+from alignkit.errors import AlignkitError, ConfigError
 from alignkit.train import Trainer, Update
 
 
@@ -92,6 +94,18 @@ def test_a_trainer_goes_on_from_the_state_of_another(make_trainer: Callable[...,
     assert [dict(u.metrics) for u in second.round()] == [dict(u.metrics) for u in expected]
     pairs = zip(first.ctx.policy.parameters(), second.ctx.policy.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_checkpoint_of_another_number_of_processes_is_refused(
+    make_trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    trainer = make_trainer()
+    trainer.save(tmp_path, {"lines": 3})
+    assert trainer.restore(tmp_path / "000000") == {"lines": 3}
+    state = checkpoint.load(tmp_path / "000000")
+    checkpoint.save(tmp_path, 1, state | {"ranks": state["ranks"] * 2})
+    with pytest.raises(ConfigError, match="000001: saved by 2 processes, resumed by 1; start as many as then"):
+        trainer.restore(tmp_path / "000001")
 
 
 def test_collecting_takes_the_precision_of_the_loss_and_rewards_take_their_own(

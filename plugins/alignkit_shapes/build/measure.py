@@ -11,7 +11,7 @@ from torch import Tensor
 from alignkit.data import read_examples
 from alignkit.interfaces import Example
 from alignkit.rewards import quantize
-from alignkit.rollout import sample, seeded_noises
+from alignkit.rollout import sample_pictures
 from alignkit.run import open_run
 from alignkit_rewards.attribute_binding import AttributeBinding
 from alignkit_rewards.attribute_binding import questions as asked_by
@@ -58,8 +58,8 @@ def draw_prompts(model: str, steps: int, examples: list[Example], seed: int = 10
     parts = []
     for start in range(0, len(examples), 50):
         part = examples[start : start + 50]
-        noises = seeded_noises(policy.latent_shape, steps, [(seed, start + i) for i in range(len(part))])
-        parts.append(policy.decode(sample(policy, sampler, policy.encode([e.text for e in part]), noises)))
+        seeds = [(seed, start + i) for i in range(len(part))]
+        parts.append(sample_pictures(policy, sampler, [e.text for e in part], seeds))
     return quantize(torch.cat(parts))
 
 
