@@ -1,0 +1,201 @@
+"""Plugins made on the spot, found as any installed one is."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignkit.config import RunConfig, load
+from alignkit.registry import GROUP, Registry, default_registry
+
+
+@dataclass
+class PluginFolder:
+    """A folder on sys.path into which tests install plugins."""
+
+    path: Path
+    packages: list[str] = field(default_factory=list)
+
+    def install(self, package: str, init: str, version: str = "1.0", **modules: str) -> None:
+        """A distribution of the package's name with `__init__.py`, further modules and one entry point."""
+        self.packages.append(package)
+        folder = self.path / package
+        folder.mkdir()
+        for name, source in {"__init__": init, **modules}.items():
+            (folder / f"{name}.py").write_text(textwrap.dedent(source), encoding="utf-8")
+        info = self.path / f"{package}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n", encoding="utf-8"
+        )
+        (info / "entry_points.txt").write_text(f"[{GROUP}]\n{package} = {package}\n", encoding="utf-8")
+
+    def registry(self) -> Registry:
+        """A registry of what is installed here and of nothing else."""
+        found = distributions(path=[str(self.path)])
+        return Registry(entry for one in found for entry in one.entry_points.select(group=GROUP))
+
+
+@pytest.fixture
+def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PluginFolder]:
+    """An empty folder of plugins, forgotten behind the test."""
+    path = tmp_path / "plugins"
+    path.mkdir()
+    monkeypatch.syspath_prepend(str(path))
+    folder = PluginFolder(path)
+    default_registry.cache_clear()
+    yield folder
+    default_registry.cache_clear()
+    for module in list(sys.modules):
+        if module.partition(".")[0] in folder.packages:
+            del sys.modules[module]
+
+
+ACME = """
+    from alignkit import hookimpl
+
+    @hookimpl
+    def register_algorithms(register):
+        register("acme-steps", "acme.parts:Steps", "Learns with a surrogate")
+        register("acme_plain", "acme.parts:Plain", "Learns without one")
+
+    @hookimpl
+    def register_rewards(register):
+        register("acme_red", "acme.parts:Red", "How red a picture is")
+        register("acme_blue", "acme.parts:Blue", "How blue a picture is")
+
+    @hookimpl
+    def register_samplers(register):
+        register("acme_walk", "acme.parts:Walk", "A walk")
+        register("acme_jump", "acme.parts:Jump", "A jump")
+
+    @hookimpl
+    def register_surrogates(register):
+        register("acme_net", "acme.parts:Net", "A network")
+
+    @hookimpl
+    def register_models(register):
+        register("acme_model", "acme.models:acme_model", "A model that brings settings")
+        register("acme_bare", "acme.models:BARE", "A model that brings none")
+"""
+
+PARTS = '''
+    from __future__ import annotations
+
+    from dataclasses import dataclass, field
+    from typing import TYPE_CHECKING, ClassVar, Literal
+
+    from alignkit.interfaces import Algorithm, Reward, Sampler, Surrogate
+
+    if TYPE_CHECKING:
+        import torch
+
+
+    @dataclass
+    class Plain(Algorithm):
+        """Acme's plain method (Acme et al. 2026)."""
+
+        clip: float = 0.2
+        """How far a step may go,
+        in units of the ratio."""
+        mode: Literal["hard", "soft"] = "hard"
+        """How answers are read."""
+        scales: list[float] = field(default_factory=lambda: [1.0, 2.0])
+        limit: int | None = None
+        span: tuple[int, int] = (1, 2)
+        _cache: torch.Tensor | None = field(default=None, init=False)
+
+        def __post_init__(self):
+            if self.clip <= 0:
+                raise ValueError(f"clip: found {self.clip}, expected more than 0")
+
+        def collect(self, batch, ctx): ...
+        def updates(self, rows, ctx): ...
+        def loss(self, rows, ctx): ...
+
+
+    @dataclass
+    class Steps(Plain):
+        needs: ClassVar[frozenset[str]] = frozenset({"surrogate"})
+        default_surrogate: ClassVar[str] = "acme_net"
+        rounds: int = 3
+        """Rounds of each batch."""
+
+
+    class Red(Reward):
+        def __call__(self, images, examples): ...
+
+
+    @dataclass
+    class Blue(Red):
+        judge: str = "public"
+        """Who judges."""
+
+
+    @dataclass
+    class Walk(Sampler):
+        pace: float = 1.0
+
+        def grid(self, policy): ...
+        def transition(self, policy, x, k, prompt): ...
+
+
+    @dataclass
+    class Jump(Walk):
+        height: float = 2.0
+
+
+    @dataclass
+    class Net(Surrogate):
+        width: int = 8
+
+        def load(self, policy): ...
+        def score(self, latents, prompt): ...
+        def loss(self, winner, loser, prompt): ...
+        def module(self): ...
+'''
+
+MODELS = """
+    from alignkit.interfaces import ModelBundle
+
+    BARE = ModelBundle(path="acme/bare")
+
+
+    def acme_model():
+        return ModelBundle(
+            path="acme/model",
+            teacher="acme/teacher",
+            defaults={
+                "sampler": {"name": "acme_walk", "num_steps": 3, "pace": 0.5},
+                "reward": [{"name": "acme_blue", "judge": "embedded"}],
+                "train": {"updates": 50, "learning_rate": 1e-3},
+            },
+            algorithm_defaults={"acme_steps": {"algorithm": {"clip": 0.9}, "train": {"updates": 70}}},
+        )
+"""
+
+
+@pytest.fixture
+def acme(plugins: PluginFolder) -> PluginFolder:
+    """One plugin of every kind."""
+    plugins.install("acme", ACME, version="2.5", parts=PARTS, models=MODELS)
+    return plugins
+
+
+@pytest.fixture
+def load_acme(acme: PluginFolder, tmp_path: Path) -> Callable[..., RunConfig]:
+    """Load a run file of the given text, and overrides, against the test plugin alone."""
+
+    def build(text: str | None = None, overrides: dict[str, Any] | None = None) -> RunConfig:
+        if text is not None:
+            (tmp_path / "run.toml").write_text(text, encoding="utf-8")
+        return load(tmp_path / "run.toml" if text is not None else None, overrides, acme.registry())
+
+    return build

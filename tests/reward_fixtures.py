@@ -1,0 +1,84 @@
+"""Rewards for runs on tiny models: one that is easy to compute again, and some that tell little apart."""
+
+from __future__ import annotations
+
+import pytest
+
+from plugin_fixtures import PluginFolder
+
+BRIGHTNESS = """
+    from alignkit import hookimpl
+
+    @hookimpl
+    def register_rewards(register):
+        register("brightness", "brightness.reward:Brightness", "The mean of all pixels")
+"""
+
+BRIGHTNESS_REWARD = """
+    from alignkit.interfaces import Reward
+
+
+    class Brightness(Reward):
+        differentiable = True
+
+        def __call__(self, images, examples):
+            return images.mean((1, 2, 3))
+"""
+
+
+@pytest.fixture
+def brightness(plugins: PluginFolder) -> None:
+    """The reward `brightness`, the mean of all pixels."""
+    plugins.install("brightness", BRIGHTNESS, reward=BRIGHTNESS_REWARD)
+
+
+ODD_REWARDS = """
+    from alignkit import hookimpl
+
+    @hookimpl
+    def register_rewards(register):
+        register("constant", "odd_rewards.rewards:Constant", "The same for every picture")
+        register("unscored", "odd_rewards.rewards:Unscored", "No picture can be scored")
+        register("every_second", "odd_rewards.rewards:EverySecond", "Only the first, third, ... picture can be scored")
+        register("all_but_first", "odd_rewards.rewards:AllButFirst", "The first picture cannot be scored")
+        register("two_of_three", "odd_rewards.rewards:TwoOfThree", "Every third picture cannot be scored")
+"""
+
+ODD_REWARD_CLASSES = """
+    import torch
+    from alignkit.interfaces import Reward, Scores
+
+
+    class Constant(Reward):
+        def __call__(self, images, examples):
+            return torch.ones(len(images), dtype=torch.long)
+
+
+    class Unscored(Reward):
+        def valid(self, index):
+            return index < 0
+
+        def __call__(self, images, examples):
+            return Scores(images.mean((1, 2, 3)), self.valid(torch.arange(len(images))))
+
+
+    class EverySecond(Unscored):
+        def valid(self, index):
+            return index % 2 == 0
+
+
+    class AllButFirst(Unscored):
+        def valid(self, index):
+            return index > 0
+
+
+    class TwoOfThree(Unscored):
+        def valid(self, index):
+            return index % 3 != 0
+"""
+
+
+@pytest.fixture
+def odd_rewards(plugins: PluginFolder) -> None:
+    """Rewards that tell nothing apart, or cannot score some pictures."""
+    plugins.install("odd_rewards", ODD_REWARDS, rewards=ODD_REWARD_CLASSES)

@@ -1,0 +1,52 @@
+"""Runs of seconds, on tiny pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from alignkit.run import Run
+    from alignkit.train import Trainer
+
+PROMPTS = ["a red circle", "a blue square and a green star", "a white ring", "a black heart", "an orange diamond"]
+
+
+@pytest.fixture
+def tiny_run(tmp_path: Path, brightness: None, tiny_lcm: Path, tiny_teacher: Path) -> Callable[..., Run]:
+    """Makes runs of seconds on the tiny pipelines, in `tmp_path / output`; the reward is a plugin of its own."""
+    import alignkit
+
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
+    settings: dict[str, Any] = {
+        "model.name": str(tiny_lcm), "model.teacher": str(tiny_teacher), "model.lora_rank": 4,
+        "sampler.name": "lcm", "sampler.num_steps": 2, "reward": ["brightness"],
+        "data.prompts": str(prompts), "data.pictures": "alignkit_shapes.data:Drawings", "data.batch_size": 2,
+        "algorithm.name": "lasro", "train.updates": 4, "train.rows_per_update": 4, "train.checkpoint_every": 2,
+        "evaluate.prompts": str(prompts), "evaluate.limit": 2, "evaluate.steps": [1, 2], "evaluate.every": 0,
+    }  # fmt: skip
+    lasro = {"algorithm.samples": 3, "surrogate.warmup": 1}
+
+    def make(output: str = "run", overrides: Mapping[str, Any] | None = None) -> Run:
+        chosen = settings | {"output": str(tmp_path / output)} | dict(overrides or {})
+        return alignkit.load(None, (lasro if chosen["algorithm.name"] == "lasro" else {}) | chosen)
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(tiny_run: Callable[..., Run], tiny_teacher: Path) -> Callable[..., Trainer]:
+    """The built trainer of a tiny run, before its first round; with `ddim=True` on the teacher, with chance at every
+    one of its steps."""
+
+    def make(overrides: Mapping[str, Any] | None = None, ddim: bool = False) -> Trainer:
+        model = {"model.name": str(tiny_teacher), "sampler.name": "ddim", "sampler.eta": 1.0, "evaluate.steps": [3]}
+        run = tiny_run(overrides=(model if ddim else {}) | dict(overrides or {}))
+        trainer, _ = run._build(run._accelerator())
+        return trainer
+
+    return make
