@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from alignkit import checkpoint
 from alignkit.data import Stream
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.train import Trainer, Update
+from method_checks import assert_goes_on_from_its_checkpoint, copies, equal
 
 
 def test_batches_follow_the_stream_of_the_seed(make_trainer: Callable[..., Trainer]) -> None:
@@ -29,9 +29,9 @@ def test_batches_follow_the_stream_of_the_seed(make_trainer: Callable[..., Train
 
 def test_rounds_warm_the_surrogate_up_before_the_policy_learns(make_trainer: Callable[..., Trainer]) -> None:
     trainer = make_trainer({"surrogate.warmup": 2, "algorithm.policy_steps": 2, "train.updates": 3})
-    before = [p.detach().clone() for p in trainer.ctx.policy.parameters()]
+    before = copies(trainer.ctx.policy.parameters())
     assert [u.step for _ in range(2) for u in trainer.round()] == [0, 0]
-    assert all(torch.equal(a, b) for a, b in zip(before, trainer.ctx.policy.parameters(), strict=True))
+    assert equal(before, trainer.ctx.policy.parameters())
     assert not trainer.warming_up
     steps = [u.step for _ in range(2) for u in trainer.round()]
     assert steps == [1, 2, 3] and trainer.finished  # a round ends early with the run
@@ -66,12 +66,12 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_reaches_the_weight
     make_trainer: Callable[..., Trainer],
 ) -> None:
     trainer = make_trainer({"surrogate.warmup": 0})
-    before = [p.detach().clone() for p in trainer.ctx.policy.parameters()]
+    before = copies(trainer.ctx.policy.parameters())
     loss = trainer.algorithm.loss
     trainer.algorithm.loss = lambda rows, ctx: (loss(rows, ctx)[0] * math.inf, {})  # type: ignore[method-assign]
     with pytest.raises(AlignkitError, match="update 1 is not finite"):
         list(trainer.round())
-    assert all(torch.equal(a, b) for a, b in zip(before, trainer.ctx.policy.parameters(), strict=True))
+    assert equal(before, trainer.ctx.policy.parameters())
 
 
 def test_the_gradient_norm_is_told_as_it_was_before_clipping(make_trainer: Callable[..., Trainer]) -> None:
@@ -82,18 +82,8 @@ def test_the_gradient_norm_is_told_as_it_was_before_clipping(make_trainer: Calla
     assert norms[0] == norms[1] > 1e-6
 
 
-def test_a_trainer_goes_on_from_the_state_of_another(make_trainer: Callable[..., Trainer]) -> None:
-    first = make_trainer()
-    for _ in range(2):
-        list(first.round())
-    saved = copy.deepcopy((first.state_dict(), first.rank_state()))
-    expected = list(first.round())
-    second = make_trainer()
-    second.load_state_dict(saved[0])
-    second.load_rank_state(saved[1])
-    assert [dict(u.metrics) for u in second.round()] == [dict(u.metrics) for u in expected]
-    pairs = zip(first.ctx.policy.parameters(), second.ctx.policy.parameters(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
+def test_a_trainer_goes_on_from_the_checkpoint_of_another(make_trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+    assert_goes_on_from_its_checkpoint(make_trainer, {}, tmp_path)
 
 
 def test_a_checkpoint_of_another_number_of_processes_is_refused(

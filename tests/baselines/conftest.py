@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,18 +11,10 @@ from alignkit.train import Trainer
 
 
 @pytest.fixture
-def make(make_trainer: Callable[..., Trainer], tiny_teacher: Path, odd_rewards: None) -> Callable[..., Trainer]:
+def make(make_trainer: Callable[..., Trainer], odd_rewards: None) -> Callable[..., Trainer]:
     """A trainer on the consistency model at three steps, or with `ddim=True` on its teacher."""
 
     def build(name: str, overrides: dict[str, Any] | None = None, ddim: bool = False) -> Trainer:
-        settings: dict[str, Any] = {"algorithm.name": name, "sampler.num_steps": 3}
-        if ddim:
-            settings |= {
-                "model.name": str(tiny_teacher),
-                "sampler.name": "ddim",
-                "sampler.eta": 1.0,
-                "evaluate.steps": [3],
-            }
-        return make_trainer(settings | (overrides or {}))
+        return make_trainer({"algorithm.name": name, "sampler.num_steps": 3} | (overrides or {}), ddim)
 
     return build

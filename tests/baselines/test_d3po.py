@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,16 +12,9 @@ import torch
 from alignkit.errors import AlignkitError
 from alignkit.train import Trainer
 from alignkit_baselines.d3po import D3PO, preference_loss
-from alignkit_baselines.pairs import Pairs
+from method_checks import assert_one_pass_is_several, assert_the_true_reward_rises, collect, updates
 
 MakeTrainer = Callable[..., Trainer]
-
-
-def collect(trainer: Trainer) -> Pairs:
-    with torch.no_grad():
-        pairs = trainer.algorithm.collect(trainer.batch(), trainer.ctx)
-    assert isinstance(pairs, Pairs)
-    return pairs
 
 
 @pytest.mark.parametrize(
@@ -50,7 +42,7 @@ def test_the_loss_is_golden_and_has_no_gradient_outside_the_clip_range(
 @pytest.mark.parametrize("settings", [{}, {"model.lora_rank": 0}, {"train.precision": "bf16"}])
 def test_before_training_the_model_is_its_own_reference(make: MakeTrainer, settings: dict[str, Any]) -> None:
     trainer = make("d3po", {"train.rows_per_update": 8} | settings)
-    (rows,) = trainer.algorithm.updates(collect(trainer), trainer.ctx)
+    (rows,) = updates(trainer)
     with trainer.accelerator.autocast():
         loss, metrics = trainer.algorithm.loss(rows, trainer.ctx)
     assert loss.item() == pytest.approx(math.log(2), abs=1e-6) and metrics["log_ratio_size"].item() == 0
@@ -59,7 +51,7 @@ def test_before_training_the_model_is_its_own_reference(make: MakeTrainer, setti
 @pytest.mark.parametrize("settings", [{}, {"model.lora_rank": 0}, {"model.lora_rank": 0, "train.precision": "bf16"}])
 def test_the_reference_stays_what_it_was_when_the_model_moves(make: MakeTrainer, settings: dict[str, Any]) -> None:
     trainer = make("d3po", {"train.rows_per_update": 8} | settings)
-    (rows,) = trainer.algorithm.updates(collect(trainer), trainer.ctx)
+    (rows,) = updates(trainer)
     with torch.no_grad():
         for parameter in trainer.ctx.policy.parameters():
             parameter.add_(0.02)
@@ -99,18 +91,8 @@ def test_equal_rewards_and_pictures_that_could_not_be_scored_make_no_pair(make: 
 
 def test_one_pass_of_all_rows_has_the_gradient_of_several_passes(make: MakeTrainer) -> None:
     trainer = make("d3po", {"train.rows_per_update": 8})
-    (rows,) = trainer.algorithm.updates(collect(trainer), trainer.ctx)
-    found = []
-    for size in (8, 3, 1):
-        trainer.config = replace(trainer.config, train=replace(trainer.config.train, rows_per_pass=size))
-        means = trainer._backward(rows, lambda part: trainer.algorithm.loss(part, trainer.ctx))
-        found.append((means["loss"], [p.grad.clone() for p in trainer.ctx.policy.parameters() if p.grad is not None]))
-        trainer.optimizer.zero_grad()
-    for loss, grads in found[1:]:
-        assert loss == pytest.approx(found[0][0], abs=1e-5)
-        largest = max(float(g.abs().max()) for g in found[0][1])
-        assert largest > 0
-        assert all(torch.allclose(a, b, atol=2e-3 * largest) for a, b in zip(grads, found[0][1], strict=True))
+    (rows,) = updates(trainer)
+    assert_one_pass_is_several(trainer, rows)
 
 
 @pytest.mark.parametrize("fields", [{"pairs": 0}, {"beta": 0.0}, {"clip_range": 1.0}, {"inner_epochs": 0}])
@@ -120,14 +102,7 @@ def test_settings_that_cannot_learn_are_refused(fields: dict[str, Any]) -> None:
 
 
 def test_the_true_reward_rises_on_a_toy_reward(make: MakeTrainer) -> None:
-    """The reward is how far the first three channels of the latent lie above zero; it never gives a gradient."""
-    trainer = make("d3po", {
+    assert_the_true_reward_rises(make("d3po", {
         "algorithm.pairs": 4, "data.batch_size": 4, "sampler.num_steps": 4, "model.lora_rank": 8,
         "train.updates": 14, "train.rows_per_update": 48, "train.rows_per_pass": 48, "train.learning_rate": 5e-3,
-    })  # fmt: skip
-    trainer.ctx.policy.decode = lambda latents: (latents[:, :3] / 20).sigmoid()  # type: ignore[method-assign]
-    updates = []
-    while not trainer.finished:
-        updates += list(trainer.round())
-    rewards = [update.reward for update in updates]
-    assert sum(rewards[-5:]) / 5 > sum(rewards[:3]) / 3 + 0.02
+    }))  # fmt: skip

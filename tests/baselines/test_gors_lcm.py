@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import alignkit
 from alignkit.errors import ConfigError
-from alignkit.run import Run
 from alignkit.train import Trainer
-from alignkit_baselines.gors_lcm import Collected, GorsLCM, best
+from alignkit_baselines.gors_lcm import GorsLCM, best
 from alignkit_lcd.distillation import Distillation
 from alignkit_samplers.ddim import DDIM
 from alignkit_samplers.lcm import LCM
+from method_checks import assert_goes_on_from_its_checkpoint, collect
 
 MakeTrainer = Callable[..., Trainer]
 GORS: dict[str, Any] = {"algorithm.name": "gors_lcm", "algorithm.samples": 3}
-
-
-def collect(trainer: Trainer) -> Collected:
-    with torch.no_grad():
-        collected = trainer.algorithm.collect(trainer.batch(), trainer.ctx)
-    assert isinstance(collected, Collected)
-    return collected
 
 
 def test_the_best_of_each_group_is_kept_and_the_first_of_equal_ones() -> None:
@@ -103,13 +96,5 @@ def test_what_it_cannot_distil_is_refused() -> None:
             GorsLCM(**fields)
 
 
-def test_a_stopped_run_that_is_resumed_ends_with_the_same_bits(tiny_run: Callable[..., Run]) -> None:
-    overrides = {**GORS, "train.updates": 3, "evaluate.prompts": ""}
-    unbroken, broken = tiny_run("unbroken", overrides), tiny_run("broken", overrides)
-    metrics = [dict(u.metrics) for u in unbroken.train()]
-    for update in broken.train():
-        if update.step == 1:
-            broken.stop()
-    assert [dict(u.metrics) for u in alignkit.load(resume=broken.folder).train()] == metrics[1:]
-    (file,) = unbroken.folder.glob("*.safetensors")
-    assert file.read_bytes() == (broken.folder / file.name).read_bytes()
+def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    assert_goes_on_from_its_checkpoint(make_trainer, GORS, tmp_path)

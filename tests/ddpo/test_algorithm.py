@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,47 +15,27 @@ from alignkit.errors import AlignkitError, ConfigError
 from alignkit.interfaces import Prompt
 from alignkit.run import Run
 from alignkit.train import Trainer
-from alignkit_ddpo.algorithm import DDPO, Collected, Steps, clipped
+from alignkit_ddpo.algorithm import DDPO, Steps, clipped
 from alignkit_samplers.ddim import DDIM
 from alignkit_samplers.lcm import LCM
+from method_checks import (
+    assert_goes_on_from_its_checkpoint,
+    assert_one_pass_is_several,
+    assert_the_true_reward_rises,
+    collect,
+    gradient,
+    number,
+    updates,
+)
 
 MakeTrainer = Callable[..., Trainer]
 SETTINGS = {"algorithm.name": "ddpo", "algorithm.samples": 2, "sampler.num_steps": 3}
 
 
 @pytest.fixture
-def make(make_trainer: MakeTrainer, tiny_teacher: Path) -> MakeTrainer:
+def make(make_trainer: MakeTrainer) -> MakeTrainer:
     """A trainer of DDPO on the consistency model, or with `ddim=True` on its teacher."""
-
-    def build(overrides: dict[str, Any] | None = None, ddim: bool = False) -> Trainer:
-        model = (
-            {"model.name": str(tiny_teacher), "sampler.name": "ddim", "sampler.eta": 1.0, "evaluate.steps": [3]}
-            if ddim
-            else {}
-        )
-        return make_trainer(SETTINGS | model | (overrides or {}))
-
-    return build
-
-
-def collect(trainer: Trainer) -> Collected:
-    with torch.no_grad():
-        collected = trainer.algorithm.collect(trainer.batch(), trainer.ctx)
-    assert isinstance(collected, Collected)
-    return collected
-
-
-def parts(trainer: Trainer, collected: Collected) -> list[Steps]:
-    return list(trainer._in_precision(trainer.algorithm.updates(collected, trainer.ctx)))
-
-
-def number(value: torch.Tensor) -> float:
-    return float(value.detach())
-
-
-def gradients(trainer: Trainer, value: torch.Tensor) -> torch.Tensor:
-    found = torch.autograd.grad(value, trainer.ctx.policy.parameters(), allow_unused=True)
-    return torch.cat([g.flatten() for g in found if g is not None])
+    return lambda overrides=None, ddim=False: make_trainer(SETTINGS | (overrides or {}), ddim)
 
 
 def test_the_clipped_loss_and_its_gradient_are_golden() -> None:
@@ -99,7 +77,7 @@ def test_before_the_first_update_every_ratio_is_one_and_the_loss_the_mean_advant
     make: MakeTrainer, ddim: bool
 ) -> None:
     trainer = make({"train.rows_per_update": 3, "algorithm.advantage_clip": 1.0}, ddim)
-    for rows in parts(trainer, collect(trainer)):
+    for rows in updates(trainer):
         loss, metrics = trainer.algorithm.loss(rows, trainer.ctx)
         assert number(metrics["log_ratio_size"]) == 0 == number(metrics["clip_fraction"])
         assert number(loss) == pytest.approx(-float(rows.advantage.clamp(-1, 1).mean()), abs=1e-6)
@@ -107,7 +85,7 @@ def test_before_the_first_update_every_ratio_is_one_and_the_loss_the_mean_advant
 
 def test_in_mixed_precision_the_ratios_start_at_one_as_well(make: MakeTrainer) -> None:
     trainer = make({"train.precision": "bf16", "train.rows_per_update": 8})
-    (rows,) = parts(trainer, collect(trainer))
+    (rows,) = updates(trainer)
     method, ctx = trainer.algorithm, trainer.ctx
     assert isinstance(method, DDPO) and rows.old_log_prob is not None and rows.old_log_prob.dtype == torch.float32
     with trainer.accelerator.autocast():
@@ -117,11 +95,11 @@ def test_in_mixed_precision_the_ratios_start_at_one_as_well(make: MakeTrainer) -
 
 def test_at_the_first_update_the_gradient_is_that_of_the_weighted_log_likelihood(make: MakeTrainer) -> None:
     trainer = make({"train.rows_per_update": 8})
-    (rows,) = parts(trainer, collect(trainer))
+    (rows,) = updates(trainer)
     method = trainer.algorithm
     assert isinstance(method, DDPO)
-    found = gradients(trainer, method.loss(rows, trainer.ctx)[0])
-    expected = gradients(trainer, -(rows.advantage * method.log_prob(rows, trainer.ctx)).mean())
+    found = gradient(trainer, method.loss(rows, trainer.ctx)[0])
+    expected = gradient(trainer, -(rows.advantage * method.log_prob(rows, trainer.ctx)).mean())
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
     assert float(found.abs().max()) > 0
 
@@ -154,7 +132,7 @@ def test_a_last_step_that_is_noised_again_is_one_more_action_which_replays(make:
     trainer = make({"algorithm.final_step": "renoise", "train.rows_per_update": 12})
     collected, ctx = collect(trainer), trainer.ctx
     assert sorted(collected.steps.k.tolist()) == [0] * 4 + [1] * 4 + [2] * 4
-    (rows,) = parts(trainer, collected)
+    (rows,) = updates(trainer, collected)
     assert number(trainer.algorithm.loss(rows, ctx)[1]["log_ratio_size"]) == 0
     last = rows.select((rows.k == 2).nonzero()[:, 0])
     with torch.no_grad():
@@ -192,7 +170,7 @@ def test_without_a_stochastic_step_a_run_is_refused_before_weights_load(
 
 def test_inner_epochs_go_over_the_same_steps_in_parts_of_about_the_same_size(make: MakeTrainer) -> None:
     trainer = make({"algorithm.inner_epochs": 2, "train.rows_per_update": 3})
-    found = parts(trainer, collect(trainer))
+    found = updates(trainer)
     assert [len(p) for p in found] == [3, 3, 2] * 2
     rows = [[tuple(x.flatten().tolist()) for part in half for x in part.x_next] for half in (found[:3], found[3:])]
     assert set(rows[0]) == set(rows[1]) and len(set(rows[0])) == 8 and rows[0] != rows[1]
@@ -218,17 +196,8 @@ def test_a_share_of_the_steps_is_drawn_for_each_walk(make: MakeTrainer) -> None:
 
 def test_one_pass_of_all_rows_has_the_gradient_of_several_passes(make: MakeTrainer) -> None:
     trainer = make({"train.rows_per_update": 8})
-    (rows,) = parts(trainer, collect(trainer))
-    found = []
-    for size in (8, 3, 1):
-        trainer.config = replace(trainer.config, train=replace(trainer.config.train, rows_per_pass=size))
-        means = trainer._backward(rows, lambda part: trainer.algorithm.loss(part, trainer.ctx))
-        found.append((means["loss"], [p.grad.clone() for p in trainer.ctx.policy.parameters() if p.grad is not None]))
-        trainer.optimizer.zero_grad()
-    for loss, grads in found[1:]:
-        assert loss == pytest.approx(found[0][0], abs=1e-4)
-        largest = max(float(g.abs().max()) for g in found[0][1])
-        assert all(torch.allclose(a, b, atol=2e-3 * largest) for a, b in zip(grads, found[0][1], strict=True))
+    (rows,) = updates(trainer)
+    assert_one_pass_is_several(trainer, rows)
 
 
 def test_the_sum_over_latent_dimensions_is_an_option(make: MakeTrainer) -> None:
@@ -243,9 +212,9 @@ def test_a_reward_that_tells_nothing_apart_moves_nothing_and_what_it_cannot_scor
     make: MakeTrainer, odd_rewards: None
 ) -> None:
     trainer = make({"reward": ["constant"], "train.rows_per_update": 8})
-    (rows,) = parts(trainer, collect(trainer))
+    (rows,) = updates(trainer)
     assert rows.advantage.tolist() == [0] * 8
-    assert float(gradients(trainer, trainer.algorithm.loss(rows, trainer.ctx)[0]).abs().max()) == 0
+    assert float(gradient(trainer, trainer.algorithm.loss(rows, trainer.ctx)[0]).abs().max()) == 0
     steps = collect(make({"reward": ["every_second"], "algorithm.baseline": "batch"})).steps
     assert len(steps) == 4 and steps.prompt.index.tolist() == [0, 0, 1, 1]
     assert steps.advantage.abs().tolist() == pytest.approx([1] * 4, abs=1e-4)  # of two
@@ -259,28 +228,16 @@ def test_distillation_beside_the_policy_gradient_is_an_option(make: MakeTrainer)
     assert DDPO().needs == {"stochastic_steps"}
     assert DDPO(distillation_weight=1.0).needs == {"stochastic_steps", "teacher", "pictures"}
     trainer = make({"algorithm.distillation_weight": 2.0, "train.rows_per_update": 8})
-    (rows,) = parts(trainer, collect(trainer))
+    (rows,) = updates(trainer)
     assert rows.noised is not None and len(rows.noised) == 8
     loss, metrics = trainer.algorithm.loss(rows, trainer.ctx)
     assert number(loss) == pytest.approx(number(metrics["policy_loss"] + 2 * metrics["distillation_loss"]), rel=1e-5)
     assert number(metrics["distillation_loss"]) > 0
 
 
-def test_a_run_goes_on_from_its_state_as_if_it_had_not_stopped(make: MakeTrainer) -> None:
-    settings = {"algorithm.min_count": 3, "algorithm.buffer_size": 4, "train.updates": 9}
-    first = make(settings)
-    for _ in range(2):
-        list(first.round())
-    saved = copy.deepcopy((first.state_dict(), first.rank_state()))
-    expected = [dict(update.metrics) for update in first.round()]
-    assert expected[0]["own_statistics"] > 0
-    second = make(settings)
-    second.load_state_dict(saved[0])
-    second.load_rank_state(saved[1])
-    assert [dict(update.metrics) for update in second.round()] == expected
-    pairs = zip(first.ctx.policy.parameters(), second.ctx.policy.parameters(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
-    assert first.algorithm.state_dict() == second.algorithm.state_dict()
+def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(make: MakeTrainer, tmp_path: Path) -> None:
+    settings = {"algorithm.min_count": 3, "algorithm.buffer_size": 4}
+    assert assert_goes_on_from_its_checkpoint(make, settings, tmp_path)[0]["own_statistics"] > 0
 
 
 @pytest.mark.parametrize(
@@ -294,14 +251,7 @@ def test_settings_that_cannot_learn_are_refused(fields: dict[str, Any]) -> None:
 
 
 def test_the_true_reward_rises_on_a_toy_reward(make: MakeTrainer) -> None:
-    """The reward is how far the first three channels of the latent lie above zero; it never gives a gradient."""
-    trainer = make({
+    assert_the_true_reward_rises(make({
         "algorithm.samples": 8, "data.batch_size": 4, "sampler.num_steps": 4, "model.lora_rank": 8,
         "train.updates": 14, "train.rows_per_update": 96, "train.rows_per_pass": 96, "train.learning_rate": 1e-2,
-    })  # fmt: skip
-    trainer.ctx.policy.decode = lambda latents: (latents[:, :3] / 20).sigmoid()  # type: ignore[method-assign]
-    updates = []
-    while not trainer.finished:
-        updates += list(trainer.round())
-    rewards = [update.reward for update in updates]
-    assert sum(rewards[-5:]) / 5 > sum(rewards[:3]) / 3 + 0.02
+    }))  # fmt: skip

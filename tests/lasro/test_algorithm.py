@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,19 +13,20 @@ import torch
 from alignkit.errors import ConfigError
 from alignkit.run import Run
 from alignkit.train import Trainer
-from alignkit_lasro.algorithm import Collected, LaSRO
+from alignkit_lasro.algorithm import LaSRO
 from alignkit_samplers.ddim import DDIM
 from alignkit_samplers.lcm import LCM
+from method_checks import (
+    assert_goes_on_from_its_checkpoint,
+    assert_one_pass_is_several,
+    assert_the_true_reward_rises,
+    collect,
+    copies,
+    equal,
+    updates,
+)
 
 MakeRun = Callable[..., Run]
-
-
-def collect(trainer: Trainer) -> Collected:
-    with torch.no_grad():
-        collected = trainer.algorithm.collect(trainer.batch(), trainer.ctx)
-    trainer.batches += 1
-    assert isinstance(collected, Collected)
-    return collected
 
 
 def tensors(trainer: Trainer) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
@@ -36,11 +37,8 @@ def tensors(trainer: Trainer) -> tuple[list[torch.Tensor], list[torch.Tensor], l
     frozen = [p for p in ctx.policy.unet.parameters() if not p.requires_grad]  # type: ignore[attr-defined]
     frozen += [p for part in parts for p in part.parameters()]
     columns = (ctx.policy.parameters(), list(ctx.surrogate.module().parameters()), frozen)
-    return tuple([p.detach().clone() for p in column] for column in columns)  # type: ignore[return-value]
-
-
-def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    policy, surrogate, still = map(copies, columns)
+    return policy, surrogate, still
 
 
 def test_the_normalised_score_is_golden_and_bounded_above_alone() -> None:
@@ -116,11 +114,11 @@ def test_a_step_of_the_policy_changes_the_policy_alone_and_one_of_the_surrogate_
 
 def test_with_every_term_switched_off_the_policy_stays_as_it_is(make_trainer: Callable[..., Trainer]) -> None:
     trainer = make_trainer({"algorithm.step_weights": [0.0, 0.0], "algorithm.distillation_weight": 0.0})
-    before = [p.detach().clone() for p in trainer.ctx.policy.parameters()]
+    before = copies(trainer.ctx.policy.parameters())
     for _ in range(2):
         list(trainer.round())
     assert trainer.ctx.update == 1  # the first round is the surrogate's warm-up
-    assert equal(before, [p.detach() for p in trainer.ctx.policy.parameters()])
+    assert equal(before, trainer.ctx.policy.parameters())
 
 
 def test_without_distillation_neither_teacher_nor_pictures_are_needed() -> None:
@@ -148,18 +146,9 @@ def test_one_pass_of_all_rows_has_the_gradient_of_several_passes(make_trainer: C
     trainer = make_trainer({"train.rows_per_update": 7})
     collected = collect(trainer)
     trainer._update_surrogate(collected)
-    (rows,) = trainer.algorithm.updates(collected, trainer.ctx)
+    (rows,) = updates(trainer, collected)
     assert len(rows) == 7 and rows.noised is not None and len(rows.noised) == 7
-    found = []
-    for size in (7, 3, 1):
-        trainer.config = replace(trainer.config, train=replace(trainer.config.train, rows_per_pass=size))
-        means = trainer._backward(rows, lambda part: trainer.algorithm.loss(part, trainer.ctx))
-        found.append((means["loss"], [p.grad.clone() for p in trainer.ctx.policy.parameters() if p.grad is not None]))
-        trainer.optimizer.zero_grad()
-    for loss, gradients in found[1:]:
-        assert loss == pytest.approx(found[0][0], rel=1e-4)
-        largest = max(float(g.abs().max()) for g in found[0][1])
-        assert all(torch.allclose(a, b, atol=1e-3 * largest) for a, b in zip(gradients, found[0][1], strict=True))
+    assert_one_pass_is_several(trainer, rows)
 
 
 @pytest.mark.parametrize("pairs", ["extremes", "drawn"])
@@ -197,20 +186,12 @@ def test_no_more_rounds_are_kept_than_replay_says(make_trainer: Callable[..., Tr
     assert all(torch.equal(kept.latents, latents) for (kept, _), latents in zip(memory, seen[1:], strict=True))
 
 
-def test_the_state_of_the_method_comes_back_whole(make_trainer: Callable[..., Trainer]) -> None:
-    trainer = make_trainer()
-    for _ in range(2):
-        collected = collect(trainer)
-    trainer._update_surrogate(collected)
-    list(trainer.algorithm.updates(collected, trainer.ctx))
-    other = LaSRO(samples=3)
-    other.load_state_dict(copy.deepcopy(trainer.algorithm.state_dict()))
-    assert str(other.state_dict()) == str(trainer.algorithm.state_dict())
-    chance = trainer.ctx.generator.get_state()
-    drawn = [list(trainer.algorithm.surrogate_updates(collected, trainer.ctx))]
-    trainer.ctx.generator.set_state(chance)
-    drawn.append(list(other.surrogate_updates(collected, trainer.ctx)))
-    assert all(torch.equal(a.winner, b.winner) for a, b in zip(*drawn, strict=True))
+def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(
+    make_trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    settings = {"algorithm.reference_samples": 1, "algorithm.replay": 2, "surrogate.warmup": 1}
+    metrics = assert_goes_on_from_its_checkpoint(make_trainer, settings, tmp_path)
+    assert "surrogate_loss" in metrics[0]
 
 
 @pytest.mark.parametrize(
@@ -246,18 +227,11 @@ def test_a_reward_that_tells_little_or_nothing_apart_breaks_nothing(
 
 
 def test_the_true_reward_rises_on_a_toy_reward(make_trainer: Callable[..., Trainer]) -> None:
-    """The reward is how far the first three channels of the latent lie above zero; it never gives a gradient."""
-    trainer = make_trainer({
+    assert_the_true_reward_rises(make_trainer({
         "algorithm.distillation_weight": 0.0, "algorithm.samples": 4, "data.batch_size": 4, "model.lora_rank": 8,
         "train.updates": 20, "train.rows_per_update": 16, "train.learning_rate": 1e-2,
         "surrogate.warmup": 6, "surrogate.learning_rate": 1e-3,
-    })  # fmt: skip
-    trainer.ctx.policy.decode = lambda latents: (latents[:, :3] / 20).sigmoid()  # type: ignore[method-assign]
-    updates = []
-    while not trainer.finished:
-        updates += [update for update in trainer.round() if update.step]
-    rewards = [update.reward for update in updates]
-    assert sum(rewards[-5:]) / 5 > sum(rewards[:3]) / 3 + 0.02
+    }))  # fmt: skip
 
 
 def test_reference_samples_are_drawn_without_the_adapter_and_taught_but_not_followed(
@@ -272,17 +246,12 @@ def test_reference_samples_are_drawn_without_the_adapter_and_taught_but_not_foll
     collected = collect(trainer)
     with ctx.policy.reference():
         ctx.generator.set_state(state)
-        reference = trainer.algorithm.collect(replace_batch(trainer), ctx).scored.latents
+        trainer.batches -= 1  # the same texts again
+        reference = collect(trainer).scored.latents
     found = collected.scored.latents
     assert torch.equal(found[:, 3:], reference[:, 3:])
     assert not torch.isclose(found[:, :3], reference[:, :3]).all(-1).any()
     assert len(collected.states) == 2 * 2 * 3  # prompts, steps, samples of the policy as it is
-
-
-def replace_batch(trainer: Trainer) -> Any:
-    """The batch of the round before."""
-    trainer.batches -= 1
-    return trainer.batch()
 
 
 def test_smoothing_moves_what_the_surrogate_sees_and_nothing_else(make_trainer: Callable[..., Trainer]) -> None:

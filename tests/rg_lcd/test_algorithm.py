@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,10 +14,11 @@ from alignkit.errors import ConfigError
 from alignkit.interfaces import Scores
 from alignkit.run import Run
 from alignkit.train import Trainer
-from alignkit_lcd.distillation import Distillation, Noised, pseudo_huber
-from alignkit_rg_lcd.algorithm import RGLCD, Collected, Compared, Contrast
+from alignkit_lcd.distillation import Distillation, pseudo_huber
+from alignkit_rg_lcd.algorithm import RGLCD, Compared, Contrast
 from alignkit_samplers.ddim import DDIM
 from alignkit_samplers.lcm import LCM
+from method_checks import assert_one_pass_is_several, collect, copies, equal, gradient, updates
 
 MakeTrainer = Callable[..., Trainer]
 MakeRun = Callable[..., Run]
@@ -28,28 +28,6 @@ PROXY: dict[str, Any] = {
     **DIRECT, "algorithm.proxy": True, "surrogate.patch": 2, "surrogate.width": 16, "surrogate.layers": 3,
     "surrogate.heads": 2, "algorithm.proxy_rows": 3,
 }  # fmt: skip
-
-
-def collect(trainer: Trainer) -> Collected:
-    trainer.ctx.warming_up = trainer.warming_up
-    with torch.no_grad():
-        collected = trainer.algorithm.collect(trainer.batch(), trainer.ctx)
-    trainer.batches += 1
-    assert isinstance(collected, Collected)
-    return collected
-
-
-def gradients(trainer: Trainer, rows: Noised) -> list[Tensor]:
-    loss, _ = trainer.algorithm.loss(rows, trainer.ctx)
-    return list(torch.autograd.grad(loss, trainer.ctx.policy.parameters()))
-
-
-def copies(parameters: Any) -> list[Tensor]:
-    return [p.detach().clone() for p in parameters]
-
-
-def equal(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 # what it needs and refuses
@@ -112,13 +90,11 @@ def test_settings_that_cannot_learn_are_refused(fields: Mapping[str, Any]) -> No
 
 def test_without_the_reward_it_is_plain_distillation_bit_for_bit(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer({**DIRECT, "algorithm.beta": 0.0})
-    collected, ctx = collect(trainer), trainer.ctx
-    (rows,) = trainer.algorithm.updates(collected, ctx)
+    (rows,), ctx = updates(trainer), trainer.ctx
     assert ctx.teacher is not None and len(rows) == 4
     plain = Distillation().loss(ctx.policy, ctx.teacher, rows).mean()
-    expected = list(torch.autograd.grad(plain, ctx.policy.parameters()))
-    assert torch.equal(trainer.algorithm.loss(rows, ctx)[0], plain)
-    assert equal(gradients(trainer, rows), expected)
+    loss, _ = trainer.algorithm.loss(rows, ctx)
+    assert torch.equal(loss, plain) and torch.equal(gradient(trainer, loss), gradient(trainer, plain))
 
 
 def given(beta: float, cap: float | None = None) -> tuple[RGLCD, Tensor, Tensor, Any]:
@@ -159,11 +135,10 @@ def test_the_gradient_of_the_reward_comes_through_the_decoder(make_trainer: Make
     found = {}
     for beta in (0.0, 1.0, 2.0):
         trainer = make_trainer({**DIRECT, "algorithm.beta": beta})
-        (rows,) = trainer.algorithm.updates(collect(trainer), trainer.ctx)
-        found[beta] = gradients(trainer, rows)
-    assert not equal(found[0.0], found[1.0])
-    for zero, one, two in zip(*found.values(), strict=True):
-        assert torch.allclose(two - zero, 2 * (one - zero), rtol=1e-2, atol=1e-5)
+        (rows,) = updates(trainer)
+        found[beta] = gradient(trainer, trainer.algorithm.loss(rows, trainer.ctx)[0])
+    zero, one, two = found.values()
+    assert not torch.equal(zero, one) and torch.allclose(two - zero, 2 * (one - zero), rtol=1e-2, atol=1e-5)
 
 
 def test_the_differentiable_score_is_the_score(make_trainer: MakeTrainer) -> None:
@@ -182,17 +157,8 @@ def test_one_pass_of_all_rows_has_the_gradient_of_several_passes(
     make_trainer: MakeTrainer, settings: dict[str, Any]
 ) -> None:
     trainer = make_trainer({**settings, "train.rows_per_update": 5})
-    (rows,) = trainer.algorithm.updates(collect(trainer), trainer.ctx)
-    found = []
-    for size in (5, 2, 1):
-        trainer.config = replace(trainer.config, train=replace(trainer.config.train, rows_per_pass=size))
-        means = trainer._backward(rows, lambda part: trainer.algorithm.loss(part, trainer.ctx))
-        found.append((means["loss"], copies(p.grad for p in trainer.ctx.policy.parameters())))
-        trainer.optimizer.zero_grad()
-    for loss, grads in found[1:]:
-        assert loss == pytest.approx(found[0][0], rel=1e-4)
-        largest = max(float(g.abs().max()) for g in found[0][1])
-        assert all(torch.allclose(a, b, atol=1e-3 * largest) for a, b in zip(grads, found[0][1], strict=True))
+    (rows,) = updates(trainer)
+    assert_one_pass_is_several(trainer, rows)
 
 
 # the target
@@ -207,7 +173,7 @@ def test_the_target_follows_the_student_with_its_own_decay(make_trainer: MakeTra
     list(trainer.round())
     for name, average in method._target.items():
         assert torch.allclose(average, 0.95 * first[name] + 0.05 * weights[name], atol=1e-7)
-    (rows,) = method.updates(collect(trainer), trainer.ctx)
+    (rows,) = updates(trainer)
     prediction, target = method._predict(rows, trainer.ctx)
     assert prediction.requires_grad and not target.requires_grad
     # The target is the average's, and the student is in its place again afterwards.
@@ -288,7 +254,7 @@ def test_the_warm_up_is_the_pre_training_and_one_batch_however_it_is_split(make_
     collected = collect(trainer)
     assert isinstance(collected.lesson, Contrast) and len(collected.lesson) == 1
     assert collected.lesson.latents.shape == (1, 4, 4, 8, 8)
-    assert list(trainer.algorithm.updates(collected, trainer.ctx)) == []
+    assert updates(trainer, collected) == []
     (update,) = trainer.round()
     assert update.step == 0 and "reward" not in update.metrics  # no picture is scored
     assert 0 < update.metrics["surrogate_loss"] < 10 and equal(policy, copies(trainer.ctx.policy.parameters()))

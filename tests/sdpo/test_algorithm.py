@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,33 +14,20 @@ from alignkit.errors import ConfigError
 from alignkit.run import Run
 from alignkit.train import Trainer
 from alignkit_sdpo.algorithm import SDPO, PairedSteps
+from method_checks import (
+    assert_goes_on_from_its_checkpoint,
+    assert_the_true_reward_rises,
+    collect,
+    gradient,
+    toy_pictures,
+    updates,
+)
 
 MakeTrainer = Callable[..., Trainer]
 
 
-def collect(trainer: Trainer) -> PairedSteps:
-    with torch.no_grad():
-        collected = trainer.algorithm.collect(trainer.batch(), trainer.ctx)
-    assert isinstance(collected, PairedSteps)
-    return collected
-
-
-def parts(trainer: Trainer, collected: PairedSteps) -> list[PairedSteps]:
-    return list(trainer.algorithm.updates(collected, trainer.ctx))
-
-
-def gradients(trainer: Trainer, value: Tensor) -> Tensor:
-    found = torch.autograd.grad(value, trainer.ctx.policy.parameters(), allow_unused=True)
-    return torch.cat([g.flatten() for g in found if g is not None])
-
-
 def walks_of(rows: PairedSteps) -> list[tuple[int, int]]:
     return list(zip(rows.pair.tolist(), rows.k.tolist(), strict=True))
-
-
-def toy_decoder(trainer: Trainer, scale: float = 20) -> None:
-    """The reward becomes how far the first three channels of the latent lie above zero; it never gives a gradient."""
-    trainer.ctx.policy.decode = lambda latents: (latents[:, :3] / scale).sigmoid()  # type: ignore[method-assign]
 
 
 # the walks
@@ -124,7 +111,7 @@ def test_the_advantage_of_a_step_is_its_discounted_return_measured_by_the_return
     make: MakeTrainer,
 ) -> None:
     trainer = make({"algorithm.discount": 0.5})
-    toy_decoder(trainer)
+    toy_pictures(trainer)
     steps, ctx = collect(trainer), trainer.ctx
     prompt = steps.select((steps.k == 0).nonzero()[:, 0]).prompt.select(torch.arange(4).repeat_interleave(2))
     rewards = []
@@ -144,7 +131,7 @@ def test_the_advantage_of_a_step_is_its_discounted_return_measured_by_the_return
 
 def test_with_enough_returns_each_prompt_and_step_is_measured_by_its_own(make: MakeTrainer) -> None:
     trainer = make({"algorithm.min_count": 4}, ddim=True)
-    toy_decoder(trainer)
+    toy_pictures(trainer)
     steps = collect(trainer)
     assert trainer.ctx.take_metrics()["own_statistics"] == 1
     for text in (0, 1):
@@ -157,7 +144,7 @@ def test_with_enough_returns_each_prompt_and_step_is_measured_by_its_own(make: M
 @pytest.mark.parametrize("baseline", ["prompt", "batch"])
 def test_measured_by_the_prompt_or_by_the_round_the_steps_are_taken_together(make: MakeTrainer, baseline: str) -> None:
     trainer = make({"algorithm.min_count": 4, "algorithm.baseline": baseline}, ddim=True)
-    toy_decoder(trainer)
+    toy_pictures(trainer)
     steps = collect(trainer)
     groups = [steps.prompt.index == text for text in (0, 1)] if baseline == "prompt" else [steps.k >= 0]
     for group in groups:
@@ -174,17 +161,17 @@ def test_a_reward_that_tells_nothing_apart_moves_nothing_and_what_rests_on_no_sc
     make: MakeTrainer, odd_rewards: None
 ) -> None:
     trainer = make({"reward": ["constant"]})
-    for rows in parts(trainer, collect(trainer)):
+    for rows in updates(trainer):
         assert rows.advantage.tolist() == [[0, 0]] * 4
-        assert float(gradients(trainer, trainer.algorithm.loss(rows, trainer.ctx)[0]).abs().max()) == 0
+        assert float(gradient(trainer, trainer.algorithm.loss(rows, trainer.ctx)[0]).abs().max()) == 0
     trainer = make({"reward": ["all_but_first"]})
     steps = collect(trainer)
-    found = parts(trainer, steps)
+    found = updates(trainer, steps)
     # The first prediction of the first walk: its return is unknown, those behind it are not.
     assert sorted(row for rows in found for row in walks_of(rows)) == [(p, k) for p in range(4) for k in (0, 1)][1:]
     assert all(bool(rows.advantage.isfinite().all()) for rows in found)
     trainer = make({"reward": ["unscored"]})
-    assert parts(trainer, collect(trainer)) == []
+    assert updates(trainer) == []
 
 
 @pytest.mark.parametrize("sampler", [{"sampler.num_steps": 1}, {"sampler.name": "ddim", "sampler.eta": 0.0}])
@@ -209,21 +196,9 @@ def test_settings_that_cannot_learn_are_refused(fields: dict[str, Any]) -> None:
 # the run
 
 
-def test_a_run_goes_on_from_its_state_as_if_it_had_not_stopped(make: MakeTrainer) -> None:
-    settings = {"algorithm.min_count": 3, "algorithm.buffer_size": 4, "train.updates": 9}
-    first = make(settings)
-    for _ in range(2):
-        list(first.round())
-    saved = copy.deepcopy((first.state_dict(), first.rank_state()))
-    expected = [dict(update.metrics) for update in first.round()]
-    assert expected[0]["own_statistics"] > 0
-    second = make(settings)
-    second.load_state_dict(saved[0])
-    second.load_rank_state(saved[1])
-    assert [dict(update.metrics) for update in second.round()] == expected
-    pairs = zip(first.ctx.policy.parameters(), second.ctx.policy.parameters(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
-    assert first.algorithm.state_dict() == second.algorithm.state_dict()
+def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(make: MakeTrainer, tmp_path: Path) -> None:
+    settings = {"algorithm.min_count": 3, "algorithm.buffer_size": 4}
+    assert assert_goes_on_from_its_checkpoint(make, settings, tmp_path)[0]["own_statistics"] > 0
 
 
 @pytest.mark.parametrize(
@@ -236,10 +211,4 @@ def test_the_true_reward_rises_on_a_toy_reward(make: MakeTrainer, ddim: bool, sc
         "train.updates": 12 * (4 if ddim else 3), "train.rows_per_update": 16, "train.rows_per_pass": 16,
         "train.learning_rate": rate,
     }, ddim)  # fmt: skip
-    toy_decoder(trainer, scale)
-    updates = []
-    while not trainer.finished:
-        updates += [update for update in trainer.round() if update.reward == update.reward]
-    rewards = [update.reward for update in updates]
-    assert len(rewards) == 12  # one a round
-    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.02
+    assert len(assert_the_true_reward_rises(trainer, scale)) == 12  # one a round

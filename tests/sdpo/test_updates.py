@@ -3,36 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from alignkit.train import Trainer
 from alignkit_sdpo.algorithm import SDPO, PairedSteps, pair_loss
+from method_checks import assert_one_pass_is_several, collect, gradient, number, updates
 
 MakeTrainer = Callable[..., Trainer]
-
-
-def collect(trainer: Trainer) -> PairedSteps:
-    with torch.no_grad():
-        collected = trainer.algorithm.collect(trainer.batch(), trainer.ctx)
-    assert isinstance(collected, PairedSteps)
-    return collected
-
-
-def parts(trainer: Trainer, collected: PairedSteps) -> list[PairedSteps]:
-    return list(trainer.algorithm.updates(collected, trainer.ctx))
-
-
-def number(value: Tensor) -> float:
-    return float(value.detach())
-
-
-def gradients(trainer: Trainer, value: Tensor) -> Tensor:
-    found = torch.autograd.grad(value, trainer.ctx.policy.parameters(), allow_unused=True)
-    return torch.cat([g.flatten() for g in found if g is not None])
 
 
 def method(trainer: Trainer) -> SDPO:
@@ -82,7 +61,7 @@ def test_before_the_first_update_every_log_ratio_is_zero_and_the_loss_the_mean_s
     make: MakeTrainer, ddim: bool
 ) -> None:
     trainer = make({"train.rows_per_update": 2, "algorithm.advantage_clip": 1.0}, ddim)
-    found = parts(trainer, collect(trainer))
+    found = updates(trainer)
     assert len(found) == (6 if ddim else 4)
     for rows in found:
         loss, metrics = trainer.algorithm.loss(rows, trainer.ctx)
@@ -96,12 +75,12 @@ def test_at_the_first_update_the_gradient_is_that_of_the_weighted_difference_of_
     make: MakeTrainer, reduction: str
 ) -> None:
     trainer = make({"algorithm.reduction": reduction, "algorithm.decay": 0.5, "algorithm.log_ratio_scale": 2.0})
-    for rows in parts(trainer, collect(trainer)):
-        found = gradients(trainer, trainer.algorithm.loss(rows, trainer.ctx)[0])
+    for rows in updates(trainer):
+        found = gradient(trainer, trainer.algorithm.loss(rows, trainer.ctx)[0])
         log_prob = method(trainer).log_prob(rows, trainer.ctx)
         wanted = rows.advantage[:, 0] - rows.advantage[:, 1]
         weight = torch.tensor([0.5, 0.25])[rows.k]
-        expected = gradients(trainer, (-2 * wanted * weight * (log_prob[:, 0] - log_prob[:, 1])).mean())
+        expected = gradient(trainer, (-2 * wanted * weight * (log_prob[:, 0] - log_prob[:, 1])).mean())
         assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
         assert float(found.abs().max()) > 0
 
@@ -110,18 +89,9 @@ def test_one_pass_of_all_rows_has_the_gradient_of_several_passes_and_the_mean_of
     make: MakeTrainer,
 ) -> None:
     trainer = make({"algorithm.order": "accumulated"})
-    (rows,) = parts(trainer, collect(trainer))
+    (rows,) = updates(trainer)
     assert len(rows) == 8
-    found = []
-    for size in (8, 3, 1):
-        trainer.config = replace(trainer.config, train=replace(trainer.config.train, rows_per_pass=size))
-        means = trainer._backward(rows, lambda part: trainer.algorithm.loss(part, trainer.ctx))
-        found.append((means["loss"], [p.grad.clone() for p in trainer.ctx.policy.parameters() if p.grad is not None]))
-        trainer.optimizer.zero_grad()
-    for loss, grads in found[1:]:
-        assert loss == pytest.approx(found[0][0], rel=1e-4)
-        largest = max(float(g.abs().max()) for g in found[0][1])
-        assert all(torch.allclose(a, b, atol=2e-3 * largest) for a, b in zip(grads, found[0][1], strict=True))
+    assert_one_pass_is_several(trainer, rows)
 
 
 # the updates
@@ -130,7 +100,7 @@ def test_one_pass_of_all_rows_has_the_gradient_of_several_passes_and_the_mean_of
 def test_an_update_holds_one_step_of_each_pair_drawn_for_each_and_a_round_holds_all_once(make: MakeTrainer) -> None:
     trainer = make({"sampler.num_steps": 4, "train.rows_per_update": 8, "algorithm.pairs": 4}, ddim=True)
     collected = collect(trainer)
-    found = parts(trainer, collected)
+    found = updates(trainer, collected)
     assert [len(rows) for rows in found] == [8] * 4
     assert all(sorted(rows.pair.tolist()) == list(range(8)) for rows in found)
     assert any(len(set(rows.k.tolist())) > 1 for rows in found)
@@ -152,7 +122,7 @@ def test_the_pairs_of_a_slot_are_dealt_out_evenly_and_no_update_reaches_into_the
     collected = collect(trainer)
     for size, sizes in {100: [4] * 3, 4: [4] * 3, 3: [4] * 3, 2: [2] * 6, 1: [1] * 12}.items():
         trainer.ctx.rows_per_update = size
-        assert [len(rows) for rows in parts(trainer, collected)] == sizes
+        assert [len(rows) for rows in updates(trainer, collected)] == sizes
 
 
 def test_in_order_an_update_holds_one_step_of_all_pairs_and_accumulated_all_steps_of_its_pairs(
@@ -160,9 +130,9 @@ def test_in_order_an_update_holds_one_step_of_all_pairs_and_accumulated_all_step
 ) -> None:
     trainer = make({"algorithm.order": "in_order", "train.rows_per_update": 2}, ddim=True)
     collected = collect(trainer)
-    assert [rows.k.tolist() for rows in parts(trainer, collected)] == [[k] * 2 for k in (0, 0, 1, 1, 2, 2)]
+    assert [rows.k.tolist() for rows in updates(trainer, collected)] == [[k] * 2 for k in (0, 0, 1, 1, 2, 2)]
     method(trainer).order = "accumulated"
-    found = [sorted(walks_of(rows)) for rows in parts(trainer, collected)]
+    found = [sorted(walks_of(rows)) for rows in updates(trainer, collected)]
     assert [len(rows) for rows in found] == [6, 6]
     assert sorted(found[0] + found[1]) == [(p, k) for p in range(4) for k in range(3)]
     assert all(len({p for p, _ in rows}) == 2 for rows in found)
@@ -174,14 +144,14 @@ def test_a_share_of_the_steps_is_drawn_for_each_pair(make: MakeTrainer) -> None:
     steps = collect(trainer)
     chosen = [tuple(pair) for pair in steps.k.view(8, 2).tolist()]
     assert all(a < b for a, b in chosen) and len(set(chosen)) > 1
-    found = [row for rows in parts(trainer, steps) for row in walks_of(rows)]
+    found = [row for rows in updates(trainer, steps) for row in walks_of(rows)]
     assert sorted(found) == sorted(walks_of(steps)) and len(set(found)) == 16
     assert len(collect(make(settings | {"algorithm.step_fraction": 0.01}))) == 8
 
 
 def test_inner_epochs_go_over_the_same_steps_in_another_order_with_the_same_old_likelihoods(make: MakeTrainer) -> None:
     trainer = make({"algorithm.inner_epochs": 2, "algorithm.pairs": 4})
-    found = parts(trainer, collect(trainer))
+    found = updates(trainer)
     half = len(found) // 2
     rows = [[row for part in p for row in walks_of(part)] for p in (found[:half], found[half:])]
     assert sorted(rows[0]) == sorted(rows[1]) and rows[0] != rows[1]
