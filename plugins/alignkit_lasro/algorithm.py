@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -138,31 +139,28 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
         prompt = ctx.policy.encode([text for text in texts for _ in range(each)])
         count = len(prompt)
         noises = torch.stack([ctx.noise(count) for _ in range(num_steps + 1)], dim=1)
-        rollout = walk(ctx.policy, ctx.sampler, prompt, noises)
+        x, clean = torch.empty(2, num_steps, *noises[:, 0].shape, device=noises.device)
         current = torch.arange(count) % each < each - self.reference_samples
-        if self.reference_samples:
-            with ctx.policy.reference():
-                other = walk(ctx.policy, ctx.sampler, prompt.select((~current).nonzero()[:, 0]), noises[~current])
-            for mine, theirs in ((rollout.states, other.states), (rollout.clean, other.clean)):
-                mine[~current] = theirs
+        for chosen, weights in ((current, nullcontext()), (~current, ctx.policy.reference())):
+            rows = chosen.nonzero()[:, 0]
+            if len(rows):
+                with weights:
+                    rollout = walk(ctx.policy, ctx.sampler, prompt.select(rows), noises[rows])
+                x[:, rows], clean[:, rows] = rollout.states.transpose(0, 1), rollout.clean.transpose(0, 1)
         repeated = [e for e in batch.examples for _ in range(each)]
-        scores = [ctx.score(rollout.clean[:, k], repeated) for k in range(num_steps)]
+        scores = [ctx.score(latents, repeated) for latents in clean]
         rewards = torch.stack([s.values.masked_fill(~s.valid, torch.nan) for s in scores]).float()
         # Groups share prompt and step: across steps the pairs would teach that more steps look better.
         groups = num_steps * len(texts)
         scored = Scored(
-            latents=rollout.clean.transpose(0, 1).reshape(groups, each, *ctx.policy.latent_shape),
-            rewards=rewards.reshape(groups, each).to(rollout.clean.device),
+            latents=clean.view(groups, each, *ctx.policy.latent_shape),
+            rewards=rewards.reshape(groups, each).to(clean.device),
             text=torch.arange(len(texts)).repeat(num_steps),
             step=torch.arange(num_steps).repeat_interleave(len(texts)),
         )
-        step = torch.arange(num_steps, device=rollout.clean.device).repeat_interleave(count)
-        states = States(
-            x=rollout.states.transpose(0, 1).flatten(0, 1),
-            step=step,
-            prompt=prompt.select(torch.arange(count).repeat(num_steps)),
-            clean=rollout.clean.transpose(0, 1).flatten(0, 1),
-        )
+        step = torch.arange(num_steps, device=x.device).repeat_interleave(count)
+        each_step = prompt.select(torch.arange(count).repeat(num_steps))
+        states = States(x.flatten(0, 1), step, each_step, clean.flatten(0, 1))
         self._measure(states, scored, ctx)
         states = states.select(current.repeat(num_steps).nonzero()[:, 0])
         self._memory = [*self._memory, (scored.to("cpu"), texts)][-self.replay :]

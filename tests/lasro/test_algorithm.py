@@ -242,8 +242,10 @@ def test_reference_samples_are_drawn_without_the_adapter_and_taught_but_not_foll
     with torch.no_grad():
         for parameter in ctx.policy.parameters():
             parameter += 0.1
-    state = ctx.generator.get_state()
+    state, denoise, asked = ctx.generator.get_state(), ctx.policy.denoise, []
+    ctx.policy.denoise = lambda x, *rest: asked.append(len(x)) or denoise(x, *rest)  # type: ignore[method-assign, func-returns-value]
     collected = collect(trainer)
+    assert sum(asked) == 2 * 2 * 5  # prompts, steps, samples: none is drawn by both
     with ctx.policy.reference():
         ctx.generator.set_state(state)
         trainer.batches -= 1  # the same texts again
