@@ -17,7 +17,7 @@ from alignkit.interfaces import Example
 from alignkit.rollout import sample, seeded_noises
 from alignkit.run import open_run
 from alignkit_rewards.attribute_binding import AttributeBinding
-from alignkit_shapes.build.judge import question
+from alignkit_shapes.build.questions import question
 from alignkit_shapes.models import FOLDER, WEIGHTS
 from alignkit_shapes.reading import exact, read
 from alignkit_shapes.reward import ShapesReading

@@ -8,13 +8,11 @@ frozen features, and at the end all of it learns together. Every batch shows fre
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import ndimage
 from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.optim import AdamW
@@ -22,13 +20,15 @@ from torch.optim.lr_scheduler import OneCycleLR
 from transformers import BertTokenizer, BlipConfig, BlipForQuestionAnswering
 
 from alignkit_rewards.attribute_binding import answers, encode, yes_no
-from alignkit_shapes.scenes import COLORS, SHAPES, SIZE, Scene, draw, mask, sample_scene
+from alignkit_shapes.build.questions import labels, pixels, question, spoiled
+from alignkit_shapes.scenes import COLORS, SHAPES, Scene, draw, sample_scene
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]", "yes", "no", "is", "are", "there", "the"]
 WORDS += ["a", "an", "?", "and", "of", "left", "right", "above", "below", ",", "made", "small", "large"]
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGE = 64
 WIDTH = 96
+Lesson = tuple[torch.Tensor, list[list[tuple[str, bool]]]]
+"""The image tokens (N, T, WIDTH) of N pictures, and equally many questions about each with their true answers."""
 
 
 def tokenizer() -> BertTokenizer:
@@ -57,106 +57,6 @@ def config(vocabulary: int, dec: int) -> BlipConfig:
         ),
         projection_dim=WIDTH, image_text_hidden_size=WIDTH,
     )  # fmt: skip
-
-
-def _warped(outline: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """A mask (SIZE, SIZE) moved by a smooth random field of `strength` pixels."""
-    field = ndimage.gaussian_filter(rng.standard_normal((2, SIZE, SIZE)), (0, 5, 5))
-    moved = np.mgrid[:SIZE, :SIZE] + strength * field / field.std()
-    bent: np.ndarray = ndimage.map_coordinates(outline, moved, order=1)
-    return bent
-
-
-def _blended(first: np.ndarray, second: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """An outline halfway between two masks."""
-    share = rng.uniform(0.4, 0.6)
-    soft = ndimage.gaussian_filter(share * first + (1 - share) * second, 2.0)
-    halfway: np.ndarray = np.clip((soft - 0.5) * 6 + 0.5, 0, 1)
-    return halfway
-
-
-def spoiled(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, Scene, list[str]]:
-    """The scene as a few-step model might draw it: some outlines melted or between two shapes, some colours mixed.
-
-    The picture, uint8 (SIZE, SIZE, 3); what is still true of it, where a thing of mixed colour has the colour ""; and
-    the shapes that are gone.
-    """
-    picture: np.ndarray = np.empty((SIZE, SIZE, 3))
-    picture[:] = scene.ground
-    kept, gone = [], []
-    for thing in scene.things:
-        outline = np.asarray(mask(thing.shape, thing.x, thing.y, thing.radius), np.float32) / 255
-        paint = np.broadcast_to(np.array(COLORS[thing.color], np.float32), picture.shape)
-        color, chance = thing.color, rng.random()
-        if chance < 0.2:
-            outline = _warped(outline, rng.uniform(2.5, 4.5), rng)
-        elif chance < 0.35:
-            other = str(rng.choice([s for s in SHAPES if s != thing.shape]))
-            outline = _blended(outline, np.asarray(mask(other, thing.x, thing.y, thing.radius), np.float32) / 255, rng)
-        elif chance < 0.6:
-            other = str(rng.choice([c for c in COLORS if c != thing.color]))
-            angle = rng.uniform(0, 2 * np.pi)
-            y, x = np.mgrid[:SIZE, :SIZE]
-            along = ((x - thing.x) * np.cos(angle) + (y - thing.y) * np.sin(angle)) / thing.radius
-            share = np.clip(0.5 + along * rng.uniform(0.5, 2), 0, 1)[..., None]
-            paint, color = share * paint + (1 - share) * np.array(COLORS[other], np.float32), ""
-        if chance < 0.35:
-            gone.append(thing.shape)
-        else:
-            kept.append(replace(thing, color=color))
-        picture = outline[..., None] * paint + (1 - outline[..., None]) * picture
-    return picture.round().astype(np.uint8), Scene(tuple(kept), scene.ground), gone
-
-
-def pixels(pictures: list[np.ndarray], rng: np.random.Generator) -> torch.Tensor:
-    """Normalised pictures; half of them blurred or noisy as a decoder's are, so that the judge reads samples too."""
-    x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
-    rough = torch.from_numpy(rng.random(len(pictures)) < 0.5)
-    width = float(rng.uniform(0.3, 1.1))
-    taps = torch.exp(-((torch.arange(-2, 3).float() / width) ** 2) / 2)
-    taps = taps / taps.sum()
-    kernel = (taps[:, None] * taps[None, :]).expand(3, 1, 5, 5)
-    soft = F.conv2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), kernel, groups=3)
-    noise = torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32)) * float(rng.uniform(0, 0.05))
-    x = torch.where(rough[:, None, None, None], (soft + noise).clamp(0, 1), x)
-    return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-
-
-def labels(scene: Scene) -> np.ndarray:
-    """What is present: shapes, then coloured shapes."""
-    shapes, colors = list(SHAPES), list(COLORS)
-    out = np.zeros(len(shapes) * (1 + len(colors)), dtype=np.float32)
-    for thing in scene.things:
-        place = shapes.index(thing.shape)
-        out[place] = 1
-        out[len(shapes) + place * len(colors) + colors.index(thing.color)] = 1
-    return out
-
-
-def question(scene: Scene, rng: np.random.Generator, colors: bool = True, gone: Sequence[str] = ()) -> tuple[str, bool]:
-    """A question and its true answer, yes as often as no; the wrong colour is most often that of another thing.
-
-    `gone` are shapes that are no longer what they were; a question about what is absent is most often about them.
-    """
-    there = {t.shape: t for t in scene.things}
-    clear = [t for t in scene.things if t.color]
-    truth = bool(rng.random() < 0.5) and bool(there)
-    absent = [s for s in SHAPES if s not in there]
-    if gone and rng.random() < 0.7:
-        absent = list(gone)
-    if not colors or rng.random() < 0.35 or (truth and not clear):
-        shape = str(rng.choice(list(there) if truth else absent))
-        return f"is there {'an' if shape[0] in 'aeiou' else 'a'} {shape}?", truth
-    if not truth and (not there or rng.random() < (0.5 if gone else 0.2)):
-        return f"is the {rng.choice(absent)} {rng.choice(list(COLORS))}?", False
-    if truth:
-        thing = clear[int(rng.integers(len(clear)))]
-        return f"is the {thing.shape} {thing.color}?", True
-    thing = there[str(rng.choice(list(there)))]
-    others = [t.color for t in clear if t.color != thing.color]
-    if not others or rng.random() < 0.4:
-        others = [c for c in COLORS if c != thing.color]
-    return f"is the {thing.shape} {rng.choice(others)}?", False
 
 
 def _optimizer(parameters: list[Parameter], lr: float, steps: int) -> tuple[AdamW, OneCycleLR]:
@@ -221,6 +121,32 @@ class Features:
         return [self.scenes[i] for i in index], self.tokens[index]
 
 
+def _train_answers(
+    name: str,
+    model: BlipForQuestionAnswering,
+    words: BertTokenizer,
+    parameters: list[Parameter],
+    steps: int,
+    lr: float,
+    accuracy: float,
+    lesson: Callable[[int], Lesson],
+) -> None:
+    """Learn to answer the questions of each step's `lesson`; `accuracy` is where the running mean begins."""
+    optimizer, schedule = _optimizer(parameters, lr, steps)
+    start, right = time.time(), accuracy
+    choice = yes_no(words)
+    for step in range(steps):
+        features, asked = lesson(step)
+        rows = torch.arange(len(asked)).repeat_interleave(len(asked[0]))
+        logits = answers(model, choice, features, rows, encode(model, words, [q for some in asked for q, _ in some]))
+        target = torch.tensor([0 if truth else 1 for some in asked for _, truth in some])
+        loss = F.cross_entropy(logits, target)
+        _step(loss, parameters, optimizer, schedule)
+        right = 0.98 * right + 0.02 * (logits.argmax(1) == target).float().mean().item()
+        if step % 100 == 0 or step == steps - 1:
+            print(f"{name} {step} loss {loss.item():.4f} accuracy {right:.4f} {time.time() - start:.0f} s", flush=True)
+
+
 def train_text(
     model: BlipForQuestionAnswering,
     words: BertTokenizer,
@@ -234,22 +160,14 @@ def train_text(
     The first fifth of the steps asks for presence alone: from there the step to colours is short, while all questions
     at once leave it at chance for long.
     """
-    parameters = [*model.text_encoder.parameters(), *model.text_decoder.parameters()]
-    optimizer, schedule = _optimizer(parameters, lr, steps)
-    start, right = time.time(), 0.5
-    choice = yes_no(words)
     pool = Features(model, 3000, rng)
-    for step in range(steps):
+
+    def lesson(step: int) -> Lesson:
         scenes, features = pool.batch(batch, fresh=6)
-        asked = [question(s, rng, colors=step >= steps // 5) for s in scenes for _ in range(2)]
-        rows = torch.arange(batch).repeat_interleave(2)
-        logits = answers(model, choice, features, rows, encode(model, words, [q for q, _ in asked]))
-        target = torch.tensor([0 if truth else 1 for _, truth in asked])
-        loss = F.cross_entropy(logits, target)
-        _step(loss, parameters, optimizer, schedule)
-        right = 0.98 * right + 0.02 * (logits.argmax(1) == target).float().mean().item()
-        if step % 100 == 0 or step == steps - 1:
-            print(f"text {step} loss {loss.item():.4f} accuracy {right:.4f} {time.time() - start:.0f} s", flush=True)
+        return features, [[question(s, rng, colors=step >= steps // 5) for _ in range(2)] for s in scenes]
+
+    parameters = [*model.text_encoder.parameters(), *model.text_decoder.parameters()]
+    _train_answers("text", model, words, parameters, steps, lr, 0.5, lesson)
 
 
 def train_together(
@@ -261,23 +179,14 @@ def train_together(
     lr: float = 2e-4,
 ) -> None:
     """Stage 3: the whole judge, four questions a fresh scene, of which half are spoiled."""
-    parameters = list(model.parameters())
-    optimizer, schedule = _optimizer(parameters, lr, steps)
-    start, right = time.time(), 0.95
-    choice = yes_no(words)
-    for step in range(steps):
+
+    def lesson(step: int) -> Lesson:
         scenes = [sample_scene(rng) for _ in range(batch)]
         drawn = [spoiled(s, rng) if rng.random() < 0.5 else (draw(s), s, []) for s in scenes]
         features = model.vision_model(pixel_values=pixels([p for p, _, _ in drawn], rng)).last_hidden_state
-        asked = [question(truth, rng, gone=gone) for _, truth, gone in drawn for _ in range(4)]
-        rows = torch.arange(batch).repeat_interleave(4)
-        logits = answers(model, choice, features, rows, encode(model, words, [q for q, _ in asked]))
-        target = torch.tensor([0 if truth else 1 for _, truth in asked])
-        loss = F.cross_entropy(logits, target)
-        _step(loss, parameters, optimizer, schedule)
-        right = 0.98 * right + 0.02 * (logits.argmax(1) == target).float().mean().item()
-        if step % 100 == 0 or step == steps - 1:
-            print(f"judge {step} loss {loss.item():.4f} accuracy {right:.4f} {time.time() - start:.0f} s", flush=True)
+        return features, [[question(truth, rng, gone=gone) for _ in range(4)] for _, truth, gone in drawn]
+
+    _train_answers("judge", model, words, list(model.parameters()), steps, lr, 0.95, lesson)
 
 
 def train(

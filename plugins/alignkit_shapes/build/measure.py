@@ -16,7 +16,7 @@ from alignkit.run import open_run
 from alignkit_rewards.attribute_binding import AttributeBinding
 from alignkit_rewards.attribute_binding import questions as asked_by
 from alignkit_rewards.phrases import phrases
-from alignkit_shapes.build.judge import question
+from alignkit_shapes.build.questions import question
 from alignkit_shapes.models import FOLDER, WEIGHTS
 from alignkit_shapes.reading import answers, read
 from alignkit_shapes.reward import ShapesReading, things_of
