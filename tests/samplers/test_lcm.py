@@ -54,19 +54,6 @@ def test_only_the_last_step_is_deterministic_and_returns_the_prediction(
     assert torch.allclose(step.mean[:-1], alpha.view(-1, 1, 1, 1) * step.clean[:-1])
 
 
-def test_rows_at_different_steps_are_what_they_are_alone(policy: DiffusersPolicy) -> None:
-    sampler, prompt = LCM(4), policy.encode(["a red circle", "a blue square", "a black heart"])
-    x = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
-    k = torch.tensor([3, 0, 2])
-    with torch.no_grad():
-        together = sampler.transition(policy, x, k, prompt)
-        for i in range(3):
-            row = torch.tensor([i])
-            alone = sampler.transition(policy, x[row], k[row], prompt.select(row))
-            assert torch.allclose(together.mean[row], alone.mean, rtol=1e-4, atol=1e-3)
-            assert torch.equal(together.std[row], alone.std)
-
-
 @pytest.mark.parametrize(
     "fields", [{"num_steps": 0}, {"num_steps": 51}, {"original_steps": 0}, {"original_steps": 1001}]
 )

@@ -30,19 +30,6 @@ def test_the_next_state_depends_on_the_model_through_its_prediction_alone(
     assert torch.equal(step.mean[-1], step.clean[-1])
 
 
-def test_rows_at_different_steps_are_what_they_are_alone(policy: DiffusersPolicy) -> None:
-    sampler, prompt = Renoise(4), policy.encode(["a red circle", "a blue square", "a black heart"])
-    x = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
-    k = torch.tensor([3, 0, 2])
-    with torch.no_grad():
-        together = sampler.transition(policy, x, k, prompt)
-        for i in range(3):
-            row = torch.tensor([i])
-            alone = sampler.transition(policy, x[row], k[row], prompt.select(row))
-            assert torch.allclose(together.mean[row], alone.mean, rtol=1e-4, atol=1e-3)
-            assert torch.equal(together.std[row], alone.std)
-
-
 @pytest.mark.parametrize("fields", [{"num_steps": 0}, {"num_steps": 1000}, {"spacing": "linspace"}])
 def test_what_makes_no_schedule_is_refused(fields: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="expected"):
