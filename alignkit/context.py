@@ -45,13 +45,13 @@ class TrainContext(Context):
         return torch.randn((count, *self.policy.latent_shape), generator=self.generator).to(self.policy.device)
 
     @torch.no_grad()
-    def score(self, latents: Tensor, examples: Sequence[Example]) -> Scores:
+    def score(self, latents: Tensor, examples: Sequence[Example], log: bool = True) -> Scores:
         # In the precision that decoder and rewards were loaded in, as when the run is measured.
         with torch.autocast(self.policy.device.type, enabled=False):
             images = torch.cat([self.policy.decode(part) for part in torch.split(latents, self._chunk)])
             scores = self._rewards.score(images, examples, self._chunk)
         self.pictures += len(images) * self.accelerator.num_processes
-        if bool(scores.valid.any()):
+        if log and bool(scores.valid.any()):
             self.log(reward=scores.values[scores.valid].mean())
             for name, values in scores.parts.items():
                 self.log(**{f"reward/{name}": values[scores.valid].mean()})

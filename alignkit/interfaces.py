@@ -300,8 +300,9 @@ class Context(ABC):
         """Unit normal latents (count, *S) on the policy's device, from `generator`."""
 
     @abstractmethod
-    def score(self, latents: Tensor, examples: Sequence[Example]) -> Scores:
-        """Decode clean latents (N, *S) and score them, a few at a time, without gradient. Logs the reward."""
+    def score(self, latents: Tensor, examples: Sequence[Example], log: bool = True) -> Scores:
+        """Decode clean latents (N, *S) and score them, a few at a time, without gradient. Logs the reward, unless the
+        samples are not the policy's answers to these examples."""
 
     @abstractmethod
     def differentiable_score(self, latents: Tensor, examples: Sequence[Example]) -> Scores:

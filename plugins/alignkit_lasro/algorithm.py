@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from math import sqrt
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from alignkit.diffusion import add_noise
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Algorithm, Batch, Context, Prompt, Rows, Sampler
 from alignkit.rollout import walk
@@ -42,6 +44,8 @@ class States(Rows):
     prompt: Prompt
     clean: Tensor
     """(N, *S) what the policy answered when they were collected."""
+    baseline: Tensor
+    """(N,) what is taken off the surrogate's score before it is normalised."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class PolicyRows(Rows):
     states: States
     blur: Tensor
     """(N, *S) what is added to the clean latent before the surrogate sees it."""
+    noise: Tensor
+    """(N, *S) unit normal, for the purification."""
     noised: Noised | None
 
 
@@ -83,13 +89,27 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
     """Which two samples of a group make a pair: best and worst, as in the paper, or any two whose rewards differ."""
     pairs_per_update: int = 64
     """Pairs in one surrogate update."""
+    noise_correlation: float = 0.0
+    """Correlation of the noises within a group, 0 for independent ones. Samples from nearly the same noises show the
+    same layout and differ in what a gradient can change; between independent ones the layout hides it."""
     reference_samples: int = 0
-    """How many of the N_s samples are drawn by the model as it was before training. Pairs within one model's samples
-    say nothing about what all of them have in common, so a drift of the policy that the surrogate happens to like
-    would never be corrected; beside samples without the drift it is."""
+    """How many of the N_s samples are drawn by the model as it was before training, from the noises of the others.
+    Pairs within one model's samples say nothing about what all of them have in common, so a drift of the policy that
+    the surrogate happens to like would never be corrected; beside samples without the drift it is."""
+    negatives: int = 0
+    """Samples of other prompts of the batch that the reward also scores under each prompt, and that join its group.
+    Samples of one prompt are much alike; what the prompt asks for shows where it is missing altogether."""
     smoothing: float = 0.0
     """Standard deviation of noise on the latents that the surrogate sees, while it learns and while the policy follows
     it. Its gradient is then that of an average over a neighbourhood, and points less often where no picture is."""
+    purify: int = 0
+    """Time of the schedule (1 to 999) to which the policy's prediction is noised, and from which the teacher denoises
+    it, before the surrogate scores it for the policy: diffusion purification (Nie et al., ICML 2022). The gradient then
+    comes through the teacher, which lets pass what leads to another picture and damps what merely fools the surrogate.
+    0 leaves it out."""
+    group_baseline: bool = False
+    """Whether scores are taken relative to the mean of their group before they are normalised. Pairs share a prompt, so
+    Eq. 10 leaves an offset free for each prompt: without this, clipping picks prompts rather than good samples."""
     percentile: float = 0.95
     """The share of surrogate scores below the level at which the reward term stops to pull (Eq. 13)."""
     tracker_decay: float = 0.99
@@ -108,15 +128,23 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
             raise ValueError(
                 f"reference_samples is {self.reference_samples}, expected 0 to {self.samples - 1}, less than samples"
             )
+        if not 0 <= self.noise_correlation < 1:
+            raise ValueError(f"noise_correlation is {self.noise_correlation}, expected at least 0 and less than 1")
         if self.smoothing < 0:
             raise ValueError(f"smoothing is {self.smoothing}, expected 0 or more")
+        if not 0 <= self.purify <= 999:
+            raise ValueError(f"purify is {self.purify}, expected a time of the schedule, 1 to 999, or 0 for none")
         if not 0 < self.percentile <= 1:
             raise ValueError(f"percentile is {self.percentile}, expected more than 0 and at most 1")
+        if self.negatives < 0:
+            raise ValueError(f"negatives is {self.negatives}, expected 0 or more")
         for name in ("policy_steps", "pairs_per_update", "replay"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.distillation_weight:
             self.needs = type(self).needs | {"teacher", "pictures"}  # type: ignore[misc]
+        elif self.purify:
+            self.needs = type(self).needs | {"teacher"}  # type: ignore[misc]
         self._distillation = Distillation(self.ode_steps, self.w_min, self.w_max)
         self._memory: list[tuple[Scored, list[str]]] = []
         self._mean: list[float | None] = [None] * len(self.step_weights)
@@ -138,9 +166,13 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
         texts, each, num_steps = [e.text for e in batch.examples], self.samples, ctx.sampler.num_steps
         prompt = ctx.policy.encode([text for text in texts for _ in range(each)])
         count = len(prompt)
-        noises = torch.stack([ctx.noise(count) for _ in range(num_steps + 1)], dim=1)
+        noises = torch.stack([self._noise(len(texts), ctx) for _ in range(num_steps + 1)], dim=1)
+        # The samples of the model before training have the noises of others: what such a pair shows is the training.
+        place = torch.arange(count) % each
+        own = each - self.reference_samples
+        current = place < own
+        noises = noises[torch.where(current, torch.arange(count), torch.arange(count) - place + (place - own) % own)]
         x, clean = torch.empty(2, num_steps, *noises[:, 0].shape, device=noises.device)
-        current = torch.arange(count) % each < each - self.reference_samples
         for chosen, weights in ((current, nullcontext()), (~current, ctx.policy.reference())):
             rows = chosen.nonzero()[:, 0]
             if len(rows):
@@ -160,15 +192,45 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
         )
         step = torch.arange(num_steps, device=x.device).repeat_interleave(count)
         each_step = prompt.select(torch.arange(count).repeat(num_steps))
-        states = States(x.flatten(0, 1), step, each_step, clean.flatten(0, 1))
+        states = States(x.flatten(0, 1), step, each_step, clean.flatten(0, 1), torch.zeros(len(step), device=x.device))
         self._measure(states, scored, ctx)
         states = states.select(current.repeat(num_steps).nonzero()[:, 0])
+        if self.negatives:
+            scored = self._with_negatives(scored, batch, ctx)
         self._memory = [*self._memory, (scored.to("cpu"), texts)][-self.replay :]
         pictures = captions = None
         if self.distillation_weight and batch.pictures is not None:
             pictures = ctx.policy.encode_images(batch.pictures)
             captions = ctx.policy.encode(batch.captions)
         return Collected(states, scored, texts, pictures, captions)
+
+    def _with_negatives(self, scored: Scored, batch: Batch, ctx: Context) -> Scored:
+        """Each group with samples of the texts that follow its own in the batch, scored under its own text."""
+        count = len(batch.examples)
+        if self.negatives >= count:
+            raise ConfigError(
+                f"algorithm.negatives: found {self.negatives}, expected less than data.batch_size, which is {count}: "
+                "each comes from another prompt"
+            )
+        other = (scored.text[:, None] + torch.arange(1, self.negatives + 1)) % count
+        member = torch.randint(self.samples, other.shape, generator=ctx.generator)
+        latents = scored.latents[scored.step[:, None] * count + other, member]
+        examples = [batch.examples[i] for i in scored.text.tolist() for _ in range(self.negatives)]
+        found = ctx.score(latents.flatten(0, 1), examples, log=False)
+        rewards = found.values.masked_fill(~found.valid, torch.nan).float().view_as(other).to(latents.device)
+        return replace(
+            scored,
+            latents=torch.cat([scored.latents, latents], dim=1),
+            rewards=torch.cat([scored.rewards, rewards], dim=1),
+        )
+
+    def _noise(self, groups: int, ctx: Context) -> Tensor:
+        """Unit normal noise for N_s samples of each group, (groups * N_s, *S), correlated within a group."""
+        own = ctx.noise(groups * self.samples)
+        if not self.noise_correlation:
+            return own
+        shared = ctx.noise(groups).repeat_interleave(self.samples, dim=0)
+        return sqrt(self.noise_correlation) * shared + sqrt(1 - self.noise_correlation) * own
 
     def _measure(self, states: States, scored: Scored, ctx: Context) -> None:
         """How the surrogate ranks samples that it has not learned from yet."""
@@ -236,22 +298,41 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
 
     def updates(self, collected: Collected, ctx: Context) -> Iterator[PolicyRows]:
         """K_1 updates, each on states drawn from the round and on the round's captioned latents, noised anew."""
-        self._track(collected.states, ctx)
+        tracked = self._track(collected.states, ctx)
         size = ctx.rows_per_update
         for _ in range(self.policy_steps):
-            states = collected.states.shuffled(ctx.generator)
+            states = tracked.shuffled(ctx.generator)
             states = states.select(torch.arange(size) % len(states))
             noised = None
             if collected.pictures is not None and collected.captions is not None:
                 index = torch.arange(size) % len(collected.pictures)
                 noised = self._distillation.draw(collected.pictures[index], collected.captions.select(index), ctx)
-            yield PolicyRows(states, self.smoothing * ctx.noise(size), noised)
+            yield PolicyRows(states, self.smoothing * ctx.noise(size), ctx.noise(size), noised)
+
+    def _scores(self, clean: Tensor, prompt: Prompt, blur: Tensor, noise: Tensor, ctx: Context) -> Tensor:
+        """What the surrogate makes of the policy's predictions (N, *S), purified and smoothed, (N,)."""
+        assert ctx.surrogate is not None
+        if self.purify:
+            assert ctx.teacher is not None
+            t = torch.full((len(clean),), self.purify, device=clean.device)
+            clean = ctx.teacher.denoise(add_noise(clean, noise, *ctx.teacher.schedule(t)), t, prompt)
+        return ctx.surrogate.score(clean + blur, prompt)
 
     @torch.no_grad()
-    def _track(self, states: States, ctx: Context) -> None:
-        """Running mean and percentile of the surrogate's scores at each step, before they are used (Eq. 12)."""
-        assert ctx.surrogate is not None
-        scores = ctx.surrogate.score(states.clean, states.prompt)
+    def _track(self, states: States, ctx: Context) -> States:
+        """Running mean and percentile of the surrogate's scores at each step, before they are used (Eq. 12).
+
+        The states with their baseline, which is zero unless `group_baseline`.
+        """
+        count = len(states)
+        blur, noise = self.smoothing * ctx.noise(count), ctx.noise(count)
+        scores = self._scores(states.clean, states.prompt, blur, noise, ctx)
+        if self.group_baseline:
+            group = states.prompt.index * len(self.step_weights) + states.step
+            totals = scores.new_zeros(2, int(group.max()) + 1)
+            totals.index_add_(1, group, torch.stack([scores, torch.ones_like(scores)]))
+            states = replace(states, baseline=(totals[0] / totals[1].clamp(min=1))[group])
+            scores = scores - states.baseline
         for k in range(len(self.step_weights)):
             at = ctx.gather(scores[states.step == k])
             mean, level = float(at.mean()), float(at.quantile(self.percentile))
@@ -259,6 +340,7 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
             decay = self.tracker_decay
             self._mean[k] = mean if before is None else decay * before + (1 - decay) * mean
             self._level[k] = level if top is None else decay * top + (1 - decay) * level
+        return states
 
     def normalised(self, scores: Tensor, step: Tensor) -> Tensor:
         """(R - mean) / (percentile - mean), clipped at 1 from above and not from below (Eq. 12 and 13), (N,)."""
@@ -267,14 +349,14 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
         return ((scores - mean) / (level - mean).clamp(min=MIN_SPREAD)).clamp(max=1)
 
     def loss(self, rows: PolicyRows, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        assert ctx.surrogate is not None
         states = rows.states
         # With every term switched off it is still a loss: its gradient is zero.
         loss = states.x.new_zeros((), requires_grad=True)
         metrics: dict[str, Tensor] = {}
         if any(self.step_weights):
             clean = ctx.sampler.transition(ctx.policy, states.x, states.step, states.prompt).clean
-            scores = self.normalised(ctx.surrogate.score(clean + rows.blur, states.prompt), states.step)
+            scores = self._scores(clean, states.prompt, rows.blur, rows.noise, ctx)
+            scores = self.normalised(scores - states.baseline, states.step)
             # The mean over rows of all steps, times K, is the sum over steps of the mean at each.
             weights = scores.new_tensor(self.step_weights)[states.step] * len(self.step_weights)
             loss = loss - (weights * scores).mean()
