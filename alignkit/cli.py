@@ -218,7 +218,7 @@ def sample(
 
     \b
     alignkit sample runs/first "a red circle and a blue square"
-    alignkit sample shapes_lcm "a green star" --steps 1,2,4 --count 3 --out pictures
+    alignkit sample shapes_lcm "a green heart" --steps 1,2,4 --count 3 --out pictures
     """
     from alignkit.run import open_run
 

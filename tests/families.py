@@ -23,7 +23,7 @@ from alignkit.rollout import sample
 from alignkit_shapes.build.text import tokenizer
 from model_fixtures import tiny_text_config, tiny_vae
 
-TEXTS = ["a red circle", "a blue square and a green star"]
+TEXTS = ["a red circle", "a blue square and a green cross"]
 
 COMMON = {
     "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False,

@@ -53,7 +53,7 @@ def test_a_model_that_was_not_trained_has_neither_gain_nor_drift(tiny_run: MakeR
 
 def test_runs_share_no_start_where_their_prompts_or_their_model_differ(tiny_run: MakeRun, tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
-    other.write_text("a white ring\na red star\n", encoding="utf-8")
+    other.write_text("a white ring\na red cross\n", encoding="utf-8")
     lora = tiny_run("lora", {**QUICK, "train.learning_rate": 0.05})
     list(lora.train())
     plain = tiny_run("plain", QUICK)

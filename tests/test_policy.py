@@ -16,7 +16,7 @@ from alignkit.rollout import sample
 from alignkit_samplers.ddim import DDIM
 from alignkit_samplers.lcm import LCM
 
-TEXTS = ["a red circle", "a blue square and a green star"]
+TEXTS = ["a red circle", "a blue square and a green cross"]
 
 
 def disturb(policy: DiffusersPolicy, scale: float = 0.2, seed: int = 1) -> None:

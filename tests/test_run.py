@@ -21,7 +21,7 @@ from alignkit.rollout import seeded_noises
 from alignkit.run import Run, score
 
 MakeRun = Callable[..., Run]
-TEXTS = ["a red circle", "a blue square and a green star"]
+TEXTS = ["a red circle", "a blue square and a green cross"]
 
 
 def pixels(pictures: list[Image.Image]) -> np.ndarray:

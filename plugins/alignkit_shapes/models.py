@@ -20,20 +20,28 @@ _data: dict[str, Any] = {
 def shapes_lcm() -> ModelBundle:
     """The few-step model; guidance as it was distilled with."""
     guidance = {"w_min": 1.0, "w_max": 3.0}
+    # One sample of the policy and one of the model before training, from the same noise, and one of another prompt: of
+    # all that was tried this alone taught the surrogate what training does (docs/algorithms/lasro.md).
     lasro = {
-        "data": {"batch_size": 4},
+        "data": {"batch_size": 24},
         "algorithm": {
             **guidance,
-            "samples": 6,
-            "reference_samples": 2,
-            "surrogate_steps": 3,
-            "smoothing": 0.4,  # the shipped surrogate was taught with it
-            "distillation_weight": 2.0,
+            "samples": 2,
+            "reference_samples": 1,
+            "negatives": 1,
+            "surrogate_steps": 2,
+            "pairs_per_update": 96,
+            "smoothing": 0.3,  # the shipped surrogate was taught with it
+            "purify": 250,
+            "step_weights": [0.3, 1.0],
+            "tracker_decay": 0.9,
         },
-        "surrogate": {"init": str(WEIGHTS / "surrogate.safetensors")},
-        "train": {"updates": 60, "checkpoint_every": 20, "ema_decay": 0.95},
-        "evaluate": {"every": 30, "limit": 200, "steps": [1, 2]},
-    }
+        "surrogate": {"init": str(WEIGHTS / "surrogate.safetensors"), "learning_rate": 3e-4},
+        "train": {
+            "updates": 100, "rows_per_update": 48, "rows_per_pass": 48, "checkpoint_every": 25, "ema_decay": 0.97,
+        },
+        "evaluate": {"every": 50, "limit": 200, "steps": [1, 2]},
+    }  # fmt: skip
     rg_lcd = {
         "algorithm": guidance,
         # Hard answers have no gradient. The proxy's own default is a tower for latents of 64 x 64; here they are 8 x 8.

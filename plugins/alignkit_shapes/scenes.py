@@ -37,11 +37,6 @@ def _circle(radius: float = 1.0) -> list[tuple[float, float]]:
     return [(radius * math.cos(a), radius * math.sin(a)) for a in np.linspace(0, 2 * math.pi, 48, endpoint=False)]
 
 
-def _star() -> list[tuple[float, float]]:
-    angles = [-math.pi / 2 + k * math.pi / 5 for k in range(10)]
-    return [((1.1, 0.45)[k % 2] * math.cos(a), (1.1, 0.45)[k % 2] * math.sin(a) + 0.08) for k, a in enumerate(angles)]
-
-
 def _heart() -> list[tuple[float, float]]:
     angles = np.linspace(0, 2 * math.pi, 64, endpoint=False)
     return [
@@ -58,7 +53,6 @@ SHAPES: dict[str, list[tuple[float, float]]] = {
     "circle": _circle(),
     "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
     "triangle": [(0.0, -0.95), (1.05, 0.85), (-1.05, 0.85)],
-    "star": _star(),
     "cross": [
         (-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM),
         (_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM), (-_ARM, -_ARM),
@@ -152,8 +146,8 @@ def arrange(things: list[Thing], rng: np.random.Generator) -> Scene:
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
-    """A random scene: one thing with probability .2, two with .45, three with .35."""
-    return arrange(sample_things(int(rng.choice([1, 2, 3], p=[0.2, 0.45, 0.35])), rng), rng)
+    """A random scene: one thing with probability .15, two with .6, three with .25."""
+    return arrange(sample_things(int(rng.choice([1, 2, 3], p=[0.15, 0.6, 0.25])), rng), rng)
 
 
 def related(first: Thing, second: Thing) -> str:

@@ -18,7 +18,7 @@ from alignkit.errors import ConfigError
 from alignkit_rg_lcd.preference import margins, preference_loss
 from alignkit_rg_lcd.surrogate import LRM
 
-TEXTS = ["a red circle", "a blue square", "a green star"]
+TEXTS = ["a red circle", "a blue square", "a green cross"]
 
 
 @pytest.fixture(scope="module")

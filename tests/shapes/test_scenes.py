@@ -69,7 +69,7 @@ def test_shapes_of_a_scene_are_distinct_inside_the_picture_and_apart() -> None:
 
 def test_questions_are_answered_apart_for_shape_and_colour() -> None:
     picture = draw(Scene((Thing("circle", "red", 20, 20, 10), Thing("square", "blue", 44, 44, 10))))
-    asked = [Thing("circle", "blue"), Thing("square", "blue"), Thing("star", "red")]
+    asked = [Thing("circle", "blue"), Thing("square", "blue"), Thing("heart", "red")]
     assert answers(read(picture), asked) == [True, False, True, True, False, False]
 
 

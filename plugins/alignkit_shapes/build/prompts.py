@@ -17,13 +17,16 @@ def _held_out(things: list[Thing]) -> bool:
 
 
 def write(folder: Path, train: int = 400, held_out: int = 200, seed: int = 7) -> None:
-    """`train.txt`: two or three things, none held out. `held_out.txt`: at least one held out, some with a relation."""
+    """`train.txt`: things none of which is held out. `held_out.txt`: at least one held out, some with a relation.
+
+    Three of four prompts name two things, the others three.
+    """
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for name, count, wanted in (("train", train, False), ("held_out", held_out, True)):
         lines: dict[str, None] = {}
         while len(lines) < count:
-            things = sample_things(2 if rng.random() < 0.5 else 3, rng)
+            things = sample_things(2 if rng.random() < 0.75 else 3, rng)
             if _held_out(things) != wanted:
                 continue
             phrases = [t.phrase for t in things]

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from alignkit import diffusion
 from alignkit_shapes.build.text import WIDTH, text_encoder, tokenizer
@@ -89,10 +89,11 @@ def train(
     accelerator = Accelerator(cpu=True)
     torch.manual_seed(seed)
     vae = AutoencoderKL.from_pretrained(vae_folder).eval().requires_grad_(False)
-    words = tokenizer()
     if source is None:
+        words = tokenizer()
         text, network = text_encoder(words), unet()
     else:
+        words = CLIPTokenizer.from_pretrained(source / "tokenizer")
         text = CLIPTextModel.from_pretrained(source / "text_encoder")
         network = UNet2DConditionModel.from_pretrained(source / "unet")
     parameters = [*network.parameters(), *text.parameters()]

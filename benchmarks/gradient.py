@@ -1,0 +1,92 @@
+"""Where the gradient of a surrogate leads: samples of a model moved along it, judged and read off.
+
+    python benchmarks/gradient.py
+
+A learned reward may rank samples well and still point nowhere useful. Here no policy is trained: the clean latents of
+`--prompts` training prompts take four steps along the gradient of the shipped surrogate, and for comparison along that
+of the judge itself through the decoder, each as it is and through the teacher (`algorithm.purify`). The gradient is the
+mean over four draws of noise (`algorithm.smoothing`), scaled to a root mean square over all samples of `distance`, in
+units of a latent's spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import alignkit
+from alignkit.diffusers_policy import DiffusersPolicy
+from alignkit.diffusion import add_noise
+from alignkit.rewards import quantize
+from alignkit.rollout import seeded_noises, walk
+from alignkit_rewards.attribute_binding import AttributeBinding
+from alignkit_shapes.models import WEIGHTS
+from alignkit_shapes.reward import ShapesReading
+
+
+def moved(score: Callable[[Tensor], Tensor], latents: Tensor, distance: float) -> Tensor:
+    """`latents` (N, *S) behind four steps along the gradient of `score`; those with a small gradient move less."""
+    x = latents
+    for _ in range(4):
+        total = torch.zeros_like(x)
+        for _ in range(4):
+            there = x.clone().requires_grad_(True)
+            total += torch.autograd.grad(score(there).sum(), there)[0]
+        x = x + distance / 4 * total / total.square().mean().sqrt().clamp(min=1e-9)
+    return x
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--smoothing", type=float, default=0.3)
+    parser.add_argument("--purify", type=int, default=250)
+    arguments = parser.parse_args()
+    run = alignkit.load(None, {"algorithm.name": "lasro"})
+    policy, sampler, examples = run.policy(), run.sampler(2), run.prompts()[: arguments.prompts]
+    surrogate = run.load_surrogate(policy)
+    assert surrogate is not None
+    prompt = policy.encode([e.text for e in examples])
+    judges = [AttributeBinding(judge=str(WEIGHTS / "judge"), mode=mode) for mode in ("hard", "soft")]
+    for judge in judges:
+        judge.load(policy.device)
+    hard, soft = judges
+    chance = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        noises = seeded_noises(policy.latent_shape, 2, [(77, i) for i in range(len(examples))])
+        clean = walk(policy, sampler, prompt, noises).clean
+    teacher = DiffusersPolicy(run.teacher_source(), trainable=False, guidance=0.0)
+    level = torch.full((len(examples),), arguments.purify)
+
+    def noise() -> Tensor:
+        return torch.randn(clean[:, 0].shape, generator=chance)
+
+    def surrogate_score(x: Tensor) -> Tensor:
+        return surrogate.score(x + arguments.smoothing * noise(), prompt)
+
+    def judge_score(x: Tensor) -> Tensor:
+        return soft(quantize(policy.decode(x + arguments.smoothing * noise())), examples).values
+
+    def purified(score: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: score(teacher.denoise(add_noise(x, noise(), *teacher.schedule(level)), level, prompt))
+
+    def show(what: str, latents: Tensor) -> None:
+        with torch.no_grad():
+            images = quantize(policy.decode(latents))
+            judged, read_off = (float(r(images, examples).values.mean()) for r in (hard, ShapesReading()))
+        print(f"{what:<48} judge {judged:.3f}  reading {read_off:.3f}", flush=True)
+
+    for step in (0, 1):
+        latents = clean[:, step]
+        show(f"{step + 1} step{'s' * step}", latents)
+        for name, score in (("surrogate", surrogate_score), ("judge", judge_score)):
+            for distance in (0.1, 0.2):
+                show(f"  {name}, distance {distance}", moved(score, latents, distance))
+                show(f"  {name} through the teacher, distance {distance}", moved(purified(score), latents, distance))
+
+
+if __name__ == "__main__":
+    main()
