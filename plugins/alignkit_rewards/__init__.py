@@ -18,6 +18,7 @@ REWARDS = {
     "jpeg_compressibility": ("jpeg:JpegCompressibility", "Minus the kilobytes of the picture as JPEG"),
     "jpeg_incompressibility": ("jpeg:JpegIncompressibility", "The kilobytes of the picture as JPEG"),
     "pickscore": ("pickscore:PickScore", "Which picture people would pick for the prompt, on CLIP ViT-H"),
+    "vqa_score": ("vqa_score:VqaScore", "How sure a vision language model is that the picture shows the prompt"),
 }
 
 

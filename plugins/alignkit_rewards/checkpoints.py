@@ -88,8 +88,15 @@ def read_weights(reward: str, field: str, path: Path) -> dict[str, Tensor]:
         return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def load_model(reward: str, field: str, source: str, model_class: Any, absent: Sequence[str] = ()) -> Any:
-    """A frozen float32 `model_class` of transformers from a hub id or a folder, every weight of it read.
+def load_model(
+    reward: str,
+    field: str,
+    source: str,
+    model_class: Any,
+    absent: Sequence[str] = (),
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """A frozen `model_class` of transformers from a hub id or a folder, every weight of it read.
 
     `absent` are beginnings of names that may be missing (a head that is not used). Raises ConfigError otherwise.
     """
@@ -102,7 +109,7 @@ def load_model(reward: str, field: str, source: str, model_class: Any, absent: S
         expected = getattr(model_class, "config_class", None)
         if expected is not None and not isinstance(config, expected):
             raise ConfigError(f"{reward}: the {field} {source!r} is a {config.model_type} model; {wanted}")
-        model, report = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        model, report = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True)
     missing = sorted(k for k in report["missing_keys"] if not k.endswith("position_ids"))
     missing = [key for key in missing if not key.startswith(tuple(absent))]
     if missing:
