@@ -39,18 +39,15 @@ class Aesthetic(ClipReward):
         check_local(self.name, "head", self.head)
 
     def load(self, device: torch.device) -> None:
-        if self._model is None:
-            self._weight, self._bias = self._read_head()
-            super().load(device)
-            size = self._model.config.projection_dim
-            if len(self._weight) != size:
-                self._model = None
-                raise ConfigError(
-                    f"aesthetic: the head {self.head!r} reads {len(self._weight)} numbers and the checkpoint "
-                    f"{self.checkpoint!r} gives {size}; expected a head for this CLIP"
-                )
+        weight, bias = self._read_head()
         super().load(device)
-        self._weight, self._bias = self._weight.to(device), self._bias.to(device)
+        size = self._model.config.projection_dim
+        if len(weight) != size:
+            raise ConfigError(
+                f"aesthetic: the head {self.head!r} reads {len(weight)} numbers and the checkpoint "
+                f"{self.checkpoint!r} gives {size}; expected a head for this CLIP"
+            )
+        self._weight, self._bias = weight.to(device), bias.to(device)
 
     def load_tokenizer(self, vocabulary: int) -> Any:
         return None  # nothing is read but the picture

@@ -15,20 +15,20 @@ from alignkit_rewards.checkpoints import converted, locate_file
 from alignkit_rewards.clip import ClipReward
 from alignkit_rewards.pixels import CLIP_MEAN, CLIP_STD, normalize, resize_and_crop
 
-Version = Literal["2.0", "2.1"]
-FILES: dict[Version, str] = {"2.0": "HPS_v2_compressed.pt", "2.1": "HPS_v2.1_compressed.pt"}
+Version = Literal["v2.0", "v2.1"]
+FILES: dict[Version, str] = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 
 
 @dataclass
 class HPSv2(ClipReward):
     """A CLIP ViT-H/14 trained on people's rankings: the cosine, about 0.25 to 0.35; papers print it times 100. Values
-    of 2.0 and 2.1 do not compare. Part "truncated": 1 where the prompt has more tokens than CLIP reads (77)."""
+    of v2.0 and v2.1 do not compare. Part "truncated": 1 where the prompt has more tokens than CLIP reads (77)."""
 
     checkpoint: str = ""
     """The published file, on disk or as owner/name/file on the hub, or a CLIPModel (hub id or folder). Empty: the
     published file of `version`, of xswu/HPSv2."""
-    version: Version = "2.1"
-    """Which weights an empty checkpoint means: SDPO trains with 2.0, RG-LCD with 2.1."""
+    version: Version = "v2.1"
+    """Which weights an empty checkpoint means: SDPO trains with v2.0, RG-LCD with v2.1."""
 
     name: ClassVar[str] = "hpsv2"
     public_tokenizer: ClassVar[str] = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"

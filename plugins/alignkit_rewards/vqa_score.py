@@ -92,9 +92,8 @@ class VqaScore(Reward):
         config = self._model.config
         mean, std, fewest = FAMILIES[config.model_type]
         vision = config.vision_config
-        height, width = fitting_size(
-            *images.shape[-2:], vision.patch_size * vision.spatial_merge_size, fewest, self.max_pixels
-        )
+        factor = vision.patch_size * vision.spatial_merge_size
+        height, width = fitting_size(images.shape[-2], images.shape[-1], factor, fewest, self.max_pixels)
         pixels = normalize(resize(images, height, width), mean, std)
         patches = patchify(pixels, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
         grid = torch.tensor([[1, height // vision.patch_size, width // vision.patch_size]], device=images.device)

@@ -97,7 +97,7 @@ def published(clip_folder: str, tmp_path: Path, randomized: Callable[[nn.Module]
     folder = tmp_path / "published"
     shutil.copytree(clip_folder, folder)
     (folder / "model.safetensors").unlink()
-    file = folder / FILES["2.1"]
+    file = folder / FILES["v2.1"]
     torch.save({"epoch": 3, "state_dict": model.state_dict()}, file)
     assert isinstance(model, OpenClip)
     return model, file
@@ -201,5 +201,5 @@ def test_a_pickle_with_code_in_it_is_refused(published: tuple[OpenClip, Path]) -
 
 
 def test_an_unknown_version_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"hpsv2: version is '3', expected one of 2\.0, 2\.1"):
+    with pytest.raises(ConfigError, match=r"hpsv2: version is '3', expected one of v2\.0, v2\.1"):
         HPSv2(version="3")  # type: ignore[arg-type]
