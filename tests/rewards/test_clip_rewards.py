@@ -58,10 +58,12 @@ def test_clip_score_is_the_cosine_that_transformers_gives(
 
 
 def test_the_published_variants_of_clip_score(clip_folder: str, images: Tensor, examples: list[Example]) -> None:
-    prefixed = cosines(clip_folder, images, ["a circle of " + example.text for example in examples])
+    pictures = torch.cat([images, 1 - images, images.flip(1), torch.zeros_like(images), torch.ones_like(images)])
+    many = examples * 5
+    prefixed = cosines(clip_folder, pictures, ["a circle of " + example.text for example in many])
     assert (prefixed < 0).any() and (prefixed > 0).any()
-    paper = ClipScore(checkpoint=clip_folder, scale=2.5, clamp=True, prefix="a circle of ")
-    torch.testing.assert_close(loaded(paper)(images, examples).values, 2.5 * prefixed.clamp(min=0))
+    paper = loaded(ClipScore(checkpoint=clip_folder, scale=2.5, clamp=True, prefix="a circle of "))
+    torch.testing.assert_close(paper(pictures, many).values, 2.5 * prefixed.clamp(min=0))
 
 
 def test_pickscore_is_the_cosine_times_the_learned_scale(
