@@ -106,6 +106,15 @@ def test_every_algorithm_has_a_page_with_its_fields() -> None:
             assert f"<!-- generated: fields algorithm/{row.name} -->" in page
 
 
+def test_every_reward_has_a_page_with_its_fields_and_a_place_in_the_overview() -> None:
+    overview = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "rewards").glob("*.md"))
+    for row in default_registry().components("reward"):
+        if row.plugin == "alignkit_rewards":
+            assert f"<!-- generated: fields reward/{row.name} -->" in pages
+            assert row.name in overview
+
+
 def test_the_design_page_names_every_module_and_plugin() -> None:
     design = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     modules = {p.name for p in (ROOT / "alignkit").glob("[!_]*.py")}
