@@ -7,14 +7,23 @@ of the checkpoints. Each is drawn twice, by plain diffusers and through the poli
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, LCMScheduler, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    UNet2DConditionModel,
+)
 from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -24,6 +33,8 @@ from alignkit.errors import ConfigError
 from alignkit.interfaces import Sampler
 from alignkit.rollout import sample
 from alignkit.run import Run
+from alignkit_preference.diffusion_dpo import DiffusionDPO
+from alignkit_preference.noised import LatentPairs, NoisedPairs, errors
 from alignkit_samplers.ddim import DDIM
 from alignkit_samplers.euler_ancestral import EulerAncestral
 from alignkit_samplers.lcm import LCM
@@ -333,6 +344,31 @@ def test_training_reaches_the_adapter_of_an_sdxl_model(build: Any) -> None:
     policy.denoise(torch.ones(2, *policy.latent_shape), torch.tensor([999, 499]), prompt).square().mean().backward()
     assert policy.parameters() and all(bool((p.grad != 0).any()) for p in policy.parameters() if p.grad is not None)
     assert all(p.grad is not None for p in policy.parameters())
+
+
+@pytest.mark.parametrize("name", ["sd_1_5", "sd_turbo", "sdxl", "sdxl_turbo"])
+def test_a_preference_on_each_family_is_told_by_the_errors_of_the_plain_unet(build: Any, name: str) -> None:
+    policy = DiffusersPolicy(str(build(name)), lora_rank=2, guidance=4.0 if name in ("sd_1_5", "sdxl") else None)
+    pipe, turbo = plain(build(name)), name.endswith("turbo")
+    winner, loser, noise = torch.randn(3, 2, *policy.latent_shape, generator=torch.Generator().manual_seed(1))
+    t = torch.tensor([999, 249])
+    rows = NoisedPairs(LatentPairs(winner, loser, policy.encode(TEXTS)), noise, t)
+    scheduler = DDPMScheduler.from_config(pipe.scheduler.config, rescale_betas_zero_snr=turbo)
+    embedded = pipe.encode_prompt(TEXTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
+    added = {"text_embeds": embedded[2], "time_ids": sizes} if "sdxl" in name else None
+    with torch.no_grad():
+        found = errors(rows, policy, zero_terminal_snr=turbo)
+        for member, clean in enumerate((winner, loser)):
+            x = scheduler.add_noise(clean, noise, t)
+            output = pipe.unet(x, t, embedded[0], added_cond_kwargs=added, return_dict=False)[0]
+            assert torch.allclose(found[:, member], (output - noise).pow(2).mean([1, 2, 3]), rtol=1e-3)
+    ctx = SimpleNamespace(policy=policy)
+    loss, _ = DiffusionDPO(zero_terminal_snr=turbo).loss(rows, ctx)  # type: ignore[arg-type]
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-3)
+    loss.backward()
+    assert all(p.grad is not None for p in policy.parameters())
+    assert all(p.grad is None for p in policy.unet.parameters() if not p.requires_grad)
 
 
 @pytest.mark.parametrize("key", ["unet", "adapter"])
