@@ -284,9 +284,9 @@ def pairs(
     data.pairs names in a run file, for diffusion_dpo and for pso in its offline mode.
 
     \b
-    alignkit pairs shapes_lcm --out pairs/shapes
-    alignkit pairs runs/first --reward attribute_binding --prompts my/prompts.txt --count 8 --out pairs/first
-    alignkit train --algo diffusion_dpo --set data.pairs=my/pairs/shapes
+    alignkit pairs shapes_lcm --out my/pairs
+    alignkit pairs runs/first --prompts my/prompts.txt --count 8 --out my/other
+    alignkit train --algo diffusion_dpo --set data.pairs=my/pairs
     """
     from alignkit.pairs import make_pairs
     from alignkit.run import open_run
