@@ -174,16 +174,16 @@ def test_settings_that_cannot_learn_are_refused(fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("ddim", [False, True])
-def test_the_preferred_side_becomes_more_likely_beside_the_other(make: MakeTrainer, ddim: bool) -> None:
+def test_the_preferred_side_becomes_more_likely_beside_the_other(make: MakeTrainer, seen: Any, ddim: bool) -> None:
     trainer = make("diffusion_dpo", {
-        "algorithm.beta": 100.0, "algorithm.flip": False, "model.lora_rank": 8, "train.updates": 25,
-        "train.learning_rate": 3e-3, "train.rows_per_update": 8,
+        "algorithm.beta": 20.0, "algorithm.flip": False, "model.lora_rank": 8, "train.updates": 25,
+        "train.learning_rate": 1e-2,
     }, ddim)  # fmt: skip
+    trainer.ctx.policy.encode_images = seen  # type: ignore[method-assign]
     fresh = update_rows(trainer)  # noise that no update sees
     while not trainer.finished:
         list(trainer.round())
     with torch.no_grad():
         loss, metrics = trainer.algorithm.loss(fresh, trainer.ctx)
-    assert loss.item() < math.log(2) - 0.05
-    assert metrics["margin"].item() > 0 and metrics["implicit_accuracy"].item() >= 0.75
-    assert metrics["winner_error_change"].item() < metrics["loser_error_change"].item()
+    assert loss.item() < math.log(2) - 0.1 and metrics["implicit_accuracy"].item() >= 0.75
+    assert metrics["winner_error_change"].item() < 0 < metrics["loser_error_change"].item()
