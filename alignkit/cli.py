@@ -264,6 +264,45 @@ def score(
 
 
 @app.command()
+def pairs(
+    source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the pairs go; a new or empty folder.")],
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="Texts; else the training prompts.")] = None,
+    reward: Rewards = None,
+    count: Annotated[int, typer.Option(min=2, help="Pictures of each prompt.")] = 4,
+    every: Annotated[bool, typer.Option("--every", help="All two that differ, not the best and worst alone.")] = False,
+    margin: Annotated[float, typer.Option(min=0, help="Scores must differ by more than this.")] = 0.0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts used, from the top of the file.")] = None,
+    steps: Steps = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    assignments: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Make preference pairs: draw several pictures of each prompt, score them, keep the better and the worse.
+
+    The folder holds the pictures and pairs.jsonl, a line for each pair with text, files, scores and seed. It is what
+    data.pairs names in a run file, for diffusion_dpo and for pso in its offline mode.
+
+    \b
+    alignkit pairs shapes_lcm --out my/pairs
+    alignkit pairs runs/first --prompts my/prompts.txt --count 8 --out my/other
+    alignkit train --algo diffusion_dpo --set data.pairs=my/pairs
+    """
+    from alignkit.pairs import make_pairs
+    from alignkit.run import open_run
+
+    changes = flags.overrides(None, reward, None, None, None, None, assignments)
+    if prompts is not None:
+        changes["data.prompts"] = str(prompts.resolve())
+    run = open_run(source, changes)
+    made = make_pairs(run, out, count=count, limit=limit, steps=steps, seed=seed, every=every, margin=margin)
+    if as_json:
+        return _print_json(dataclasses.asdict(made))
+    without = f"; {made.undecided} without a preference" if made.undecided else ""
+    typer.echo(f"{made.folder}: {made.pairs} pairs of {made.prompts} prompts{without}")
+
+
+@app.command()
 def evaluate(
     sources: Annotated[list[str], typer.Argument(metavar="RUN...")],
     steps: StepList = None,

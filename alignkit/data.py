@@ -103,12 +103,15 @@ class PictureFolder(Pictures):
                 picture = opened.convert("RGB")
         except OSError as error:
             raise AlignkitError(f"data.pictures: {self.folder / name} cannot be read as a picture ({error})") from error
-        edge = min(picture.size)
-        left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
-        square = picture.crop((left, top, left + edge, top + edge)).resize(
-            (self.size, self.size), Image.Resampling.LANCZOS
-        )
-        return torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1).float() / 255
+        return middle_square(picture, self.size)
+
+
+def middle_square(picture: Image.Image, size: int) -> Tensor:
+    """The middle square of an RGB picture, resized: (3, size, size) float32 in [0, 1]."""
+    edge = min(picture.size)
+    left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
+    square = picture.crop((left, top, left + edge, top + edge)).resize((size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1).float() / 255
 
 
 def open_pictures(source: str, size: int) -> Pictures:

@@ -60,6 +60,7 @@ class DiffusersPolicy(Policy):
         consistency = prediction == "consistency" or (not prediction and isinstance(self.pipe.scheduler, LCMScheduler))
         self._scaling: float | None = config.get("timestep_scaling", 10.0) if consistency else None
         self._embed_dim: int | None = self.unet.config.time_cond_proj_dim
+        self.guidance_embedded = self._embed_dim is not None
         self.guidance = guidance if guidance is not None else (7.5 if self._embed_dim else 0.0)
         edge = self.unet.config.sample_size
         self.latent_shape = (self.unet.config.in_channels, edge, edge)
@@ -142,7 +143,7 @@ class DiffusersPolicy(Policy):
     def denoise(self, x: Tensor, t: Tensor, prompt: Prompt, guidance: Tensor | None = None) -> Tensor:
         if guidance is None and (self._embed_dim or self.guidance):
             guidance = torch.full((len(x),), self.guidance, device=x.device)
-        if guidance is None or self._embed_dim:
+        if guidance is None or self._embed_dim or not bool(guidance.any()):
             return self._predict(x, t, prompt.features, prompt.pooled, guidance)
         null = self._without_text(len(x))
         pooled = None if prompt.pooled is None or null.pooled is None else torch.cat([prompt.pooled, null.pooled])

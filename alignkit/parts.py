@@ -17,6 +17,7 @@ from alignkit.diffusers_policy import DiffusersPolicy
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Algorithm, Example, Reward, Sampler, Surrogate
 from alignkit.pipelines import check_source, locate_weights
+from alignkit.preference_data import check_pairs
 from alignkit.registry import default_registry
 from alignkit.rewards import WeightedRewards
 
@@ -58,7 +59,9 @@ class Parts:
         )
 
     def prompts(self) -> list[Example]:
-        """The texts to train on."""
+        """The texts to train on; none if there is no file and the algorithm learns from pairs, which have their own."""
+        if not self.config.data.prompts and "pairs" in self.algorithm().needs:
+            return []
         if not self.config.data.prompts:
             raise ConfigError("data.prompts: missing; expected a .txt file with one prompt a line, or a .jsonl file")
         return read_examples(self.config.data.prompts)
@@ -102,6 +105,13 @@ class Parts:
             raise ConfigError(
                 f"data.pictures: missing; algorithm {self.config.algorithm.name} needs captioned pictures"
             )
+        if "pairs" in algorithm.needs and not self.config.data.pairs:
+            raise ConfigError(
+                f"data.pairs: missing; algorithm {self.config.algorithm.name} needs preference pairs (`alignkit pairs` "
+                "makes them with a model and a reward)"
+            )
+        if "pairs" in algorithm.needs:
+            check_pairs(self.config.data.pairs, self.config.data.broken)
         rewards = WeightedRewards(self.trained_rewards())
         if "differentiable_reward" in algorithm.needs and not rewards.differentiable:
             boxes = " and ".join(name for name, _, reward in rewards.rewards if not reward.differentiable)

@@ -27,6 +27,7 @@ from alignkit.diffusers_policy import DiffusersPolicy
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.interfaces import Example
 from alignkit.parts import Parts
+from alignkit.preference_data import open_pairs
 from alignkit.report import Report
 from alignkit.rewards import WeightedRewards
 from alignkit.rollout import sample_pictures
@@ -58,16 +59,16 @@ def load(
     return open_run(folder)
 
 
-def open_run(source: str | Path) -> Run:
-    """The run in a run folder; for the name of a model, a run that has not trained it."""
+def open_run(source: str | Path, overrides: Mapping[str, Any] | None = None) -> Run:
+    """The run in a run folder; for the name of a model, a run that has not trained it. `overrides` as for `load`."""
     folder = Path(source)
     if (folder / "run.toml").is_file():
-        return Run(load_config(folder / "run.toml"), folder=folder)
+        return Run(load_config(folder / "run.toml", overrides), folder=folder)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise ConfigError(
             f"{folder}: no run.toml here and no model_index.json; expected a run folder or a diffusers pipeline"
         )
-    return Run(load_config(None, {"model.name": str(source)}))
+    return Run(load_config(None, {**(overrides or {}), "model.name": str(source)}))
 
 
 class Run(Parts):
@@ -207,7 +208,10 @@ class Run(Parts):
             accelerator, policy, teacher, self.sampler(), WeightedRewards(trained), surrogate, config.seed, rows, chunk
         )
         pictures = open_pictures(config.data.pictures, policy.image_size) if "pictures" in algorithm.needs else None
-        trainer = Trainer(config, ctx, algorithm, self.prompts(), pictures)
+        pairs = None
+        if "pairs" in algorithm.needs:
+            pairs = open_pairs(config.data.pairs, policy.image_size, config.data.broken)
+        trainer = Trainer(config, ctx, algorithm, self.prompts(), pictures, pairs)
         self.average = trainer.average
         algorithm.setup(ctx)
         if config.train.trackers:

@@ -56,6 +56,11 @@ class DataConfig:
     """A .txt file with one prompt a line, or a .jsonl file of objects with "text" and what the reward needs to know."""
     pictures: str = ""
     """Captioned pictures, for algorithms that need them: a folder with metadata.jsonl, or "package.module:Class"."""
+    pairs: str = ""
+    """Preference pairs, for algorithms that need them: a folder with pairs.jsonl (`alignkit pairs` makes one), a .jsonl
+    file, .parquet in Pick-a-Pic's columns or a folder of it, or "package.module:Class"."""
+    broken: Literal["refuse", "skip"] = "refuse"
+    """Pairs that cannot be read: end the run, or leave them out with a warning. Either names them."""
     batch_size: int = 16
     """Prompts of one round."""
 
