@@ -11,11 +11,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from alignkit.cache import EncoderCache
 from alignkit.config import RunConfig, SurrogateConfig, find_bundle
-from alignkit.data import read_examples
+from alignkit.data import Pictures, read_examples
 from alignkit.diffusers_policy import DiffusersPolicy
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Algorithm, Example, Reward, Sampler, Surrogate
+from alignkit.pictures import open_pictures
 from alignkit.pipelines import check_source, locate_weights
 from alignkit.registry import default_registry
 from alignkit.rewards import WeightedRewards
@@ -57,16 +59,27 @@ class Parts:
             [*trained, *((name, 0.0, default_registry().get("reward", name)()) for name in measured)]
         )
 
-    def prompts(self) -> list[Example]:
-        """The texts to train on."""
+    def skipped(self) -> list[str] | None:
+        """Where broken data is noted, if the run skips it; None if it refuses it."""
+        return [] if self.config.data.broken == "skip" else None
+
+    def prompts(self, skipped: list[str] | None = None) -> list[Example]:
+        """The texts to train on. What is broken is noted in `skipped` if that is given, else refused."""
         if not self.config.data.prompts:
             raise ConfigError("data.prompts: missing; expected a .txt file with one prompt a line, or a .jsonl file")
-        return read_examples(self.config.data.prompts)
+        return read_examples(self.config.data.prompts, self.config.data.prompt_column, skipped)
 
     def held_out(self) -> list[Example]:
         """The texts to measure on; none if there is no file."""
         path = self.config.evaluate.prompts
-        return read_examples(path)[: self.config.evaluate.limit] if path else []
+        column = self.config.data.prompt_column
+        return read_examples(path, column)[: self.config.evaluate.limit] if path else []
+
+    def pictures(self, size: int, skipped: list[str] | None = None) -> Pictures | None:
+        """The captioned pictures to train on, at `size` pixels; None if the algorithm needs none."""
+        data = self.config.data
+        needed = "pictures" in self.algorithm().needs
+        return open_pictures(data.pictures, size, data.caption_column, skipped) if needed else None
 
     def check(self) -> None:
         """Find what can be found before any weight loads. Raises ConfigError or PluginError."""
@@ -110,7 +123,7 @@ class Parts:
                 f"none as set; choose other rewards, or settings of either that do without (`alignkit show "
                 f"{self.config.algorithm.name}`)"
             )
-        rewards.check(self.prompts())
+        rewards.check(self.prompts(self.skipped()))
         if held_out := self.held_out():
             self.with_measured(self.trained_rewards()).check(held_out)
 
@@ -131,6 +144,7 @@ class Parts:
             guidance=model.guidance,
             device=device,
             dtype=dtype,
+            cache=EncoderCache(self.config.data.cache) if self.config.data.cache else None,
         )
 
     def load_surrogate(self, policy: DiffusersPolicy) -> Surrogate | None:

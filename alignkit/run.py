@@ -21,11 +21,11 @@ from alignkit import checkpoint, evaluate, run_folder
 from alignkit.compare import compare_runs
 from alignkit.config import RunConfig
 from alignkit.config import load as load_config
-from alignkit.data import open_pictures
 from alignkit.diffusers_policy import DiffusersPolicy
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.interfaces import Example
 from alignkit.parts import Parts
+from alignkit.prepare import Prepared, prepare
 from alignkit.report import Report
 from alignkit.rewards import WeightedRewards
 from alignkit.rollout import sample, seeded_noises
@@ -224,8 +224,12 @@ class Run(Parts):
             rows,
             config.evaluate.batch_size,
         )
-        pictures = open_pictures(config.data.pictures, policy.image_size) if "pictures" in algorithm.needs else None
-        trainer = Trainer(config, ctx, algorithm, self.prompts(), pictures)
+        skipped = self.skipped()
+        prompts, pictures = self.prompts(skipped), self.pictures(policy.image_size, skipped)
+        if skipped:
+            ctx.warn(f"data: {len(skipped)} skipped as broken: {'; '.join(skipped)}")
+            skipped.clear()
+        trainer = Trainer(config, ctx, algorithm, prompts, pictures, skipped)
         self.average = trainer.average
         algorithm.setup(ctx)
         if train.trackers:
@@ -287,6 +291,10 @@ class Run(Parts):
             "run": {"before": measured, "lines": report.lines},
         }
         checkpoint.save(self.folder / "checkpoints", trainer.ctx.update, state, self.config.train.keep_checkpoints)
+
+    def prepare(self, console: Console | None = None) -> tuple[list[Prepared], list[str]]:
+        """Encode what `train` will read into the cache of `[data] cache`, as `alignkit.prepare.prepare` tells."""
+        return prepare(self, self._accelerator().device, console)
 
     # drawing and measuring
 

@@ -126,10 +126,12 @@ class Trainer:
         algorithm: Algorithm[Any, Any],
         examples: Sequence[Example],
         pictures: Pictures | None,
+        skipped: list[str] | None = None,
     ) -> None:
+        """`skipped` is where `pictures` notes what it skips as broken."""
         self.config, self.ctx, self.algorithm = config, ctx, algorithm
         self.accelerator = ctx.accelerator
-        self._examples, self._pictures = examples, pictures
+        self._examples, self._pictures, self._skipped = examples, pictures, skipped
         self._stream = Stream(len(examples), config.seed)
         train = config.train
         self.optimizer = self._optimizer(ctx.policy.parameters(), train.learning_rate, train.weight_decay)
@@ -160,6 +162,10 @@ class Trainer:
             return Batch(examples)
         start, size = slice_of(self.batches, self.config.train.rows_per_update, rank, processes)
         pictures, captions = self._pictures.batch(start, size, self.config.seed)
+        if self._skipped is not None:
+            for what in gather_object(list(self._skipped)):
+                self.ctx.warn(f"data: skipped as broken: {what}")
+            self._skipped.clear()
         return Batch(examples, pictures.to(self.ctx.policy.device), captions)
 
     @property

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from alignkit.data import PictureFolder, Stream, examples_at, open_pictures, read_examples, slice_of
+from alignkit.data import Stream, examples_at, read_examples, slice_of
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.interfaces import Example
+from alignkit.pictures import open_pictures
 
 
 def test_every_pass_of_a_stream_is_a_permutation_and_no_two_passes_are_equal() -> None:
@@ -86,7 +87,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_picture_folder_gives_middle_squares_with_their_captions(folder: Path) -> None:
-    pictures, captions = PictureFolder(folder, 32).batch(0, 6, seed=0)
+    pictures, captions = open_pictures(str(folder), 32).batch(0, 6, seed=0)
     assert pictures.shape == (6, 3, 32, 32) and pictures.dtype == torch.float32
     assert sorted(captions) == [f"picture {n}" for n in "aabbcc"]
     for picture, text in zip(pictures, captions, strict=True):
@@ -96,8 +97,8 @@ def test_a_picture_folder_gives_middle_squares_with_their_captions(folder: Path)
 
 
 def test_a_picture_folder_is_addressed_by_position(folder: Path) -> None:
-    whole = PictureFolder(folder, 32).batch(0, 9, seed=1)[1]
-    assert PictureFolder(folder, 32).batch(4, 3, seed=1)[1] == whole[4:7]
+    whole = open_pictures(str(folder), 32).batch(0, 9, seed=1)[1]
+    assert open_pictures(str(folder), 32).batch(4, 3, seed=1)[1] == whole[4:7]
 
 
 def test_a_picture_folder_without_its_table_or_with_a_missing_picture_is_refused(folder: Path) -> None:
@@ -112,7 +113,7 @@ def test_a_picture_folder_without_its_table_or_with_a_missing_picture_is_refused
 def test_a_picture_that_is_cut_short_is_named(folder: Path) -> None:
     (folder / "b.png").write_bytes((folder / "b.png").read_bytes()[:60])
     with pytest.raises(AlignkitError, match=r"b\.png"):
-        PictureFolder(folder, 32).batch(0, 3, seed=0)
+        open_pictures(str(folder), 32).batch(0, 3, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,347 @@
+"""Captioned pictures that are stored somewhere: folders, tables, tar shards, data sets of the datasets library.
+
+Each is a finite set whose pictures are found by number, so a stream over it is entered anywhere, by one number.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib
+import io
+import re
+import struct
+import tarfile
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from alignkit.data import Pictures, Stream, choose_column, json_object, leave_out, read_lines
+from alignkit.errors import AlignkitError, ConfigError
+
+KEY = "data.pictures"
+CAPTION_KEY = "data.caption_column"
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises for a file that is no whole picture."""
+
+
+def as_rgb(picture: Image.Image) -> Image.Image:
+    """Upright by its EXIF orientation, what is transparent on white, 16-bit grey as 8-bit, in RGB.
+
+    Raises ValueError for floating-point pixels, whose range nothing tells.
+    """
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range")
+    if picture.mode.startswith("I"):  # 16 bits; Pillow would clip them at 255
+        picture = Image.fromarray((np.asarray(picture).astype(np.uint32).clip(0, 65535) >> 8).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def middle_square(picture: Image.Image, size: int) -> Tensor:
+    """The middle square of an RGB picture at `size` pixels, (3, size, size) float32 in [0, 1]."""
+    edge = min(picture.size)
+    left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
+    square = picture.crop((left, top, left + edge, top + edge)).resize((size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1).float() / 255
+
+
+class PictureSet(Pictures):
+    """A finite number of captioned pictures, cropped to the middle square and resized to `size` pixels.
+
+    One that cannot be read is an AlignkitError that names it. With a list `skipped` it is noted there once instead,
+    and the next one that can be read stands in its place, so that what stands at a position never depends on the past.
+    """
+
+    def __init__(self, size: int, skipped: list[str] | None = None) -> None:
+        self.size, self._skipped = size, skipped
+        self._broken: set[int] = set()
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Where the picture lies: file, line or member."""
+
+    @abstractmethod
+    def stored(self, index: int) -> tuple[bytes, str]:
+        """The file of a picture, and its caption. Raises OSError or ValueError if that cannot be had."""
+
+    def read(self, index: int) -> tuple[Tensor, str] | None:
+        """Picture (3, size, size) float32 in [0, 1] and caption; None if it is broken and such are skipped."""
+        if index in self._broken:
+            return None
+        try:
+            data, caption = self.stored(index)
+            with Image.open(io.BytesIO(data)) as opened:
+                return middle_square(as_rgb(opened), self.size), caption
+        except UNREADABLE as error:
+            what = f"{self.name(index)} cannot be read as a captioned picture ({str(error) or type(error).__name__})"
+            if self._skipped is None:
+                raise AlignkitError(f'{KEY}: {what}; mend it, or set data.broken = "skip"') from error
+            self._broken.add(index)
+            leave_out(self._skipped, KEY, what)
+            return None
+
+    def batch(self, start: int, size: int, seed: int) -> tuple[Tensor, list[str]]:
+        found = [self._whole(index) for index in Stream(len(self), seed).indices(start, size)]
+        return torch.stack([picture for picture, _ in found]), [caption for _, caption in found]
+
+    def _whole(self, index: int) -> tuple[Tensor, str]:
+        for place in range(index, index + len(self)):
+            if (found := self.read(place % len(self))) is not None:
+                return found
+        raise AlignkitError(f"{KEY}: none of the {len(self)} pictures can be read; the first is {self.name(0)}")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPicture:
+    """A captioned picture: the bytes start .. start + length of a file, or all of it."""
+
+    name: str
+    caption: str
+    path: Path
+    start: int = 0
+    length: int | None = None
+
+
+class PictureFiles(PictureSet):
+    """Captioned pictures that are files, or parts of files."""
+
+    def __init__(self, pictures: Sequence[StoredPicture], size: int, skipped: list[str] | None = None) -> None:
+        super().__init__(size, skipped)
+        self._pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def name(self, index: int) -> str:
+        return self._pictures[index].name
+
+    def stored(self, index: int) -> tuple[bytes, str]:
+        picture = self._pictures[index]
+        with picture.path.open("rb") as file:
+            file.seek(picture.start)
+            return file.read(-1 if picture.length is None else picture.length), picture.caption
+
+
+def read_folder(folder: Path, skipped: list[str] | None = None) -> Iterator[StoredPicture]:
+    """Every picture below a folder with the .txt file of its name beside it, in the order of their paths."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not any(path.with_suffix(".txt").is_file() for path in files):
+        raise ConfigError(
+            f'{KEY}: {folder / "metadata.jsonl"} is missing; expected one JSON object a line with "file_name" and '
+            '"text", or beside each picture a .txt file of its name'
+        )
+    for path in files:
+        try:
+            caption = path.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            leave_out(skipped, KEY, f"{path}: its caption {path.stem}.txt cannot be read ({error})")
+            continue
+        yield StoredPicture(str(path), caption, path)
+
+
+def read_table(table: Path, column: str = "", skipped: list[str] | None = None) -> Iterator[StoredPicture]:
+    """One JSON object a line: the picture as "image" or "file_name", seen from the table's folder, and its caption."""
+    for where, line in read_lines(table, KEY):
+        try:
+            record = json_object(line)
+            name = record.get("image", record.get("file_name"))
+            if not isinstance(name, str):
+                raise ValueError(f'expected the picture\'s path as "image" or "file_name", found {line[:60]!r}')
+            caption = _caption(record, column)
+        except ValueError as error:
+            leave_out(skipped, KEY, f"{where}: {error}")
+            continue
+        if (table.parent / name).is_file():
+            yield StoredPicture(f"{where}: {name}", caption, table.parent / name)
+        else:
+            leave_out(skipped, KEY, f"{where}: there is no file {table.parent / name}")
+
+
+def read_shard(shard: Path, column: str = "", skipped: list[str] | None = None) -> Iterator[StoredPicture]:
+    """A tar file in WebDataset's form: members of one name up to the first dot are one picture and its caption.
+
+    The caption is a .txt member, or a key of a .json one. Only headers and captions are read.
+    """
+    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            fault = ""
+            try:
+                for member in tar:
+                    folder, slash, name = member.name.rpartition("/")
+                    key, _, suffix = name.partition(".")
+                    if member.isfile():
+                        samples.setdefault(folder + slash + key, {})["." + suffix.lower()] = member
+                # The module ends silently at a header that it cannot read; a whole archive ends with zeros.
+                assert tar.fileobj is not None
+                tar.fileobj.seek(tar.offset)
+                end = tar.fileobj.read(tarfile.BLOCKSIZE)
+                fault = "" if len(end) == tarfile.BLOCKSIZE and not any(end) else "it has no end"
+            except (tarfile.TarError, OSError) as error:
+                fault = str(error)
+            if fault:
+                last = f"behind member {next(reversed(samples))}" if samples else "from its start"
+                leave_out(skipped, KEY, f"{shard}: cut short or damaged {last} ({fault})")
+            for key, members in samples.items():
+                try:
+                    found = [suffix for suffix in members if suffix in SUFFIXES]
+                    if len(found) != 1:
+                        raise ValueError(f"expected one picture, found {', '.join(members)}")
+                    caption = _member_caption(tar, members, column)
+                except (ValueError, tarfile.TarError, OSError) as error:
+                    leave_out(skipped, KEY, f"{shard}, member {key}: {error}")
+                    continue
+                picture = members[found[0]]
+                yield StoredPicture(
+                    f"{shard}, member {picture.name}", caption, shard, picture.offset_data, picture.size
+                )
+    except (tarfile.TarError, OSError) as error:
+        leave_out(skipped, KEY, f"{shard} cannot be read as an uncompressed tar file ({error})")
+
+
+def _member_caption(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], column: str) -> str:
+    def content(suffix: str) -> bytes:
+        file = tar.extractfile(members[suffix])
+        return b"" if file is None else file.read()
+
+    if ".txt" in members and not (column and ".json" in members):
+        return content(".txt").decode("utf-8-sig").strip()
+    if ".json" in members:
+        return _caption(json_object(content(".json")), column)
+    raise ValueError(f"expected a caption as .txt or .json, found {', '.join(members)}")
+
+
+def _caption(record: dict[str, Any], column: str) -> str:
+    """Raises ValueError if it is missing, no string, or if it is not clear which one it is."""
+    try:
+        caption = record[choose_column(list(record), column, CAPTION_KEY, "it")]
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    if not isinstance(caption, str):
+        raise ValueError(f"expected the caption as a string, found {caption!r}")
+    return caption
+
+
+def shards(pattern: str) -> list[Path]:
+    """The files of `pattern`, which may hold `{0000..0012}`, `{a,b}`, `*`, `?` and `[...]`, in order of expansion."""
+    if Path(pattern).is_file():
+        return [Path(pattern)]
+    found = []
+    for name in _braces(pattern):
+        found += sorted(glob.glob(name)) if re.search(r"[*?[]", name) else [name]
+    return [Path(name) for name in found]
+
+
+def _braces(pattern: str) -> Iterator[str]:
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*))\}", pattern)
+    if match is None:
+        yield pattern
+        return
+    first, last, names = match.groups()
+    if first is not None:
+        parts = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    else:
+        parts = names.split(",")
+    for part in parts:
+        yield from _braces(pattern[: match.start()] + part + pattern[match.end() :])
+
+
+class DatasetPictures(PictureSet):
+    """Rows of a data set of the datasets library, with one column of pictures."""
+
+    def __init__(self, source: str, size: int, column: str = "", skipped: list[str] | None = None) -> None:
+        """`source` is a folder that `save_to_disk` wrote, or `datasets:NAME` or `datasets:NAME:SPLIT`."""
+        super().__init__(size, skipped)
+        self._source = source
+        try:
+            import datasets
+        except ImportError:
+            raise ConfigError(f"{KEY}: {source} is read by datasets; pip install 'alignkit[datasets]'") from None
+        try:
+            if source.startswith("datasets:"):
+                name, _, split = source.removeprefix("datasets:").partition(":")
+                data = datasets.load_dataset(name, split=split or "train")
+            else:
+                data = datasets.load_from_disk(source)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(f"{KEY}: {source} cannot be loaded as a data set ({reason})") from error
+        if isinstance(data, datasets.DatasetDict):
+            raise ConfigError(
+                f"{KEY}: {source} holds the splits {', '.join(data)}; name one, as {source}/{next(iter(data))}"
+            )
+        found = [name for name, feature in data.features.items() if isinstance(feature, datasets.Image)]
+        if len(found) != 1:
+            raise ConfigError(f"{KEY}: {source} has {len(found)} columns of pictures; expected one")
+        self._picture, self._text = found[0], choose_column(data.column_names, column, CAPTION_KEY, source)
+        self._rows = data.select_columns([self._picture, self._text]).cast_column(
+            self._picture, datasets.Image(decode=False)
+        )
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def name(self, index: int) -> str:
+        return f"{self._source}, row {index}"
+
+    def stored(self, index: int) -> tuple[bytes, str]:
+        row = self._rows[index]
+        picture, caption = row[self._picture], row[self._text]
+        if not isinstance(caption, str):
+            raise ValueError(f"expected a string as {self._text}, found {caption!r}")
+        if picture is None:
+            raise ValueError("there is no picture")
+        return picture["bytes"] if picture["bytes"] is not None else Path(picture["path"]).read_bytes(), caption
+
+
+def open_pictures(source: str, size: int, column: str = "", skipped: list[str] | None = None) -> Pictures:
+    """What `[data] pictures` names, at `size` pixels.
+
+    `column` names the caption where there are several to choose from. What is broken is a ConfigError, or, given a
+    list `skipped`, left out and noted there: what is missing now, and what cannot be read when it comes up.
+    """
+    path = Path(source)
+    if source.startswith("datasets:") or any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        pictures: PictureSet = DatasetPictures(source, size, column, skipped)
+    elif (path / "metadata.jsonl").is_file():
+        pictures = PictureFiles(list(read_table(path / "metadata.jsonl", column, skipped)), size, skipped)
+    elif path.is_dir():
+        pictures = PictureFiles(list(read_folder(path, skipped)), size, skipped)
+    elif path.suffix == ".jsonl":
+        pictures = PictureFiles(list(read_table(path, column, skipped)), size, skipped)
+    elif path.suffix == ".tar":
+        stored = [picture for shard in shards(source) for picture in read_shard(shard, column, skipped)]
+        pictures = PictureFiles(stored, size, skipped)
+    else:
+        return _from_class(source, size)
+    if not len(pictures):
+        raise ConfigError(f"{KEY}: {source} holds no captioned picture" + "".join(f"; {s}" for s in skipped or ()))
+    return pictures
+
+
+def _from_class(source: str, size: int) -> Pictures:
+    module, _, name = source.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)(size)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{KEY}: {source!r} is no folder, .jsonl or .tar file, no datasets:NAME, and no "
+            f'"package.module:Class" of captioned pictures ({error})'
+        ) from error
+    if not isinstance(found, Pictures):
+        raise ConfigError(f"{KEY}: {source} is no alignkit.data.Pictures")
+    return found
