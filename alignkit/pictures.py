@@ -288,9 +288,7 @@ class DatasetPictures(PictureSet):
         if len(found) != 1:
             raise ConfigError(f"{KEY}: {source} has {len(found)} columns of pictures; expected one")
         self._picture, self._text = found[0], choose_column(data.column_names, column, CAPTION_KEY, source)
-        self._rows = data.select_columns([self._picture, self._text]).cast_column(
-            self._picture, datasets.Image(decode=False)
-        )
+        self._rows = data.with_format("arrow", columns=[self._picture, self._text])  # pictures as stored, not decoded
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -299,7 +297,7 @@ class DatasetPictures(PictureSet):
         return f"{self._source}, row {index}"
 
     def stored(self, index: int) -> tuple[bytes, str]:
-        row = self._rows[index]
+        (row,) = self._rows[index].to_pylist()
         picture, caption = row[self._picture], row[self._text]
         if not isinstance(caption, str):
             raise ValueError(f"expected a string as {self._text}, found {caption!r}")

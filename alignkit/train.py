@@ -314,4 +314,5 @@ class Trainer:
         """The reverse of `rank_state`."""
         self.algorithm.load_state_dict(state["algorithm"])
         self.ctx.generator.set_state(state["generator"])
-        self.ctx.warnings = list(state["warnings"])
+        # What was found while this process loaded may be new.
+        self.ctx.warnings = list(dict.fromkeys([*state["warnings"], *self.ctx.warnings]))

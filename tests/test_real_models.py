@@ -19,6 +19,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from alignkit.cache import EncoderCache
 from alignkit.diffusers_policy import DiffusersPolicy
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Sampler
@@ -333,6 +334,22 @@ def test_training_reaches_the_adapter_of_an_sdxl_model(build: Any) -> None:
     policy.denoise(torch.ones(2, *policy.latent_shape), torch.tensor([999, 499]), prompt).square().mean().backward()
     assert policy.parameters() and all(bool((p.grad != 0).any()) for p in policy.parameters() if p.grad is not None)
     assert all(p.grad is not None for p in policy.parameters())
+
+
+def test_a_cache_keeps_both_encoders_of_an_sdxl_model(build: Any, tmp_path: Path) -> None:
+    folder = str(build("sdxl_turbo"))
+    expected = DiffusersPolicy(folder).encode(TEXTS)
+    cold, warm = (DiffusersPolicy(folder, cache=EncoderCache(tmp_path)) for _ in range(2))
+    for policy in (cold, warm):
+        found = policy.encode(TEXTS)
+        assert torch.equal(found.table, expected.table)
+        assert found.pooled_table is not None and expected.pooled_table is not None
+        assert torch.equal(found.pooled_table, expected.pooled_table)
+    assert warm.cache is not None and warm.cache.made == 0
+    with torch.no_grad():
+        next(warm.pipe.text_encoder_2.parameters()).view(-1)[0] += 1
+    del warm.encoders
+    assert warm.encoders["texts"] != cold.encoders["texts"] and warm.encoders["pictures"] == cold.encoders["pictures"]
 
 
 @pytest.mark.parametrize("key", ["unet", "adapter"])
