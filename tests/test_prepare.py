@@ -89,6 +89,17 @@ def test_a_run_names_what_it_skips_once_and_resumes_to_the_same_bits(
     assert left(broken.folder) == left(unbroken.folder)
 
 
+def test_a_resumed_run_names_what_is_missing_only_since(
+    tiny_run: MakeRun, settings: dict[str, Any], pictures: Path
+) -> None:
+    run = tiny_run(overrides=settings)
+    for _ in run.train():
+        run.stop()
+    (pictures / "e.txt").unlink()
+    list(alignkit.load(resume=run.folder).train())
+    assert any("e.png: its caption e.txt" in line for line in warnings(run.folder))
+
+
 def test_a_run_that_refuses_broken_pictures_names_the_first(tiny_run: MakeRun, settings: dict[str, Any]) -> None:
     with pytest.raises(AlignkitError, match=r"c\.png cannot be read"):
         list(tiny_run(overrides=settings | {"data.broken": "refuse"}).train())
