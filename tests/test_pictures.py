@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from alignkit.errors import AlignkitError, ConfigError
-from alignkit.pictures import PictureSet, as_rgb, open_pictures, shards
+from alignkit.picture_files import shards
+from alignkit.pictures import PictureSet, as_rgb, open_pictures
 
 COLOURS = {"a": (255, 0, 0), "b": (0, 255, 0), "c": (0, 0, 255)}
 
