@@ -206,6 +206,41 @@ def train(
 
 
 @app.command()
+def prepare(
+    file: Annotated[Path | None, typer.Argument(metavar="FILE")] = None,
+    algo: Algo = None,
+    model: Model = None,
+    cache: Annotated[str | None, typer.Option(metavar="FOLDER", help="Where to keep it (data.cache).")] = None,
+    assignments: Set = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Encode a run's prompts and pictures ahead of time; `train` with the same cache reads what is there.
+
+    Can be interrupted and called again: what is there is not encoded twice.
+
+    \b
+    alignkit prepare run.toml --cache cache
+    alignkit prepare --algo ddpo --model shapes_lcm --cache cache --set data.prompts=prompts.txt
+    """
+    from rich.console import Console
+    from rich.filesize import decimal
+
+    import alignkit.run
+
+    overrides = flags.overrides(algo, None, model, None, None, None, assignments)
+    run = alignkit.run.load(file, overrides | ({"data.cache": cache} if cache is not None else {}))
+    prepared, notes = run.prepare(None if quiet or as_json else Console(stderr=True))
+    for note in notes:
+        typer.echo(note, err=True)
+    if as_json:
+        return _print_json([dataclasses.asdict(row) for row in prepared])
+    cells = ([p.what, f"{p.read:,}", f"{p.encoded:,}", f"{p.entries:,}", decimal(p.bytes)] for p in prepared)
+    _print_table(["what", "in the run", "new", "in the cache", "on disk"], cells)
+    typer.echo(run.config.data.cache)
+
+
+@app.command()
 def sample(
     source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL")],
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...")],
@@ -296,6 +331,8 @@ def pairs(
         changes["data.prompts"] = str(prompts.resolve())
     run = open_run(source, changes)
     made = make_pairs(run, out, count=count, limit=limit, steps=steps, seed=seed, every=every, margin=margin)
+    for what in made.skipped:
+        typer.echo(f"skipped as broken: {what}", err=True)
     if as_json:
         return _print_json(dataclasses.asdict(made))
     without = f"; {made.undecided} without a preference" if made.undecided else ""

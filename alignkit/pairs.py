@@ -17,7 +17,7 @@ from alignkit.errors import AlignkitError, ConfigError
 from alignkit.interfaces import Example
 from alignkit.preference_data import TABLE
 from alignkit.rewards import WeightedRewards
-from alignkit.rollout import sample, seeded_noises
+from alignkit.rollout import sample_pictures
 
 if TYPE_CHECKING:
     from alignkit.run import Run
@@ -34,6 +34,8 @@ class Made:
     pairs: int
     undecided: int
     """Prompts without a pair: equal scores, or fewer than two pictures that could be scored."""
+    skipped: tuple[str, ...] = ()
+    """Prompts that are broken, if the run skips such."""
 
 
 def make_pairs(
@@ -61,7 +63,9 @@ def make_pairs(
         raise ConfigError(f"margin: found {margin}, expected 0 or more")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out}: is there already; choose another folder")
-    examples, rewards, sampler = run.prompts()[:limit], WeightedRewards(run.trained_rewards()), run.sampler(steps)
+    skipped = run.skipped()
+    examples, rewards = run.prompts(skipped)[:limit], WeightedRewards(run.trained_rewards())
+    sampler = run.sampler(steps)
     if not examples:
         raise ConfigError("data.prompts: missing; say with --prompts what to draw")
     rewards.check(examples)
@@ -75,10 +79,8 @@ def make_pairs(
             for start in range(0, len(examples), size):
                 repeated = [e for e in examples[start : start + size] for _ in range(count)]
                 seeds = [(seed, start * count + i) for i in range(len(repeated))]
-                noises = seeded_noises(policy.latent_shape, sampler.num_steps, seeds).to(policy.device)
                 with torch.no_grad(), policy.using(run.average):
-                    prompt = policy.encode([e.text for e in repeated])
-                    images = policy.decode(sample(policy, sampler, prompt, noises))
+                    images = sample_pictures(policy, sampler, [e.text for e in repeated], seeds)
                 scores = rewards.score(images, repeated, len(repeated))
                 values = scores.values.masked_fill(~scores.valid, torch.nan).view(-1, count)
                 pixels = (images.view(-1, count, *images.shape[1:]) * 255).round().byte().cpu()
@@ -98,7 +100,7 @@ def make_pairs(
             f"{out}: of none of {len(examples)} prompts the scores told two pictures apart; draw more of each "
             "(--count), lower --margin, or try the reward with alignkit score"
         )
-    return Made(str(out), len(examples), made, undecided)
+    return Made(str(out), len(examples), made, undecided, tuple(skipped or ()))
 
 
 def preferred(scores: Sequence[float], every: bool = False, margin: float = 0.0) -> Iterator[tuple[int, int]]:

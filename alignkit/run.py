@@ -22,12 +22,11 @@ from alignkit.compare import compare_runs
 from alignkit.config import RunConfig
 from alignkit.config import load as load_config
 from alignkit.context import TrainContext
-from alignkit.data import open_pictures
 from alignkit.diffusers_policy import DiffusersPolicy
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.interfaces import Example
 from alignkit.parts import Parts
-from alignkit.preference_data import open_pairs
+from alignkit.prepare import Prepared, prepare
 from alignkit.report import Report
 from alignkit.rewards import WeightedRewards
 from alignkit.rollout import sample_pictures
@@ -207,11 +206,15 @@ class Run(Parts):
         ctx = TrainContext(
             accelerator, policy, teacher, self.sampler(), WeightedRewards(trained), surrogate, config.seed, rows, chunk
         )
-        pictures = open_pictures(config.data.pictures, policy.image_size) if "pictures" in algorithm.needs else None
-        pairs = None
-        if "pairs" in algorithm.needs:
-            pairs = open_pairs(config.data.pairs, policy.image_size, config.data.broken)
-        trainer = Trainer(config, ctx, algorithm, self.prompts(), pictures, pairs)
+        skipped = self.skipped()
+        prompts = self.prompts(skipped)
+        pictures, pairs = self.pictures(policy.image_size, skipped), self.pairs(policy.image_size, skipped)
+        if skipped:
+            ctx.warn(f"data: {len(skipped)} skipped as broken: {'; '.join(skipped)}")
+            skipped.clear()
+        for note in pairs.notes if pairs is not None else ():
+            ctx.warn(note)
+        trainer = Trainer(config, ctx, algorithm, prompts, pictures, pairs, skipped)
         self.average = trainer.average
         algorithm.setup(ctx)
         if config.train.trackers:
@@ -247,6 +250,10 @@ class Run(Parts):
         columns = [f"{k} step{'s' * (k > 1)}, {when}" for k in steps for when in ("before", "after")]
         pairs = torch.stack([before.pictures, after.pictures], dim=2).flatten(1, 2)
         report.grid(step, pairs, [e.text for e in examples[: len(pairs)]], columns)
+
+    def prepare(self, console: Console | None = None) -> tuple[list[Prepared], list[str]]:
+        """Encode what `train` will read into the cache of `[data] cache`, as `alignkit.prepare.prepare` tells."""
+        return prepare(self, self._accelerator().device, console)
 
     # drawing and measuring
 

@@ -54,10 +54,12 @@ class Trainer:
         examples: Sequence[Example],
         pictures: Pictures | None,
         pairs: Preferences | None = None,
+        skipped: list[str] | None = None,
     ) -> None:
+        """`skipped` is where `pictures` and `pairs` note what they skip as broken."""
         self.config, self.ctx, self.algorithm = config, ctx, algorithm
         self.accelerator = ctx.accelerator
-        self._examples, self._pictures, self._pairs = examples, pictures, pairs
+        self._examples, self._pictures, self._pairs, self._skipped = examples, pictures, pairs, skipped
         self._stream = Stream(len(examples), config.seed)
         train = config.train
         self.optimizer = self._optimizer(ctx.policy.parameters(), train.learning_rate, train.weight_decay)
@@ -90,9 +92,11 @@ class Trainer:
             batch = replace(batch, pictures=pictures.to(self.ctx.policy.device), captions=captions)
         if self._pairs is not None:
             batch = replace(batch, pairs=self._pairs.batch(start, size, self.config.seed))
+        if self._skipped is not None:
             # What one process could not read is told by the one that writes the record.
-            for note in gather_object(list(self._pairs.notes)):
-                self.ctx.warn(note)
+            for what in gather_object(list(self._skipped)):
+                self.ctx.warn(f"data: skipped as broken: {what}")
+            self._skipped.clear()
         return batch
 
     @property
@@ -264,4 +268,5 @@ class Trainer:
         """The reverse of `rank_state`."""
         self.algorithm.load_state_dict(state["algorithm"])
         self.ctx.generator.set_state(state["generator"])
-        self.ctx.warnings = list(state["warnings"])
+        # What was found while this process loaded may be new.
+        self.ctx.warnings = list(dict.fromkeys([*state["warnings"], *self.ctx.warnings]))

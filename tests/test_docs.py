@@ -16,11 +16,15 @@ from typing import Any
 import pytest
 import torch
 import typer.main
+from PIL import Image
 
 from alignkit import config
 from alignkit.cli import app
+from alignkit.data import read_examples
 from alignkit.flags import overrides
 from alignkit.interfaces import Example
+from alignkit.pictures import open_pictures
+from alignkit.preference_data import open_pairs
 from alignkit.registry import default_registry
 
 ROOT = Path(__file__).parents[1]
@@ -180,6 +184,21 @@ def test_the_plugin_of_the_docs_works(plugins: Any) -> None:
     images[1, :, :, 2:] = 1
     scores = reward(images, [Example("plain"), Example("half")])
     assert scores[0] == 0 and scores[1] == pytest.approx(2 * images[1].mean(0).std().item())
+
+
+def test_the_data_of_the_docs_can_be_read(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    files = dict(re.findall(r"<!-- test: (\w+\.jsonl) -->\n```json\n(.*?)```", text, re.DOTALL))
+    for name, body in files.items():
+        (tmp_path / name).write_text(body, encoding="utf-8")
+    examples = read_examples(tmp_path / "prompts.jsonl")
+    assert [len(example.metadata) for example in examples] == [1, 0]
+    (tmp_path / "drawings").mkdir()
+    for number in (1, 2):
+        Image.new("RGB", (8, 8)).save(tmp_path / "drawings" / f"{number:04d}.png")
+    _, captions = open_pictures(str(tmp_path / "pictures.jsonl"), 8).batch(0, 2, seed=0)
+    assert sorted(captions) == ["a blue square", "a red circle"]
+    assert open_pairs(str(tmp_path / "pairs.jsonl"), 8).batch(0, 1, seed=0).captions == ("a red circle",)
 
 
 @pytest.mark.slow

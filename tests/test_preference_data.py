@@ -84,23 +84,14 @@ BROKEN_LINES = [
 def test_a_line_that_is_no_pair_is_refused_or_left_out_with_its_number(folder: Path, line: str, message: str) -> None:
     table = folder / "pairs.jsonl"
     table.write_text(table.read_text() + line + "\n")
-    for read in (lambda: open_pairs(str(folder), SIZE), lambda: check_pairs(str(folder), "refuse")):
+    for read in (lambda: open_pairs(str(folder), SIZE), lambda: check_pairs(str(folder))):
         with pytest.raises(ConfigError, match=rf"pairs\.jsonl, line 6: {message}") as caught:
             read()
-        assert 'data.broken: set it to "skip"' in str(caught.value)
-    pairs = open_pairs(str(folder), SIZE, "skip")
+        assert str(caught.value).endswith('mend it, or set data.broken = "skip"')
+    skipped: list[str] = []
+    pairs = open_pairs(str(folder), SIZE, skipped)
     assert sorted(numbers(pairs, 0, 5)) == [0, 1, 2, 3, 4]
-    (note,) = pairs.notes
-    assert "line 6: " in note and note.endswith("left out")
-
-
-def test_all_broken_lines_are_told_at_once_as_far_as_anybody_would_read(folder: Path) -> None:
-    table = folder / "pairs.jsonl"
-    table.write_text(table.read_text() + "{}\n" * 25)
-    with pytest.raises(ConfigError) as caught:
-        open_pairs(str(folder), SIZE)
-    lines = str(caught.value).splitlines()
-    assert len(lines) == 22 and "line 25: " in lines[19] and lines[20] == "data.pairs: 5 more of this kind"
+    assert len(skipped) == 1 and "line 6: " in skipped[0]
 
 
 def cut_short(file: Path) -> None:
@@ -109,23 +100,23 @@ def cut_short(file: Path) -> None:
 
 def test_a_picture_that_is_cut_short_ends_the_run_or_gives_its_place_to_the_next(folder: Path) -> None:
     cut_short(folder / "2_l.png")
-    with pytest.raises(AlignkitError, match=r"pairs\.jsonl, line 3: 2_l\.png cannot be read as a picture"):
+    with pytest.raises(AlignkitError, match=r"pairs\.jsonl, line 3 cannot be read \(2_l\.png: "):
         numbers(open_pairs(str(folder), SIZE), 0, 5)
-    pairs = open_pairs(str(folder), SIZE, "skip")
-    assert list(pairs.notes) == []
+    skipped: list[str] = []
+    pairs = open_pairs(str(folder), SIZE, skipped)
+    assert skipped == []
     whole = numbers(pairs, 0, 10)
     assert sorted(whole) == [0, 0, 1, 1, 3, 3, 3, 3, 4, 4]
     assert numbers(pairs, 0, 10) == whole  # and what is known to be broken is not told again
-    (note,) = pairs.notes
-    assert "line 3: 2_l.png cannot be read" in note and note.endswith("left out")
-    assert numbers(open_pairs(str(folder), SIZE, "skip"), 6, 4) == whole[6:]  # a resumed run reads the same
+    assert len(skipped) == 1 and "line 3 cannot be read (2_l.png: " in skipped[0]
+    assert numbers(open_pairs(str(folder), SIZE, []), 6, 4) == whole[6:]  # a resumed run reads the same
 
 
 def test_where_no_picture_can_be_read_skipping_ends_too(folder: Path) -> None:
     for file in folder.glob("*_w.png"):
         cut_short(file)
-    with pytest.raises(AlignkitError, match="holds no pair that can be read"):
-        open_pairs(str(folder), SIZE, "skip").batch(0, 2, 0)
+    with pytest.raises(AlignkitError, match="none of 5 can be read"):
+        open_pairs(str(folder), SIZE, []).batch(0, 2, 0)
 
 
 def test_pictures_lose_their_sides_and_take_the_size_of_the_model(folder: Path) -> None:
@@ -195,27 +186,28 @@ def test_a_folder_of_shards_is_one_set_and_pictures_may_be_as_the_datasets_libra
     [
         ({"label_0": 0.7, "label_1": 0.3}, "label_0 is 0.7"),
         ({"label_1": 1.0}, "label_0 is 1.0 and label_1 1.0"),
-        ({"caption": None}, "caption is None"),
+        ({"caption": None}, "expected a string as caption, found None"),
     ],
 )
 def test_a_row_that_is_no_pair_is_refused_or_left_out_with_its_number(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     path = str(write_parquet(tmp_path / "p.parquet", [record(0, 1.0), record(1, 0.0), record(2, 1.0, **changes)]))
-    with pytest.raises(ConfigError, match=rf"p\.parquet, line 3: {message}"):
+    with pytest.raises(ConfigError, match=rf"p\.parquet, row 2: {message}"):
         open_pairs(path, SIZE)
-    pairs = open_pairs(path, SIZE, "skip")
-    assert sorted(numbers(pairs, 0, 2)) == [0, 1] and "line 3: " in pairs.notes[0]
+    skipped: list[str] = []
+    pairs = open_pairs(path, SIZE, skipped)
+    assert sorted(numbers(pairs, 0, 2)) == [0, 1] and len(skipped) == 1 and "row 2: " in skipped[0]
 
 
 def test_a_picture_in_parquet_that_is_broken_or_missing_is_named(tmp_path: Path) -> None:
     records = [record(0, 1.0), record(1, 0.0, jpg_1=b"no picture"), record(2, 1.0, jpg_0=None)]
     path = str(write_parquet(tmp_path / "p.parquet", records))
-    with pytest.raises(AlignkitError, match=r"line 2: jpg_1 cannot|line 3: jpg_0 cannot"):
+    with pytest.raises(AlignkitError, match=r"row 1 cannot be read \(jpg_1: cannot identify"):
         open_pairs(path, SIZE).batch(0, 3, 0)
-    pairs = open_pairs(path, SIZE, "skip")
-    assert numbers(pairs, 0, 3) == [0, 0, 0]
-    assert len(pairs.notes) == 2 and "found NoneType, expected the bytes of a file" in "".join(pairs.notes)
+    skipped: list[str] = []
+    assert numbers(open_pairs(path, SIZE, skipped), 0, 3) == [0, 0, 0]
+    assert len(skipped) == 2 and "row 2 cannot be read (jpg_0: found NoneType, expected the bytes of a" in skipped[1]
 
 
 def test_a_file_that_is_no_parquet_or_lacks_a_column_is_refused(tmp_path: Path) -> None:
@@ -264,7 +256,7 @@ def test_pairs_that_were_left_out_are_in_the_record_of_the_run(tiny_run: Callabl
     run = tiny_run(overrides=settings)
     list(run.train())
     record = (run.folder / "metrics.jsonl").read_text()
-    for message in ("line 2: there is no file", "line 5: 4_w.png cannot be read as a picture"):
+    for message in ("line 2: there is no file", "line 5 cannot be read (4_w.png: "):
         assert record.count(message) == 1
 
 

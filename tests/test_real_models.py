@@ -12,6 +12,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, LCMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 
+from alignkit.cache import EncoderCache
 from alignkit.diffusers_policy import DiffusersPolicy
 from alignkit_preference.diffusion_dpo import DiffusionDPO
 from alignkit_preference.noised import LatentPairs, NoisedPairs, errors
@@ -137,3 +138,19 @@ def test_a_preference_on_each_family_is_told_by_the_errors_of_the_plain_unet(tin
     loss.backward()
     assert all(p.grad is not None for p in policy.parameters())
     assert all(p.grad is None for p in policy.unet.parameters() if not p.requires_grad)
+
+
+def test_a_cache_keeps_both_encoders_of_an_sdxl_model(tiny_family: Any, tmp_path: Path) -> None:
+    folder = str(tiny_family("sdxl_turbo"))
+    expected = DiffusersPolicy(folder).encode(TEXTS)
+    cold, warm = (DiffusersPolicy(folder, cache=EncoderCache(tmp_path)) for _ in range(2))
+    for policy in (cold, warm):
+        found = policy.encode(TEXTS)
+        assert torch.equal(found.table, expected.table)
+        assert found.pooled_table is not None and expected.pooled_table is not None
+        assert torch.equal(found.pooled_table, expected.pooled_table)
+    assert warm.cache is not None and warm.cache.made == 0
+    with torch.no_grad():
+        next(warm.pipe.text_encoder_2.parameters()).view(-1)[0] += 1
+    del warm.encoders
+    assert warm.encoders["texts"] != cold.encoders["texts"] and warm.encoders["pictures"] == cold.encoders["pictures"]
