@@ -19,9 +19,9 @@ help:
 demo: .venv/.installed
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/alignkit train --algo lasro --reward attribute_binding --out $(OUT)
 
-# One thread: the networks of the tests are so small that a second one mostly waits for the first.
+# Two processes of one thread: the networks of the tests are so small that a second thread mostly waits for the first.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
@@ -43,5 +43,5 @@ docs: .venv/.installed-dev
 	@touch $@
 
 .venv/.installed-dev: pyproject.toml constraints.txt .venv/.made
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,tensorboard]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[datasets,dev,parquet,tensorboard]'
 	@touch $@ .venv/.installed

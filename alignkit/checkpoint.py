@@ -12,6 +12,7 @@ import json
 import os
 import random
 import shutil
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -90,9 +91,10 @@ def load(path: Path) -> dict[str, Any]:
 def write_file(path: Path, content: str | bytes) -> None:
     """Write a file under a temporary name, sync and rename it: a reader sees the old content or the new.
 
-    Makes the folder if need be. Raises AlignkitError if the disk refuses, with the old content untouched.
+    Makes the folder if need be; several processes may write the same file. Raises AlignkitError if the disk refuses,
+    with the old content untouched.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content.encode() if isinstance(content, str) else content)

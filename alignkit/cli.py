@@ -206,6 +206,41 @@ def train(
 
 
 @app.command()
+def prepare(
+    file: Annotated[Path | None, typer.Argument(metavar="FILE")] = None,
+    algo: Algo = None,
+    model: Model = None,
+    cache: Annotated[str | None, typer.Option(metavar="FOLDER", help="Where to keep it (data.cache).")] = None,
+    assignments: Set = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Encode a run's prompts and pictures ahead of time; `train` with the same cache reads what is there.
+
+    Can be interrupted and called again: what is there is not encoded twice.
+
+    \b
+    alignkit prepare run.toml --cache cache
+    alignkit prepare --algo ddpo --model shapes_lcm --cache cache --set data.prompts=prompts.txt
+    """
+    from rich.console import Console
+    from rich.filesize import decimal
+
+    import alignkit.run
+
+    overrides = flags.overrides(algo, None, model, None, None, None, assignments)
+    run = alignkit.run.load(file, overrides | ({"data.cache": cache} if cache is not None else {}))
+    prepared, notes = run.prepare(None if quiet or as_json else Console(stderr=True))
+    for note in notes:
+        typer.echo(note, err=True)
+    if as_json:
+        return _print_json([dataclasses.asdict(row) for row in prepared])
+    cells = ([p.what, f"{p.read:,}", f"{p.encoded:,}", f"{p.entries:,}", decimal(p.bytes)] for p in prepared)
+    _print_table(["what", "in the run", "new", "in the cache", "on disk"], cells)
+    typer.echo(run.config.data.cache)
+
+
+@app.command()
 def sample(
     source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL")],
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...")],
@@ -261,6 +296,47 @@ def score(
     scores = ("not scored" if r["score"] is None else f"{r['score']:.4f}" for r in records)
     cells = ([score, r["picture"], r["prompt"]] for score, r in zip(scores, records, strict=True))
     _print_table(["score", "picture", "prompt"], cells)
+
+
+@app.command()
+def pairs(
+    source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the pairs go; a new or empty folder.")],
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="Texts; else the training prompts.")] = None,
+    reward: Rewards = None,
+    count: Annotated[int, typer.Option(min=2, help="Pictures of each prompt.")] = 4,
+    every: Annotated[bool, typer.Option("--every", help="All two that differ, not the best and worst alone.")] = False,
+    margin: Annotated[float, typer.Option(min=0, help="Scores must differ by more than this.")] = 0.0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts used, from the top of the file.")] = None,
+    steps: Steps = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    assignments: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Make preference pairs: draw several pictures of each prompt, score them, keep the better and the worse.
+
+    The folder holds the pictures and pairs.jsonl, a line for each pair with text, files, scores and seed. It is what
+    data.pairs names in a run file, for diffusion_dpo and for pso in its offline mode.
+
+    \b
+    alignkit pairs shapes_lcm --out my/pairs
+    alignkit pairs runs/first --prompts my/prompts.txt --count 8 --out my/other
+    alignkit train --algo diffusion_dpo --set data.pairs=my/pairs
+    """
+    from alignkit.pairs import make_pairs
+    from alignkit.run import open_run
+
+    changes = flags.overrides(None, reward, None, None, None, None, assignments)
+    if prompts is not None:
+        changes["data.prompts"] = str(prompts.resolve())
+    run = open_run(source, changes)
+    made = make_pairs(run, out, count=count, limit=limit, steps=steps, seed=seed, every=every, margin=margin)
+    for what in made.skipped:
+        typer.echo(f"skipped as broken: {what}", err=True)
+    if as_json:
+        return _print_json(dataclasses.asdict(made))
+    without = f"; {made.undecided} without a preference" if made.undecided else ""
+    typer.echo(f"{made.folder}: {made.pairs} pairs of {made.prompts} prompts{without}")
 
 
 @app.command()

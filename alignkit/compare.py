@@ -46,7 +46,7 @@ def _rows(
     config, settings = run.config, run.config.evaluate
     prompts: dict[str, list[Example]] = {"unseen": run.held_out()}
     if seen:
-        prompts["seen"] = run.prompts()[: settings.limit]
+        prompts["seen"] = run.prompts(run.skipped())[: settings.limit]
     elif not prompts["unseen"]:
         raise ConfigError("evaluate.prompts: missing; expected a file of prompts that are not trained on")
     chosen = list(steps or settings.steps)

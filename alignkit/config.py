@@ -48,7 +48,7 @@ __all__ = [
 
 DEFAULT_ALGORITHM = "lasro"
 PATHS = {
-    "data.prompts", "data.pictures", "evaluate.prompts", "surrogate.init",
+    "data.prompts", "data.pictures", "data.pairs", "data.cache", "evaluate.prompts", "surrogate.init",
     "model.name", "model.teacher", "model.unet", "model.adapter",
 }  # fmt: skip
 
@@ -272,12 +272,15 @@ class _Loader:
 
     def _resolve(self, section: str, key: str, value: Any) -> Any:
         """A path as absolute: from the folder of the run file if it is there, else from the working directory."""
-        if f"{section}.{key}" not in PATHS or not value or re.fullmatch(r"[A-Za-z_][\w.]*:\w+", value):
+        if f"{section}.{key}" not in PATHS or not value or re.fullmatch(r"[A-Za-z_][\w.]*:\w+|datasets:.+", value):
             return value
         if section == "model" and any(row.kind == "model" for row in self.registry.named(value)):
             return normalise(value)
         beside = self.file.beside(value) if self.file else Path(value)
-        path = beside if beside.exists() else Path(value)
+        # Of a pattern (shards/{0000..0012}.tar) the folder before its first sign is looked for.
+        fixed = next(p for p in (Path(value), *Path(value).parents) if not re.search(r"[*?{[]", str(p)))
+        there = beside.exists() or (self.file is not None and self.file.beside(str(fixed)).exists())
+        path = beside if there else Path(value)
         # What is nowhere may be the hub id of a model; of anything else the run says that it is missing.
         return value if section == "model" and not path.exists() else str(path.resolve())
 

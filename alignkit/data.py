@@ -1,50 +1,117 @@
-"""Prompts and captioned pictures, as streams whose position is a single number."""
+"""Prompts, and streams over them and over captioned pictures, whose position is a single number."""
 
 from __future__ import annotations
 
-import importlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
 from torch import Tensor
 
-from alignkit.errors import AlignkitError, ConfigError
+from alignkit.errors import ConfigError
 from alignkit.interfaces import Example
 
+COLUMNS = ("prompt", "caption", "text")
+"""What a column of texts is called where nobody says so."""
 
-def read_examples(path: str | Path) -> list[Example]:
-    """One text a line (.txt), or one JSON object a line with "text" and any metadata (.jsonl)."""
-    path = Path(path)
+
+def leave_out(skipped: list[str] | None, key: str, what: str) -> None:
+    """What happens to what is broken: a ConfigError under the name `key`, or, given a list, a line in it."""
+    if skipped is None:
+        # Prompts may be held-out ones, which are never skipped.
+        remedy = '; mend it, or set data.broken = "skip"' if key.startswith("data.") else ""
+        raise ConfigError(f"{key}: {what}{remedy}")
+    skipped.append(what)
+
+
+def choose_column(names: Sequence[str], wanted: str, key: str, where: object) -> str:
+    """The column `wanted`, or if that is empty the one of `COLUMNS` that is there.
+
+    Raises ConfigError under the name of the option, `key`, where there is none or more than one.
+    """
+    found = [name for name in ([wanted] if wanted else COLUMNS) if name in names]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ConfigError(f"{key}: {where} has {' and '.join(found)}; say which of them holds the text")
+    expected = wanted or "prompt, caption or text"
+    raise ConfigError(f"{key}: {where} has no {expected}; what is there: {', '.join(names)}")
+
+
+def read_lines(path: Path, key: str) -> list[tuple[str, str]]:
+    """The lines of a text file that are not empty, each behind its place ("p.txt, line 3")."""
     try:
         # Not splitlines, which also ends lines at characters that JSON strings may hold.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"prompts: {path} cannot be read ({error}); expected a .txt or .jsonl file") from error
+        raise ConfigError(f"{key}: {path} cannot be read ({error})") from error
+    return [(f"{path}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def json_object(text: str | bytes) -> dict[str, Any]:
+    """Raises ValueError for anything else than a JSON object."""
+    record = json.loads(text)
+    if not isinstance(record, dict):
+        raise ValueError(f"no JSON object, found {record!r}")
+    return record
+
+
+def read_examples(path: str | Path, column: str = "", skipped: list[str] | None = None) -> list[Example]:
+    """The prompts of a file: one a line (.txt), one JSON object a line (.jsonl), or one a row (.parquet).
+
+    `column` names the text; empty: "text" in .jsonl, the one of `COLUMNS` that is there in .parquet. What else an
+    object holds is metadata, and so are the columns of a .parquet file that hold strings, numbers or booleans. A line
+    or row without a text is refused with its place, or left out and noted in `skipped` if that is given.
+    """
+    path = Path(path)
     examples = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        if path.suffix != ".jsonl":
-            examples.append(Example(line.strip()))
-            continue
-        try:
-            record = json.loads(line)
-            text = record.pop("text")
-            if not isinstance(text, str):
-                raise TypeError(f"text is {text!r}")
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f'prompts: {path}, line {number}: expected a JSON object with "text", a string, found {line[:60]!r}'
-            ) from error
-        examples.append(Example(text, record))
+    if path.suffix == ".parquet":
+        key, rows = _read_parquet(path, column)
+        for number, row in enumerate(rows):
+            if isinstance(text := row.pop(key), str):
+                examples.append(Example(text, row))
+            else:
+                leave_out(skipped, "prompts", f"{path}, row {number}: expected a string as {key}, found {text!r}")
+    else:
+        key = column or "text"
+        for where, line in read_lines(path, "prompts"):
+            if path.suffix != ".jsonl":
+                examples.append(Example(line.strip()))
+                continue
+            try:
+                record = json_object(line)
+                text = record.pop(key)
+                if not isinstance(text, str):
+                    raise TypeError(f"{key} is {text!r}")
+                examples.append(Example(text, record))
+            except (ValueError, KeyError, TypeError):
+                expected = f'expected a JSON object with "{key}", a string, found {line[:60]!r}'
+                leave_out(skipped, "prompts", f"{where}: {expected}")
     if not examples:
         raise ConfigError(f"prompts: {path} holds no prompt; expected at least one line of text")
     return examples
+
+
+def _read_parquet(path: Path, column: str) -> tuple[str, list[dict[str, Any]]]:
+    """The name of the text column, and the rows with what can be metadata."""
+    try:
+        from pyarrow import ArrowException, parquet, types
+    except ImportError:
+        raise ConfigError(f"prompts: {path}: .parquet is read by pyarrow; pip install 'alignkit[parquet]'") from None
+    try:
+        file = parquet.ParquetFile(path)
+        schema = file.schema_arrow
+        key = choose_column(schema.names, column, "data.prompt_column", path)
+        # Pictures and lists, which such files often hold as well, are not read at all.
+        plain = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
+        kept = [field.name for field in schema if any(is_kind(field.type) for is_kind in plain)]
+        return key, file.read(columns=list(dict.fromkeys([key, *kept]))).to_pylist()
+    except (OSError, ArrowException) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"prompts: {path} cannot be read ({reason})") from error
 
 
 class Stream:
@@ -66,65 +133,11 @@ class Stream:
 
 
 class Pictures(ABC):
-    """Captioned pictures. `[data] pictures` names a folder, or a subclass of this as "package.module:Class"."""
+    """Captioned pictures. `[data] pictures` names a place of files, or a subclass as "package.module:Class"."""
 
     @abstractmethod
     def batch(self, start: int, size: int, seed: int) -> tuple[Tensor, list[str]]:
         """Pictures (size, 3, H, W) float32 in [0, 1] and captions at positions start .. of the stream of `seed`."""
-
-
-class PictureFolder(Pictures):
-    """A folder of pictures with `metadata.jsonl` ("file_name", "text"), as the datasets library's imagefolder reads it.
-
-    Pictures are cropped to the middle square and resized to `size` pixels.
-    """
-
-    def __init__(self, folder: Path, size: int) -> None:
-        self.folder, self.size = folder, size
-        table = folder / "metadata.jsonl"
-        if not table.is_file():
-            raise ConfigError(
-                f'data.pictures: {table} is missing; expected one JSON object a line with "file_name" and "text"'
-            )
-        self.records: list[tuple[str, str]] = []
-        for example in read_examples(table):
-            name = example.metadata.get("file_name")
-            if not isinstance(name, str) or not (folder / name).is_file():
-                raise ConfigError(f"data.pictures: {table} names {name!r}, which is no file in {folder}")
-            self.records.append((name, example.text))
-
-    def batch(self, start: int, size: int, seed: int) -> tuple[Tensor, list[str]]:
-        chosen = [self.records[i] for i in Stream(len(self.records), seed).indices(start, size)]
-        return torch.stack([self._read(name) for name, _ in chosen]), [text for _, text in chosen]
-
-    def _read(self, name: str) -> Tensor:
-        try:
-            with Image.open(self.folder / name) as opened:
-                picture = opened.convert("RGB")
-        except OSError as error:
-            raise AlignkitError(f"data.pictures: {self.folder / name} cannot be read as a picture ({error})") from error
-        edge = min(picture.size)
-        left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
-        square = picture.crop((left, top, left + edge, top + edge)).resize(
-            (self.size, self.size), Image.Resampling.LANCZOS
-        )
-        return torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1).float() / 255
-
-
-def open_pictures(source: str, size: int) -> Pictures:
-    """What `[data] pictures` names, at `size` pixels."""
-    if Path(source).is_dir():
-        return PictureFolder(Path(source), size)
-    module, _, name = source.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)(size)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f'data.pictures: {source!r} is no folder and no "package.module:Class" of captioned pictures ({error})'
-        ) from error
-    if not isinstance(found, Pictures):
-        raise ConfigError(f"data.pictures: {source} is no alignkit.data.Pictures")
-    return found
 
 
 def slice_of(position: int, size: int, rank: int, processes: int) -> tuple[int, int]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from diffusers import DDPMScheduler, LCMScheduler
@@ -13,9 +15,12 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 
 from alignkit import diffusion
+from alignkit.cache import EncoderCache, content_of, fingerprint, tokenizer_state
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Policy, Prompt
 from alignkit.pipelines import LORA_FILE, load_pipeline
+
+V = TypeVar("V", str, Tensor)
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 """The LoRA targets of diffusers' own training scripts."""
@@ -43,10 +48,12 @@ class DiffusersPolicy(Policy):
         guidance: float | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        cache: EncoderCache | None = None,
     ) -> None:
         """`lora_rank` 0 trains the whole UNet. `guidance` is diffusers' guidance_scale minus one. `unet`, `adapter` and
-        `prediction` are as in the section [model] of a run file."""
-        self.source = source
+        `prediction` are as in the section [model] of a run file. `cache` keeps what texts and pictures are encoded to;
+        it changes no result."""
+        self.source, self.cache = source, cache
         self.device = torch.device(device)
         self.pipe = load_pipeline(source, dtype, unet=unet, adapter=adapter).to(self.device)
         self.unet = self.pipe.unet.requires_grad_(False).eval()
@@ -60,6 +67,7 @@ class DiffusersPolicy(Policy):
         consistency = prediction == "consistency" or (not prediction and isinstance(self.pipe.scheduler, LCMScheduler))
         self._scaling: float | None = config.get("timestep_scaling", 10.0) if consistency else None
         self._embed_dim: int | None = self.unet.config.time_cond_proj_dim
+        self.guidance_embedded = self._embed_dim is not None
         self.guidance = guidance if guidance is not None else (7.5 if self._embed_dim else 0.0)
         edge = self.unet.config.sample_size
         self.latent_shape = (self.unet.config.in_channels, edge, edge)
@@ -86,24 +94,54 @@ class DiffusersPolicy(Policy):
             raise ConfigError(f"model.lora_targets: {list(targets)} name no layers of the UNet ({error})") from error
         return lora
 
-    # text and pictures
+    # text and pictures: one at a time and in the precision that the encoders were loaded in, so that the result of one
+    # depends neither on what it is encoded together with, nor on whether it was encoded now or long ago
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Prompt:
         distinct = list(dict.fromkeys(texts))
+        encoded = [self._cached("texts", text, self._encode_text) for text in distinct]
+        columns = {name: torch.cat([one[name] for one in encoded]).float() for name in encoded[0]}
+        places = {text: place for place, text in enumerate(distinct)}
+        index = torch.tensor([places[text] for text in texts], device=self.device)
+        return Prompt(columns["features"], index, columns.get("pooled"), text_table=tuple(distinct))
+
+    def _encode_text(self, text: str) -> dict[str, Tensor]:
         encoded = self.pipe.encode_prompt(
-            prompt=distinct, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            prompt=[text], device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-        pooled = encoded[2].float() if len(encoded) == 4 else None
-        index = torch.tensor([distinct.index(text) for text in texts], device=self.device)
-        return Prompt(table=encoded[0].float(), index=index, pooled_table=pooled, text_table=tuple(distinct))
+        return {"features": encoded[0], "pooled": encoded[2]} if len(encoded) == 4 else {"features": encoded[0]}
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """The mode of the VAE's posterior: no chance is needed for it."""
-        pixels = (2 * images - 1).to(self.device, self.vae.dtype)
+        return torch.cat([self._cached("pictures", image, self._encode_image)["latents"] for image in images])
+
+    def _encode_image(self, image: Tensor) -> dict[str, Tensor]:
+        pixels = (2 * image[None] - 1).to(self.device, self.vae.dtype)
         latents: Tensor = self.vae.encode(pixels).latent_dist.mode().float() * self.vae.config.scaling_factor
-        return latents
+        return {"latents": latents}
+
+    def _cached(self, kind: str, value: V, encode: Callable[[V], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `encode` makes of a text or picture, on the device; from the cache if there is one."""
+        with torch.autocast(self.device.type, enabled=False):
+            if self.cache is None:
+                return encode(value)
+            found = self.cache.get(self.encoders[kind], content_of(value), lambda: encode(value))
+        return {name: tensor.to(self.device) for name, tensor in found.items()}
+
+    @cached_property
+    def encoders(self) -> dict[str, str]:
+        """The cache's names of the encoders of "texts" and "pictures": equal only if they compute the same."""
+        here = [type(self.pipe).__name__, self.device.type]  # a GPU rounds differently from a CPU
+        tokenizers, networks = (
+            [part for name in (kind, f"{kind}_2") if (part := getattr(self.pipe, name, None)) is not None]
+            for kind in ("tokenizer", "text_encoder")
+        )
+        return {
+            "texts": "texts-" + fingerprint([*here, *map(tokenizer_state, tokenizers), *networks]),
+            "pictures": "pictures-" + fingerprint([*here, self.vae]),
+        }
 
     def decode(self, latents: Tensor) -> Tensor:
         pixels: Tensor = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
@@ -116,7 +154,7 @@ class DiffusersPolicy(Policy):
         The mean over space of the UNet's middle block, or of its last down block where there is none, which reads the
         encoded pictures at time 0 and without text.
         """
-        latents = self.encode_images(images)
+        latents = torch.cat([self._encode_image(image)["latents"] for image in images])  # drawn, not worth a cache
         empty = self._without_text(len(latents))
         zeros = torch.zeros(len(latents), device=self.device)
         kept: list[Tensor] = []
@@ -142,7 +180,7 @@ class DiffusersPolicy(Policy):
     def denoise(self, x: Tensor, t: Tensor, prompt: Prompt, guidance: Tensor | None = None) -> Tensor:
         if guidance is None and (self._embed_dim or self.guidance):
             guidance = torch.full((len(x),), self.guidance, device=x.device)
-        if guidance is None or self._embed_dim:
+        if guidance is None or self._embed_dim or not bool(guidance.any()):
             return self._predict(x, t, prompt.features, prompt.pooled, guidance)
         null = self._without_text(len(x))
         pooled = None if prompt.pooled is None or null.pooled is None else torch.cat([prompt.pooled, null.pooled])

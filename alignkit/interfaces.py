@@ -106,14 +106,27 @@ class Example:
 
 
 @dataclass(frozen=True)
+class PreferencePairs:
+    """M pairs of pictures, each of one text; the first of a pair is preferred. They lie on the CPU."""
+
+    winners: Tensor
+    """(M, 3, H, W) float32 in [0, 1]."""
+    losers: Tensor
+    """The same."""
+    captions: Sequence[str]
+    """M texts."""
+
+
+@dataclass(frozen=True)
 class Batch:
-    """What `Algorithm.collect` gets: texts to draw, and captioned pictures where the algorithm needs them."""
+    """What `Algorithm.collect` gets: texts to draw, and pictures or pairs of them where the algorithm needs them."""
 
     examples: Sequence[Example]
     pictures: Tensor | None = None
     """(M, 3, H, W) in [0, 1]."""
     captions: Sequence[str] = ()
     """M texts."""
+    pairs: PreferencePairs | None = None
 
 
 @dataclass(frozen=True)
@@ -172,6 +185,8 @@ class Policy(ABC):
     device: torch.device
     guidance: float
     """The guidance that `denoise` uses when none is given, on the scale where 0 is the conditional prediction."""
+    guidance_embedded: bool = False
+    """Whether the network takes the guidance as an input, and so has no prediction without one."""
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> Prompt:
@@ -335,7 +350,7 @@ class Algorithm(ABC, Generic[C, R]):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Of "surrogate", "teacher", "pictures", "stochastic_steps", "differentiable_reward"; checked by the core.
+    """Of "surrogate", "teacher", "pictures", "pairs", "stochastic_steps", "differentiable_reward"; checked by the core.
 
     What depends on the fields is set on the instance, in `__post_init__`.
     """

@@ -11,12 +11,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from alignkit.cache import EncoderCache
 from alignkit.config import RunConfig, SurrogateConfig, find_bundle
-from alignkit.data import read_examples
+from alignkit.data import Pictures, read_examples
 from alignkit.diffusers_policy import DiffusersPolicy
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Algorithm, Example, Reward, Sampler, Surrogate
+from alignkit.pictures import open_pictures
 from alignkit.pipelines import check_source, locate_weights
+from alignkit.preference_data import Preferences, check_pairs, open_pairs
 from alignkit.registry import default_registry
 from alignkit.rewards import WeightedRewards
 
@@ -57,16 +60,36 @@ class Parts:
             [*trained, *((name, 0.0, default_registry().get("reward", name)()) for name in measured)]
         )
 
-    def prompts(self) -> list[Example]:
-        """The texts to train on."""
+    def skipped(self) -> list[str] | None:
+        """Where broken data is noted, if the run skips it; None if it refuses it."""
+        return [] if self.config.data.broken == "skip" else None
+
+    def prompts(self, skipped: list[str] | None = None) -> list[Example]:
+        """The texts to train on; none if there is no file and the algorithm learns from pairs, which have their own.
+
+        What is broken is noted in `skipped` if that is given, else refused.
+        """
+        if not self.config.data.prompts and "pairs" in self.algorithm().needs:
+            return []
         if not self.config.data.prompts:
             raise ConfigError("data.prompts: missing; expected a .txt file with one prompt a line, or a .jsonl file")
-        return read_examples(self.config.data.prompts)
+        return read_examples(self.config.data.prompts, self.config.data.prompt_column, skipped)
 
     def held_out(self) -> list[Example]:
         """The texts to measure on; none if there is no file."""
         path = self.config.evaluate.prompts
-        return read_examples(path)[: self.config.evaluate.limit] if path else []
+        column = self.config.data.prompt_column
+        return read_examples(path, column)[: self.config.evaluate.limit] if path else []
+
+    def pictures(self, size: int, skipped: list[str] | None = None) -> Pictures | None:
+        """The captioned pictures to train on, at `size` pixels; None if the algorithm needs none."""
+        data = self.config.data
+        needed = "pictures" in self.algorithm().needs
+        return open_pictures(data.pictures, size, data.caption_column, skipped) if needed else None
+
+    def pairs(self, size: int, skipped: list[str] | None = None) -> Preferences | None:
+        """The preference pairs to train on, at `size` pixels; None if the algorithm needs none."""
+        return open_pairs(self.config.data.pairs, size, skipped) if "pairs" in self.algorithm().needs else None
 
     def check(self) -> None:
         """Find what can be found before any weight loads. Raises ConfigError or PluginError."""
@@ -102,6 +125,13 @@ class Parts:
             raise ConfigError(
                 f"data.pictures: missing; algorithm {self.config.algorithm.name} needs captioned pictures"
             )
+        if "pairs" in algorithm.needs and not self.config.data.pairs:
+            raise ConfigError(
+                f"data.pairs: missing; algorithm {self.config.algorithm.name} needs preference pairs (`alignkit pairs` "
+                "makes them with a model and a reward)"
+            )
+        if "pairs" in algorithm.needs:
+            check_pairs(self.config.data.pairs, self.skipped())
         rewards = WeightedRewards(self.trained_rewards())
         if "differentiable_reward" in algorithm.needs and not rewards.differentiable:
             boxes = " and ".join(name for name, _, reward in rewards.rewards if not reward.differentiable)
@@ -110,7 +140,7 @@ class Parts:
                 f"none as set; choose other rewards, or settings of either that do without (`alignkit show "
                 f"{self.config.algorithm.name}`)"
             )
-        rewards.check(self.prompts())
+        rewards.check(self.prompts(self.skipped()))
         if held_out := self.held_out():
             self.with_measured(self.trained_rewards()).check(held_out)
 
@@ -131,6 +161,7 @@ class Parts:
             guidance=model.guidance,
             device=device,
             dtype=dtype,
+            cache=EncoderCache(self.config.data.cache) if self.config.data.cache else None,
         )
 
     def load_surrogate(self, policy: DiffusersPolicy) -> Surrogate | None:

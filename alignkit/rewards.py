@@ -85,7 +85,8 @@ class WeightedRewards:
         valid = torch.ones(len(examples), dtype=torch.bool, device=images.device)
         parts: dict[str, Tensor] = {}
         for name, weight, reward in self.rewards:
-            with _blaming(name, "while scoring"):
+            # In the precision that it was loaded in: a reward that is followed scores as when it is measured.
+            with _blaming(name, "while scoring"), torch.autocast(images.device.type, enabled=False):
                 answer = reward(images, examples)
             scores = _checked(name, answer, examples, images.device)
             total = total + weight * scores.values

@@ -22,11 +22,11 @@ from alignkit.compare import compare_runs
 from alignkit.config import RunConfig
 from alignkit.config import load as load_config
 from alignkit.context import TrainContext
-from alignkit.data import open_pictures
 from alignkit.diffusers_policy import DiffusersPolicy
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.interfaces import Example
 from alignkit.parts import Parts
+from alignkit.prepare import Prepared, prepare
 from alignkit.report import Report
 from alignkit.rewards import WeightedRewards
 from alignkit.rollout import sample_pictures
@@ -58,16 +58,16 @@ def load(
     return open_run(folder)
 
 
-def open_run(source: str | Path) -> Run:
-    """The run in a run folder; for the name of a model, a run that has not trained it."""
+def open_run(source: str | Path, overrides: Mapping[str, Any] | None = None) -> Run:
+    """The run in a run folder; for the name of a model, a run that has not trained it. `overrides` as for `load`."""
     folder = Path(source)
     if (folder / "run.toml").is_file():
-        return Run(load_config(folder / "run.toml"), folder=folder)
+        return Run(load_config(folder / "run.toml", overrides), folder=folder)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise ConfigError(
             f"{folder}: no run.toml here and no model_index.json; expected a run folder or a diffusers pipeline"
         )
-    return Run(load_config(None, {"model.name": str(source)}))
+    return Run(load_config(None, {**(overrides or {}), "model.name": str(source)}))
 
 
 class Run(Parts):
@@ -206,8 +206,15 @@ class Run(Parts):
         ctx = TrainContext(
             accelerator, policy, teacher, self.sampler(), WeightedRewards(trained), surrogate, config.seed, rows, chunk
         )
-        pictures = open_pictures(config.data.pictures, policy.image_size) if "pictures" in algorithm.needs else None
-        trainer = Trainer(config, ctx, algorithm, self.prompts(), pictures)
+        skipped = self.skipped()
+        prompts = self.prompts(skipped)
+        pictures, pairs = self.pictures(policy.image_size, skipped), self.pairs(policy.image_size, skipped)
+        if skipped:
+            ctx.warn(f"data: {len(skipped)} skipped as broken: {'; '.join(skipped)}")
+            skipped.clear()
+        for note in pairs.notes if pairs is not None else ():
+            ctx.warn(note)
+        trainer = Trainer(config, ctx, algorithm, prompts, pictures, pairs, skipped)
         self.average = trainer.average
         algorithm.setup(ctx)
         if config.train.trackers:
@@ -243,6 +250,10 @@ class Run(Parts):
         columns = [f"{k} step{'s' * (k > 1)}, {when}" for k in steps for when in ("before", "after")]
         pairs = torch.stack([before.pictures, after.pictures], dim=2).flatten(1, 2)
         report.grid(step, pairs, [e.text for e in examples[: len(pairs)]], columns)
+
+    def prepare(self, console: Console | None = None) -> tuple[list[Prepared], list[str]]:
+        """Encode what `train` will read into the cache of `[data] cache`, as `alignkit.prepare.prepare` tells."""
+        return prepare(self, self._accelerator().device, console)
 
     # drawing and measuring
 

@@ -13,6 +13,7 @@ from alignkit.config import load as load_config
 from alignkit.data import read_examples
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.parts import Parts
+from alignkit.pictures import UNREADABLE, as_rgb
 from alignkit.rewards import WeightedRewards
 
 
@@ -27,7 +28,7 @@ def score(
     files = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp"})
     if not files:
         raise ConfigError(f"{folder}: no pictures here; expected .png, .jpg or .webp files")
-    examples = read_examples(prompts)
+    examples = read_examples(prompts, config.data.prompt_column)
     if len(examples) == 1:
         examples = examples * len(files)
     if len(examples) != len(files):
@@ -42,8 +43,8 @@ def score(
     for file, example in zip(files, examples, strict=True):
         try:
             with Image.open(file) as opened:
-                picture = opened.convert("RGB")
-        except OSError as error:
+                picture = as_rgb(opened)
+        except UNREADABLE as error:
             raise AlignkitError(f"{file}: cannot be read as a picture ({error})") from error
         pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(
             picture.height, picture.width, 3

@@ -53,9 +53,23 @@ class DataConfig:
     """What to draw during training."""
 
     prompts: str = ""
-    """A .txt file with one prompt a line, or a .jsonl file of objects with "text" and what the reward needs to know."""
+    """A .txt file with one prompt a line, a .jsonl file of objects with "text" and what the reward needs to know, or a
+    .parquet file."""
+    prompt_column: str = ""
+    """Where .jsonl and .parquet files hold the prompt; empty: "text", in .parquet also "prompt" or "caption"."""
     pictures: str = ""
-    """Captioned pictures, for algorithms that need them: a folder with metadata.jsonl, or "package.module:Class"."""
+    """Captioned pictures, for algorithms that need them: a folder, a .jsonl file, .tar shards as
+    "shards/{0000..0012}.tar", a data set as "datasets:owner/name", or "package.module:Class"."""
+    caption_column: str = ""
+    """Where tables, .json members and data sets hold the caption; empty: "text", "caption" or "prompt"."""
+    pairs: str = ""
+    """Preference pairs, for algorithms that need them: a folder with pairs.jsonl (`alignkit pairs` makes one), a .jsonl
+    file, .parquet in Pick-a-Pic's columns or a folder of it, or "package.module:Class"."""
+    broken: Literal["refuse", "skip"] = "refuse"
+    """What to do about prompts, pictures and pairs that are missing or cannot be read: end the run, or leave them out
+    and name them."""
+    cache: str = ""
+    """A folder that keeps what prompts and pictures are encoded to, so that it is done once; empty: none."""
     batch_size: int = 16
     """Prompts of one round."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from alignkit.context import TrainContext
 from alignkit.data import Pictures, Stream, examples_at, slice_of
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.interfaces import Algorithm, Batch, Example, Rows
+from alignkit.preference_data import Preferences
 
 RowsT = TypeVar("RowsT")
 
@@ -52,10 +53,13 @@ class Trainer:
         algorithm: Algorithm[Any, Any],
         examples: Sequence[Example],
         pictures: Pictures | None,
+        pairs: Preferences | None = None,
+        skipped: list[str] | None = None,
     ) -> None:
+        """`skipped` is where `pictures` and `pairs` note what they skip as broken."""
         self.config, self.ctx, self.algorithm = config, ctx, algorithm
         self.accelerator = ctx.accelerator
-        self._examples, self._pictures = examples, pictures
+        self._examples, self._pictures, self._pairs, self._skipped = examples, pictures, pairs, skipped
         self._stream = Stream(len(examples), config.seed)
         train = config.train
         self.optimizer = self._optimizer(ctx.policy.parameters(), train.learning_rate, train.weight_decay)
@@ -78,15 +82,22 @@ class Trainer:
         return prepared
 
     def batch(self) -> Batch:
-        """The next texts, and pictures if the algorithm needs them; each process reads its own."""
+        """The next texts, and pictures or pairs if the algorithm needs them; each process reads its own."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         start, size = slice_of(self.batches, self.config.data.batch_size, rank, processes)
-        examples = examples_at(self._examples, self._stream, start, size)
-        if self._pictures is None:
-            return Batch(examples)
+        batch = Batch(examples_at(self._examples, self._stream, start, size) if self._examples else ())
         start, size = slice_of(self.batches, self.config.train.rows_per_update, rank, processes)
-        pictures, captions = self._pictures.batch(start, size, self.config.seed)
-        return Batch(examples, pictures.to(self.ctx.policy.device), captions)
+        if self._pictures is not None:
+            pictures, captions = self._pictures.batch(start, size, self.config.seed)
+            batch = replace(batch, pictures=pictures.to(self.ctx.policy.device), captions=captions)
+        if self._pairs is not None:
+            batch = replace(batch, pairs=self._pairs.batch(start, size, self.config.seed))
+        if self._skipped is not None:
+            # What one process could not read is told by the one that writes the record.
+            for what in gather_object(list(self._skipped)):
+                self.ctx.warn(f"data: skipped as broken: {what}")
+            self._skipped.clear()
+        return batch
 
     @property
     def finished(self) -> bool:
@@ -257,4 +268,5 @@ class Trainer:
         """The reverse of `rank_state`."""
         self.algorithm.load_state_dict(state["algorithm"])
         self.ctx.generator.set_state(state["generator"])
-        self.ctx.warnings = list(state["warnings"])
+        # What was found while this process loaded may be new.
+        self.ctx.warnings = list(dict.fromkeys([*state["warnings"], *self.ctx.warnings]))

@@ -173,6 +173,31 @@ def test_paths_are_taken_from_the_files_folder_first(
     assert config.data.pictures == "acme.data:Drawings"
 
 
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("shards/{00..03}.tar", "{root}/shards/{00..03}.tar"),
+        ("shards/*.tar", "{root}/shards/*.tar"),
+        ("s-*.tar", "{root}/s-*.tar"),
+        ("other/*.tar", "{here}/other/*.tar"),
+        ("shards", "{root}/shards"),
+        ("datasets:acme/pictures:test[:10]", "datasets:acme/pictures:test[:10]"),
+        ("datasets:pictures", "datasets:pictures"),
+    ],
+)
+def test_patterns_of_shards_are_resolved_by_their_folder_and_names_of_data_sets_not_at_all(
+    load_acme: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, found: str
+) -> None:
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = load_acme(
+        f'[model]\nname = "acme_model"\n[algorithm]\nname = "acme_plain"\n[data]\npictures = "{given}"\n'
+    )
+    expected = found.replace("{root}", str(tmp_path)).replace("{here}", str(tmp_path / "elsewhere"))
+    assert config.data.pictures == expected
+
+
 def test_a_model_folder_beside_the_run_file_is_found(load_acme: Any, tmp_path: Path) -> None:
     (tmp_path / "mymodel").mkdir()
     (tmp_path / "mymodel" / "model_index.json").write_text("{}", encoding="utf-8")

@@ -1,16 +1,18 @@
-"""Prompts and pictures: what is read, what is refused, and streams that a resumed run enters anywhere."""
+"""Prompts: what is read, what is refused, and streams that a resumed run enters anywhere."""
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from PIL import Image
 
-from alignkit.data import PictureFolder, Stream, examples_at, open_pictures, read_examples, slice_of
-from alignkit.errors import AlignkitError, ConfigError
+from alignkit.data import Stream, examples_at, read_examples, slice_of
+from alignkit.errors import ConfigError
 from alignkit.interfaces import Example
 
 
@@ -74,55 +76,74 @@ def test_a_prompt_file_that_is_missing_or_no_text_is_refused(tmp_path: Path) -> 
             read_examples(path)
 
 
+def test_the_key_of_a_prompt_can_be_named(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"ask": "a red circle", "text": "OPEN"}')
+    assert read_examples(path, "ask") == [Example("a red circle", {"text": "OPEN"})]
+
+
+def test_broken_lines_are_left_out_and_named_where_that_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"text": "a"}\n{"text": \n\n{"prompt": "b"}\n{"text": "c"}')
+    skipped: list[str] = []
+    assert [e.text for e in read_examples(path, skipped=skipped)] == ["a", "c"]
+    assert [f"{path}, line {n}:" in line for n, line in zip((2, 4), skipped, strict=True)] == [True, True]
+    path.write_text('{"prompt": "b"}')
+    with pytest.raises(ConfigError, match="holds no prompt"):
+        read_examples(path, skipped=[])
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    for name, size in (("a.png", (64, 32)), ("b.png", (32, 32)), ("c.png", (16, 48))):
-        picture = Image.new("RGB", size, (255, 0, 0))
-        picture.paste((0, 0, 255), (0, 0, 4, 4))
-        picture.save(tmp_path / name)
-    records = [{"file_name": f"{n}.png", "text": f"picture {n}"} for n in "abc"]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, records)))
-    return tmp_path
+def table(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a .parquet file of these columns."""
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra parquet")
+
+    def write(**columns: list[Any]) -> Path:
+        importlib.import_module("pyarrow.parquet").write_table(pyarrow.table(columns), tmp_path / "p.parquet")
+        return tmp_path / "p.parquet"
+
+    return write
 
 
-def test_a_picture_folder_gives_middle_squares_with_their_captions(folder: Path) -> None:
-    pictures, captions = PictureFolder(folder, 32).batch(0, 6, seed=0)
-    assert pictures.shape == (6, 3, 32, 32) and pictures.dtype == torch.float32
-    assert sorted(captions) == [f"picture {n}" for n in "aabbcc"]
-    for picture, text in zip(pictures, captions, strict=True):
-        blue = bool((picture[2] > 0.9).any())
-        assert blue == (text == "picture b")  # of the others the blue corner is cropped away
-        assert float(picture.min()) == 0 and float(picture.max()) == 1
+@pytest.mark.parametrize("name", ["prompt", "caption", "text"])
+def test_prompts_of_a_parquet_file_bring_its_plain_columns_as_metadata(table: Callable[..., Path], name: str) -> None:
+    path = table(
+        **{name: ["a red circle", "a café"]}, target=["OPEN", None], count=[1, 2], picture=[b"1", b"2"], list=[[1], []]
+    )
+    assert read_examples(path) == [
+        Example("a red circle", {"target": "OPEN", "count": 1}),
+        Example("a café", {"target": None, "count": 2}),
+    ]
 
 
-def test_a_picture_folder_is_addressed_by_position(folder: Path) -> None:
-    whole = PictureFolder(folder, 32).batch(0, 9, seed=1)[1]
-    assert PictureFolder(folder, 32).batch(4, 3, seed=1)[1] == whole[4:7]
+def test_the_column_of_a_parquet_file_is_named_where_it_is_not_clear(table: Callable[..., Path]) -> None:
+    path = table(caption=["a"], text=["b"])
+    with pytest.raises(ConfigError, match=r"data\.prompt_column: .*has caption and text; say which"):
+        read_examples(path)
+    assert read_examples(path, "caption") == [Example("a", {"text": "b"})]
+    with pytest.raises(ConfigError, match=r"has no title; what is there: caption, text"):
+        read_examples(path, "title")
+    with pytest.raises(ConfigError, match=r"has no prompt, caption or text; what is there: title"):
+        read_examples(table(title=["a"]))
 
 
-def test_a_picture_folder_without_its_table_or_with_a_missing_picture_is_refused(folder: Path) -> None:
-    (folder / "b.png").unlink()
-    with pytest.raises(ConfigError, match=r"b\.png"):
-        open_pictures(str(folder), 32)
-    (folder / "metadata.jsonl").unlink()
-    with pytest.raises(ConfigError, match=r"metadata\.jsonl is missing"):
-        open_pictures(str(folder), 32)
+def test_rows_of_a_parquet_file_without_a_text_are_named(table: Callable[..., Path]) -> None:
+    path, skipped = table(text=["a", None, "c"]), []
+    with pytest.raises(ConfigError, match=r"p\.parquet, row 1: expected a string as text, found None"):
+        read_examples(path)
+    assert [e.text for e in read_examples(path, skipped=skipped)] == ["a", "c"] and len(skipped) == 1
 
 
-def test_a_picture_that_is_cut_short_is_named(folder: Path) -> None:
-    (folder / "b.png").write_bytes((folder / "b.png").read_bytes()[:60])
-    with pytest.raises(AlignkitError, match=r"b\.png"):
-        PictureFolder(folder, 32).batch(0, 3, seed=0)
+def test_a_parquet_file_that_is_damaged_or_missing_is_refused(table: Callable[..., Path]) -> None:
+    path = table(text=["a"] * 100)
+    path.write_bytes(path.read_bytes()[:-20])
+    for broken in (path, path.with_name("nowhere.parquet")):
+        with pytest.raises(ConfigError, match="cannot be read") as caught:
+            read_examples(broken)
+        assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "source", ["", "nowhere", "no.such.module:Thing", "alignkit.data:Nothing", "alignkit.data:Stream", "./x:Y", ":Y"]
-)
-def test_a_source_of_pictures_that_is_none_is_refused(source: str) -> None:
-    with pytest.raises(ConfigError, match=r"data\.pictures"):
-        open_pictures(source or "nowhere/at/all", 32)
-
-
-def test_drawings_of_another_size_are_refused() -> None:
-    with pytest.raises(ConfigError, match="64 pixels"):
-        open_pictures("alignkit_shapes.data:Drawings", 512)
+def test_without_pyarrow_a_parquet_file_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match=r"pip install 'alignkit\[parquet\]'"):
+        read_examples(tmp_path / "p.parquet")

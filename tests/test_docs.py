@@ -16,11 +16,15 @@ from typing import Any
 import pytest
 import torch
 import typer.main
+from PIL import Image
 
 from alignkit import config
 from alignkit.cli import app
+from alignkit.data import read_examples
 from alignkit.flags import overrides
 from alignkit.interfaces import Example
+from alignkit.pictures import open_pictures
+from alignkit.preference_data import open_pairs
 from alignkit.registry import default_registry
 
 ROOT = Path(__file__).parents[1]
@@ -106,6 +110,15 @@ def test_every_algorithm_has_a_page_with_its_fields() -> None:
             assert f"<!-- generated: fields algorithm/{row.name} -->" in page
 
 
+def test_every_reward_has_a_page_with_its_fields_and_a_place_in_the_overview() -> None:
+    overview = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "rewards").glob("*.md"))
+    for row in default_registry().components("reward"):
+        if row.plugin == "alignkit_rewards":
+            assert f"<!-- generated: fields reward/{row.name} -->" in pages
+            assert row.name in overview
+
+
 def test_the_design_page_names_every_module_and_plugin() -> None:
     design = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     modules = {p.name for p in (ROOT / "alignkit").glob("[!_]*.py")}
@@ -171,6 +184,21 @@ def test_the_plugin_of_the_docs_works(plugins: Any) -> None:
     images[1, :, :, 2:] = 1
     scores = reward(images, [Example("plain"), Example("half")])
     assert scores[0] == 0 and scores[1] == pytest.approx(2 * images[1].mean(0).std().item())
+
+
+def test_the_data_of_the_docs_can_be_read(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    files = dict(re.findall(r"<!-- test: (\w+\.jsonl) -->\n```json\n(.*?)```", text, re.DOTALL))
+    for name, body in files.items():
+        (tmp_path / name).write_text(body, encoding="utf-8")
+    examples = read_examples(tmp_path / "prompts.jsonl")
+    assert [len(example.metadata) for example in examples] == [1, 0]
+    (tmp_path / "drawings").mkdir()
+    for number in (1, 2):
+        Image.new("RGB", (8, 8)).save(tmp_path / "drawings" / f"{number:04d}.png")
+    _, captions = open_pictures(str(tmp_path / "pictures.jsonl"), 8).batch(0, 2, seed=0)
+    assert sorted(captions) == ["a blue square", "a red circle"]
+    assert open_pairs(str(tmp_path / "pairs.jsonl"), 8).batch(0, 1, seed=0).captions == ("a red circle",)
 
 
 @pytest.mark.slow

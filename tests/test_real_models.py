@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, LCMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 
+from alignkit.cache import EncoderCache
 from alignkit.diffusers_policy import DiffusersPolicy
+from alignkit_preference.diffusion_dpo import DiffusionDPO
+from alignkit_preference.noised import LatentPairs, NoisedPairs, errors
 from alignkit_samplers.ddim import DDIM
 from alignkit_samplers.euler_ancestral import EulerAncestral
 from alignkit_samplers.lcm import LCM
@@ -108,3 +113,44 @@ def test_lcm_lora_turns_a_plain_pipeline_into_an_lcm(
         guidance=guidance_scale - 1,
     )  # fmt: skip
     assert_parity(policy, LCM(num_steps), pipe, guidance_scale)
+
+
+@pytest.mark.parametrize("name", ["sd_1_5", "sd_turbo", "sdxl", "sdxl_turbo"])
+def test_a_preference_on_each_family_is_told_by_the_errors_of_the_plain_unet(tiny_family: Any, name: str) -> None:
+    policy = DiffusersPolicy(str(tiny_family(name)), lora_rank=2, guidance=4.0 if name in ("sd_1_5", "sdxl") else None)
+    pipe, turbo = plain(tiny_family(name)), name.endswith("turbo")
+    winner, loser, noise = torch.randn(3, 2, *policy.latent_shape, generator=torch.Generator().manual_seed(1))
+    t = torch.tensor([999, 249])
+    rows = NoisedPairs(LatentPairs(winner, loser, policy.encode(TEXTS)), noise, t)
+    scheduler = DDPMScheduler.from_config(pipe.scheduler.config, rescale_betas_zero_snr=turbo)
+    embedded = pipe.encode_prompt(TEXTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
+    added = {"text_embeds": embedded[2], "time_ids": sizes} if "sdxl" in name else None
+    with torch.no_grad():
+        found = errors(rows, policy, zero_terminal_snr=turbo)
+        for member, clean in enumerate((winner, loser)):
+            x = scheduler.add_noise(clean, noise, t)
+            output = pipe.unet(x, t, embedded[0], added_cond_kwargs=added, return_dict=False)[0]
+            assert torch.allclose(found[:, member], (output - noise).pow(2).mean([1, 2, 3]), rtol=1e-3)
+    ctx = SimpleNamespace(policy=policy)
+    loss, _ = DiffusionDPO(zero_terminal_snr=turbo).loss(rows, ctx)  # type: ignore[arg-type]
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-3)
+    loss.backward()
+    assert all(p.grad is not None for p in policy.parameters())
+    assert all(p.grad is None for p in policy.unet.parameters() if not p.requires_grad)
+
+
+def test_a_cache_keeps_both_encoders_of_an_sdxl_model(tiny_family: Any, tmp_path: Path) -> None:
+    folder = str(tiny_family("sdxl_turbo"))
+    expected = DiffusersPolicy(folder).encode(TEXTS)
+    cold, warm = (DiffusersPolicy(folder, cache=EncoderCache(tmp_path)) for _ in range(2))
+    for policy in (cold, warm):
+        found = policy.encode(TEXTS)
+        assert torch.equal(found.table, expected.table)
+        assert found.pooled_table is not None and expected.pooled_table is not None
+        assert torch.equal(found.pooled_table, expected.pooled_table)
+    assert warm.cache is not None and warm.cache.made == 0
+    with torch.no_grad():
+        next(warm.pipe.text_encoder_2.parameters()).view(-1)[0] += 1
+    del warm.encoders
+    assert warm.encoders["texts"] != cold.encoders["texts"] and warm.encoders["pictures"] == cold.encoders["pictures"]

@@ -18,8 +18,7 @@ class D3PO(Algorithm[Pairs, Pairs]):
     """Direct preference for denoising diffusion policy optimisation (Yang et al. 2023, arXiv 2311.13231).
 
     Of two walks of a prompt the one with the better picture is preferred, at every stochastic step; each likelihood is
-    measured against the model as it was before training. Equal rewards carry no preference and make no pair. With
-    beta = 50 and two initial noises it is the online form of pairwise sample optimisation (arXiv 2410.03190).
+    measured against the model as it was before training. Equal rewards carry no preference and make no pair.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"stochastic_steps"})
@@ -46,12 +45,7 @@ class D3PO(Algorithm[Pairs, Pairs]):
 
     def collect(self, batch: Batch, ctx: Context) -> Pairs:
         """Pairs of single steps, the better walk first."""
-        pairs = collect_pairs(batch, self.pairs, self.shared_noise, ctx)
-        first, second = pairs.rewards[:, 0], pairs.rewards[:, 1]
-        # NaN compares as False both ways, so a picture that could not be scored is in no pair.
-        labelled = (first > second) | (first < second)
-        ctx.log(labelled_pairs=labelled.float().mean())
-        return pairs.swapped(first < second).select(labelled.nonzero()[:, 0]).by_step()
+        return winners_first(collect_pairs(batch, self.pairs, self.shared_noise, ctx), ctx).by_step()
 
     def updates(self, collected: Pairs, ctx: Context) -> Iterator[Pairs]:
         """Inner epochs over the steps in random order, in parts of nearly `ctx.rows_per_update` pairs."""
@@ -59,19 +53,33 @@ class D3PO(Algorithm[Pairs, Pairs]):
             yield from collected.shuffled(ctx.generator).even_split(ctx.rows_per_update)
 
     def loss(self, rows: Pairs, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        now = log_prob(rows, ctx)
-        with ctx.policy.reference():
-            before = log_prob(rows, ctx)
-        log_ratio = (now - before)[:, :, 0]
-        loss = preference_loss(log_ratio, self.beta, self.clip_range).mean()
-        margin = log_ratio[:, 0] - log_ratio[:, 1]
-        metrics = {
-            "margin": margin.mean(),
-            "implicit_accuracy": (margin > 0).float().mean(),
-            "clip_fraction": ((log_ratio.exp() - 1).abs() > self.clip_range).float().mean(),
-            "log_ratio_size": log_ratio.abs().mean(),
-        }
-        return loss, metrics
+        return step_preference(rows, self.beta, self.clip_range, ctx)
+
+
+def winners_first(pairs: Pairs, ctx: Context) -> Pairs:
+    """The pairs of which the reward prefers one, that one first. Logs how many those are."""
+    first, second = pairs.rewards[:, 0], pairs.rewards[:, 1]
+    # NaN compares as False both ways, so a picture that could not be scored is in no pair.
+    labelled = (first > second) | (first < second)
+    ctx.log(labelled_pairs=labelled.float().mean())
+    return pairs.swapped(first < second).select(labelled.nonzero()[:, 0])
+
+
+def step_preference(rows: Pairs, beta: float, clip_range: float, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean loss over pairs of single steps, the winner first, and metrics."""
+    now = log_prob(rows, ctx)
+    with ctx.policy.reference():
+        before = log_prob(rows, ctx)
+    log_ratio = (now - before)[:, :, 0]
+    loss = preference_loss(log_ratio, beta, clip_range).mean()
+    margin = log_ratio[:, 0] - log_ratio[:, 1]
+    metrics = {
+        "margin": margin.mean(),
+        "implicit_accuracy": (margin > 0).float().mean(),
+        "clip_fraction": ((log_ratio.exp() - 1).abs() > clip_range).float().mean(),
+        "log_ratio_size": log_ratio.abs().mean(),
+    }
+    return loss, metrics
 
 
 def preference_loss(log_ratio: Tensor, beta: float, clip_range: float) -> Tensor:

@@ -58,6 +58,8 @@ _rg_lcd = _with(
 )
 # Diffusion-DPO (2311.12908, its code): the whole UNet, 2000 updates of 2048 pairs.
 _dpo = _with(_train(2.05e-5, 1e-2, updates=2000, rows_per_update=2048), {"model": {"lora_rank": 0}})
+# Its launcher for SDXL-Turbo.
+_dpo_turbo = _with(_dpo, {"algorithm": {"grid_steps": 4, "zero_terminal_snr": True}})
 
 
 def _lcm_methods(*extra: Settings) -> dict[str, Settings]:
@@ -84,6 +86,7 @@ def sd_turbo() -> ModelBundle:
             "rebel": _sdpo,
             "d3po": _sdpo,
             "pso": _pso,
+            "diffusion_dpo": _dpo_turbo,
         },
     )
 
@@ -92,7 +95,12 @@ def sdxl_turbo() -> ModelBundle:
     return ModelBundle(
         path="stabilityai/sdxl-turbo",
         defaults=_with(_of_512, _sampler("euler_ancestral", 4), {"model": {"guidance": 0.0}}),
-        algorithm_defaults={"lasro": _with(_lasro_turbo, _vega), "pso": _pso, "sdpo": _sdpo},
+        algorithm_defaults={
+            "lasro": _with(_lasro_turbo, _vega),
+            "pso": _pso,
+            "sdpo": _sdpo,
+            "diffusion_dpo": _dpo_turbo,
+        },
     )
 
 
@@ -103,7 +111,12 @@ def sdxl_lightning() -> ModelBundle:
     return ModelBundle(
         path=SDXL,
         defaults=_with(_of_1024, _sampler("euler_ancestral", 4, eta=0.0), {"model": unet, "evaluate": {"steps": [4]}}),
-        algorithm_defaults={"lasro": _with(_sampler("renoise", 4), _lasro_turbo_loss, four, _vega), "pso": _pso},
+        algorithm_defaults={
+            "lasro": _with(_sampler("renoise", 4), _lasro_turbo_loss, four, _vega),
+            "pso": _pso,
+            # No source has it; the model knows the times of its four steps.
+            "diffusion_dpo": {"algorithm": {"grid_steps": 4}},
+        },
     )
 
 

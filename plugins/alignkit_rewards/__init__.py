@@ -5,11 +5,24 @@ from __future__ import annotations
 from alignkit import hookimpl
 from alignkit.hookspecs import Register
 
+REWARDS = {
+    "aesthetic": ("aesthetic:Aesthetic", "Beauty from 1 to 10, whatever the prompt: LAION's head on CLIP"),
+    "attribute_binding": (
+        "attribute_binding:AttributeBinding",
+        "Does every thing named in the prompt show its attributes? Asked of a BLIP VQA model (LaSRO)",
+    ),
+    "clip_score": ("clip_score:ClipScore", "How alike CLIP finds picture and prompt"),
+    "function": ("function:Function", "Any function of Python, as module:function"),
+    "hpsv2": ("hpsv2:HPSv2", "Human Preference Score v2, versions 2.0 and 2.1"),
+    "image_reward": ("image_reward:ImageReward", "What people prefer, read by BLIP from picture and prompt together"),
+    "jpeg_compressibility": ("jpeg:JpegCompressibility", "Minus the kilobytes of the picture as JPEG"),
+    "jpeg_incompressibility": ("jpeg:JpegIncompressibility", "The kilobytes of the picture as JPEG"),
+    "pickscore": ("pickscore:PickScore", "Which picture people would pick for the prompt, on CLIP ViT-H"),
+    "vqa_score": ("vqa_score:VqaScore", "How sure a vision language model is that the picture shows the prompt"),
+}
+
 
 @hookimpl
 def register_rewards(register: Register) -> None:
-    register(
-        "attribute_binding",
-        "alignkit_rewards.attribute_binding:AttributeBinding",
-        "Does every thing named in the prompt show its attributes? Asked of a BLIP VQA model (LaSRO)",
-    )
+    for name, (target, summary) in REWARDS.items():
+        register(name, f"alignkit_rewards.{target}", summary)

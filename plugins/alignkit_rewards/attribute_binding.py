@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Example, Reward, Scores
+from alignkit_rewards.checkpoints import check_local, load_model, load_tokenizer
 from alignkit_rewards.phrases import MATERIALS, Phrase, find_phrases, phrases
 from alignkit_rewards.pixels import CLIP_MEAN, CLIP_STD, normalize, resize
 
@@ -56,6 +56,7 @@ class AttributeBinding(Reward):
         self._choice: list[int] = []
 
     def check(self, examples: Iterable[Example]) -> None:
+        check_local("attribute_binding", "judge", self.judge)
         for example in examples:
             if not any(phrase.attributes for phrase in phrases(example)):
                 raise ConfigError(
@@ -130,33 +131,10 @@ def _takes_an(word: str) -> bool:
 
 def load_judge(judge: str) -> tuple[Any, Any]:
     """A frozen float32 BlipForQuestionAnswering and its BertTokenizer. Raises ConfigError if there is no such thing."""
-    from transformers import AutoConfig, BertTokenizer, BlipConfig, BlipForQuestionAnswering
+    from transformers import BlipForQuestionAnswering
 
-    from alignkit.loading import no_progress_bars
-
-    if judge.startswith(("/", "./", "../", "~")) and not Path(judge).is_dir():
-        raise ConfigError(f"attribute_binding: there is no folder {judge!r} to load the judge from; correct the path")
-    wanted = "expected a hub id or a folder that holds a BlipForQuestionAnswering and its BertTokenizer"
-    try:
-        config = AutoConfig.from_pretrained(judge)
-        if not isinstance(config, BlipConfig):
-            raise ConfigError(f"attribute_binding: the judge {judge!r} is a {config.model_type} model; {wanted}")
-        with no_progress_bars():
-            model, report = BlipForQuestionAnswering.from_pretrained(
-                judge, dtype=torch.float32, output_loading_info=True
-            )
-        tokenizer = BertTokenizer.from_pretrained(judge)
-    except ConfigError:
-        raise
-    except Exception as error:  # whatever transformers, safetensors and the hub raise for a bad name or file
-        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
-        raise ConfigError(f"attribute_binding: cannot load the judge {judge!r}: {reason}; {wanted}") from error
-    missing = sorted(key for key in report["missing_keys"] if not key.endswith("position_ids"))
-    if missing:
-        raise ConfigError(
-            f"attribute_binding: the judge {judge!r} lacks {missing[0]} and {len(missing) - 1} more; {wanted}"
-        )
-    return model.eval().requires_grad_(False), tokenizer
+    model = load_model("attribute_binding", "judge", judge, BlipForQuestionAnswering)
+    return model, load_tokenizer("attribute_binding", judge, model.config.text_config.vocab_size)
 
 
 def yes_no(tokenizer: Any) -> list[int]:

@@ -34,28 +34,44 @@ def bicubic_matrix(size: int, target: int) -> Tensor:
     return (weights.abs() + 0.5).floor() * weights.sign() / _PRECISION
 
 
-def _along_last(levels: Tensor, target: int) -> Tensor:
+def _along_last(x: Tensor, target: int, levels: bool) -> Tensor:
     """One pass of the resize over the last axis: levels 0..255 in and out, the rounding straight through."""
-    if levels.shape[-1] == target:
-        return levels
-    weights = bicubic_matrix(levels.shape[-1], target).to(levels)
-    smooth = (levels @ weights.T).clamp(0, 255)
+    if x.shape[-1] == target:
+        return x
+    smooth = x @ bicubic_matrix(x.shape[-1], target).to(x).T
+    if not levels:
+        return smooth
+    smooth = smooth.clamp(0, 255)
     return smooth + ((smooth + 0.5).floor() - smooth).detach()
 
 
-def resize(images: Tensor, height: int, width: int) -> Tensor:
+def resize(images: Tensor, height: int, width: int, levels: bool = True) -> Tensor:
     """(N, 3, H, W) in [0, 1] to float32 (N, 3, height, width) in [0, 1], as Pillow's `resize(..., BICUBIC)` would.
 
     Equal to Pillow for 8-bit pictures: across first, then down, each pass rounded. (For some tall pictures Pillow goes
     down first, which moves a level here and there.) All sums are exact in float64, so they agree on every device;
-    differentiable, the rounding counting as the identity.
+    differentiable, the rounding counting as the identity. Without `levels` nothing is rounded or clamped, as in
+    torch's antialiased bicubic resize of a tensor; values may then leave [0, 1] a little.
     """
     exact = torch.float32 if images.device.type == "mps" else torch.float64  # MPS has no float64: a level may differ
-    levels = images.to(exact) * 255
-    levels = levels + (levels.round() - levels).detach()
-    across = _along_last(levels, width)
-    down = _along_last(across.transpose(-1, -2), height).transpose(-1, -2)
+    x = images.to(exact) * 255
+    if levels:
+        x = x + (x.round() - x).detach()
+    across = _along_last(x, width, levels)
+    down = _along_last(across.transpose(-1, -2), height, levels).transpose(-1, -2)
     return (down / 255).float()
+
+
+def resize_and_crop(images: Tensor, size: int, levels: bool = True) -> Tensor:
+    """(N, 3, H, W) in [0, 1] to (N, 3, size, size): the shorter side becomes `size`, and the middle stays.
+
+    Lengths and offsets are rounded down, as transformers does it; torchvision's crop may lie one pixel further.
+    """
+    height, width = images.shape[-2:]
+    shorter = min(height, width)
+    height, width = size * height // shorter, size * width // shorter
+    top, left = (height - size) // 2, (width - size) // 2
+    return resize(images, height, width, levels)[..., top : top + size, left : left + size]
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -57,6 +57,9 @@ def shapes_lcm() -> ModelBundle:
             "lcd": {"algorithm": guidance},
             "rg_lcd": rg_lcd,
             "gors_lcm": {"algorithm": guidance},
+            "pso": {"algorithm": guidance},
+            # Captions say what stands left of what.
+            "diffusion_dpo": {"algorithm": {"flip": False}},
         },
     )
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from alignkit.rewards import quantize
-from alignkit_rewards.pixels import CLIP_MEAN, CLIP_STD, bicubic_matrix, normalize, resize
+from alignkit_rewards.pixels import CLIP_MEAN, CLIP_STD, bicubic_matrix, normalize, resize, resize_and_crop
 
 
 def _pillow(levels: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -27,6 +27,25 @@ def test_resize_equals_pillow_to_the_bit_on_noise(size: int, target: int) -> Non
 def test_resize_equals_pillow_within_a_level_off_the_square() -> None:
     levels = np.random.default_rng(0).integers(0, 256, (96, 160, 3), dtype=np.uint8)
     np.testing.assert_allclose(_ours(levels, 64, 48), _pillow(levels, 64, 48), atol=1)
+
+
+@pytest.mark.parametrize(("height", "width"), [(96, 160), (161, 97), (64, 64), (40, 30)])
+def test_the_crop_is_the_middle_of_what_pillow_resizes(height: int, width: int) -> None:
+    levels = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    shorter = min(height, width)
+    long, wide = 48 * height // shorter, 48 * width // shorter
+    top, left = (long - 48) // 2, (wide - 48) // 2
+    expected = _pillow(levels, long, wide)[top : top + 48, left : left + 48]
+    images = torch.from_numpy(levels).permute(2, 0, 1)[None].float() / 255
+    ours = (resize_and_crop(images, 48) * 255).round()[0].permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(ours, expected, atol=1)
+
+
+@pytest.mark.parametrize(("size", "target"), [(96, 32), (40, 64), (50, 37)])
+def test_without_levels_the_resize_is_torchs_antialiased_bicubic(size: int, target: int) -> None:
+    x = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.interpolate(x, size=(target, target), mode="bicubic", antialias=True)
+    torch.testing.assert_close(resize(x, target, target, levels=False), expected, atol=1e-5, rtol=0)
 
 
 def test_the_gradient_of_the_resize_is_that_of_the_smooth_resize() -> None:

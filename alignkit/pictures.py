@@ -1,0 +1,236 @@
+"""Captioned pictures, opened and made fit for a model: of files, and of data sets of the datasets library.
+
+Each is a finite set whose pictures are found by number, so a stream over it is entered anywhere, by one number.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, Generic, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from alignkit.data import Pictures, Stream, choose_column, leave_out
+from alignkit.errors import ConfigError
+from alignkit.picture_files import CAPTION_KEY, KEY, StoredPicture, read_folder, read_shard, read_table, shards
+
+T = TypeVar("T")
+
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises for a file that is no whole picture."""
+
+
+def as_rgb(picture: Image.Image) -> Image.Image:
+    """Upright by its EXIF orientation, what is transparent on white, 16-bit grey as 8-bit, in RGB.
+
+    Raises ValueError for floating-point pixels, whose range nothing tells.
+    """
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range")
+    if picture.mode.startswith("I"):  # 16 bits; Pillow would clip them at 255
+        picture = Image.fromarray((np.asarray(picture).astype(np.uint32).clip(0, 65535) >> 8).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def middle_square(picture: Image.Image, size: int) -> Tensor:
+    """The middle square of an RGB picture at `size` pixels, (3, size, size) float32 in [0, 1]."""
+    edge = min(picture.size)
+    left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
+    square = picture.crop((left, top, left + edge, top + edge)).resize((size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1).float() / 255
+
+
+def read_picture(data: bytes, size: int) -> Tensor:
+    """The middle square of a picture file, (3, size, size) float32 in [0, 1]. Raises one of `UNREADABLE`."""
+    with Image.open(io.BytesIO(data)) as opened:
+        return middle_square(as_rgb(opened), size)
+
+
+class Items(ABC, Generic[T]):
+    """A finite number of pictures or of pairs, found by number and read when their turn comes.
+
+    One that cannot be read is a ConfigError that names it. With a list `skipped` it is noted there once instead, and
+    the next one that can be read stands in its place, so that what stands at a position never depends on the past.
+    """
+
+    key: ClassVar[str]
+    """The key of the run file that names them."""
+
+    def __init__(self, skipped: list[str] | None = None) -> None:
+        self._skipped = skipped
+        self._broken: set[int] = set()
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Where it lies: file, line or member."""
+
+    @abstractmethod
+    def load(self, index: int) -> T:
+        """Its pictures, each (3, H, W) float32 in [0, 1], and its text. Raises one of `UNREADABLE`."""
+
+    def read(self, index: int) -> T | None:
+        """What `load` gives; None if it is broken and such are skipped."""
+        if index in self._broken:
+            return None
+        try:
+            return self.load(index)
+        except UNREADABLE as error:
+            reason = str(error) or type(error).__name__
+            leave_out(self._skipped, self.key, f"{self.name(index)} cannot be read ({reason})")
+            self._broken.add(index)
+            return None
+
+    def at(self, start: int, size: int, seed: int) -> list[T]:
+        """What stands at positions start .. start + size of the stream of `seed`."""
+        indices = Stream(len(self), seed).indices(start, size)
+        # In the order of the files: what lies together is read together.
+        found = {index: self._whole(index) for index in sorted(set(indices))}
+        return [found[index] for index in indices]
+
+    def _whole(self, index: int) -> T:
+        for place in range(index, index + len(self)):
+            if (found := self.read(place % len(self))) is not None:
+                return found
+        raise ConfigError(f"{self.key}: none of {len(self)} can be read; the first is {self.name(0)}")
+
+
+class PictureSet(Items[tuple[Tensor, str]], Pictures):
+    """Captioned pictures, cropped to the middle square and resized to `size` pixels."""
+
+    key = KEY
+
+    def __init__(self, size: int, skipped: list[str] | None = None) -> None:
+        super().__init__(skipped)
+        self.size = size
+
+    @abstractmethod
+    def stored(self, index: int) -> tuple[bytes, str]:
+        """The file of a picture, and its caption. Raises OSError or ValueError if that cannot be had."""
+
+    def load(self, index: int) -> tuple[Tensor, str]:
+        data, caption = self.stored(index)
+        return read_picture(data, self.size), caption
+
+    def batch(self, start: int, size: int, seed: int) -> tuple[Tensor, list[str]]:
+        pictures, captions = zip(*self.at(start, size, seed), strict=True)
+        return torch.stack(pictures), list(captions)
+
+
+class PictureFiles(PictureSet):
+    """Captioned pictures that are files, or parts of files."""
+
+    def __init__(self, pictures: Sequence[StoredPicture], size: int, skipped: list[str] | None = None) -> None:
+        super().__init__(size, skipped)
+        self._pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def name(self, index: int) -> str:
+        return self._pictures[index].name
+
+    def stored(self, index: int) -> tuple[bytes, str]:
+        picture = self._pictures[index]
+        with picture.path.open("rb") as file:
+            file.seek(picture.start)
+            return file.read(-1 if picture.length is None else picture.length), picture.caption
+
+
+class DatasetPictures(PictureSet):
+    """Rows of a data set of the datasets library, with one column of pictures."""
+
+    def __init__(self, source: str, size: int, column: str = "", skipped: list[str] | None = None) -> None:
+        """`source` is a folder that `save_to_disk` wrote, or `datasets:NAME` or `datasets:NAME:SPLIT`."""
+        super().__init__(size, skipped)
+        self._source = source
+        try:
+            import datasets
+        except ImportError:
+            raise ConfigError(f"{KEY}: {source} is read by datasets; pip install 'alignkit[datasets]'") from None
+        try:
+            if source.startswith("datasets:"):
+                name, _, split = source.removeprefix("datasets:").partition(":")
+                data = datasets.load_dataset(name, split=split or "train")
+            else:
+                data = datasets.load_from_disk(source)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(f"{KEY}: {source} cannot be loaded as a data set ({reason})") from error
+        if isinstance(data, datasets.DatasetDict):
+            raise ConfigError(
+                f"{KEY}: {source} holds the splits {', '.join(data)}; name one, as {source}/{next(iter(data))}"
+            )
+        found = [name for name, feature in data.features.items() if isinstance(feature, datasets.Image)]
+        if len(found) != 1:
+            raise ConfigError(f"{KEY}: {source} has {len(found)} columns of pictures; expected one")
+        self._picture, self._text = found[0], choose_column(data.column_names, column, CAPTION_KEY, source)
+        self._rows = data.with_format("arrow", columns=[self._picture, self._text])  # pictures as stored, not decoded
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def name(self, index: int) -> str:
+        return f"{self._source}, row {index}"
+
+    def stored(self, index: int) -> tuple[bytes, str]:
+        (row,) = self._rows[index].to_pylist()
+        picture, caption = row[self._picture], row[self._text]
+        if not isinstance(caption, str):
+            raise ValueError(f"expected a string as {self._text}, found {caption!r}")
+        if picture is None:
+            raise ValueError("there is no picture")
+        return picture["bytes"] if picture["bytes"] is not None else Path(picture["path"]).read_bytes(), caption
+
+
+def open_pictures(source: str, size: int, column: str = "", skipped: list[str] | None = None) -> Pictures:
+    """What `[data] pictures` names, at `size` pixels.
+
+    `column` names the caption where there are several to choose from. What is broken is a ConfigError, or, given a
+    list `skipped`, left out and noted there: what is missing now, and what cannot be read when it comes up.
+    """
+    path = Path(source)
+    if source.startswith("datasets:") or any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        pictures: PictureSet = DatasetPictures(source, size, column, skipped)
+    elif (path / "metadata.jsonl").is_file():
+        pictures = PictureFiles(list(read_table(path / "metadata.jsonl", column, skipped)), size, skipped)
+    elif path.is_dir():
+        pictures = PictureFiles(list(read_folder(path, skipped)), size, skipped)
+    elif path.suffix == ".jsonl":
+        pictures = PictureFiles(list(read_table(path, column, skipped)), size, skipped)
+    elif path.suffix == ".tar":
+        stored = [picture for shard in shards(source) for picture in read_shard(shard, column, skipped)]
+        pictures = PictureFiles(stored, size, skipped)
+    else:
+        return _from_class(source, size)
+    if not len(pictures):
+        raise ConfigError(f"{KEY}: {source} holds no captioned picture" + "".join(f"; {s}" for s in skipped or ()))
+    return pictures
+
+
+def _from_class(source: str, size: int) -> Pictures:
+    module, _, name = source.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)(size)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{KEY}: {source!r} is no folder, .jsonl or .tar file, no datasets:NAME, and no "
+            f'"package.module:Class" of captioned pictures ({error})'
+        ) from error
+    if not isinstance(found, Pictures):
+        raise ConfigError(f"{KEY}: {source} is no alignkit.data.Pictures")
+    return found

@@ -1,0 +1,115 @@
+"""Diffusion-DPO: direct preference optimisation on pairs of pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from alignkit.errors import ConfigError
+from alignkit.interfaces import Algorithm, Batch, Context, Sampler
+from alignkit_preference.noised import (
+    TIMES,
+    LatentPairs,
+    NoisedPairs,
+    Space,
+    encode_pairs,
+    errors,
+    margin,
+    metrics,
+    noised,
+)
+from alignkit_samplers.lcm import LCM
+
+
+@dataclass
+class DiffusionDPO(Algorithm[LatentPairs, NoisedPairs]):
+    """Diffusion-DPO (Wallace et al. 2023, arXiv 2311.12908, Eq. 14), as its authors' code has it.
+
+    Of two pictures of a text one is preferred. Both are noised alike, and the model learns to tell that noise better in
+    the preferred one and worse in the other, each compared with the model as it was before training. It learns from
+    pairs that are there; nothing is drawn and no reward is asked, except to show what comes of it.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"pairs"})
+
+    beta: float = 5000.0
+    """What half the difference of errors is multiplied with (the authors' code; diffusers' script has no half, and
+    2500). It holds the paper's factors beta, T and omega and the number of latent dimensions."""
+    grid_steps: int = 0
+    """Learn at the times of a walk of so many steps of the run's sampler: 4 for turbo models. 0: at all times that the
+    model was made for, those of its distillation if the sampler is lcm, else the whole schedule."""
+    zero_terminal_snr: bool = False
+    """Noise the pictures by a schedule rescaled to end in pure noise, where turbo models begin (the code does for
+    those)."""
+    empty_prompts: float | None = None
+    """Share of texts that are left out. Left out: 0.2 (the code) where guidance takes a pass without text, else 0."""
+    flip: bool = True
+    """Mirror each picture, those of a pair independently, every second time (the code). Wrong where texts say left
+    and right."""
+    space: Space = "noise"
+    """Where errors are taken: of the noise (paper), whatever the network predicts, or of velocity or clean latent.
+    diffusers' script takes the velocity for models that predict it."""
+
+    def __post_init__(self) -> None:
+        if self.beta <= 0:
+            raise ValueError(f"beta is {self.beta}, expected more than 0")
+        if self.grid_steps < 0:
+            raise ValueError(f"grid_steps is {self.grid_steps}, expected 0 or more")
+        if self.empty_prompts is not None and not 0 <= self.empty_prompts <= 1:
+            raise ValueError(f"empty_prompts is {self.empty_prompts}, expected 0 to 1")
+        if self.zero_terminal_snr and self.space != "noise":
+            raise ValueError(
+                f'space is "{self.space}", expected "noise" with zero_terminal_snr: the output is read by the schedule '
+                "of the network, and under another one only the noise can be read so"
+            )
+
+    def check(self, sampler: Sampler) -> None:
+        try:
+            self._on_grid(sampler)
+        except ValueError as error:
+            raise ConfigError(f"algorithm.grid_steps: sampler cannot walk so many steps: {error}") from error
+
+    def _on_grid(self, sampler: Sampler) -> Sampler | None:
+        """The sampler whose times are learned at; None for the whole schedule."""
+        if self.grid_steps:
+            return replace(sampler, num_steps=self.grid_steps)
+        return replace(sampler, num_steps=sampler.original_steps) if isinstance(sampler, LCM) else None
+
+    def times(self, ctx: Context) -> Tensor:
+        """(K,) the times that are learned at."""
+        sampler = self._on_grid(ctx.sampler)
+        return torch.arange(TIMES) if sampler is None else sampler.grid(ctx.policy)
+
+    def setup(self, ctx: Context) -> None:
+        times = self.times(ctx).to(ctx.policy.device)
+        if self.grid_steps and self.space == "noise" and bool((ctx.policy.schedule(times)[0] == 0).any()):
+            ctx.warn(
+                "at the first of algorithm.grid_steps the model begins with pure noise, which needs no telling: set "
+                'algorithm.space = "velocity" to learn there too'
+            )
+
+    def collect(self, batch: Batch, ctx: Context) -> LatentPairs:
+        assert batch.pairs is not None  # needs "pairs"
+        guided = bool(ctx.policy.guidance) and not ctx.policy.guidance_embedded
+        share = self.empty_prompts if self.empty_prompts is not None else 0.2 * guided
+        return encode_pairs(batch.pairs, ctx, self.flip, share)
+
+    def updates(self, collected: LatentPairs, ctx: Context) -> Iterator[NoisedPairs]:
+        """One update on all pairs of the round."""
+        yield noised(collected, self.times(ctx), ctx)
+
+    def loss(self, rows: NoisedPairs, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        now = errors(rows, ctx.policy, self.space, self.zero_terminal_snr)
+        with ctx.policy.reference():
+            before = errors(rows, ctx.policy, self.space, self.zero_terminal_snr)
+        return preference_loss(now, before, self.beta).mean(), metrics(now, before)
+
+
+def preference_loss(now: Tensor, before: Tensor, beta: float) -> Tensor:
+    """-log sigmoid(-beta/2 ((m_w - m_l) - (m_w_ref - m_l_ref))) of errors m (N, 2), the winner's first, (N,)."""
+    return -F.logsigmoid(beta / 2 * margin(now, before))

@@ -1,0 +1,112 @@
+"""Pairs of latents under the same noise, and how well the network tells that noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from alignkit import diffusion
+from alignkit.interfaces import Context, Policy, PreferencePairs, Prompt, Rows
+
+Space = Literal["noise", "velocity", "clean"]
+TIMES = 1000
+"""Times of a schedule."""
+ENCODED_AT_ONCE = 8
+"""Pictures that go through the encoder together: an update may have thousands of pairs."""
+
+
+@dataclass(frozen=True)
+class LatentPairs(Rows):
+    """Pairs of latents of one text each, N rows."""
+
+    winner: Tensor
+    """(N, *S) the preferred one."""
+    loser: Tensor
+    """(N, *S)"""
+    prompt: Prompt
+
+
+@dataclass(frozen=True)
+class NoisedPairs(Rows):
+    """Pairs with what is drawn for one update, the same for both members."""
+
+    pairs: LatentPairs
+    noise: Tensor
+    """(N, *S) unit normal."""
+    t: Tensor
+    """(N,) times as the network takes them."""
+
+
+def encode_pairs(pairs: PreferencePairs, ctx: Context, flip: bool = False, empty_prompts: float = 0.0) -> LatentPairs:
+    """The latents of pictures, each mirrored by a chance of its own with `flip`; a share of the texts is left out."""
+    members = []
+    for pictures in (pairs.winners, pairs.losers):
+        mirrored = torch.rand(len(pictures), generator=ctx.generator) < 0.5 * flip
+        parts = []
+        for part, mirror in zip(pictures.split(ENCODED_AT_ONCE), mirrored.split(ENCODED_AT_ONCE), strict=True):
+            part = torch.where(diffusion.columns(mirror, part), part.flip(3), part)
+            parts.append(ctx.policy.encode_images(part))
+        members.append(torch.cat(parts))
+    dropped = (torch.rand(len(pairs.captions), generator=ctx.generator) < empty_prompts).tolist()
+    texts = ["" if drop else text for text, drop in zip(pairs.captions, dropped, strict=True)]
+    return LatentPairs(members[0], members[1], ctx.policy.encode(texts))
+
+
+def noised(pairs: LatentPairs, times: Tensor, ctx: Context) -> NoisedPairs:
+    """One of `times` (K,) and one noise for each pair. Both members share them: what differs is the picture alone."""
+    chosen = torch.randint(len(times), (len(pairs),), generator=ctx.generator)
+    return NoisedPairs(pairs, ctx.noise(len(pairs)), times[chosen].to(pairs.winner.device))
+
+
+def errors(rows: NoisedPairs, policy: Policy, space: Space = "noise", zero_terminal_snr: bool = False) -> Tensor:
+    """(N, 2) mean squared error over latent dimensions of what the policy makes of the noised pairs, winner first.
+
+    In the space of noise it is that of the noise which the prediction implies, and so the same for every prediction
+    type: (alpha / sigma)^2 times that of the clean latent. The velocity's is 1 / sigma^2 times that.
+    """
+    count = len(rows)
+    clean, noise, t = torch.cat([rows.pairs.winner, rows.pairs.loser]), rows.noise.repeat(2, 1, 1, 1), rows.t.repeat(2)
+    prompt = rows.pairs.prompt.select(torch.arange(count).repeat(2))
+    alpha, sigma = policy.schedule(t)  # what the network's output is read with
+    x = diffusion.add_noise(clean, noise, *(rescaled(policy, t) if zero_terminal_snr else (alpha, sigma)))
+    # The conditional prediction, or that of the one guidance which the network was distilled for.
+    predicted = policy.denoise(x, t, prompt, None if policy.guidance_embedded else torch.zeros_like(alpha))
+    if space == "noise":
+        difference = diffusion.to_noise(predicted, x, alpha, sigma) - noise
+    else:
+        difference = predicted - clean
+        difference = difference / diffusion.columns(sigma, difference) if space == "velocity" else difference
+    return difference.square().flatten(1).mean(1).view(2, count).T
+
+
+def rescaled(policy: Policy, t: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha and sigma (N,) at times t (N,) of the schedule shifted and stretched so that its last time is pure noise.
+
+    Algorithm 1 of Lin et al. 2024 (arXiv 2305.08891).
+    """
+    alpha = policy.schedule(torch.arange(TIMES, device=t.device))[0]
+    alpha = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1]))[t]
+    return alpha, (1 - alpha**2).sqrt()
+
+
+def margin(now: Tensor, before: Tensor) -> Tensor:
+    """How much more the winner's error fell than the loser's, (N,), of errors (N, 2) now and before training."""
+    gained = before - now
+    return gained[:, 0] - gained[:, 1]
+
+
+def metrics(now: Tensor, before: Tensor) -> dict[str, Tensor]:
+    """What both methods show: errors beside those before training, and how often the winner gained more."""
+    gain = margin(now, before)
+    return {
+        "margin": gain.mean(),
+        # Where nothing has moved yet neither side is preferred.
+        "implicit_accuracy": ((gain > 0).float() + 0.5 * (gain == 0)).mean(),
+        "winner_error": now[:, 0].mean(),
+        "loser_error": now[:, 1].mean(),
+        "winner_error_change": (now - before)[:, 0].mean(),
+        "loser_error_change": (now - before)[:, 1].mean(),
+    }

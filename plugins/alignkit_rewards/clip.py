@@ -1,0 +1,101 @@
+"""Rewards that read pictures and texts with the two towers of CLIP: what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize as unit
+
+from alignkit.interfaces import Example, Reward
+from alignkit_rewards.checkpoints import (
+    Precision,
+    backbone_dtype,
+    check_local,
+    check_precision,
+    load_model,
+    load_tokenizer,
+    tokenize,
+    tokenizer_source,
+)
+from alignkit_rewards.pixels import CLIP_MEAN, CLIP_STD, normalize, resize_and_crop
+
+
+@dataclass
+class ClipReward(Reward):
+    """A CLIPModel of transformers, frozen. Projections, lengths and dot products are float32; only the towers follow
+    `precision`: cosines of one prompt's pictures differ in the third place, which half precision cannot hold."""
+
+    checkpoint: str = ""
+    """Hub id or local folder of a CLIPModel."""
+    tokenizer: str = ""
+    """Hub id or local folder of the tokenizer. Empty: with the checkpoint if that is a folder with one, or else the
+    public one."""
+    precision: Precision = "auto"
+    """The towers' precision. auto is bf16 on CUDA and fp32 elsewhere; fp16 is nearer to fp32, bf16 safer in the
+    gradient. Heads are always float32."""
+
+    differentiable: ClassVar[bool] = True
+    name: ClassVar[str]
+    public_tokenizer: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        check_precision(self.name, self.precision)
+        self._model: Any = None
+        self._tokenizer: Any = None
+        self._logit_scale = 1.0
+
+    def check(self, examples: Iterable[Example]) -> None:
+        check_local(self.name, "checkpoint", self.checkpoint)
+        check_local(self.name, "tokenizer", self.tokenizer)
+
+    def load(self, device: torch.device) -> None:
+        if self._model is None:
+            from transformers import CLIPModel
+
+            model = load_model(self.name, "checkpoint", self.folder(), CLIPModel)
+            self._tokenizer = self.load_tokenizer(model.config.text_config.vocab_size)
+            self._logit_scale = float(model.logit_scale.exp())
+            self._model = model
+        self._model.to(device, backbone_dtype(self.precision, device))
+        self._model.visual_projection.float()
+        self._model.text_projection.float()
+
+    def folder(self) -> str:
+        """Where the CLIPModel lies, in transformers' layout."""
+        return self.checkpoint
+
+    def load_tokenizer(self, vocabulary: int) -> Any:
+        """The tokenizer of the text tower."""
+        source = tokenizer_source(self.tokenizer, self.checkpoint, self.public_tokenizer)
+        return load_tokenizer(self.name, source, vocabulary)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) in [0, 1] as the vision tower takes them."""
+        size = self._model.config.vision_config.image_size
+        return normalize(resize_and_crop(images, size), CLIP_MEAN, CLIP_STD)
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Unit vectors (N, D) float32, with gradient to the pixels."""
+        pixels = self.pixels(images).to(self._model.dtype)
+        pooled = self._model.vision_model(pixel_values=pixels).pooler_output
+        return unit(self._model.visual_projection(pooled.float()), dim=-1)
+
+    @torch.no_grad()
+    def text_features(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Unit vectors (N, D) float32, and (N,) 1 where a text was too long and its end was not read."""
+        distinct = list(dict.fromkeys(texts))
+        limit = self._model.config.text_config.max_position_embeddings
+        tokens = tokenize(self._tokenizer, distinct, limit, self._model.device)
+        pooled = self._model.text_model(input_ids=tokens.ids, attention_mask=tokens.mask).pooler_output
+        features = unit(self._model.text_projection(pooled.float()), dim=-1)
+        index = torch.tensor([distinct.index(text) for text in texts], device=features.device)
+        return features[index], tokens.truncated[index]
+
+    def cosine(self, images: Tensor, texts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The cosine of each picture and its text (N,), and the parts that tell which texts were cut."""
+        features, truncated = self.text_features(texts)
+        return (self.image_features(images) * features).sum(-1), {"truncated": truncated}

@@ -1,0 +1,36 @@
+"""CLIPScore: how alike CLIP finds picture and prompt (Hessel et al., "CLIPScore", 2104.08718)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from alignkit.interfaces import Example, Scores
+from alignkit_rewards.clip import ClipReward
+
+
+@dataclass
+class ClipScore(ClipReward):
+    """The cosine of CLIP's picture and text vectors, in [-1, 1]; `scale`, `clamp` and `prefix` make it the published
+    variants. Part "truncated": 1 where the prompt has more tokens than CLIP reads (77)."""
+
+    checkpoint: str = "openai/clip-vit-large-patch14"
+    """Hub id or local folder of a CLIPModel."""
+    scale: float = 1.0
+    """What the cosine is multiplied with: 2.5 in the paper, 100 in torchmetrics."""
+    clamp: bool = False
+    """Whether negative cosines count as 0, as both have it; there the gradient is 0 too."""
+    prefix: str = ""
+    """What stands before each prompt: "A photo depicts " in the paper."""
+
+    name: ClassVar[str] = "clip_score"
+    public_tokenizer: ClassVar[str] = "openai/clip-vit-large-patch14"
+
+    def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
+        cosine, parts = self.cosine(images, [self.prefix + example.text for example in examples])
+        values = self.scale * (cosine.clamp(min=0) if self.clamp else cosine)
+        return Scores(values, torch.ones_like(values, dtype=torch.bool), parts)

@@ -1,0 +1,156 @@
+"""ImageReward: what people prefer, from comparisons of pictures of one prompt (Xu et al., 2304.05977).
+
+BLIP reads the prompt while looking at the picture, and a head makes a number of its first token. Classes of
+transformers, with the weights that the authors publish; their package is not needed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from alignkit.errors import ConfigError
+from alignkit.interfaces import Example, Reward, Scores
+from alignkit_rewards.checkpoints import (
+    Precision,
+    Translated,
+    backbone_dtype,
+    check_local,
+    check_precision,
+    converted,
+    load_model,
+    load_tokenizer,
+    locate_file,
+    tokenize,
+    tokenizer_source,
+)
+from alignkit_rewards.linear import fold
+from alignkit_rewards.pixels import CLIP_MEAN, CLIP_STD, normalize, resize_and_crop
+
+PUBLISHED = "THUDM/ImageReward/ImageReward.pt"
+MEAN, STD = 0.16717362830052426, 1.0333394966054072
+"""Of the raw values over the authors' validation set; part of the published score."""
+
+
+@dataclass
+class ImageReward(Reward):
+    """(raw - mean) / std of a BLIP ViT-L and its head; mostly in [-2, 2]. Part "truncated": 1 where the prompt has
+    more tokens than are read (`max_tokens`)."""
+
+    checkpoint: str = PUBLISHED
+    """The published file, on disk or as owner/name/file on the hub, or a local folder that was converted from it."""
+    tokenizer: str = ""
+    """Hub id or local folder of BERT's tokenizer. Empty: with the checkpoint if it lies there, or else
+    google-bert/bert-base-uncased."""
+    precision: Precision = "auto"
+    """The backbone's precision: auto is bf16 on CUDA and fp32 elsewhere. The head is always float32."""
+    normalized: bool = True
+    """Whether mean and std are taken out, as the authors do. SDPO's numbers are without."""
+    max_tokens: int = 35
+    """Tokens of the prompt that are read, [CLS] and [SEP] counted; 35 as published."""
+
+    differentiable: ClassVar[bool] = True
+    name: ClassVar[str] = "image_reward"
+
+    def __post_init__(self) -> None:
+        check_precision(self.name, self.precision)
+        if not 3 <= self.max_tokens <= 512:
+            raise ConfigError(f"image_reward: max_tokens is {self.max_tokens}, expected 3 to 512")
+        self._model: Any = None
+        self._tokenizer: Any = None
+
+    def check(self, examples: Iterable[Example]) -> None:
+        check_local(self.name, "checkpoint", self.checkpoint)
+        check_local(self.name, "tokenizer", self.tokenizer)
+
+    def load(self, device: torch.device) -> None:
+        if self._model is None:
+            from transformers import BlipForImageTextRetrieval
+
+            file = locate_file(self.name, "checkpoint", self.checkpoint)
+            folder = Path(self.checkpoint).expanduser()
+            if file is not None:
+                folder = converted(self.name, file, BlipForImageTextRetrieval, blip_large, translate, ("itm_head.",))
+            if not (folder / "head.safetensors").is_file():
+                raise ConfigError(
+                    f"image_reward: the checkpoint {self.checkpoint!r} has no head.safetensors; expected "
+                    "ImageReward.pt of https://huggingface.co/THUDM/ImageReward, or a folder converted from it"
+                )
+            model = load_model(self.name, "checkpoint", str(folder), BlipForImageTextRetrieval, ("itm_head.",))
+            head = load_file(folder / "head.safetensors")
+            self._weight, self._bias = head["weight"], head["bias"]
+            source = tokenizer_source(self.tokenizer, self.checkpoint, "google-bert/bert-base-uncased")
+            self._tokenizer = load_tokenizer(self.name, source, model.config.text_config.vocab_size)
+            self._model = model
+        self._model.to(device, backbone_dtype(self.precision, device))
+        self._weight, self._bias = self._weight.to(device), self._bias.to(device)
+
+    def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
+        size = self._model.config.vision_config.image_size
+        pixels = normalize(resize_and_crop(images, size), CLIP_MEAN, CLIP_STD).to(self._model.dtype)
+        seen = self._model.vision_model(pixel_values=pixels).last_hidden_state
+        tokens = tokenize(self._tokenizer, [example.text for example in examples], self.max_tokens, images.device)
+        read = self._model.text_encoder(
+            input_ids=tokens.ids, attention_mask=tokens.mask, encoder_hidden_states=seen
+        ).last_hidden_state
+        values = read[:, 0].float() @ self._weight + self._bias
+        if self.normalized:
+            values = (values - MEAN) / STD
+        return Scores(values, torch.ones_like(values, dtype=torch.bool), {"truncated": tokens.truncated})
+
+
+def blip_large() -> Any:
+    """The authors' med_config.json and ViT-L/16 as a BlipConfig. Heads and epsilons differ from BLIP's defaults."""
+    from transformers import BlipConfig
+
+    return BlipConfig(
+        text_config={"vocab_size": 30524, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+                     "num_attention_heads": 12, "max_position_embeddings": 512, "layer_norm_eps": 1e-12,
+                     "encoder_hidden_size": 1024},
+        vision_config={"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+                       "num_attention_heads": 16, "image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-6,
+                       "hidden_act": "gelu"},
+        image_text_hidden_size=256,
+    )  # fmt: skip
+
+
+_VISION = {
+    r"cls_token": "embeddings.class_embedding",
+    r"pos_embed": "embeddings.position_embedding",
+    r"patch_embed\.proj\.": "embeddings.patch_embedding.",
+    r"blocks\.(\d+)\.norm([12])\.": r"encoder.layers.\1.layer_norm\2.",
+    r"blocks\.(\d+)\.attn\.qkv\.": r"encoder.layers.\1.self_attn.qkv.",
+    r"blocks\.(\d+)\.attn\.proj\.": r"encoder.layers.\1.self_attn.projection.",
+    r"blocks\.(\d+)\.mlp\.": r"encoder.layers.\1.mlp.",
+    r"norm\.": "post_layernorm.",
+}
+
+
+def translate(state: Mapping[str, Tensor]) -> Translated:
+    """The published weights by the names of BlipForImageTextRetrieval, and the head folded into weight and bias."""
+    model: dict[str, Tensor] = {}
+    head: dict[str, Tensor] = {}
+    for name, value in state.items():
+        name = name.removeprefix("blip.")
+        if name.startswith("mlp."):
+            head[name.removeprefix("mlp.")] = value
+        elif name.startswith("visual_encoder."):
+            inner = name.removeprefix("visual_encoder.")
+            rule = next((old for old in _VISION if re.match(old, inner)), None)
+            model["vision_model." + (re.sub(f"^{rule}", _VISION[rule], inner) if rule else inner)] = value
+        elif name != "text_encoder.embeddings.position_ids":  # a buffer: 0, 1, 2, ...
+            model[name] = value
+    try:
+        weight, bias = fold(head)
+    except ValueError as error:
+        raise ConfigError(
+            f"image_reward: the head of the checkpoint (mlp.*) is not the published one: {error}"
+        ) from error
+    return model, {"weight": weight, "bias": bias}

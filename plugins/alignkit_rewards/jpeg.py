@@ -1,0 +1,50 @@
+"""The size of a picture as a JPEG file: the rewards that need no network (Black et al., DDPO, 2305.13301)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from alignkit.errors import ConfigError
+from alignkit.interfaces import Example, Reward
+
+
+@dataclass
+class JpegIncompressibility(Reward):
+    """Kilobytes (1000 bytes) of the picture as a JPEG file: the more detail, the higher. No gradient."""
+
+    quality: int = 95
+    """JPEG quality, 1 to 100; colours at half resolution, as Pillow does by itself."""
+
+    bounds: ClassVar[tuple[float | None, float | None]] = (0.0, None)
+    name: ClassVar[str] = "jpeg_incompressibility"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.quality <= 100:
+            raise ConfigError(f"{self.name}: quality is {self.quality}, expected 1 to 100")
+
+    def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
+        levels = (images.detach() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return torch.tensor([self._bytes(Image.fromarray(one)) / 1000 for one in levels], device=images.device)
+
+    def _bytes(self, picture: Image.Image) -> int:
+        file = io.BytesIO()
+        picture.save(file, format="JPEG", quality=self.quality)
+        return file.tell()
+
+
+@dataclass
+class JpegCompressibility(JpegIncompressibility):
+    """Minus the kilobytes (1000 bytes) of the picture as a JPEG file: the plainer, the higher. No gradient."""
+
+    bounds: ClassVar[tuple[float | None, float | None]] = (None, 0.0)
+    name: ClassVar[str] = "jpeg_compressibility"
+
+    def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
+        return -super().__call__(images, examples)

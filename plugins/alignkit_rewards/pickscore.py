@@ -1,0 +1,41 @@
+"""PickScore: which of two pictures would people pick for this prompt? (Kirstain et al., "Pick-a-Pic", 2305.01569)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from alignkit.errors import ConfigError
+from alignkit.interfaces import Example, Scores
+from alignkit_rewards.clip import ClipReward
+
+Variant = Literal["logit", "cosine"]
+
+
+@dataclass
+class PickScore(ClipReward):
+    """A CLIP ViT-H/14 trained on people's choices: exp(logit_scale) times the cosine, about 19 to 23 for pictures of
+    Stable Diffusion. Part "truncated": 1 where the prompt has more tokens than CLIP reads (77)."""
+
+    checkpoint: str = "yuvalkirstain/PickScore_v1"
+    """Hub id or local folder of a CLIPModel."""
+    variant: Variant = "logit"
+    """logit: with the learned scale (about 100), whose differences are log-odds of a choice; cosine: without, as SDPO
+    and RG-LCD use it."""
+
+    name: ClassVar[str] = "pickscore"
+    public_tokenizer: ClassVar[str] = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
+    def __post_init__(self) -> None:
+        if self.variant not in get_args(Variant):
+            raise ConfigError(f"pickscore: variant is {self.variant!r}, expected one of {', '.join(get_args(Variant))}")
+        super().__post_init__()
+
+    def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
+        cosine, parts = self.cosine(images, [example.text for example in examples])
+        values = cosine * (self._logit_scale if self.variant == "logit" else 1.0)
+        return Scores(values, torch.ones_like(values, dtype=torch.bool), parts)

@@ -1,0 +1,138 @@
+"""Small checkpoints of the published classes, with random weights wide enough apart that scores differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from alignkit.interfaces import Example, Reward
+from alignkit.rewards import WeightedRewards
+
+TEXTS = [
+    "a red circle",
+    "a small white heart, an orange square and a black triangle",
+    "a red circle left of a blue square",
+    "ein großer Kürbis 🎃",
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALIGNKIT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A CLIPModel for pictures of 32 pixels and texts of 24 tokens, with its tokenizer."""
+    from transformers import CLIPConfig, CLIPModel
+
+    from alignkit_shapes.build.text import tokenizer
+
+    words = tokenizer()
+    size = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={**size, "vocab_size": len(words), "max_position_embeddings": 24, "hidden_act": "gelu",
+                     "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id,
+                     "pad_token_id": words.pad_token_id, "projection_dim": 16},
+        vision_config={**size, "image_size": 32, "patch_size": 8, "hidden_act": "gelu", "projection_dim": 16},
+        projection_dim=16,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("clip")
+    _randomized(CLIPModel(config)).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return str(folder)
+
+
+Randomized = Callable[[torch.nn.Module], torch.nn.Module]
+
+
+@pytest.fixture(scope="session")
+def randomized() -> Randomized:
+    """Draws all weights of a model anew, always the same."""
+    return _randomized
+
+
+def _randomized(model: torch.nn.Module) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
+            elif name.endswith("bias"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def images() -> Tensor:
+    """Four coarse pictures (4, 3, 48, 48), as 8-bit files hold them."""
+    coarse = torch.rand(len(TEXTS), 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    return (torch.nn.functional.interpolate(coarse, size=48) * 255).round() / 255
+
+
+@pytest.fixture(scope="session")
+def examples() -> list[Example]:
+    return [Example(text) for text in TEXTS]
+
+
+@pytest.fixture
+def holds_the_contract(images: Tensor, examples: list[Example], tmp_path: Path) -> Callable[..., None]:
+    """Checks what holds for every reward, once it is loaded."""
+
+    def check(reward: Reward, within: float = 0.05) -> None:
+        weighted = WeightedRewards([("it", 1.0, reward)])
+        scores = weighted(images, examples)
+        whole = scores.values.detach()
+        assert scores.valid.all()
+        assert whole.std() > 1e-4
+        for i in range(len(examples)):
+            alone = weighted(images[i : i + 1], examples[i : i + 1])
+            torch.testing.assert_close(alone.values[0].detach(), whole[i], atol=1e-5, rtol=1e-5)
+        order = [2, 0, 3, 1]
+        mixed = weighted(images[order], [examples[i] for i in order]).values.detach()
+        torch.testing.assert_close(mixed, whole[order], atol=1e-5, rtol=1e-5)
+
+        file = tmp_path / "picture.png"
+        levels = (images[1] * 255).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(levels).save(file)
+        again = torch.from_numpy(np.asarray(Image.open(file)).copy()).permute(2, 0, 1)[None].float() / 255
+        torch.testing.assert_close(weighted(again, examples[1:2]).values[0].detach(), whole[1], atol=1e-5, rtol=1e-5)
+
+        for height, width in ((48, 80), (33, 31)):
+            odd = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(1))
+            assert weighted(odd, examples[:2]).values.isfinite().all()
+
+        pixels = images.clone().requires_grad_()
+        state = torch.random.get_rng_state()
+        answer = weighted(pixels, examples).values
+        assert torch.equal(torch.random.get_rng_state(), state)
+        assert answer.requires_grad == reward.differentiable
+        if reward.differentiable:
+            answer.sum().backward()
+            assert pixels.grad is not None
+            assert pixels.grad.isfinite().all()
+            assert (pixels.grad.flatten(1).abs().sum(1) > 0).all()
+            agrees_with_finite_differences(weighted, images, examples, pixels.grad, within)
+
+    return check
+
+
+def agrees_with_finite_differences(
+    reward: Any, images: Tensor, examples: list[Example], gradient: Tensor, within: float
+) -> None:
+    """The rise from one grey level down to one up, along the gradient's sign, is what the gradient says, but for
+    the rounding to grey levels."""
+    direction = gradient.sign() / 255
+    inside = ((images > 2 / 255) & (images < 253 / 255)).all(1, keepdim=True)
+    direction = direction * inside
+    with torch.no_grad():
+        rise = reward(images + direction, examples).values - reward(images - direction, examples).values
+    expected = 2 * (gradient * direction).flatten(1).sum(1)
+    torch.testing.assert_close(rise, expected, rtol=within, atol=1e-4)

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from alignkit.errors import ConfigError, PluginError
+from alignkit.interfaces import Example
+from alignkit.rewards import WeightedRewards
+from alignkit_rewards.function import Function
+
+SOURCE = """
+import torch
+from alignkit.interfaces import Scores
+
+number = 3
+
+def brightness(images, examples):
+    return images.mean((1, 2, 3))
+
+def length(images, examples):
+    return [len(example.text) for example in examples]
+
+def first_only(images, examples):
+    valid = torch.zeros(len(images), dtype=torch.bool)
+    valid[0] = True
+    return Scores(images.mean((1, 2, 3)), valid)
+
+def target_of(images, examples):
+    return [example.metadata["target"] for example in examples]
+"""
+
+
+@pytest.fixture(autouse=True)
+def _module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    (tmp_path / "my_own_rewards.py").write_text(SOURCE)
+    (tmp_path / "broken_rewards.py").write_text("import nothing_of_this_name")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    sys.modules.pop("my_own_rewards", None)
+
+
+def scored(name: str, images: Tensor, examples: list[Example], **fields: Any) -> Any:
+    reward = Function(target=f"my_own_rewards:{name}", **fields)
+    reward.check(examples)
+    reward.load(torch.device("cpu"))
+    return WeightedRewards([("function", 1.0, reward)])(images, examples)
+
+
+def test_a_tensor_numbers_and_scores_are_taken(images: Tensor, examples: list[Example]) -> None:
+    torch.testing.assert_close(scored("brightness", images, examples).values, images.mean((1, 2, 3)))
+    assert scored("length", images, examples).values.tolist() == [len(example.text) for example in examples]
+    assert scored("first_only", images, examples).valid.tolist() == [True, False, False, False]
+
+
+def test_metadata_reaches_the_function(images: Tensor) -> None:
+    assert scored("target_of", images[:1], [Example("a", {"target": 0.5})]).values.tolist() == [0.5]
+
+
+def test_the_gradient_flows_where_it_is_said_to(images: Tensor, examples: list[Example]) -> None:
+    assert not Function(target="my_own_rewards:brightness").differentiable
+    assert Function(target="my_own_rewards:brightness", gradient=True).differentiable
+    pixels = images.clone().requires_grad_()
+    scored("brightness", pixels, examples, gradient=True).values.sum().backward()
+    torch.testing.assert_close(pixels.grad, torch.full_like(images, 1 / images[0].numel()))
+
+
+def test_a_bug_in_it_is_told_with_the_reward(images: Tensor, examples: list[Example]) -> None:
+    with pytest.raises(PluginError, match="reward 'function' failed while scoring: KeyError: 'target'"):
+        scored("target_of", images, examples)
+
+
+@pytest.mark.parametrize(
+    ("target", "told"),
+    [
+        ("", r'target is \'\', expected "module:function"'),
+        ("my_own_rewards", r"target is 'my_own_rewards', expected"),
+        ("my_own_rewards:gone", r"does not import \(AttributeError: .*gone"),
+        ("no_such_module:f", r"does not import \(ModuleNotFoundError: .*no_such_module"),
+        ("broken_rewards:f", r"does not import \(ModuleNotFoundError: .*nothing_of_this_name"),
+        ("my_own_rewards:number", "is no function"),
+    ],
+)
+def test_a_target_that_cannot_be_used_is_told_before_anything_loads(target: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=f"function: .*{told}") as caught:
+        Function(target=target).check([])
+    assert "\n" not in str(caught.value)
