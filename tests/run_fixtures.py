@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from alignkit.run import Run
     from alignkit.train import Trainer
 
-PROMPTS = ["a red circle", "a blue square and a green cross", "a white ring", "a black heart", "an orange diamond"]
+PROMPTS = ["a red circle", "a blue square and a green star", "a white ring", "a black heart", "an orange diamond"]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from alignkit.cache import EncoderCache, content_of, fingerprint, tokenizer_stat
 from alignkit.diffusers_policy import DiffusersPolicy
 from alignkit.errors import AlignkitError
 
-TEXTS = ["a red circle", "a blue square and a green star", "", "a red circle"]
+TEXTS = ["a red circle", "a blue square and a green cross", "", "a red circle"]
 
 
 def images(count: int = 3) -> Tensor:

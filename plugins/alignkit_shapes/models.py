@@ -20,15 +20,17 @@ _data: dict[str, Any] = {
 def shapes_lcm() -> ModelBundle:
     """The few-step model; guidance as it was distilled with."""
     guidance = {"w_min": 1.0, "w_max": 3.0}
-    # One sample of the policy and one of the model before training, from the same noise, and one of another prompt: of
-    # all that was tried this alone taught the surrogate what training does (docs/algorithms/lasro.md).
+    # Samples of the policy beside samples of the model before training from the same noises, and one of another prompt:
+    # of all that was tried this alone taught the surrogate what training does (docs/algorithms/lasro.md).
     lasro = {
-        "data": {"batch_size": 24},
+        "data": {"batch_size": 12},
         "algorithm": {
             **guidance,
-            "samples": 2,
-            "reference_samples": 1,
+            "samples": 4,
+            "reference_samples": 2,
             "negatives": 1,
+            "noise_correlation": 0.8,
+            "group_baseline": True,
             "surrogate_steps": 2,
             "pairs_per_update": 96,
             "smoothing": 0.3,  # the shipped surrogate was taught with it
@@ -38,9 +40,10 @@ def shapes_lcm() -> ModelBundle:
         },
         "surrogate": {"init": str(WEIGHTS / "surrogate.safetensors"), "learning_rate": 3e-4},
         "train": {
-            "updates": 100, "rows_per_update": 48, "rows_per_pass": 48, "checkpoint_every": 25, "ema_decay": 0.97,
+            "updates": 80, "rows_per_update": 48, "rows_per_pass": 48, "learning_rate": 2e-4, "checkpoint_every": 20,
+            "ema_decay": 0.97,
         },
-        "evaluate": {"every": 50, "limit": 200, "steps": [1, 2]},
+        "evaluate": {"every": 40, "limit": 200, "steps": [1, 2]},
     }  # fmt: skip
     rg_lcd = {
         "algorithm": guidance,

@@ -10,7 +10,24 @@ from alignkit_shapes.scenes import COLORS, SHAPES
 LENGTH = 24
 WIDTH = 96
 START, END = "<|startoftext|>", "<|endoftext|>"
-OTHER_WORDS = ["a", "an", "and", "of", "left", "right", "above", "below", "the", "large", "small", ",", ".", "?"]
+OTHER_WORDS = [
+    "a",
+    "an",
+    "and",
+    "of",
+    "left",
+    "right",
+    "above",
+    "below",
+    "the",
+    "large",
+    "small",
+    ",",
+    ".",
+    "?",
+    "star",
+]
+"""With "star", which the shipped weights drew in their first legs."""
 
 
 def tokenizer() -> CLIPTokenizer:
