@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
 
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Example
+
+T = TypeVar("T")
 
 COLUMNS = ("prompt", "caption", "text")
 """What a column of texts is called where nobody says so."""
@@ -138,6 +141,21 @@ class Pictures(ABC):
     @abstractmethod
     def batch(self, start: int, size: int, seed: int) -> tuple[Tensor, list[str]]:
         """Pictures (size, 3, H, W) float32 in [0, 1] and captions at positions start .. of the stream of `seed`."""
+
+
+def open_class(source: str, size: int, base: type[T], key: str, expected: str) -> T:
+    """What the class that `source` names as "package.module:Class" gives for pictures of `size` pixels.
+
+    Raises ConfigError with `key` and what else was `expected` there.
+    """
+    module, _, name = source.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)(size)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise ConfigError(f'{key}: {source!r} is {expected}, and no "package.module:Class" ({error})') from error
+    if not isinstance(found, base):
+        raise ConfigError(f"{key}: {source} is no {base.__module__}.{base.__qualname__}")
+    return found
 
 
 def slice_of(position: int, size: int, rank: int, processes: int) -> tuple[int, int]:

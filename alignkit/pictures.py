@@ -5,7 +5,6 @@ Each is a finite set whose pictures are found by number, so a stream over it is 
 
 from __future__ import annotations
 
-import importlib
 import io
 import struct
 from abc import ABC, abstractmethod
@@ -18,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from alignkit.data import Pictures, Stream, choose_column, leave_out
+from alignkit.data import Pictures, Stream, choose_column, leave_out, open_class
 from alignkit.errors import ConfigError
 from alignkit.picture_files import CAPTION_KEY, KEY, StoredPicture, read_folder, read_shard, read_table, shards
 
@@ -216,21 +215,8 @@ def open_pictures(source: str, size: int, column: str = "", skipped: list[str] |
         stored = [picture for shard in shards(source) for picture in read_shard(shard, column, skipped)]
         pictures = PictureFiles(stored, size, skipped)
     else:
-        return _from_class(source, size)
+        expected = "no folder, .jsonl or .tar file, no datasets:NAME"
+        return open_class(source, size, Pictures, KEY, expected)  # type: ignore[type-abstract]
     if not len(pictures):
         raise ConfigError(f"{KEY}: {source} holds no captioned picture" + "".join(f"; {s}" for s in skipped or ()))
     return pictures
-
-
-def _from_class(source: str, size: int) -> Pictures:
-    module, _, name = source.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)(size)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"{KEY}: {source!r} is no folder, .jsonl or .tar file, no datasets:NAME, and no "
-            f'"package.module:Class" of captioned pictures ({error})'
-        ) from error
-    if not isinstance(found, Pictures):
-        raise ConfigError(f"{KEY}: {source} is no alignkit.data.Pictures")
-    return found

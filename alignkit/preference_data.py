@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignkit.data import json_object, leave_out, read_lines
+from alignkit.data import json_object, leave_out, open_class, read_lines
 from alignkit.errors import ConfigError
 from alignkit.interfaces import PreferencePairs
 from alignkit.pictures import UNREADABLE, Items, read_picture
@@ -207,16 +206,7 @@ def open_pairs(source: str, size: int, skipped: list[str] | None = None) -> Pref
             f"{KEY}: {source} holds no preference pairs; expected a folder with {TABLE} or .parquet files, or such "
             "a file"
         )
-    module, _, name = source.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)(size)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f'{KEY}: {source!r} is no folder, no file and no "package.module:Class" of preference pairs ({error})'
-        ) from error
-    if not isinstance(found, Preferences):
-        raise ConfigError(f"{KEY}: {source} is no alignkit.preference_data.Preferences")
-    return found
+    return open_class(source, size, Preferences, KEY, "no folder and no file")  # type: ignore[type-abstract]
 
 
 def check_pairs(source: str, skipped: list[str] | None = None) -> None:

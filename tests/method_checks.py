@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import alignkit
 from alignkit import checkpoint
 from alignkit.train import Trainer
 
@@ -116,3 +117,15 @@ def assert_the_true_reward_rises(trainer: Trainer, scale: float = 20) -> list[fl
         rewards += [u.reward for u in trainer.round() if u.step and not math.isnan(u.reward)]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.02
     return rewards
+
+
+def assert_a_stopped_run_ends_with_the_same_bits(tiny_run: Any, settings: Mapping[str, Any]) -> None:
+    """A run that was stopped behind its first update and resumed gives the metrics and the file of an unbroken one."""
+    unbroken, broken = tiny_run("unbroken", settings), tiny_run("broken", settings)
+    metrics = [dict(u.metrics) for u in unbroken.train()]
+    for update in broken.train():
+        if update.step == 1:
+            broken.stop()
+    assert [dict(u.metrics) for u in alignkit.load(resume=broken.folder).train()] == metrics[1:]
+    (file,) = unbroken.folder.glob("*.safetensors")
+    assert file.read_bytes() == (broken.folder / file.name).read_bytes()

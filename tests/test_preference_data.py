@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-import alignkit
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.preference_data import Preferences, check_pairs, open_pairs
 from alignkit.run import Run
+from method_checks import assert_a_stopped_run_ends_with_the_same_bits
 
 SIZE = 16
 WINNER, LOSER = (0, 255, 0), (255, 0, 0)
@@ -265,11 +265,4 @@ def test_a_stopped_run_goes_on_with_the_pairs_that_would_have_come_next(
 ) -> None:
     cut_short(folder / "4_w.png")
     settings = DPO | {"data.pairs": str(folder), "data.broken": "skip", "train.rows_per_update": 2}
-    unbroken, broken = tiny_run("unbroken", settings), tiny_run("broken", settings)
-    metrics = [dict(u.metrics) for u in unbroken.train()]
-    for update in broken.train():
-        if update.step == 1:
-            broken.stop()
-    assert [dict(u.metrics) for u in alignkit.load(resume=broken.folder).train()] == metrics[1:]
-    (file,) = unbroken.folder.glob("*.safetensors")
-    assert file.read_bytes() == (broken.folder / file.name).read_bytes()
+    assert_a_stopped_run_ends_with_the_same_bits(tiny_run, settings)

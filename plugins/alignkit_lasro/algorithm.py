@@ -15,7 +15,7 @@ from alignkit.diffusion import add_noise
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Algorithm, Batch, Context, Prompt, Rows, Sampler
 from alignkit.rollout import walk
-from alignkit_lasro.pairs import Pairs, Scored, drawn, extremes, rank_correlation
+from alignkit_lasro.pairs import Pairs, Scored, extremes, mixed, rank_correlation
 from alignkit_lcd.distillation import Distillation, Noised
 
 MIN_SPREAD = 0.05
@@ -264,26 +264,9 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
     def surrogate_updates(self, collected: Collected, ctx: Context) -> Iterator[Pairs]:
         """K_2 updates; the last round is always among the pairs, the rest come from rounds before it."""
         for _ in range(self.surrogate_steps):
-            winners: list[Tensor] = []
-            losers: list[Tensor] = []
-            texts: list[str] = []
-            fresh, kept = self._memory[-1:], self._memory[:-1]
-            order = torch.randperm(len(kept), generator=ctx.generator).tolist()
-            for scored, names in fresh + [kept[i] for i in order]:
-                best, worst, labelled = (
-                    extremes(scored.rewards) if self.pairs == "extremes" else drawn(scored.rewards, ctx.generator)
-                )
-                rows = labelled.nonzero()[:, 0]
-                if kept:  # half of the room for the fresh round, then a part of each round drawn
-                    room = self.pairs_per_update // 2 if not winners else self.pairs_per_update // 4
-                    rows = rows[torch.randperm(len(rows), generator=ctx.generator)[:room]]
-                winners.append(scored.latents[rows, best[rows]])
-                losers.append(scored.latents[rows, worst[rows]])
-                texts += [names[i] for i in scored.text[rows].tolist()]
-                if len(texts) >= self.pairs_per_update:
-                    break
+            winner, loser, texts = mixed(self._memory, self.pairs, self.pairs_per_update, ctx.generator)
             if texts:
-                pairs = Pairs(torch.cat(winners), torch.cat(losers), ctx.policy.encode(texts)).to(ctx.policy.device)
+                pairs = Pairs(winner, loser, ctx.policy.encode(texts)).to(ctx.policy.device)
                 yield replace(
                     pairs,
                     winner=pairs.winner + self.smoothing * ctx.noise(len(pairs)),

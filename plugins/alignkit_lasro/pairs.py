@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -57,6 +59,36 @@ def drawn(rewards: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, 
     # NaN compares as False both ways, so a sample that could not be scored is in no pair.
     better, worse = torch.where(left >= right, first, second), torch.where(left >= right, second, first)
     return better, worse, (left > right) | (left < right)
+
+
+def mixed(
+    rounds: Sequence[tuple[Scored, Sequence[str]]],
+    choice: Literal["extremes", "drawn"],
+    size: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor, list[str]]:
+    """About `size` pairs of the newest of `rounds`, which come with their texts, and of older ones in random order.
+
+    Half of the room is for the newest; of each older one a part is drawn. Winners (N, *S), losers and their texts; N is
+    0 where no group carries a label.
+    """
+    winners: list[Tensor] = []
+    losers: list[Tensor] = []
+    texts: list[str] = []
+    fresh, kept = rounds[-1:], rounds[:-1]
+    order = torch.randperm(len(kept), generator=generator).tolist()
+    for scored, names in [*fresh, *(kept[i] for i in order)]:
+        best, worst, labelled = extremes(scored.rewards) if choice == "extremes" else drawn(scored.rewards, generator)
+        rows = labelled.nonzero()[:, 0]
+        if kept:
+            room = size // 2 if not winners else size // 4
+            rows = rows[torch.randperm(len(rows), generator=generator)[:room]]
+        winners.append(scored.latents[rows, best[rows]])
+        losers.append(scored.latents[rows, worst[rows]])
+        texts += [names[i] for i in scored.text[rows].tolist()]
+        if len(texts) >= size:
+            break
+    return torch.cat(winners), torch.cat(losers), texts
 
 
 def rank_correlation(scores: Tensor, rewards: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-import alignkit
 from alignkit.errors import ConfigError
 from alignkit.rollout import sample, seeded_noises
 from alignkit.run import Run
@@ -19,6 +18,7 @@ from alignkit_baselines.d3po import D3PO, preference_loss
 from alignkit_preference.diffusion_dpo import preference_loss as dpo_loss
 from alignkit_preference.noised import errors
 from alignkit_preference.pso import PSO, PairRows, hinge, sigmoid_loss
+from method_checks import assert_a_stopped_run_ends_with_the_same_bits
 
 MakeTrainer = Callable[..., Trainer]
 OFFLINE = {"algorithm.mode": "offline"}
@@ -168,14 +168,7 @@ def test_a_stopped_run_that_is_resumed_ends_with_the_same_bits(
         "algorithm.name": "pso", "algorithm.mode": mode, "data.pairs": str(pair_folder), "train.updates": 3,
         "evaluate.prompts": "", "algorithm.distillation_weight": 0.1,
     }  # fmt: skip
-    unbroken, broken = tiny_run("unbroken", settings), tiny_run("broken", settings)
-    metrics = [dict(u.metrics) for u in unbroken.train()]
-    for update in broken.train():
-        if update.step == 1:
-            broken.stop()
-    assert [dict(u.metrics) for u in alignkit.load(resume=broken.folder).train()] == metrics[1:]
-    (file,) = unbroken.folder.glob("*.safetensors")
-    assert file.read_bytes() == (broken.folder / file.name).read_bytes()
+    assert_a_stopped_run_ends_with_the_same_bits(tiny_run, settings)
 
 
 def test_online_the_true_reward_rises_on_a_toy_reward(make: MakeTrainer) -> None:
