@@ -15,7 +15,8 @@ from alignkit.diffusion import add_noise
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Algorithm, Batch, Context, Prompt, Rows, Sampler
 from alignkit.rollout import walk
-from alignkit_lasro.pairs import Pairs, Scored, counterparts, extremes, mixed, rank_correlation
+from alignkit_lasro.memory import Memory
+from alignkit_lasro.pairs import Pairs, Scored, counterparts, extremes, rank_correlation
 from alignkit_lcd.distillation import Distillation, Noised
 
 MIN_SPREAD = 0.05
@@ -159,9 +160,7 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
         elif self.purify:
             self.needs = type(self).needs | {"teacher"}  # type: ignore[misc]
         self._distillation = Distillation(self.ode_steps, self.w_min, self.w_max)
-        self._memory: list[tuple[Scored, list[str]]] = []
-        self._changes: list[tuple[Scored, list[str]]] = []
-        """Of the same rounds, samples of the policy with those of the model before training from the same noises."""
+        self._memory = Memory(self.replay, self.samples - self.reference_samples, self.samples)
         self._mean: list[float | None] = [None] * len(self.step_weights)
         self._level: list[float | None] = [None] * len(self.step_weights)
         self._agreement: float | None = None
@@ -227,7 +226,7 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
         if self.negatives:
             scored = self._with_negatives(scored, batch, ctx)
         self._measure(scored, ctx.policy.encode(texts), ctx)
-        self._remember((scored.to("cpu"), texts))
+        self._memory.add(scored, texts)
         pictures = captions = None
         if self.distillation_weight and batch.pictures is not None:
             pictures = ctx.policy.encode_images(batch.pictures)
@@ -298,24 +297,10 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
 
     # the surrogate
 
-    def _remember(self, entry: tuple[Scored, list[str]]) -> None:
-        """Keep a round for the surrogate, and let go of the oldest."""
-        self._memory = [*self._memory, entry][-self.replay :]
-        if self.reference_samples:
-            change = counterparts(entry[0], self.samples - self.reference_samples, self.samples)
-            self._changes = [*self._changes, (change, entry[1])][-self.replay :]
-
     def surrogate_updates(self, collected: Collected, ctx: Context) -> Iterator[Pairs]:
         """K_2 updates; the last round is always among the pairs, the rest come from rounds before it."""
         for _ in range(self.surrogate_steps):
-            parts = [(self._memory, self.pairs_per_update)]
-            if self.reference_samples:
-                # Few of them differ in reward, so that among all others they would hardly be seen.
-                half = self.pairs_per_update // 2
-                parts = [(self._memory, half), (self._changes, half)]
-            found = [mixed(rounds, self.pairs, size, ctx.generator) for rounds, size in parts]
-            winner, loser = (torch.cat(column) for column in zip(*(p[:2] for p in found), strict=True))
-            texts = [text for part in found for text in part[2]]
+            winner, loser, texts = self._memory.draw(self.pairs, self.pairs_per_update, ctx.generator)
             if texts:
                 pairs = Pairs(winner, loser, ctx.policy.encode(texts)).to(ctx.policy.device)
                 yield replace(
@@ -419,16 +404,13 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "memory": [{"texts": texts, **vars(scored)} for scored, texts in self._memory],
+            "memory": self._memory.state_dict(),
             "mean": list(self._mean),
             "level": list(self._level),
             "agreement": self._agreement,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._memory, self._changes = [], []
-        for entry in state["memory"]:
-            scored = Scored(**{name: value for name, value in entry.items() if name != "texts"})
-            self._remember((scored, entry["texts"]))
+        self._memory.load_state_dict(state["memory"])
         self._mean, self._level = list(state["mean"]), list(state["level"])
         self._agreement = state["agreement"]

@@ -153,7 +153,7 @@ def test_pairs_are_of_the_true_reward_and_under_their_own_text(
     for _ in range(4):
         collected = collect(trainer)
     policy = trainer.ctx.policy
-    memory = trainer.algorithm._memory  # type: ignore[attr-defined]
+    memory = trainer.algorithm._memory.rounds  # type: ignore[attr-defined]
     updates = list(trainer.algorithm.surrogate_updates(collected, trainer.ctx))
     assert len(updates) == 2
     for rows in updates:
@@ -175,7 +175,7 @@ def test_pairs_are_of_the_true_reward_and_under_their_own_text(
 def test_no_more_rounds_are_kept_than_replay_says(make_trainer: Callable[..., Trainer]) -> None:
     trainer = make_trainer({"algorithm.replay": 2})
     seen = [collect(trainer).scored.latents for _ in range(3)]
-    memory = trainer.algorithm._memory  # type: ignore[attr-defined]
+    memory = trainer.algorithm._memory.rounds  # type: ignore[attr-defined]
     assert len(memory) == 2
     assert all(torch.equal(kept.latents, latents) for (kept, _), latents in zip(memory, seen[1:], strict=True))
 
@@ -285,4 +285,4 @@ def test_a_policy_that_restarts_leaves_surrogate_and_samples_as_they_were(
             seen.append(equal(policy, copies(trainer.ctx.policy.parameters())))
     assert seen[-3:] == [False, True, False]
     assert not equal(surrogate, tensors(trainer)[1])
-    assert len(trainer.algorithm._memory) == trainer.batches  # type: ignore[attr-defined]
+    assert len(trainer.algorithm._memory.rounds) == trainer.batches  # type: ignore[attr-defined]

@@ -30,7 +30,7 @@ def test_negatives_are_samples_of_other_prompts_scored_under_the_prompt_of_their
 ) -> None:
     trainer = make_trainer({"algorithm.samples": 3, "algorithm.negatives": 2, "data.batch_size": 4})
     collected = collect(trainer)
-    kept, texts = trainer.algorithm._memory[-1]
+    kept, texts = trainer.algorithm._memory.rounds[-1]
     assert kept.latents.shape[:2] == (2 * 4, 3 + 2) and texts == collected.texts
     own = kept.latents[:, :3]
     for group in range(len(kept)):
