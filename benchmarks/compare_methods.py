@@ -9,11 +9,12 @@ A table is a model, a sampler, the numbers of steps it is read at, and methods. 
 rate, a seed. Each method first tries the rates of the table's grid once, with seed TUNING_SEED and half the samples;
 the rate with the best trained reward on *training* prompts, mean over the steps, is then run with every seed. A cell
 ends behind the round in which it has drawn its share of samples (`Method.drawn`); what follows from them (updates,
-queries of the reward) is the method's own affair. Held-out prompts are drawn with the same noise by every cell.
+queries of the reward) is the method's own affair. Held-out prompts are drawn with the same noises by every cell.
 
-`results.json` in `--out` is written behind every cell, and a cell that is there is not run again; one that was
-interrupted goes on from its checkpoint. So the comparison can be made cell by cell, and extended by seeds and methods.
-`--render` makes the tables of what is there. Intervals are 95 % bootstraps over seeds and prompts.
+The `result.json` of a cell in `--out` is written behind it, and a cell that has one is not run again; one that was
+interrupted goes on from its checkpoint. So the comparison can be made cell by cell, extended by seeds and methods, and
+divided among processes that have different tables or methods. `--render` makes the tables of what is there. Intervals
+are 95 % bootstraps over seeds and prompts.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from alignkit.run import Run
 from alignkit_shapes.models import FOLDER
 
 READING = "shapes_reading"
+RESULT = "result.json"
 TRAIN, HELD_OUT = FOLDER / "prompts" / "train.txt", FOLDER / "prompts" / "held_out.txt"
 
 
@@ -102,7 +104,7 @@ def measure(run: Run, table: Table, prompts: Path, limit: int, average: Mapping[
     with policy.using(average):
         found = evaluate(
             policy, run.sampler(), rewards, examples, table.steps, run.config.evaluate.seed,
-            run.config.evaluate.batch_size, pictures=1, features=policy.features,
+            run.config.evaluate.batch_size, pictures=1, features=policy.features, samples=table.pictures,
         )  # fmt: skip
     values = {
         str(k): {
@@ -122,8 +124,10 @@ class Comparison:
 
     def __init__(self, folder: Path, prompts: int, console: Console) -> None:
         self.folder, self.prompts, self.console = folder, prompts, console
-        self.file = folder / "results.json"
-        self.results: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.results: dict[str, Any] = {
+            file.parent.relative_to(folder).as_posix(): json.loads(file.read_text())
+            for file in sorted(folder.rglob(RESULT))
+        }
         self._features: dict[str, dict[int, Tensor]] = {}
 
     def has(self, cell: Cell) -> bool:
@@ -135,14 +139,15 @@ class Comparison:
         changed = sorted(k for k in now.keys() | found["settings"].keys() if now.get(k) != found["settings"].get(k))
         if changed:
             raise ConfigError(
-                f"{self.file}: {cell.key} was run with other settings ({', '.join(changed)}); name another --out, or "
-                "take the cell out of the file"
+                f"{self.folder / cell.key}: was run with other settings ({', '.join(changed)}); name another --out, or "
+                "remove the folder"
             )
         return True
 
     def _settings(self, cell: Cell) -> dict[str, Any]:
         """All that the numbers of a cell depend on."""
-        return {**cell.settings(), "steps": cell.table.steps, "prompts": self.prompts}
+        table = cell.table
+        return {**cell.settings(), "steps": table.steps, "prompts": self.prompts, "pictures": table.pictures}
 
     def run(self, cell: Cell) -> None:
         """Train and measure the cell, and note it."""
@@ -166,8 +171,8 @@ class Comparison:
             **told, "values": found["values"], "drift": drift, "versions": environment()["versions"],
             "settings": self._settings(cell),
         }  # fmt: skip
-        self.folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_file(self.file, json.dumps(self.results, indent=1))
+        (self.folder / cell.key).mkdir(parents=True, exist_ok=True)
+        checkpoint.write_file(self.folder / cell.key / RESULT, json.dumps(self.results[cell.key]))
         for k, values in found["values"].items():
             means = "  ".join(f"{name} {sum(v) / len(v):.3f}" for name, v in values.items())
             self.console.print(f"  {k} steps: {means}")
@@ -204,7 +209,7 @@ def cells(comparison: Comparison, table: Table, methods: Sequence[str], seeds: S
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="results.json and the run folders")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="a folder for each run")
     parser.add_argument("--tables", default=",".join(TABLES))
     parser.add_argument("--methods", default="", help="algorithms of the tables; empty: all")
     parser.add_argument("--seeds", default="0,1,2")

@@ -39,6 +39,8 @@ class Table:
     """Of each run; tuning takes half."""
     rates: tuple[float, ...]
     methods: Mapping[str, Method]
+    pictures: int = 2
+    """Of each prompt, in what is read in the end."""
 
 
 # LaSRO's baselines have its distillation loss beside them.
@@ -53,15 +55,18 @@ _tables = [
         "LaSRO (2411.15247), Table 1",
         {"model.name": "shapes_lcm", "sampler.name": "lcm", "sampler.num_steps": 2, "data.batch_size": 16, **_rows},
         steps=(1, 2),
-        samples=6400,
+        samples=3840,
         rates=(5e-5, 1e-4, 2e-4),
         methods={
             "RLCM (ddpo)": Method("ddpo", "samples", {"algorithm.samples": 4, **_distilled}),
             "PSO": Method("pso", "2 pairs", {"algorithm.pairs": 2, **_distilled}),
             "GORS-LCM": Method("gors_lcm", "samples", {"algorithm.samples": 4}),
-            # As the model brings it, batch and updates included.
-            "LaSRO": Method("lasro", "samples", {"data.batch_size": 12, "train.rows_per_update": 48}),
+            # As the model brings it, whose updates and batch set the number of samples for all.
+            "LaSRO": Method("lasro", "samples", {
+                "data.batch_size": 48, "train.rows_per_update": 96, "train.rows_per_pass": 48, "train.ema_decay": 0.9,
+            }),
         },
+        pictures=3,
     ),
     Table(
         "turbo",
@@ -73,7 +78,7 @@ _tables = [
         },
         steps=(1, 2, 4, 8, 16),
         samples=6400,
-        rates=(5e-5, 1e-4, 2e-4),
+        rates=(1e-4, 3e-4),
         methods={
             "D3PO": Method("d3po", "2 pairs", {"algorithm.pairs": 2, "train.rows_per_update": 64}),
             "DDPO": Method("ddpo", "samples", {"algorithm.samples": 4, "train.rows_per_update": 128}),
@@ -92,7 +97,7 @@ _tables = [
         },
         steps=(1, 2, 4),
         samples=12800,
-        rates=(2e-5, 5e-5, 1e-4),
+        rates=(2e-5, 1e-4),
         methods={
             "LCM, distilled on": Method("lcd", "rows"),
             "RG-LCD": Method("rg_lcd", "rows", {"algorithm.beta": 1.0}),
@@ -130,7 +135,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Its name in results.json, and of its run folder."""
+        """Its name, and its folder."""
         if not self.method:
             return f"{self.table.name}/base"
         kind = "tune" if self.tuning else "run"

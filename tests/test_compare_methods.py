@@ -44,6 +44,11 @@ def small(tables: ModuleType) -> Any:
     return tables.Table("small", "Small", "none", settings, (1, 2), 8, (1e-4, 1e-3), methods)
 
 
+def read(out: Path) -> dict[str, Any]:
+    """What was written of each cell."""
+    return {f.parent.relative_to(out).as_posix(): json.loads(f.read_text()) for f in sorted(out.rglob("result.json"))}
+
+
 NAMES = [("lcm", 4), ("turbo", 4), ("rg_lcd", 3)]
 
 
@@ -88,18 +93,18 @@ def test_the_comparison_is_made_cell_by_cell_and_rendered(
     out, page = tmp_path / "out", tmp_path / "page.md"
     base = ["--tables", "small", "--out", str(out), "--prompts", "3", "--seeds", "0"]
     compare.main([*base, "--cells", "2"])
-    results = json.loads((out / "results.json").read_text())
+    results = read(out)
     assert list(results) == ["small/base", "small/ddpo/tune-0.0001-seed100-4"]
     compare.main(base)
-    results = json.loads((out / "results.json").read_text())
+    results = read(out)
     (final,) = (r for r in results.values() if r["method"] and not r["tuning"])
     tuned = {r["rate"]: compare.trained_mean(r) for r in results.values() if r["tuning"]}
     assert len(results) == 4 and tuned[final["rate"]] == max(tuned.values())
     assert final["samples"] == 8 and final["updates"] == 2 and set(final["drift"]) == {"1", "2"}
     assert len(final["values"]["2"]["reading"]) == 3
-    before = (out / "results.json").stat().st_mtime_ns
+    before = sorted(file.stat().st_mtime_ns for file in out.rglob("result.json"))
     compare.main(base)  # nothing is left
-    assert (out / "results.json").stat().st_mtime_ns == before
+    assert sorted(file.stat().st_mtime_ns for file in out.rglob("result.json")) == before
     compare.main([*base, "--render", str(page)])
     page.write_text("above\n" + page.read_text() + "below\n")
     compare.main([*base, "--render", str(page)])
@@ -108,13 +113,13 @@ def test_the_comparison_is_made_cell_by_cell_and_rendered(
     assert text.startswith("above\n# Results") and text.endswith("below\n")
     assert text.count("### Small") == 1 and f"| DDPO | {float(mean):.3f} (" in text
     monkeypatch.setitem(compare.TABLES, "small", replace(small, settings={**small.settings, "sampler.num_steps": 3}))
-    with pytest.raises(ConfigError, match=r"small/base was run with other settings \(sampler.num_steps\)"):
+    with pytest.raises(ConfigError, match=r"small/base: was run with other settings \(sampler.num_steps\)"):
         compare.main(base)
 
 
 def test_the_quick_comparison_of_a_real_table_runs(compare: ModuleType, tmp_path: Path) -> None:
     compare.main(["--quick", "--tables", "turbo", "--methods", "sdpo", "--out", str(tmp_path)])
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = read(tmp_path)
     assert {r["method"] for r in results.values()} == {"", "SDPO"} and len(results) == 4
     assert all(len(r["values"]["1"]["trained"]) == 8 for r in results.values())
 

@@ -156,7 +156,7 @@ def test_with_unit_gradients_every_sample_pulls_with_its_weight(make_trainer: Ma
 def test_reference_samples_start_from_the_noises_of_the_policys_own(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer({"algorithm.samples": 5, "algorithm.reference_samples": 3})
     latents = collect(trainer).scored.latents  # before training, so the same noises give the same samples
-    assert torch.equal(latents[:, 2:4], latents[:, :2]) and torch.equal(latents[:, 4], latents[:, 0])
+    torch.testing.assert_close(latents[:, 2:], latents[:, [0, 1, 0]])  # not to the bit, with several threads
     assert not torch.isclose(latents[:, 0], latents[:, 1]).all(-1).any()
 
 
