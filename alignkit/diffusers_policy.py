@@ -49,15 +49,19 @@ class DiffusersPolicy(Policy):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         cache: EncoderCache | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         """`lora_rank` 0 trains the whole UNet. `guidance` is diffusers' guidance_scale minus one. `unet`, `adapter` and
-        `prediction` are as in the section [model] of a run file. `cache` keeps what texts and pictures are encoded to;
-        it changes no result."""
+        `prediction` are as in the section [model] of a run file, `gradient_checkpointing` as in [train]. `cache` keeps
+        what texts and pictures are encoded to; it changes no result."""
         self.source, self.cache = source, cache
         self.device = torch.device(device)
         self.pipe = load_pipeline(source, dtype, unet=unet, adapter=adapter).to(self.device)
         self.unet = self.pipe.unet.requires_grad_(False).eval()
         self.vae = self.pipe.vae.requires_grad_(False).eval()
+        if gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+            self.vae.enable_gradient_checkpointing()
         for name in ("text_encoder", "text_encoder_2"):
             if (encoder := getattr(self.pipe, name, None)) is not None:
                 encoder.requires_grad_(False).eval()

@@ -252,9 +252,7 @@ class Run(Parts):
         algorithm = self.algorithm()
         policy = self.load_policy(device)
         self._policy = policy
-        teacher = None
-        if "teacher" in algorithm.needs:
-            teacher = DiffusersPolicy(self.teacher_source(), trainable=False, guidance=0.0, device=device)
+        teacher = self.load_teacher(device)
         surrogate = self.load_surrogate(policy)
         asking = self.asking(self.folder / SCORES, lambda message: ctx.warn(message))
         self._rewards = self.with_measured(self.trained_rewards(), asking=asking)

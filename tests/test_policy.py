@@ -15,6 +15,7 @@ from alignkit.errors import ConfigError
 from alignkit.rollout import sample
 from alignkit_samplers.ddim import DDIM
 from alignkit_samplers.lcm import LCM
+from families import save_family
 
 TEXTS = ["a red circle", "a blue square and a green cross"]
 
@@ -178,6 +179,34 @@ def test_the_gradient_reaches_what_is_trained_and_nothing_else(tiny_lcm: Path) -
     parts = (policy.unet, policy.vae, policy.pipe.text_encoder)
     frozen = [p for part in parts for p in part.parameters() if not p.requires_grad]
     assert frozen and all(p.grad is None for p in frozen)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers
+@pytest.mark.parametrize("form", ["lcm", "sdxl"])
+def test_gradient_checkpointing_computes_twice_and_changes_no_gradient(
+    form: str, tiny_lcm: Path, tmp_path: Path
+) -> None:
+    source, found = tiny_lcm, []
+    if form == "sdxl":
+        source = tmp_path
+        save_family("sdxl_turbo", source)
+    for again in (False, True):
+        policy = DiffusersPolicy(str(source), gradient_checkpointing=again)
+        disturb(policy)
+        begun: list[torch.nn.Module] = []
+        for layer in (policy.unet.up_blocks[1].resnets[0], policy.vae.decoder.up_blocks[0].resnets[0]):
+            layer.register_forward_pre_hook(lambda layer, _, begun=begun: begun.append(layer))
+        x = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(5))
+        clean = policy.denoise(x, torch.tensor([999, 499]), policy.encode(TEXTS))
+        pictures = policy.decode(clean)
+        with policy.reference():  # the adapter is off and on again before the way back
+            policy.denoise(x, torch.tensor([999, 499]), policy.encode(TEXTS))
+        count = len(begun)
+        pictures.square().mean().backward()
+        assert len(begun) == count + 2 * again
+        found.append([p.grad for p in policy.parameters()])
+    torch.testing.assert_close(found[1], found[0])
+    assert any(bool(gradient.any()) for gradient in found[0])
 
 
 def test_weights_in_half_precision_are_trained_and_run_in_float32(tiny_lcm: Path, tmp_path: Path) -> None:
