@@ -104,6 +104,23 @@ _tables = [
             "RG-LCD, proxy": Method("rg_lcd", "rows", {"algorithm.beta": 1.0, **_proxy}, free_rounds=100),
         },
     ),
+    Table(
+        "offline",
+        "From pairs that are given",
+        "none; PSO (2410.03190) has its offline form beside Diffusion-DPO",
+        # True and wrong drawings of a caption, which the model brings.
+        {
+            "model.name": "shapes_turbo", "sampler.name": "euler_ancestral", "sampler.eta": 0.0,
+            "sampler.num_steps": 4, **_rows,
+        },
+        steps=(1, 2, 4),
+        samples=6400,
+        rates=(2e-5, 1e-4),
+        methods={
+            "Diffusion-DPO": Method("diffusion_dpo", "rows"),
+            "PSO, offline": Method("pso", "rows", {"algorithm.mode": "offline"}),
+        },
+    ),
 ]  # fmt: skip
 TABLES = {table.name: table for table in _tables}
 
@@ -146,7 +163,7 @@ class Cell:
         """Its run as overrides, the output left out."""
         common = {"reward": ["attribute_binding"], **self.table.settings, "seed": self.seed}
         if not self.method:
-            return {**common, "algorithm.name": "ddpo"}  # which says nothing of how it is drawn
+            return {**common, "algorithm.name": "diffusion_dpo"}  # one that takes every sampler; nothing is trained
         method = self.table.methods[self.method]
         loop = {
             "train.updates": NEVER, "train.checkpoint_every": 50, "train.keep_checkpoints": 1,
