@@ -221,6 +221,8 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
 
     def surrogate_updates(self, collected: Collected, ctx: Context) -> Iterator[Pairs]:
         """K_2 updates; the last round is always among the pairs, the rest come from rounds before it."""
+        if self.gradient_of == "reward":
+            return
         for _ in range(self.surrogate_steps or int(ctx.warming_up)):
             winner, loser, texts = self._memory.draw(self.pairs, self.pairs_per_update, ctx.generator)
             if texts:
