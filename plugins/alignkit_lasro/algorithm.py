@@ -113,8 +113,11 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
     """Largest guidance of the teacher in the distillation term."""
 
     def __post_init__(self) -> None:
-        if self.samples < 2:
+        if self.samples < 2 and self.gradient_of == "surrogate":
             raise ValueError(f"samples is {self.samples}, expected at least 2: a pair takes two samples of one prompt")
+        for name in ("samples", "policy_steps", "pairs_per_update", "replay", "gradient_draws"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if not 0 <= self.reference_samples < self.samples:
             raise ValueError(
                 f"reference_samples is {self.reference_samples}, expected 0 to {self.samples - 1}, less than samples"
@@ -128,9 +131,6 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
         for name in ("smoothing", "negatives", "restart_every", "surrogate_steps", "reference_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
-        for name in ("policy_steps", "pairs_per_update", "replay", "gradient_draws"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         needed = {
             "surrogate": self.gradient_of == "surrogate",
             "differentiable_reward": self.gradient_of == "reward",

@@ -184,6 +184,9 @@ def test_the_fields_decide_what_is_needed() -> None:
     assert LaSRO(gradient_of="reward").needs == {"differentiable_reward", "teacher", "pictures"}
     assert LaSRO(states_from="pictures", distillation_weight=0.0).needs == {"surrogate", "pictures"}
     assert LaSRO(purify=100, distillation_weight=0.0).needs == {"surrogate", "teacher"}
+    assert LaSRO(gradient_of="reward", samples=1).samples == 1
+    with pytest.raises(ValueError, match="samples is 1, expected at least 2"):
+        LaSRO(samples=1)
 
 
 def test_a_black_box_is_refused_in_one_line(tiny_run: MakeRun) -> None:
