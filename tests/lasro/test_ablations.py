@@ -93,6 +93,14 @@ def test_the_surrogate_of_a_model_is_not_the_beginning_of_another(name: str) -> 
     assert other is not None and other.name == name and not other.init
 
 
+def test_the_proxy_of_rg_lcd_serves_as_a_surrogate(tiny_run: MakeRun) -> None:
+    chosen = {**SMALL, "surrogate.name": "lrm", "surrogate.patch": 1, "train.updates": 1, "evaluate.prompts": ""}
+    run = tiny_run(overrides=chosen)
+    run.check()
+    last = list(run.train())[-1]
+    assert last.step == 1 and "surrogate_loss" in last.metrics and "reward_loss" in last.metrics
+
+
 @pytest.mark.parametrize("name", ["latent_unet", "latent_clip", "latent_blip"])
 def test_a_surrogate_learns_to_rank_samples_that_it_has_not_seen(make_trainer: MakeTrainer, name: str) -> None:
     trainer = make_trainer({
