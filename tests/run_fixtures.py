@@ -29,11 +29,14 @@ def tiny_run(tmp_path: Path, brightness: None, tiny_lcm: Path, tiny_teacher: Pat
         "algorithm.name": "lasro", "train.updates": 4, "train.rows_per_update": 4, "train.checkpoint_every": 2,
         "evaluate.prompts": str(prompts), "evaluate.limit": 2, "evaluate.steps": [1, 2], "evaluate.every": 0,
     }  # fmt: skip
-    lasro = {"algorithm.samples": 3, "surrogate.warmup": 1}
+    lasro = {"algorithm.samples": 3}
+    taught = {"surrogate.warmup": 1}
 
     def make(output: str = "run", overrides: Mapping[str, Any] | None = None) -> Run:
         chosen = settings | {"output": str(tmp_path / output)} | dict(overrides or {})
-        return alignkit.load(None, (lasro if chosen["algorithm.name"] == "lasro" else {}) | chosen)
+        if chosen["algorithm.name"] == "lasro":
+            chosen = lasro | ({} if chosen.get("algorithm.gradient_of") == "reward" else taught) | chosen
+        return alignkit.load(None, chosen)
 
     return make
 

@@ -22,3 +22,13 @@ def register_surrogates(register: Register) -> None:
         "alignkit_lasro.surrogate:LatentUNet",
         "Down and mid blocks of a latent UNet with a convolutional head",
     )
+    register(
+        "latent_clip",
+        "alignkit_lasro.vision_language:LatentCLIP",
+        "A CLIP that sees latents in the place of pixels, all of it trained on pairs",
+    )
+    register(
+        "latent_blip",
+        "alignkit_lasro.vision_language:LatentBLIP",
+        "A BLIP that sees latents in the place of pixels, whose text encoder attends to them",
+    )

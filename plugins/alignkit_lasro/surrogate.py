@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import gcd
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -50,8 +51,24 @@ class EncoderWithHead(nn.Module):
         return scores
 
 
+class PairwiseSurrogate(Surrogate):
+    """A network that learns from pairs; its scores are log-odds up to a constant."""
+
+    _network: Any
+
+    def loss(self, winner: Tensor, loser: Tensor, prompt: Prompt) -> Tensor:
+        """-log sigmoid(R(winner) - R(loser)), the mean over pairs (LaSRO, Eq. 10)."""
+        twice = prompt.select(torch.arange(len(winner)).repeat(2))
+        better, worse = self.score(torch.cat([winner, loser]), twice).chunk(2)
+        return -F.logsigmoid(better - worse).mean()
+
+    def module(self) -> nn.Module:
+        network: nn.Module = self._network
+        return network
+
+
 @dataclass
-class LatentUNet(Surrogate):
+class LatentUNet(PairwiseSurrogate):
     """Down and mid blocks of a pretrained latent UNet, all trained, and a head of strided convolutions (LaSRO, 5.1).
 
     The paper takes Segmind-Vega for SDXL-family generators. The backbone must live in the latent space and take the
@@ -79,12 +96,3 @@ class LatentUNet(Surrogate):
     def score(self, latents: Tensor, prompt: Prompt) -> Tensor:
         scores: Tensor = self._network(latents, prompt).float()
         return scores
-
-    def loss(self, winner: Tensor, loser: Tensor, prompt: Prompt) -> Tensor:
-        """-log sigmoid(R(winner) - R(loser)), the mean over pairs (LaSRO, Eq. 10)."""
-        twice = prompt.select(torch.arange(len(winner)).repeat(2))
-        better, worse = self.score(torch.cat([winner, loser]), twice).chunk(2)
-        return -F.logsigmoid(better - worse).mean()
-
-    def module(self) -> nn.Module:
-        return self._network

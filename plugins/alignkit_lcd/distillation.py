@@ -64,13 +64,16 @@ class Distillation:
         share = torch.rand(count, generator=ctx.generator).to(device)
         return Noised(latents, prompt, ctx.noise(count), level, self.w_min + share * (self.w_max - self.w_min))
 
+    def noised(self, policy: Policy, rows: Noised) -> tuple[Tensor, Tensor]:
+        """z_t (N, *S) and t (N,): the latents noised to their solver times, by the schedule of `policy`."""
+        t = rows.level * (1000 // self.ode_steps) - 1
+        return diffusion.add_noise(rows.latents, rows.noise, *policy.schedule(t)), t
+
     def solve(self, teacher: Policy, rows: Noised) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One guided DDIM step of the teacher: (z_t, t, z_t', t') with t' the next lower solver time, 0 at the last."""
-        stride = 1000 // self.ode_steps
-        t = rows.level * stride - 1
-        t_next = (t - stride).clamp(min=0)
+        z, t = self.noised(teacher, rows)
+        t_next = (t - 1000 // self.ode_steps).clamp(min=0)
         alpha, sigma = teacher.schedule(t)
-        z = diffusion.add_noise(rows.latents, rows.noise, alpha, sigma)
         with torch.no_grad():
             clean = teacher.denoise(z, t, rows.prompt, rows.guidance)
             noise = diffusion.to_noise(clean, z, alpha, sigma)

@@ -41,7 +41,7 @@ def _train(learning_rate: float, weight_decay: float = 0.0, **fields: Any) -> Se
 _lasro_lcm = _sampler("lcm", 2)
 _lasro_turbo_loss: Settings = {"algorithm": {"distillation_weight": 0.0}}
 _lasro_turbo = _with(_sampler("renoise", 2), _lasro_turbo_loss)
-_vega: Settings = {"surrogate": {"backbone": "segmind/Segmind-Vega"}}
+_vega: Settings = {"surrogate": {"name": "latent_unet", "backbone": "segmind/Segmind-Vega"}}
 # The policy-gradient methods of RLCM (2404.03673, its code): 8 steps, Adam without decay, LoRA of rank 8, advantages
 # clipped at 10 in DDPO's loss.
 _rlcm = _with(_sampler("lcm", 8), _train(1e-4, max_grad_norm=5.0), {"model": {"lora_rank": 8}})

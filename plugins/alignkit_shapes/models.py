@@ -59,7 +59,9 @@ def shapes_lcm() -> ModelBundle:
         "model": {
             "lora_targets": ["conv1", "conv2", "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
         },
-        "surrogate": {"init": str(WEIGHTS / "surrogate.safetensors"), "learning_rate": 3e-4},
+        "surrogate": {
+            "name": "latent_unet", "init": str(WEIGHTS / "surrogate.safetensors"), "learning_rate": 3e-4,
+        },
         "train": {
             "updates": 40, "rows_per_update": 96, "rows_per_pass": 48, "learning_rate": 2e-4, "checkpoint_every": 10,
             "ema_decay": 0.9,

@@ -36,9 +36,9 @@ def tensors(trainer: Trainer) -> tuple[list[torch.Tensor], list[torch.Tensor], l
 
 def test_the_normalised_score_is_golden_and_bounded_above_alone() -> None:
     method = LaSRO()
-    method._mean, method._level = [0.5, 0.5], [2.5, 2.5]
+    method._critic.mean, method._critic.level = [0.5, 0.5], [2.5, 2.5]
     scores = torch.tensor([-2.0, 0.0, 1.0, 3.0], requires_grad=True)
-    loss = -method.normalised(scores, torch.tensor([0, 1, 0, 1]))
+    loss = -method._critic.normalised(scores, torch.tensor([0, 1, 0, 1]))
     assert loss.tolist() == [1.25, 0.25, -0.25, -1.0]
     loss.sum().backward()
     assert scores.grad is not None and scores.grad.tolist() == [-0.5, -0.5, -0.5, 0.0]
@@ -46,8 +46,8 @@ def test_the_normalised_score_is_golden_and_bounded_above_alone() -> None:
 
 def test_each_step_is_normalised_by_its_own_trackers() -> None:
     method = LaSRO()
-    method._mean, method._level = [0.0, 10.0], [1.0, 20.0]
-    assert method.normalised(torch.tensor([0.5, 15.0]), torch.tensor([0, 1])).tolist() == [0.5, 0.5]
+    method._critic.mean, method._critic.level = [0.0, 10.0], [1.0, 20.0]
+    assert method._critic.normalised(torch.tensor([0.5, 15.0]), torch.tensor([0, 1])).tolist() == [0.5, 0.5]
 
 
 def test_the_trackers_start_at_the_first_round_and_then_move_slowly(make_trainer: Callable[..., Trainer]) -> None:
@@ -58,14 +58,14 @@ def test_the_trackers_start_at_the_first_round_and_then_move_slowly(make_trainer
         ctx.surrogate.module().head[-1].weight.normal_(generator=torch.Generator().manual_seed(0))  # type: ignore[index, operator, union-attr]
     states = collect(trainer).states
     scores = ctx.surrogate.score(states.clean, states.prompt)
-    method._track(method._rows(states, ctx), ctx)
+    method._critic.track(method._critic.rows(states, ctx), ctx)
     for k in (0, 1):
         at = scores[states.step == k]
-        assert method._mean[k] == pytest.approx(float(at.mean()), rel=1e-4)
-        assert method._level[k] == pytest.approx(float(at.quantile(0.95)), rel=1e-4)
-    method._mean, method._level = [0.0, 0.0], [0.0, 0.0]
-    method._track(method._rows(states, ctx), ctx)
-    assert method._mean[1] == pytest.approx(0.01 * float(scores[states.step == 1].mean()), rel=1e-3)
+        assert method._critic.mean[k] == pytest.approx(float(at.mean()), rel=1e-4)
+        assert method._critic.level[k] == pytest.approx(float(at.quantile(0.95)), rel=1e-4)
+    method._critic.mean, method._critic.level = [0.0, 0.0], [0.0, 0.0]
+    method._critic.track(method._critic.rows(states, ctx), ctx)
+    assert method._critic.mean[1] == pytest.approx(0.01 * float(scores[states.step == 1].mean()), rel=1e-3)
 
 
 def test_groups_hold_samples_of_one_prompt_and_one_step_with_the_rewards_of_their_pictures(

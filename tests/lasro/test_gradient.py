@@ -61,7 +61,7 @@ def test_more_negatives_than_other_prompts_are_refused(make_trainer: MakeTrainer
 def test_correlated_noises_are_unit_normal_and_share_what_they_should(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer()
     method = LaSRO(samples=4, noise_correlation=0.7)
-    noise = method._noise(300, trainer.ctx).view(300, 4, -1)
+    noise = method._sampling.noise(300, trainer.ctx).view(300, 4, -1)
     assert float(noise.mean()) == pytest.approx(0, abs=0.02) and float(noise.std()) == pytest.approx(1, abs=0.02)
     assert float((noise[:, 0] * noise[:, 1]).mean()) == pytest.approx(0.7, abs=0.03)
     assert float((noise[:-1, 0] * noise[1:, 0]).mean()) == pytest.approx(0, abs=0.03)
@@ -77,7 +77,7 @@ def test_the_surrogate_scores_what_the_teacher_makes_of_the_noised_prediction(ma
     with torch.no_grad():
         noised = add_noise(states.clean, rows.noise[:, 0], *ctx.teacher.schedule(t))
         expected = ctx.surrogate.score(ctx.teacher.denoise(noised, t, states.prompt), states.prompt)
-        found = trainer.algorithm._scores(states.clean, rows, ctx)
+        found = trainer.algorithm._critic.scores(states.clean, rows, ctx)
         assert torch.equal(found, expected)
         assert not torch.allclose(found, ctx.surrogate.score(states.clean, states.prompt))
     loss, _ = trainer.algorithm.loss(rows, ctx)
@@ -95,9 +95,9 @@ def test_what_scores_alike_under_every_prompt_cancels_in_the_contrast(make_train
     with torch.no_grad():
         plain = ctx.surrogate.score
         expected = plain(rows.states.clean, rows.states.prompt) - plain(rows.states.clean, rows.other)
-        assert torch.equal(method._scores(rows.states.clean, rows, ctx), expected)
+        assert torch.equal(method._critic.scores(rows.states.clean, rows, ctx), expected)
         ctx.surrogate.score = lambda x, p: plain(x, p) + 7 * x.flatten(1).mean(1)  # type: ignore[method-assign]
-        assert torch.allclose(method._scores(rows.states.clean, rows, ctx), expected, atol=1e-4)
+        assert torch.allclose(method._critic.scores(rows.states.clean, rows, ctx), expected, atol=1e-4)
 
 
 def test_a_contrast_without_another_prompt_is_refused(make_trainer: MakeTrainer) -> None:
@@ -114,11 +114,13 @@ def test_the_score_is_the_mean_over_draws(make_trainer: MakeTrainer) -> None:
     assert rows.blur.shape == rows.noise.shape == (len(rows), 3, *ctx.policy.latent_shape)
     with torch.no_grad():
         each = [
-            method._scores(rows.states.clean, replace(rows, blur=rows.blur[:, [i]], noise=rows.noise[:, [i]]), ctx)
+            method._critic.scores(
+                rows.states.clean, replace(rows, blur=rows.blur[:, [i]], noise=rows.noise[:, [i]]), ctx
+            )
             for i in range(3)
         ]
         assert not torch.equal(each[0], each[1])
-        found = method._scores(rows.states.clean, rows, ctx)
+        found = method._critic.scores(rows.states.clean, rows, ctx)
     assert torch.allclose(found, torch.stack(each).mean(0), atol=1e-6)
 
 

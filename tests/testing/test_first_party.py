@@ -18,6 +18,11 @@ OURS = [row for row in default_registry().components() if row.plugin.startswith(
 
 LRM = {"width": 32, "layers": 2, "heads": 2, "patch": 1}
 """Its own defaults are for latents of 64 x 64."""
+SURROGATES: dict[str, dict[str, Any]] = {
+    "lrm": LRM,
+    "latent_clip": {"width": 32, "layers": 2, "heads": 2},
+    "latent_blip": {"width": 32, "layers": 2, "heads": 2},
+}
 REWARDS: dict[str, list[dict[str, Any]]] = {
     "attribute_binding": [{"judge": str(WEIGHTS / "judge"), "mode": mode} for mode in ("hard", "soft")],
     "function": [{"target": "reward_fixtures:mean_of_pixels", "gradient": g} for g in (False, True)],
@@ -65,7 +70,7 @@ def test_ddim_without_chance() -> None:
 
 @pytest.mark.parametrize("name", names("surrogate"))
 def test_surrogates(name: str) -> None:
-    check_surrogate(get("surrogate", name, **(LRM if name == "lrm" else {})))
+    check_surrogate(get("surrogate", name, **SURROGATES.get(name, {})))
 
 
 @pytest.mark.parametrize("name", names("reward"))

@@ -1,0 +1,114 @@
+"""The rounds of LaSRO: samples of the policy at every step, scored by the true reward."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from alignkit.errors import ConfigError
+from alignkit.interfaces import Batch, Context, Prompt, Rows
+from alignkit.rollout import walk
+from alignkit_lasro.pairs import Scored
+
+
+@dataclass(frozen=True)
+class States(Rows):
+    """Where the policy is asked for a clean latent, N rows."""
+
+    x: Tensor
+    """(N, *S)."""
+    step: Tensor
+    """(N,) sampler step; 0 for noised pictures."""
+    prompt: Prompt
+    clean: Tensor
+    """(N, *S) what the policy answered when they were collected."""
+    time: Tensor | None = None
+    """(N,) of the schedule, for noised pictures, which no step of the sampler leads to."""
+
+    def predict(self, ctx: Context) -> Tensor:
+        """What the policy answers now, (N, *S)."""
+        if self.time is not None:
+            return ctx.policy.denoise(self.x, self.time, self.prompt)
+        return ctx.sampler.transition(ctx.policy, self.x, self.step, self.prompt).clean
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the samples of a round are drawn; the fields are those of `LaSRO`."""
+
+    samples: int
+    reference_samples: int
+    noise_correlation: float
+    negatives: int
+
+    @property
+    def own(self) -> int:
+        """Samples of each group that are the policy's own."""
+        return self.samples - self.reference_samples
+
+    def draw(self, batch: Batch, ctx: Context) -> tuple[States, Scored]:
+        """The policy's own states at every step, and the clean latents of all samples with their rewards."""
+        texts, each, num_steps = [e.text for e in batch.examples], self.samples, ctx.sampler.num_steps
+        prompt = ctx.policy.encode([text for text in texts for _ in range(each)])
+        count = len(prompt)
+        noises = torch.stack([self.noise(len(texts), ctx) for _ in range(num_steps + 1)], dim=1)
+        # The samples of the model before training have the noises of others: what such a pair shows is the training.
+        place = torch.arange(count) % each
+        current = place < self.own
+        source = torch.where(current, torch.arange(count), torch.arange(count) - place + (place - self.own) % self.own)
+        noises = noises[source]
+        x, clean = torch.empty(2, num_steps, *noises[:, 0].shape, device=noises.device)
+        for chosen, weights in ((current, nullcontext()), (~current, ctx.policy.reference())):
+            rows = chosen.nonzero()[:, 0]
+            if len(rows):
+                with weights:
+                    rollout = walk(ctx.policy, ctx.sampler, prompt.select(rows), noises[rows])
+                x[:, rows], clean[:, rows] = rollout.states.transpose(0, 1), rollout.clean.transpose(0, 1)
+        repeated = [e for e in batch.examples for _ in range(each)]
+        scores = [ctx.score(latents, repeated) for latents in clean]
+        rewards = torch.stack([s.values.masked_fill(~s.valid, torch.nan) for s in scores]).float()
+        # Groups share prompt and step: across steps the pairs would teach that more steps look better.
+        groups = num_steps * len(texts)
+        scored = Scored(
+            latents=clean.view(groups, each, *ctx.policy.latent_shape),
+            rewards=rewards.reshape(groups, each).to(clean.device),
+            text=torch.arange(len(texts)).repeat(num_steps),
+            step=torch.arange(num_steps).repeat_interleave(len(texts)),
+        )
+        step = torch.arange(num_steps, device=x.device).repeat_interleave(count)
+        each_step = prompt.select(torch.arange(count).repeat(num_steps))
+        states = States(x.flatten(0, 1), step, each_step, clean.flatten(0, 1))
+        states = states.select(current.repeat(num_steps).nonzero()[:, 0])
+        return states, self._with_negatives(scored, batch, ctx) if self.negatives else scored
+
+    def _with_negatives(self, scored: Scored, batch: Batch, ctx: Context) -> Scored:
+        """Each group with samples of the texts that follow its own in the batch, scored under its own text."""
+        count = len(batch.examples)
+        if self.negatives >= count:
+            raise ConfigError(
+                f"algorithm.negatives: found {self.negatives}, expected less than data.batch_size, which is {count}: "
+                "each comes from another prompt"
+            )
+        other = (scored.text[:, None] + torch.arange(1, self.negatives + 1)) % count
+        member = torch.randint(self.samples, other.shape, generator=ctx.generator)
+        latents = scored.latents[scored.step[:, None] * count + other, member]
+        examples = [batch.examples[i] for i in scored.text.tolist() for _ in range(self.negatives)]
+        found = ctx.score(latents.flatten(0, 1), examples, log=False)
+        rewards = found.values.masked_fill(~found.valid, torch.nan).float().view_as(other).to(latents.device)
+        return replace(
+            scored,
+            latents=torch.cat([scored.latents, latents], dim=1),
+            rewards=torch.cat([scored.rewards, rewards], dim=1),
+        )
+
+    def noise(self, groups: int, ctx: Context) -> Tensor:
+        """Unit normal noise for N_s samples of each group, (groups * N_s, *S), correlated within a group."""
+        own = ctx.noise(groups * self.samples)
+        if not self.noise_correlation:
+            return own
+        shared = ctx.noise(groups).repeat_interleave(self.samples, dim=0)
+        return sqrt(self.noise_correlation) * shared + sqrt(1 - self.noise_correlation) * own
