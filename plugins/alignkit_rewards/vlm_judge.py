@@ -81,10 +81,10 @@ class VlmJudge(Reward):
     concurrency: int = 8
     """Pictures judged at once."""
     timeout: float = 60.0
-    """Seconds to wait for an answer."""
+    """Seconds to wait for an answer, and after which a request is not tried again."""
     retries: int = 2
     """Further tries of one request, with longer and longer waits between; after them the whole batch is asked again, as
-    `[scoring] retries` says, before the run stops."""
+    `[scoring]` says (retries, retry_limit), before the run stops."""
     give_up_after: int = 16
     """The run stops when so many pictures in a row got no answer that can be read."""
 
