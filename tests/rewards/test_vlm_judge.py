@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import alignkit
+from alignkit import checkpoint
 from alignkit.errors import AlignkitError, ConfigError, TransientError
 from alignkit.interfaces import Example
+from alignkit.testing.expect import differences
 from alignkit_rewards.answers import Unusable, first_object, grades, scores, viescore, yes_and_no
 from alignkit_rewards.bertscore import TextEncoder, bertscore
 from alignkit_rewards.vlm_judge import VlmJudge
@@ -423,7 +426,22 @@ def test_a_run_leaves_out_what_was_not_judged_and_tells_how_much(
     updates = list(run.train())
     assert all(0 < update.metrics["unscored"] < 1 and math.isfinite(update.reward) for update in updates)
 
-    server.say = lambda *_: {"Hm": 0.0}
-    again = tiny_run("stopped", {"reward": [settings], "evaluate.prompts": "", "train.updates": 20})
-    with pytest.raises(AlignkitError, match=r"no usable answer for .* pictures in a row"):
-        list(again.train())
+
+def test_a_run_whose_judge_answers_nonsense_stops_saved_and_goes_on_as_if_it_had_not(
+    tiny_run: Callable[..., Any], endpoint: Callable[..., Endpoint]
+) -> None:
+    server = endpoint(lambda light, _: logit(light))
+    judged = {"name": "vlm_judge", "url": server.url, "model": "judge", "concurrency": 1, "give_up_after": 2}
+    settings = {"reward": [judged], "evaluate.prompts": "", "train.updates": 3}
+    whole, broken = (tiny_run(name, settings) for name in ("whole", "broken"))
+    list(whole.train())
+    half = len(server.asked) // 2 + 1
+    server.asked.clear()
+    server.say = lambda light, _: logit(light) if len(server.asked) <= half else "I would rather talk about ships"
+    with pytest.raises(AlignkitError, match=r"no usable answer for 2 pictures in a row.*; go on with: alignkit train"):
+        list(broken.train())
+    assert checkpoint.latest(broken.folder / "checkpoints") is not None
+    server.say = lambda light, _: logit(light)
+    list(alignkit.load(resume=broken.folder).train())
+    ends = [checkpoint.load(checkpoint.latest(run.folder / "checkpoints"))["trainer"] for run in (whole, broken)]
+    assert ends[0]["update"] == 3 and not differences(*ends)
