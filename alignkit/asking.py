@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from time import monotonic, sleep
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ class Asking:
     broken: str = "refuse"
     retries: int = 4
     retry_seconds: float = 1.0
+    retry_limit: float = 300.0
     overlap: bool = True
     cache: ScoreCache | None = None
     warn: Callable[[str], None] | None = None
@@ -44,6 +45,10 @@ class AskedReward:
             self.reward.load(device)
             kept = self.asking.cache is not None and self.reward.deterministic and not self.reward.differentiable
             self._fingerprint = self.reward.fingerprint() if kept else ""
+
+    def identity(self) -> str:
+        with blaming(self.name, "in identity"):
+            return self.reward.identity()
 
     def __call__(self, images: Tensor, examples: Sequence[Example], first: int = 0) -> Scores:
         """Scores of images (N, 3, H, W) in [0, 1], float32, NaN where invalid."""
@@ -84,19 +89,18 @@ class AskedReward:
 
     def _ask(self, images: Tensor, examples: Sequence[Example], first: int) -> object:
         """The reward's answer. What may pass is tried again; at last it is a TransientError that names the reward."""
-        tries, waited = self.asking.retries + 1, 0.0
-        for attempt in range(tries):
+        begun = monotonic()
+        for attempt in range(self.asking.retries + 1):
             try:
                 # In the precision that it was loaded in: a reward that is followed scores as when it is measured.
                 with torch.autocast(images.device.type, enabled=False):
                     return self._answer(images, examples, first)
             except TransientError as error:
-                if attempt + 1 == tries:
-                    times = f"{tries} times in {waited:.0f} seconds" if tries > 1 else "once"
+                pause, passed = self.asking.retry_seconds * 2**attempt, monotonic() - begun
+                if attempt == self.asking.retries or passed + pause > self.asking.retry_limit:
+                    times = f"{attempt + 1} times in {passed:.0f} seconds" if attempt else "once"
                     raise TransientError(f"{_origin(self.name)} did not answer, asked {times}: {error}") from error
-                pause = self.asking.retry_seconds * 2**attempt
-                time.sleep(pause)
-                waited += pause
+                sleep(pause)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def _answer(self, images: Tensor, examples: Sequence[Example], first: int) -> object:

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alignkit import config, schema
+from alignkit import schema
 from alignkit.errors import AlignkitError, ConfigError, PluginError
-from alignkit.interfaces import Algorithm, Example, ModelBundle
+from alignkit.interfaces import Algorithm, Example
 from alignkit.registry import Component, Registry, default_registry, nearest, normalise
-from alignkit.testing import check_algorithm, check_reward, check_sampler, check_surrogate, refusal
+from alignkit.testing import check_algorithm, check_model, check_reward, check_sampler, check_surrogate, refusal
 from alignkit.testing.world import Form
 
 WALKS: dict[Form, tuple[str, ...]] = {"lcm": ("lcm",), "teacher": ("ddim", "euler_ancestral", "renoise")}
@@ -99,7 +99,7 @@ def _check(registry: Registry, row: Component, given: Mapping[tuple[str, str], d
     if row.broken:
         raise AssertionError(f"{row.origin} is broken: {row.broken}")
     if row.kind == "model":
-        return _check_model(registry, row)
+        return check_model(row.name)
     component = _built(registry, row.kind, row.name, given)
     if row.kind == "reward":
         check_reward(component, examples=examples)
@@ -148,19 +148,3 @@ def _check_algorithm(
     if not checked:
         raise _Skipped(reasons[0])
     return ", ".join(checked)
-
-
-def _check_model(registry: Registry, row: Component) -> str:
-    """The settings that it brings, under every algorithm it has some for, make a run file without mistakes."""
-    bundle: ModelBundle = registry.get("model", row.name)
-    known = {one.name for one in registry.components("algorithm")}
-    algorithms = sorted(known & set(bundle.algorithm_defaults)) or [config.DEFAULT_ALGORITHM]
-    for algorithm in algorithms:
-        chosen = {"model.name": row.name, "algorithm.name": algorithm}
-        if not any("sampler" in layer for layer in (bundle.defaults, bundle.algorithm_defaults.get(algorithm, {}))):
-            chosen["sampler.name"] = "lcm"  # which the user has to choose
-        try:
-            config.load(None, chosen)
-        except ConfigError as error:
-            raise AssertionError(f"model {row.name} under {algorithm}: {error}") from error
-    return f"its settings under {', '.join(algorithms)}"

@@ -310,6 +310,7 @@ def evaluate(
     reward: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A further reward; repeatable.")] = None,
     unseen: Annotated[bool, typer.Option("--unseen", help="Leave out the prompts that were trained on.")] = False,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the rows as CSV.")] = None,
+    assignments: Set = None,
     as_json: Json = False,
 ) -> None:
     """Measure the rewards before and after training, with 95 % intervals of the difference, and the drift.
@@ -321,6 +322,7 @@ def evaluate(
     alignkit evaluate runs/first
     alignkit evaluate runs/first runs/control --steps 1,2,4,8 --csv table.csv
     alignkit evaluate runs/first --unseen --json
+    alignkit evaluate runs/first --set 'evaluate.rewards=[{name = "clip_score", checkpoint = "my/clip"}]'
     """
     from rich.console import Console
 
@@ -332,7 +334,9 @@ def evaluate(
 
     if csv is not None and csv.exists():
         raise AlignkitError(f"--csv {csv}: is there already; choose another name")
-    rows = compare_runs([open_run(source) for source in sources], flags.step_list(steps), reward or (), not unseen)
+    changes = flags.overrides(None, None, None, None, None, None, assignments)
+    runs = [open_run(source, changes) for source in sources]
+    rows = compare_runs(runs, flags.step_list(steps), reward or (), not unseen)
     if csv is not None:
         write_file(csv, as_csv(rows))
     if as_json:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from alignkit import schema, toml
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.interfaces import ModelBundle
-from alignkit.layers import Layer, Layers, RunFile, nest
+from alignkit.layers import LISTS, Layer, Layers, RunFile, nest
 from alignkit.prompt_sets import prompt_file
 from alignkit.registry import Registry, default_registry, nearest, normalise
 from alignkit.sections import (
@@ -149,8 +149,10 @@ class _Loader:
         algorithm = self._plugin("algorithm", self.algorithm)
         sampler = self._plugin("sampler", self.layers.name("sampler"))
         rewards = list(self._rewards())
+        watched = list(self._watched({reward.name: reward for reward in rewards}))
         surrogate = self._surrogate(algorithm)
         self.layers.raise_problems()
+        plain["evaluate"] = replace(plain["evaluate"], rewards=watched)
         config: dict[str, Any] = {"sampler": sampler, "algorithm": algorithm, "surrogate": surrogate}
         return RunConfig(**config, rewards=rewards, **values, **plain)
 
@@ -187,21 +189,24 @@ class _Loader:
         return self._check_plugin(section, name, values)
 
     def _rewards(self) -> Iterator[RewardConfig]:
-        """The last list that was given; fields of the same reward in earlier lists still hold."""
-        lists = [[{"name": e} if isinstance(e, str) else e for e in x.tree.get("reward", ())] for x in self.layers]
-        wanted = [normalise(str(entry["name"])) for entry in next((e for e in reversed(lists) if e), [])]
-        changes = self.layers.layers[-1].tree.get("reward.", {})
-        for name in changes.keys() - set(wanted):
-            self.layers.problems.append(f"reward.{name}: not one of this run's rewards ({', '.join(wanted)})")
-        for entry, name in enumerate(wanted):
-            if name in wanted[:entry]:
-                self.layers.problem("reward", "name", f"{name} is there twice; add the weights up", entry)
-                continue
-            values: dict[str, Any] = {}
-            for one in (e for entries in lists for e in entries if normalise(str(e["name"])) == name):
-                values |= {key: value for key, value in one.items() if key != "name"}
-            if config := self._check_plugin("reward", name, values | changes.get(name, {}), entry):
+        """Those that are trained on."""
+        for entry, name, values in self.layers.listed("reward", "one of this run's rewards", "add the weights up"):
+            if config := self._check_plugin("reward", name, values, entry):
                 yield config
+
+    def _watched(self, trained: Mapping[str, RewardConfig]) -> Iterator[dict[str, Any]]:
+        """Tables with every field; one that is trained on too is measured as it is there, and keeps its name alone."""
+        section = "evaluate.rewards"
+        for entry, name, values in self.layers.listed(section, f"in {section}", "remove one of them"):
+            if name in trained and not values:
+                yield {"name": name}
+            elif (config := self._check_plugin(section, name, values, entry)) and name not in trained:
+                yield {"name": name, **config.fields}
+            elif config and config.fields == trained[name].fields:
+                yield {"name": name}
+            elif config:
+                told = f"{name} is trained on with other settings, and is in a run once; leave the settings out here"
+                self.layers.problem(section, "name", told, entry)
 
     def _surrogate(self, algorithm: PluginConfig | None) -> Any:
         """The surrogate if the algorithm needs one. A section that it has no use for is a mistake, unless it came
@@ -217,13 +222,15 @@ class _Loader:
         return None
 
     def _check_plugin(self, section: str, name: str, values: dict[str, Any], entry: int = 0) -> Any:
+        kind = "reward" if section in LISTS else section
         try:
-            cls = self.registry.get(section, name)
+            cls = self.registry.get(kind, name)
             types = schema.field_types(cls)
         except AlignkitError as error:
             self.layers.problem(section, "name", str(error), entry)
             return None
-        own = {key: hint for key, hint in schema.field_types(PLUGINS[section]).items() if key not in ("name", "fields")}
+        holder = PLUGINS.get(section, PluginConfig)  # what is only watched has no weight
+        own = {key: hint for key, hint in schema.field_types(holder).items() if key not in ("name", "fields")}
         count = len(self.layers.problems)
         checked = self._convert(section, types | own, values, name, entry)
         for key in types.keys() - schema.defaults(cls).keys() - values.keys():
@@ -237,7 +244,7 @@ class _Loader:
             return None
         core = {key: value for key, value in checked.items() if key in own}
         fields = {key: value for key, value in (schema.defaults(cls) | plugin).items() if key not in own}
-        return self._build(section, PLUGINS[section], {"name": name, "fields": fields, **core}, entry)
+        return self._build(section, holder, {"name": name, "fields": fields, **core}, entry)
 
     def _convert(
         self, section: str, types: Mapping[str, Any], values: dict[str, Any], docs: str, entry: int = 0
@@ -251,8 +258,6 @@ class _Loader:
                 continue
             try:
                 checked[key] = self._resolve(section, key, schema.convert(value, types[key]))
-                for name in checked[key] if (section, key) == ("evaluate", "rewards") else ():
-                    self.registry.find("reward", name)
             except (TypeError, AlignkitError) as error:
                 self.layers.problem(section, key, str(error), entry)
         return checked

@@ -286,6 +286,12 @@ class Reward(ABC):
         """
         return ""
 
+    def identity(self) -> str:
+        """Who answers, where the settings leave that open (a server may serve something else tomorrow); asked once it
+        is loaded. A run keeps it, and when it is resumed it must be found again. Empty, the default: the settings tell.
+        """
+        return ""
+
     @abstractmethod
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor | Scores:
         """Scores (N,) of images (N, 3, H, W) float32 in [0, 1], as the 8-bit files that would be saved.

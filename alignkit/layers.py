@@ -13,6 +13,9 @@ from alignkit.errors import ConfigError
 from alignkit.registry import nearest, normalise
 from alignkit.sections import PLAIN, PLUGINS, TOP
 
+LISTS = ("reward", "evaluate.rewards")
+"""Where rewards are listed, by name or by table. Single fields of theirs, in overrides, stand under this and a dot."""
+
 
 class RunFile:
     """A run file that has been read; knows the line of each key."""
@@ -31,6 +34,9 @@ class RunFile:
 
     def where(self, section: str, key: str, entry: int) -> str:
         line = toml.line_of(self.text, section, key, entry)
+        outer, _, inner = section.partition(".")
+        if not line and inner:  # entries of a list that stand on its line
+            line = toml.line_of(self.text, outer, inner)
         return f"{self.path}:{line}: " if line else f"{self.path}: "
 
     def beside(self, name: str) -> Path:
@@ -39,14 +45,15 @@ class RunFile:
 
 
 def nest(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """{"train.updates": 3} as {"train": {"updates": 3}}; "reward.NAME.key" as {"reward.": {NAME: {key: ...}}}."""
+    """{"train.updates": 3} as {"train": {"updates": 3}}; "reward.NAME.key" as {"reward.": {NAME: {key: ...}}}, and
+    "evaluate.rewards.NAME.key" likewise."""
     tree: dict[str, Any] = {}
     for path, value in overrides.items():
         if value is None:
             raise ConfigError(f"{path}: found None, expected a value; leave the key out for its default")
-        section, *keys = path.split(".")
-        section = "reward." if section == "reward" and keys else section
-        if len(keys) != {"reward.": 2}.get(section, 1) and not (not keys and (section in TOP or section == "reward")):
+        listed = next((f"{name}." for name in LISTS if path.startswith(f"{name}.")), "")
+        section, *keys = [listed, *path[len(listed) :].split(".")] if listed else path.split(".")
+        if len(keys) != (2 if listed else 1) and not (not keys and (section in TOP or section in LISTS)):
             raise ConfigError(f"{path}: expected section.key, as train.updates, or reward.NAME.key")
         if not keys:
             tree[section] = value
@@ -82,8 +89,8 @@ class Layers:
         return normalise(str(named[-1])) if named else ""
 
     def problem(self, section: str, key: str, text: str, entry: int = 0) -> None:
-        """Note a mistake under the layer that the value comes from; `entry` counts [[reward]] tables."""
-        source = next((x for x in reversed(self.layers) if section in x.tree and _holds(x.tree[section], key)), None)
+        """Note a mistake under the layer that the value comes from; `entry` counts the tables of a list."""
+        source = next((x for x in reversed(self.layers) if _holds(value_at(x.tree, section), key)), None)
         where = source.label if source else ""
         if self.file and (source is None or source.tree is self.file.tree):
             where = self.file.where(section, key, entry)
@@ -94,24 +101,63 @@ class Layers:
         if self.problems:
             raise ConfigError("\n".join(self.problems))
 
+    def listed(self, section: str, where: str, twice: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
+        """(place, name, fields) of each entry of the last list that was given in a section of `LISTS`. Fields of the
+        same reward in earlier lists still hold, and single fields of the overrides win. `where` and `twice` end the
+        messages about a single field of a reward that is not listed, and about one that is listed twice."""
+        given = [entries for x in self if (entries := value_at(x.tree, section)) is not None]
+        lists = [[{"name": entry} if isinstance(entry, str) else entry for entry in entries] for entries in given]
+        # Without rewards to train on there is no run, so an empty list leaves those of the model.
+        last: list[Any] = next((e for e in reversed(lists) if e or section != "reward"), [])
+        wanted = [normalise(entry["name"]) for entry in last]
+        changes = self.layers[-1].tree.get(f"{section}.", {})
+        for name in changes.keys() - set(wanted):
+            self.problems.append(f"{section}.{name}: not {where} ({', '.join(wanted) or 'which is empty'})")
+        for entry, name in enumerate(wanted):
+            if name in wanted[:entry]:
+                self.problem(section, "name", f"{name} is there twice; {twice}", entry)
+                continue
+            values: dict[str, Any] = {}
+            for one in (e for entries in lists for e in entries if normalise(e["name"]) == name):
+                values |= {key: value for key, value in one.items() if key != "name"}
+            yield entry, name, values | changes.get(name, {})
+
     def check_shape(self) -> None:
         """Only known sections, each a table; [[reward]] a list of names or tables. Raises ConfigError."""
         sections = [*TOP, *PLAIN, *PLUGINS]
-        for section, found in ((section, found) for layer in self for section, found in layer.tree.items()):
-            if section == "reward":
-                good = isinstance(found, Sequence) and not isinstance(found, str)
-                if not good or not all(isinstance(e, str) or (isinstance(e, Mapping) and "name" in e) for e in found):
-                    self.problem(section, "", "expected [[reward]] tables, each with a name")
-            elif section not in sections and section != "reward.":
+        single = [f"{name}." for name in LISTS]
+        for section, value in ((section, value) for layer in self for section, value in layer.tree.items()):
+            if section in (*LISTS, *single):
+                continue
+            if section not in sections:
                 hint = nearest(section, sections)
                 self.problem(section, "", f"unknown section{hint} (there are {', '.join(sections)})")
-            elif section not in TOP and not isinstance(found, Mapping):
-                self.problem(section, "", f"found {toml.format_value(found)}, expected a table [{section}]")
+            elif section not in TOP and not isinstance(value, Mapping):
+                self.problem(section, "", f"found {toml.format_value(value)}, expected a table [{section}]")
+        for section, layer in ((section, layer) for section in LISTS for layer in self):
+            entries = value_at(layer.tree, section)
+            good = isinstance(entries, Sequence) and not isinstance(entries, str)
+            if entries is not None and not (good and all(map(_names_a_reward, entries))):
+                what = "[[reward]] tables" if section == "reward" else "a list of names or of tables"
+                self.problem(section, "", f"expected {what}{', each' if section == 'reward' else ''} with a name")
         self.raise_problems()
+
+
+def value_at(tree: Mapping[str, Any], section: str) -> Any:
+    """What a tree holds under "section" or "section.key"; None where there is nothing."""
+    outer, _, key = section.partition(".") if section in LISTS else (section, "", "")
+    table = tree.get(outer)
+    return (table.get(key) if isinstance(table, Mapping) else None) if key else table
+
+
+def _names_a_reward(entry: Any) -> bool:
+    return isinstance(entry, str) or (isinstance(entry, Mapping) and isinstance(entry.get("name"), str))
 
 
 def _holds(table: Any, key: str) -> bool:
     """Whether a section (a table, or a list of tables or of names) has this key; without a key, that it is there."""
+    if table is None:
+        return False
     if not key or (key == "name" and isinstance(table, str)):
         return True
     if isinstance(table, list | tuple):

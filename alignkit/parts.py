@@ -62,16 +62,19 @@ class Parts:
         asking: Asking | None = None,
     ) -> WeightedRewards:
         """These rewards that are trained on and those that are only watched."""
-        names = {name for name, _, _ in trained}
-        watched = [name for name in dict.fromkeys([*self.config.evaluate.rewards, *further]) if name not in names]
-        return WeightedRewards(trained, [(name, default_registry().get("reward", name)()) for name in watched], asking)
+        kept = {name for name, _, _ in trained}
+        fields = self.config.evaluate.watched()
+        names = [name for name in dict.fromkeys([*fields, *further]) if name not in kept]
+        watched = [(name, default_registry().get("reward", name)(**fields.get(name, {}))) for name in names]
+        return WeightedRewards(trained, watched, asking)
 
     def asking(self, cache: str | Path = "", warn: Callable[[str], None] | None = None) -> Asking:
         """How rewards are asked, as `[scoring]` says; `cache` is where scores are kept if that names no file."""
         scoring = self.config.scoring
         path = scoring.cache or cache
         kept = ScoreCache(path) if path else None
-        return Asking(scoring.broken, scoring.retries, scoring.retry_seconds, scoring.overlap, kept, warn)
+        tries = scoring.retries, scoring.retry_seconds, scoring.retry_limit
+        return Asking(scoring.broken, *tries, scoring.overlap, kept, warn)
 
     def skipped(self) -> list[str] | None:
         """Where broken data is noted, if the run skips it; None if it refuses it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from copy import copy
 from typing import Any
@@ -79,6 +79,21 @@ class WeightedRewards:
         """Load every reward."""
         for asked in self._asked:
             asked.load(device)
+
+    def identities(self) -> dict[str, str]:
+        """Who answers, by name, of those that tell; they are loaded."""
+        told = {asked.name: asked.identity() for asked in self._asked}
+        return {name: identity for name, identity in told.items() if identity}
+
+    def hold_to(self, identities: Mapping[str, str], when: str) -> None:
+        """Raise ConfigError unless those answer who answered before; `when` ends the sentence that says so."""
+        found = self.identities()
+        for name, expected in identities.items():
+            if (answers := found.get(name, "nothing that tells what it is")) != expected:
+                raise ConfigError(
+                    f"reward {name}: found {answers}, expected {expected}, as when {when}; serve that again, with the "
+                    "settings and versions of then"
+                )
 
     def close(self) -> None:
         """End the threads of slow rewards and close the cache of scores; either is opened again when it is needed."""

@@ -116,8 +116,10 @@ class Run(Parts):
         self._claim(accelerator)
         saved = self._newest_checkpoint()
         trainer, examples = self._build(accelerator)
-        state: dict[str, Any] = {"before": None, "lines": 0, "unmeasured": False}
+        assert self._rewards is not None
+        state: dict[str, Any] = {"before": None, "lines": 0, "unmeasured": False, "rewards": {}}
         state = state if saved is None else trainer.restore(saved)
+        self._rewards.hold_to(state.get("rewards", {}), f"{saved} was saved")
         before = evaluate.Measurement.from_state(state["before"]) if state["before"] else None
         try:
             with Report(
@@ -129,7 +131,6 @@ class Run(Parts):
                 error.add_note(f"This was raised in code of {origin}.")
             raise
         finally:
-            assert self._rewards is not None
             self._rewards.close()
             accelerator.end_training()
 
@@ -148,10 +149,12 @@ class Run(Parts):
         """
         config, ctx = self.config, trainer.ctx
         warmup = config.surrogate.warmup if config.surrogate else 0
+        assert self._rewards is not None
+        identities = self._rewards.identities()
 
         def save(unmeasured: bool = False) -> None:
             first = before.state_dict() if before else None
-            run_state = {"before": first, "lines": report.lines, "unmeasured": unmeasured}
+            run_state = {"before": first, "lines": report.lines, "unmeasured": unmeasured, "rewards": identities}
             trainer.save(self.folder / "checkpoints", run_state)
 
         if before is None and examples:

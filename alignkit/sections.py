@@ -120,6 +120,9 @@ class ScoringConfig:
     """Times that a reward is asked again when it fails for a reason that may pass (a server that does not answer)."""
     retry_seconds: float = 1.0
     """Wait before the first of them; each further wait is twice as long."""
+    retry_limit: float = 300.0
+    """Seconds after which it is not asked again about the same pictures, however many tries are left: a bound for
+    servers that hang."""
     overlap: bool = True
     """Whether slow rewards answer in threads of their own while the next pictures are decoded or drawn. It changes no
     result."""
@@ -135,6 +138,7 @@ class ScoringConfig:
             multiplier_rate=_above_zero(self.multiplier_rate),
             retries=_at_least(self.retries, 0),
             retry_seconds=_at_least(self.retry_seconds, 0),
+            retry_limit=_at_least(self.retry_limit, 0),
         )
 
 
@@ -224,8 +228,9 @@ class EvaluateConfig:
     """Pictures of each prompt, over which its score is the mean: intervals get narrower, and take as much longer."""
     seed: int = 1000
     """Seed of the noise, the same at every evaluation."""
-    rewards: list[str] = field(default_factory=list)
-    """Rewards that are measured and not trained on, besides those of the run."""
+    rewards: list[str | dict[str, Any]] = field(default_factory=list)
+    """Rewards that are measured and not trained on, besides those of the run: names, or tables with a name and fields
+    of the reward, which may be written as [[evaluate.rewards]]."""
     batch_size: int = 32
     """Pictures drawn at once."""
 
@@ -237,6 +242,11 @@ class EvaluateConfig:
             samples=_at_least(self.samples, 1),
             batch_size=_at_least(self.batch_size, 1),
         )
+
+    def watched(self) -> dict[str, dict[str, Any]]:
+        """The fields of `rewards` by name."""
+        tables: list[dict[str, Any]] = [{"name": e} if isinstance(e, str) else e for e in self.rewards]
+        return {table["name"]: {k: v for k, v in table.items() if k != "name"} for table in tables}
 
 
 @dataclass(frozen=True)

@@ -65,14 +65,18 @@ def format_value(value: Any) -> str:
 
 def format_file(tree: Mapping[str, Any]) -> str:
     """A run file: plain keys first, then a [table] a section, then [[table]] for lists of tables. None is left out."""
+    return "\n".join(_lines(tree, "")) + "\n"
+
+
+def _lines(tree: Mapping[str, Any], section: str) -> list[str]:
     lines, tables = [], []
     for key, value in tree.items():
-        if isinstance(value, Mapping):
-            tables.append((f"[{key}]", value))
+        if isinstance(value, Mapping) and not section:
+            tables.append((key, f"[{key}]", value))
         elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
-            tables += [(f"[[{key}]]", item) for item in value]
-        else:
+            tables += [(key, f"[[{section}{key}]]", item) for item in value]
+        elif value is not None:
             lines.append(f"{key} = {format_value(value)}")
-    for header, table in tables:
-        lines += ["", header, *(f"{key} = {format_value(value)}" for key, value in table.items() if value is not None)]
-    return "\n".join(lines) + "\n"
+    for key, header, table in tables:
+        lines += ["", header, *_lines(table, f"{section}{key}.")]
+    return lines

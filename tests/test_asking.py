@@ -46,9 +46,10 @@ class Slow(Judge):
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses that were asked for, none of which is made."""
+    """The pauses that were asked for, none of which is made but on the clock."""
     found: list[float] = []
-    monkeypatch.setattr("alignkit.asking.time.sleep", found.append)
+    monkeypatch.setattr("alignkit.asking.sleep", found.append)
+    monkeypatch.setattr("alignkit.asking.monotonic", lambda: sum(found))
     return found
 
 
@@ -76,6 +77,19 @@ def test_a_reward_that_never_answers_is_named_after_a_bounded_number_of_tries(
     with pytest.raises(TransientError, match=r"^reward 'judge' did not answer, asked 4 times in 7 seconds: connection"):
         loaded(judge, Asking(retries=3)).score(IMAGES, EXAMPLES, 6)
     assert judge.asked == 4 and waits == [1.0, 2.0, 4.0]
+
+
+def test_a_reward_that_hangs_is_asked_no_more_once_the_time_is_up(waits: list[float]) -> None:
+    class Hangs(Judge):
+        def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor | Scores:
+            waits.append(120)
+            return super().__call__(images, examples)
+
+    with pytest.raises(TransientError, match="did not answer, asked 3 times in 363 seconds"):
+        loaded(Hangs(fail=range(100)), Asking()).score(IMAGES, EXAMPLES, 6)
+    assert waits == [120, 1, 120, 2, 120]
+    with pytest.raises(TransientError, match="did not answer, asked once"):
+        loaded(Hangs(fail=range(100)), Asking(retry_limit=120)).score(IMAGES, EXAMPLES, 6)
 
 
 def test_what_does_not_pass_is_not_tried_again(waits: list[float]) -> None:

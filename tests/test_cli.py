@@ -72,7 +72,11 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
         module.calls.append(("evaluate", len(runs), steps, rewards, seen))
         return [Row("acme_red", 2, 64, 0.5, 0.75, 0.25, 0.125, 0.375)]
 
-    module.load, module.score, module.open_run = load, score, lambda source: FakeRun(module.calls)
+    def open_run(source: str, overrides: Any = None) -> FakeRun:
+        module.opened = overrides
+        return FakeRun(module.calls)
+
+    module.load, module.score, module.open_run = load, score, open_run
     module.compare_runs = compare_runs
     monkeypatch.setitem(sys.modules, "alignkit.run", module)
     monkeypatch.setattr(alignkit, "run", module, raising=False)
@@ -257,7 +261,9 @@ def test_score_prints_a_table_or_json(engine: Any) -> None:
 
 def test_evaluate_prints_a_table_or_json_and_writes_csv_once(engine: Any, tmp_path: Path) -> None:
     assert "0.750" in run("evaluate", "runs/first").stdout
-    assert engine.calls[-1] == ("evaluate", 1, None, (), True)
+    assert engine.calls[-1] == ("evaluate", 1, None, (), True) and not engine.opened
+    run("evaluate", "runs/first", "--set", 'evaluate.rewards=["acme_red", {name = "acme_blue", judge = "x"}]')
+    assert engine.opened == {"evaluate.rewards": ["acme_red", {"name": "acme_blue", "judge": "x"}]}
     csv = tmp_path / "new" / "table.csv"
     arguments = ["runs/first", "runs/second", "--steps", "1,2", "--reward", "acme_blue", "--unseen"]
     (row,) = json.loads(run("evaluate", *arguments, "--json", "--csv", str(csv)).stdout)

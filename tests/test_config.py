@@ -59,7 +59,7 @@ rewards = ["acme_rde"]
         "run.toml:18: train.ema_decay: found 1.0, expected at least 0 and less than 1",
         'run.toml:19: train.precision: found "fp8", expected "no" or "bf16" or "fp16"',
         'run.toml:21: evaluate.steps: found [1, "two"], expected list of integer',
-        "run.toml:22: evaluate.rewards: unknown reward 'acme_rde'; did you mean acme_red? "
+        "run.toml:22: evaluate.rewards.name: unknown reward 'acme_rde'; did you mean acme_red? "
         "(`alignkit list rewards` shows all)",
         'data.batch_size: found "many", expected integer',
     ]
@@ -111,13 +111,76 @@ def test_several_bounds_of_one_section_are_told_together(load_acme: Any) -> None
         ({"trian.updates": 1}, "trian: unknown section; did you mean train?"),
         ({"updates": 1}, "updates: expected section.key"),
         ({"train.updates": None}, "train.updates: found None"),
-        ({"evaluate.rewards": ["acme_rad"]}, "evaluate.rewards: unknown reward 'acme_rad'; did you mean acme_red?"),
+        (
+            {"evaluate.rewards": ["acme_rad"]},
+            "evaluate.rewards.name: unknown reward 'acme_rad'; did you mean acme_red?",
+        ),
+        (
+            {"evaluate.rewards": [{"name": "acme_blue", "juge": "x"}], "reward": ["acme_red"]},
+            "evaluate.rewards.juge: unknown key; did you mean judge? (`alignkit show acme_blue` lists all)",
+        ),
+        (
+            {"evaluate.rewards": [{"name": "acme_blue", "judge": 3}], "reward": ["acme_red"]},
+            "evaluate.rewards.judge: found 3, expected string",
+        ),
+        ({"evaluate.rewards": [{"name": "acme_red", "weight": 1.0}]}, "evaluate.rewards.weight: unknown key"),
+        ({"evaluate.rewards": [{"judge": "x"}]}, "evaluate.rewards: expected a list of names or of tables with a name"),
+        ({"evaluate.rewards": "acme_red"}, "evaluate.rewards: expected a list of names or of tables with a name"),
+        ({"evaluate.rewards": ["acme_red", {"name": "acme-red"}]}, "evaluate.rewards.name: acme_red is there twice"),
+        ({"evaluate.rewards.acme_red.judge": "x"}, "evaluate.rewards.acme_red: not in evaluate.rewards (which is emp"),
+        (
+            {"evaluate.rewards": [{"name": "acme_blue", "judge": "other"}]},
+            "evaluate.rewards.name: acme_blue is trained on with other settings, and is in a run once; leave",
+        ),
         ({"algorithm.pace": 1.0}, "algorithm.pace: unknown key; did you mean sampler.pace?"),
     ],
 )
 def test_a_wrong_override_is_one_clear_line(load_acme: Any, overrides: dict[str, Any], message: str) -> None:
     (line,) = problems(load_acme, None, MODEL | overrides)
     assert line.startswith(message)
+
+
+WATCHING = """
+[model]
+name = "acme_model"
+[algorithm]
+name = "acme_plain"
+[[reward]]
+name = "acme_red"
+[evaluate]
+rewards = ["acme_red", {name = "acme-blue", judge = "mine"}]
+"""
+TABLES = (
+    WATCHING.rpartition("rewards =")[0]
+    + """
+[[evaluate.rewards]]
+name = "acme_red"
+[[evaluate.rewards]]
+name = "acme_blue"
+judge = "mine"
+"""
+)
+
+
+@pytest.mark.parametrize("text", [WATCHING, TABLES])
+def test_a_watched_reward_has_fields_as_one_that_is_trained_on(load_acme: Any, text: str) -> None:
+    assert load_acme(text).evaluate.watched() == {"acme_red": {}, "acme_blue": {"judge": "mine"}}
+    changed = load_acme(text, {"evaluate.rewards.acme_blue.judge": "other"})
+    assert changed.evaluate.watched()["acme_blue"] == {"judge": "other"}
+    assert load_acme(text, {"evaluate.rewards": []}).evaluate.watched() == {}
+    assert load_acme(text, {"evaluate.rewards": ["acme_blue"]}).evaluate.watched() == {"acme_blue": {"judge": "mine"}}
+    alike = load_acme(text, {"reward": [{"name": "acme_blue", "judge": "mine"}], "evaluate.rewards": ["acme_blue"]})
+    assert alike.evaluate.watched() == {"acme_blue": {}}
+
+
+def test_mistakes_in_a_watched_reward_are_told_with_their_line(load_acme: Any) -> None:
+    end = "evaluate.rewards.judge: found 3, expected string"
+    assert problems(load_acme, WATCHING.replace('"mine"', "3"))[0].endswith(f"run.toml:9: {end}")
+    assert problems(load_acme, TABLES.replace('"mine"', "3"))[0].endswith(f"run.toml:14: {end}")
+    lines = problems(load_acme, TABLES.replace("judge", "juge").replace('name = "acme_red"', 'name = "acme_rde"'))
+    ends = ["run.toml:7: reward.name: unknown", "run.toml:11: evaluate.rewards.name: unknown reward 'acme_rde'",
+            "run.toml:14: evaluate.rewards.juge: unknown key; did you mean judge?"]  # fmt: skip
+    assert [end in line for end, line in zip(ends, lines, strict=True)] == [True] * 3
 
 
 def test_a_run_without_sampler_says_how_to_name_one(load_acme: Any) -> None:
@@ -228,8 +291,9 @@ def test_a_model_folder_that_is_not_there_is_told_at_once(load_acme: Any, name: 
 # Writing
 
 
+@pytest.mark.parametrize("trained", [1, 2])
 @pytest.mark.parametrize("algorithm", ["acme_plain", "acme_steps"])
-def test_the_resolved_file_loads_to_an_equal_run(load_acme: Any, tmp_path: Path, algorithm: str) -> None:
+def test_the_resolved_file_loads_to_an_equal_run(load_acme: Any, algorithm: str, trained: int) -> None:
     config = load_acme(
         None,
         MODEL
@@ -241,7 +305,8 @@ def test_the_resolved_file_loads_to_an_equal_run(load_acme: Any, tmp_path: Path,
             "train.max_grad_norm": float("inf"),
             "train.trackers": ["wandb"],
             "model.guidance": 7.5,
-            "reward": [{"name": "acme_red", "weight": 0.1}, {"name": "acme_blue"}],
+            "reward": [{"name": "acme_red", "weight": 0.1}, {"name": "acme_blue"}][:trained],
+            "evaluate.rewards": ["acme_blue", "acme_red"],
         },
     )
     assert config.algorithm.fields["span"] == (3, 4)

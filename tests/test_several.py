@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 from typer.testing import CliRunner
@@ -18,7 +19,9 @@ from alignkit import checkpoint
 from alignkit.cli import app
 from alignkit.diffusers_policy import DiffusersPolicy
 from alignkit.errors import AlignkitError, ConfigError, PluginError, TransientError
+from alignkit.interfaces import Example
 from alignkit.run import Run
+from alignkit_rewards.jpeg import JpegCompressibility
 from method_checks import assert_a_stopped_run_ends_with_the_same_bits
 from plugin_fixtures import PluginFolder
 from test_resume import assert_same_but_surroundings, metrics
@@ -142,7 +145,7 @@ def test_a_server_that_is_away_for_a_moment_is_not_even_noticed(
     list(unbroken.train())
     judges.ASKED.clear()
     judges.DOWN_AFTER = 4
-    monkeypatch.setattr("alignkit.asking.time.sleep", lambda seconds: setattr(judges, "DOWN_AFTER", None))
+    monkeypatch.setattr("alignkit.asking.sleep", lambda seconds: setattr(judges, "DOWN_AFTER", None))
     list(broken.train())
     same_run(unbroken, broken)
 
@@ -293,6 +296,18 @@ def test_a_floor_is_a_number_or_the_start(tiny_run: MakeRun, judges: Any) -> Non
         tiny_run(overrides={"reward": ["darkness", {"name": "redness", "at_least": "begin"}]})
     run = tiny_run(overrides={"reward": ["darkness", "redness"], "reward.redness.at_least": -1})
     assert [reward.at_least for reward in run.config.rewards] == [None, -1.0]
+
+
+def test_a_watched_reward_is_built_with_its_fields(tiny_run: MakeRun) -> None:
+    watched: list[Any] = [{"name": "jpeg_compressibility", "quality": 50}, "jpeg_incompressibility"]
+    run = tiny_run("fields", {"reward": ["jpeg_incompressibility"], "evaluate.rewards": watched})
+    rewards = run.with_measured(run.trained_rewards())
+    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = rewards(picture, [Example("noise")]).parts
+    expected = JpegCompressibility(quality=50)(picture, [Example("noise")])
+    assert rewards.watched == ["jpeg_compressibility"]
+    assert torch.equal(found["jpeg_compressibility"], expected)
+    assert not torch.equal(found["jpeg_compressibility"], -found["jpeg_incompressibility"])
 
 
 def test_what_is_only_watched_decides_nothing(tiny_run: MakeRun, odd_rewards: None, brightness: None) -> None:

@@ -17,12 +17,20 @@ from torch import Tensor
 from alignkit.cache import fingerprint, tokenizer_state
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Example, Reward, Scores
-from alignkit_rewards.checkpoints import check_local, load_model, load_tokenizer
+from alignkit_rewards.checkpoints import (
+    Precision,
+    backbone_dtype,
+    check_local,
+    check_precision,
+    load_model,
+    load_tokenizer,
+)
 from alignkit_rewards.phrases import MATERIALS, Phrase, phrases
 from alignkit_rewards.pixels import CLIP_MEAN, CLIP_STD, normalize, resize
 
 DEFAULT_JUDGE = "Salesforce/blip-vqa-capfilt-large"
 Mode = Literal["hard", "soft", "product"]
+Asked = Literal["separately", "by_phrase"]
 VERSION = 1
 """Goes up when a score can change: another wording of a question, another way to find phrases."""
 _MAX_TOKENS = 35
@@ -43,6 +51,11 @@ class AttributeBinding(Reward):
     mode: Mode = "hard"
     """hard: yes is 1, no is 0, averaged (LaSRO); soft: the probability of yes against no, averaged; product: these
     probabilities multiplied (as T2I-CompBench does). Soft and product have a gradient."""
+    questions: Asked = "separately"
+    """separately: "is there a chair?", "is the chair red?" (LaSRO); by_phrase: "a red chair?" alone, whose product over
+    the phrases is T2I-CompBench's score."""
+    precision: Precision = "fp32"
+    """The judge's precision: auto is bf16 on CUDA and fp32 elsewhere. Its last layer is always float32."""
     questions_per_pass: int = 256
     """Questions answered together, a memory choice."""
 
@@ -51,6 +64,10 @@ class AttributeBinding(Reward):
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
             raise ConfigError(f"attribute_binding: mode is {self.mode!r}, expected one of {', '.join(get_args(Mode))}")
+        if self.questions not in get_args(Asked):
+            expected = ", ".join(get_args(Asked))
+            raise ConfigError(f"attribute_binding: questions is {self.questions!r}, expected one of {expected}")
+        check_precision("attribute_binding", self.precision)
         if self.questions_per_pass < 1:
             raise ConfigError(f"attribute_binding: questions_per_pass is {self.questions_per_pass}, expected 1 or more")
         self.differentiable = self.mode != "hard"  # type: ignore[misc]  # the mode decides, not the class
@@ -69,21 +86,25 @@ class AttributeBinding(Reward):
 
     def fingerprint(self) -> str:
         judge = fingerprint([self._model, tokenizer_state(self._tokenizer)])
-        return f"attribute_binding {VERSION} {self.mode} {judge} {self._model.device.type}"
+        told = self.mode, self.questions, judge, self._model.dtype, self._model.device.type
+        return f"attribute_binding {VERSION} {' '.join(map(str, told))}"
 
     def explain(self, example: Example) -> list[str]:
-        return [question for question, _ in questions(phrases(example))]
+        return [question for question, _ in self._questions(example)]
+
+    def _questions(self, example: Example) -> list[tuple[str, bool]]:
+        return (questions if self.questions == "separately" else phrase_questions)(phrases(example))
 
     def load(self, device: torch.device) -> None:
         if self._model is None:
             self._model, self._tokenizer = load_judge(self.judge or DEFAULT_JUDGE)
             self._choice = yes_no(self._tokenizer)
-        self._model.to(device)
+        self._model.to(device, backbone_dtype(self.precision, device))
 
     def ask(self, images: Tensor, rows: Tensor, ids: Sequence[Sequence[int]]) -> Tensor:
         """Logits (Q, 2) of yes and no to the questions `ids` (see `encode`) about the pictures `rows` (Q,)."""
         size = self._model.config.vision_config.image_size
-        pixels = normalize(resize(images, size, size), CLIP_MEAN, CLIP_STD)
+        pixels = normalize(resize(images, size, size), CLIP_MEAN, CLIP_STD).to(self._model.dtype)
         features = self._model.vision_model(pixel_values=pixels).last_hidden_state
         return answers(self._model, self._choice, features, rows, ids, self.questions_per_pass)
 
@@ -92,7 +113,7 @@ class AttributeBinding(Reward):
         return encode(self._model, self._tokenizer, texts)
 
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
-        asked = [questions(phrases(example)) for example in examples]
+        asked = [self._questions(example) for example in examples]
         texts = [text for some in asked for text, _ in some]
         ids = self.encode(texts)
         flat = [(row, not about) for row, some in enumerate(asked) for _, about in some]
@@ -111,7 +132,7 @@ class AttributeBinding(Reward):
         else:
             values = mean(torch.ones_like(exists))
         unknown = {row for (row, _), some in zip(flat, ids, strict=True) if self._tokenizer.unk_token_id in some}
-        bound = {row for row, first in flat if not first}
+        bound = {row for row, first in flat if not first or self.questions == "by_phrase"}
         valid = torch.tensor([row in bound - unknown for row in range(len(examples))], device=images.device)
         return Scores(values, valid, {"exists": mean(exists), "attributes": mean(~exists)})
 
@@ -125,6 +146,16 @@ def questions(things: Sequence[Phrase]) -> list[tuple[str, bool]]:
         for word in thing.attributes:
             what = f"made of {MATERIALS[word]}" if word in MATERIALS else word
             out.append((f"{be} the {thing.head} {what}?", True))
+    return out
+
+
+def phrase_questions(things: Sequence[Phrase]) -> list[tuple[str, bool]]:
+    """T2I-CompBench's question about each phrase: the phrase itself, which asks for an attribute if it has one."""
+    out = []
+    for thing in things:
+        words = " ".join([*thing.attributes, thing.head])
+        article = "" if thing.plural else "an " if _takes_an(words) else "a "
+        out.append((f"{article}{words}?", bool(thing.attributes)))
     return out
 
 
@@ -181,7 +212,11 @@ def answers(
             tokens = torch.tensor([ids[k] for k in part], device=features.device)
             read = model.text_encoder(input_ids=tokens, encoder_hidden_states=features[rows[part]]).last_hidden_state
             begin = torch.full((len(part), 1), model.decoder_start_token_id, device=features.device)
-            step = model.text_decoder(input_ids=begin, encoder_hidden_states=read, use_cache=False).logits[:, 0]
-            logits.append(step[:, choice].float())
+            said = model.text_decoder.bert(begin, encoder_hidden_states=read, use_cache=False, is_decoder=True)
+            head = model.text_decoder.cls.predictions
+            last = head.transform(said.last_hidden_state[:, 0])
+            # Of the last layer no more than the rows in question, in float32.
+            weight, bias = head.decoder.weight[choice].float(), head.decoder.bias[choice].float()
+            logits.append(last.float() @ weight.T + bias)
     back = torch.tensor(order, device=features.device, dtype=torch.long).argsort()
     return torch.cat(logits)[back]

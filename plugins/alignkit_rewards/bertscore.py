@@ -7,15 +7,27 @@ authors' program.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize as unit
 
 from alignkit.errors import ConfigError
-from alignkit_rewards.checkpoints import load_model, load_tokenizer, tokenize
+from alignkit.interfaces import Example, Scores
+from alignkit_rewards.checkpoints import (
+    Precision,
+    backbone_dtype,
+    check_local,
+    check_precision,
+    load_model,
+    load_tokenizer,
+    tokenize,
+)
+
+Measure = Literal["f1", "precision", "recall"]
 
 
 @dataclass(frozen=True)
@@ -102,3 +114,46 @@ def bertscore(candidate: Embedded, reference: Embedded) -> tuple[Tensor, Tensor,
     both = (precision > 0) & (recall > 0)
     f1 = 2 * precision * recall / torch.where(both, precision + recall, 1.0)
     return precision, recall, f1.masked_fill(~both, 0)
+
+
+class Comparison:
+    """Captions against prompts, as the fields of a reward say. Raises ConfigError for fields that cannot work."""
+
+    def __init__(
+        self, reward: str, encoder: str, layer: int, measure: str, reference: str, baseline: float, precision: Precision
+    ) -> None:
+        check_precision(reward, precision)
+        if measure not in get_args(Measure):
+            raise ConfigError(f"{reward}: measure is {measure!r}, expected one of {', '.join(get_args(Measure))}")
+        if layer < 1:
+            raise ConfigError(f"{reward}: layer is {layer}, expected 1 or more")
+        if "{}" not in reference:
+            raise ConfigError(f"{reward}: reference is {reference!r}, expected a text with {{}} for the prompt")
+        if not baseline < 1:
+            raise ConfigError(f"{reward}: baseline is {baseline}, expected less than 1")
+        self.reward, self.source, self.layer, self.measure = reward, encoder, layer, measure
+        self.reference, self.baseline, self.precision = reference, baseline, precision
+        self._encoder: TextEncoder | None = None
+
+    def check(self, examples: Iterable[Example]) -> None:
+        """Raise ConfigError for a folder that is not there, and for a prompt that nothing can be compared with."""
+        check_local(self.reward, "encoder", self.source)
+        for example in examples:
+            if not example.text.strip():
+                raise ConfigError(f"{self.reward}: the prompt {example.text!r} has no word to compare a caption with")
+
+    def load(self, device: torch.device) -> None:
+        """Load the encoder, or move it."""
+        if self._encoder is None:
+            self._encoder = TextEncoder(self.reward, "encoder", self.source, self.layer)
+        self._encoder.to(device, backbone_dtype(self.precision, device))
+
+    def __call__(self, captions: Sequence[str], examples: Sequence[Example]) -> Scores:
+        """Of N captions, with the parts "precision" and "recall", not rescaled, and "truncated"."""
+        assert self._encoder is not None
+        prompts = self._encoder([self.reference.replace("{}", example.text) for example in examples])
+        precision, recall, f1 = bertscore(self._encoder(captions), prompts)
+        values = {"f1": f1, "precision": precision, "recall": recall}[self.measure]
+        values = (values - self.baseline) / (1 - self.baseline)
+        valid = torch.tensor([bool(example.text.strip()) for example in examples], device=values.device)
+        return Scores(values, valid, {"precision": precision, "recall": recall, "truncated": prompts.truncated})

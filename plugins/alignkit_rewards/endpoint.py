@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from time import monotonic
 from typing import Any, TypeVar
 
 import torch
@@ -58,9 +59,9 @@ class Endpoint:
     """That variable; empty for no token."""
     concurrency: int
     timeout: float
-    """Seconds."""
+    """Seconds that an answer may take, and after which a question is not asked again."""
     retries: int
-    """Further tries of a question that may yet be answered."""
+    """Further tries of a question that may yet be answered; so it takes less than two timeouts in all."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", self.url):
@@ -128,7 +129,7 @@ class Connection:
         """
         import httpx2
 
-        end, url = self.endpoint, self.endpoint.url.rstrip("/") + path
+        end, url, begun = self.endpoint, self.endpoint.url.rstrip("/") + path, monotonic()
         for attempt in range(end.retries + 1):
             wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.SystemRandom().uniform(0.75, 1.25)
             try:
@@ -141,7 +142,9 @@ class Connection:
                     return self._admitted(answer, url)
                 problem = f"status {answer.status}: {answer.reason}"
                 wait = min(_asked_wait(response.headers.get("Retry-After", ""), wait), LONGEST_WAIT)
-            if attempt == end.retries or self._stopping.wait(wait):
+            # Who had all the time there is may be at it still: asked again at once it had twice the work.
+            late = monotonic() - begun + wait > end.timeout
+            if attempt == end.retries or late or self._stopping.wait(wait):
                 break
         tries = f"{attempt + 1} {'try' if attempt == 0 else 'tries'}"
         raise TransientError(f"{end.reward}: no answer from {url} in {tries} ({problem}); is the server up?")

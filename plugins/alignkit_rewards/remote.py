@@ -27,7 +27,7 @@ class Remote(Reward):
     """Where `alignkit serve` answers."""
     serves: str = ""
     """The fingerprint of what the server must be serving, as it prints at its start; empty takes whatever it serves
-    first, for this process. A run that is resumed later is held to the same reward only if it is set."""
+    when the run begins. Scores are kept only if it is set."""
     token_env: str = TOKEN
     """The environment variable with the server's token; nothing is sent if it is not set."""
     pictures_per_request: int = 16
@@ -35,10 +35,10 @@ class Remote(Reward):
     concurrency: int = 2
     """Requests under way at once: one is scored while another travels."""
     timeout: float = 120.0
-    """Seconds to wait for an answer."""
+    """Seconds to wait for an answer, and after which a request is not tried again."""
     retries: int = 2
     """Further tries of one request, with longer and longer waits between; after them the whole batch is asked again, as
-    `[scoring] retries` says, before the run stops."""
+    `[scoring]` says (retries, retry_limit), before the run stops."""
 
     deterministic: ClassVar[bool] = False  # until `load` knows better
     slow: ClassVar[bool] = True
@@ -75,6 +75,10 @@ class Remote(Reward):
         self.bounds = (low, high)  # type: ignore[misc]  # what is served decides, not the class
         # Held to one reward by name, or else the same settings may mean another one tomorrow.
         self.deterministic = bool(self.serves) and self._spec["deterministic"] is True  # type: ignore[misc]
+
+    def identity(self) -> str:
+        spec = self._spec
+        return f"{spec.get('name')} of alignkit {spec.get('alignkit')} with fingerprint {spec['fingerprint']}"
 
     def fingerprint(self) -> str:
         return f"remote {self._spec['fingerprint']}" if self.deterministic else ""

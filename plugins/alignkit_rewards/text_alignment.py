@@ -18,19 +18,11 @@ from torch import Tensor
 
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Example, Reward, Scores
-from alignkit_rewards.bertscore import TextEncoder, bertscore
-from alignkit_rewards.checkpoints import (
-    Precision,
-    backbone_dtype,
-    check_local,
-    check_precision,
-    load_model,
-    load_tokenizer,
-)
+from alignkit_rewards.bertscore import Comparison, Measure
+from alignkit_rewards.checkpoints import Precision, backbone_dtype, check_local, load_model, load_tokenizer
 from alignkit_rewards.pixels import IMAGENET_MEAN, IMAGENET_STD, normalize, resize
 
 Task = Literal["caption", "detailed_caption", "more_detailed_caption"]
-Measure = Literal["f1", "precision", "recall"]
 REQUESTS: dict[Task, str] = {
     "caption": "What does the image describe?",
     "detailed_caption": "Describe in detail what is shown in the image.",
@@ -74,28 +66,19 @@ class TextAlignment(Reward):
     name: ClassVar[str] = "text_alignment"
 
     def __post_init__(self) -> None:
-        check_precision(self.name, self.precision)
-        for field, value, choices in (("task", self.task, Task), ("measure", self.measure, Measure)):
-            if value not in get_args(choices):
-                expected = f"expected one of {', '.join(get_args(choices))}"
-                raise ConfigError(f"text_alignment: {field} is {value!r}, {expected}")
-        for field in ("resolution", "num_beams", "max_new_tokens", "layer"):
+        if self.task not in get_args(Task):
+            raise ConfigError(f"text_alignment: task is {self.task!r}, expected one of {', '.join(get_args(Task))}")
+        for field in ("resolution", "num_beams", "max_new_tokens"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"text_alignment: {field} is {getattr(self, field)}, expected 1 or more")
-        if "{}" not in self.reference:
-            raise ConfigError(
-                f"text_alignment: reference is {self.reference!r}, expected a text with {{}} for the prompt"
-            )
-        if not self.baseline < 1:
-            raise ConfigError(f"text_alignment: baseline is {self.baseline}, expected less than 1")
+        self._comparison = Comparison(
+            self.name, self.encoder, self.layer, self.measure, self.reference, self.baseline, self.precision
+        )
         self._model: Any = None
 
     def check(self, examples: Iterable[Example]) -> None:
         check_local(self.name, "captioner", self.captioner)
-        check_local(self.name, "encoder", self.encoder)
-        for example in examples:
-            if not example.text.strip():
-                raise ConfigError(f"text_alignment: the prompt {example.text!r} has no word to compare a caption with")
+        self._comparison.check(examples)
 
     def load(self, device: torch.device) -> None:
         if self._model is None:
@@ -105,11 +88,9 @@ class TextAlignment(Reward):
             self._tokenizer = load_tokenizer(
                 self.name, self.captioner, model.config.text_config.vocab_size, field="captioner"
             )
-            self._encoder = TextEncoder(self.name, "encoder", self.encoder, self.layer)
             self._model = model
-        dtype = backbone_dtype(self.precision, device)
-        self._model.to(device, dtype)
-        self._encoder.to(device, dtype)
+        self._model.to(device, backbone_dtype(self.precision, device))
+        self._comparison.load(device)
 
     def captions(self, images: Tensor) -> list[str]:
         """What the captioner says about images (N, 3, H, W) in [0, 1], beam search or greedy; nothing is drawn."""
@@ -131,11 +112,4 @@ class TextAlignment(Reward):
         return [words.decode(one, skip_special_tokens=True).strip() for one in said]
 
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
-        captions = self._encoder(self.captions(images.detach()))
-        prompts = self._encoder([self.reference.replace("{}", example.text) for example in examples])
-        precision, recall, f1 = bertscore(captions, prompts)
-        values = {"f1": f1, "precision": precision, "recall": recall}[self.measure]
-        values = (values - self.baseline) / (1 - self.baseline)
-        valid = torch.tensor([bool(example.text.strip()) for example in examples], device=values.device)
-        parts = {"precision": precision, "recall": recall, "truncated": prompts.truncated}
-        return Scores(values, valid, parts)
+        return self._comparison(self.captions(images.detach()), examples)

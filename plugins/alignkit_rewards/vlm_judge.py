@@ -1,16 +1,16 @@
 """A vision language model as the judge, behind any endpoint that speaks OpenAI's chat completions (vLLM, SGLang, ...).
 
-Three ways to ask: yes or no, read off the probabilities of the first token (as VQAScore does, Lin et al. 2404.01291,
-but against no); a rubric, answered in JSON; and VIEScore (Ku et al. 2312.14867). The wording is ours throughout.
+Four ways to ask: yes or no, read off the probabilities of the first token (as VQAScore does, Lin et al. 2404.01291,
+but against no); a rubric, answered in JSON; VIEScore (Ku et al. 2312.14867); and for a caption, which is compared with
+the prompt by BERTScore (as DDPO did with LLaVA, Black et al. 2305.13301). The wording is ours throughout.
 """
 
 from __future__ import annotations
 
 import base64
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -18,9 +18,12 @@ from torch import Tensor
 
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.interfaces import Example, Reward, Scores
-from alignkit_rewards.endpoint import Answer, Connection, Endpoint, as_png
+from alignkit_rewards.answers import Unusable, content, first_choice, first_object, grades, scores, viescore, yes_and_no
+from alignkit_rewards.bertscore import Comparison, Measure
+from alignkit_rewards.checkpoints import Precision
+from alignkit_rewards.endpoint import Connection, Endpoint, as_png
 
-Mode = Literal["yes_no", "rubric", "viescore"]
+Mode = Literal["yes_no", "rubric", "viescore", "caption"]
 
 RUBRIC = (
     'This picture was drawn for the prompt "{prompt}". Judge each of these with a whole number from {low} (worst) to '
@@ -43,10 +46,8 @@ AGAIN = "That was not what was asked for. Answer with the JSON object alone: no 
 
 _TOP = 20
 """The most tokens whose probability OpenAI tells; vLLM's default limit too."""
-
-
-class Unusable(Exception):
-    """An answer from which no score can be read; the message says why."""
+_CAPTION = 256
+"""Tokens of a caption, as text_alignment allows it by default."""
 
 
 @dataclass
@@ -60,7 +61,8 @@ class VlmJudge(Reward):
     """The model's name there; required."""
     mode: Mode = "yes_no"
     """yes_no: the probability of yes against no as the first token, in [0, 1]; rubric: the mean over `criteria`, scaled
-    to [0, 1]; viescore: the root of semantic consistency times perceptual quality, in [0, 10]."""
+    to [0, 1]; viescore: the root of semantic consistency times perceptual quality, in [0, 10]; caption: BERTScore of
+    what the model says about the picture against the prompt, at most 1."""
     question: str = 'Does this picture show "{}"? Answer with one word, yes or no.'
     """What mode yes_no asks; {} stands for the prompt."""
     criteria: dict[str, str] = field(
@@ -72,6 +74,20 @@ class VlmJudge(Reward):
     """What mode rubric judges: a name for each, and what is asked."""
     scale: tuple[int, int] = (1, 5)
     """The lowest and the highest number of mode rubric."""
+    request: str = "Say in one sentence what this picture shows."
+    """What mode caption asks; the model is not told the prompt."""
+    encoder: str = "FacebookAI/roberta-large"
+    """Mode caption: hub id or local folder of the model behind BERTScore, as for text_alignment; it runs here."""
+    layer: int = 17
+    """Mode caption: the layer that is compared."""
+    measure: Measure = "f1"
+    """Mode caption: f1, precision (is what the caption says in the prompt?) or recall (the reverse; DDPO)."""
+    reference: str = "{}"
+    """Mode caption: what the caption is compared with; {} stands for the prompt. DDPO: "The image contains {}"."""
+    baseline: float = 0.0
+    """Mode caption: b of (score - b) / (1 - b), which spreads the values."""
+    precision: Precision = "auto"
+    """Mode caption: of the encoder; auto is bf16 on CUDA and fp32 elsewhere."""
     structured: bool = True
     """Whether the endpoint holds the model to the JSON schema of the answer; set it to false for one that cannot."""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -81,10 +97,10 @@ class VlmJudge(Reward):
     concurrency: int = 8
     """Pictures judged at once."""
     timeout: float = 60.0
-    """Seconds to wait for an answer."""
+    """Seconds to wait for an answer, and after which a request is not tried again."""
     retries: int = 2
     """Further tries of one request, with longer and longer waits between; after them the whole batch is asked again, as
-    `[scoring] retries` says, before the run stops."""
+    `[scoring]` says (retries, retry_limit), before the run stops."""
     give_up_after: int = 16
     """The run stops when so many pictures in a row got no answer that can be read."""
 
@@ -106,7 +122,11 @@ class VlmJudge(Reward):
             raise ConfigError(f"vlm_judge: scale is {list(self.scale)}, expected the lowest number and a higher one")
         if self.give_up_after < 1:
             raise ConfigError(f"vlm_judge: give_up_after is {self.give_up_after}, expected 1 or more")
-        self.bounds = (0.0, 10.0 if self.mode == "viescore" else 1.0)  # type: ignore[misc]  # the mode decides
+        low, high = None if self.mode == "caption" else 0.0, 10.0 if self.mode == "viescore" else 1.0
+        self.bounds = (low, high)  # type: ignore[misc]  # the mode decides
+        self._comparison = Comparison(
+            self.name, self.encoder, self.layer, self.measure, self.reference, self.baseline, self.precision
+        )
         self._endpoint = Endpoint(
             self.name, self.url, "key_env", self.key_env, self.concurrency, self.timeout, self.retries
         )
@@ -117,6 +137,8 @@ class VlmJudge(Reward):
         """Ask the endpoint for its models, where it lists them: one that is not there is found before weights load."""
         if not self.model:
             raise ConfigError("vlm_judge: model is missing; set reward.vlm_judge.model to its name at the endpoint")
+        if self.mode == "caption":
+            self._comparison.check(examples)
         with self._endpoint.connect() as connection:
             answer = connection.ask("GET", "/models")
         listed = answer.body.get("data") if answer.status == 200 and isinstance(answer.body, dict) else None
@@ -124,6 +146,10 @@ class VlmJudge(Reward):
         if names and self.model not in names:
             shown = ", ".join(names[:10])
             raise ConfigError(f"vlm_judge: {self.url} has no model {self.model!r}; it lists {shown}")
+
+    def load(self, device: torch.device) -> None:
+        if self.mode == "caption":
+            self._comparison.load(device)
 
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
         pictures = ["data:image/png;base64," + base64.b64encode(file).decode() for file in as_png(images)]
@@ -138,7 +164,11 @@ class VlmJudge(Reward):
                     f"row (the last: {found}); choose another mode or model, or raise give_up_after"
                 )
         valid = torch.tensor([not isinstance(found, Unusable) for found in judged])
-        numbers = [(math.nan, {}) if isinstance(found, Unusable) else found for found in judged]
+        if self.mode == "caption":
+            captions = [found if isinstance(found, str) else "" for found in judged]
+            compared = self._comparison(captions, examples)
+            return replace(compared, valid=compared.valid & valid.to(compared.valid.device))
+        numbers = [found if isinstance(found, tuple) else (math.nan, {}) for found in judged]
         names = dict.fromkeys(name for _, parts in numbers for name in parts)
         return Scores(
             torch.tensor([value for value, _ in numbers], dtype=torch.float32),
@@ -146,9 +176,13 @@ class VlmJudge(Reward):
             {name: torch.tensor([parts.get(name, math.nan) for _, parts in numbers]) for name in names},
         )
 
-    def _judge(self, connection: Connection, picture: str, text: str) -> tuple[float, dict[str, float]] | Unusable:
-        """The value of one picture and its parts; or why there is none."""
+    def _judge(
+        self, connection: Connection, picture: str, text: str
+    ) -> tuple[float, dict[str, float]] | str | Unusable:
+        """The value of one picture and its parts, or its caption; or why there is none."""
         try:
+            if self.mode == "caption":
+                return self._caption(connection, picture)
             if self.mode == "yes_no":
                 return self._yes_no(connection, picture, text)
             if self.mode == "rubric":
@@ -180,6 +214,13 @@ class VlmJudge(Reward):
         quality = self._json(connection, picture, QUALITY, properties, lambda found: scores(found, 2))
         value, semantic, perceptual = viescore(consistency, quality)
         return value, {"semantic_consistency": semantic, "perceptual_quality": perceptual}
+
+    def _caption(self, connection: Connection, picture: str) -> str:
+        options = {"max_completion_tokens": _CAPTION}
+        caption = content(self._complete(connection, _about(picture, self.request), options)).strip()
+        if not caption:
+            raise Unusable("the caption is empty")
+        return caption
 
     def _json(self, connection: Connection, picture: str, question: str, properties: dict[str, Any], read: Any) -> Any:
         """What `read` makes of the object that the model answers with, asked a second time if it cannot be read."""
@@ -217,78 +258,3 @@ def _about(picture: str, question: str) -> list[Any]:
     """One message: the picture, then the question."""
     image = {"type": "image_url", "image_url": {"url": picture}}
     return [{"role": "user", "content": [image, {"type": "text", "text": question}]}]
-
-
-def first_choice(answer: Answer) -> Mapping[str, Any]:
-    """The first choice of a chat completion. Raises Unusable where there is none: a filter's refusal, say."""
-    if answer.status != 200:
-        raise Unusable(f"status {answer.status}: {answer.reason}")
-    choices = answer.body.get("choices") if isinstance(answer.body, dict) else None
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise Unusable("the answer is no chat completion")
-    return choices[0]
-
-
-def yes_and_no(choice: Mapping[str, Any]) -> tuple[float, float]:
-    """The probability of "yes" and of "no" as the first token, each summed over how it can be written.
-
-    Raises Unusable where neither is among the likeliest tokens, or no log-probability is told.
-    """
-    try:
-        told = choice["logprobs"]["content"][0]["top_logprobs"]
-        tokens = [(str(one["token"]).strip(" \t\n▁").lower(), float(one["logprob"])) for one in told]
-    except (KeyError, IndexError, TypeError, ValueError):
-        raise Unusable("the answer has no log-probabilities") from None
-    yes, no = (sum(math.exp(min(p, 0.0)) for token, p in tokens if token == word) for word in ("yes", "no"))
-    if not yes + no > 0:
-        likeliest = ", ".join(repr(token) for token, _ in tokens[:3])
-        raise Unusable(f"it begins neither with yes nor with no, but with {likeliest or 'nothing'}")
-    return yes, no
-
-
-def content(choice: Mapping[str, Any]) -> str:
-    """The text of a choice. Raises Unusable where there is none."""
-    message = choice.get("message")
-    said = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(said, str):
-        raise Unusable("the answer has no text")
-    return said
-
-
-def first_object(text: str) -> dict[str, Any]:
-    """The JSON object in an answer, whatever stands around it. Raises Unusable where there is none."""
-    try:
-        found = json.loads(text[text.index("{") : text.rindex("}") + 1])
-    except (ValueError, RecursionError):
-        raise Unusable(f"no JSON object in {_short(text)}") from None
-    return dict(found)
-
-
-def grades(found: Mapping[str, Any], criteria: Iterable[str], low: float, high: float) -> dict[str, float]:
-    """The number of each criterion. Raises Unusable for one that is missing, no number, or out of its range."""
-    return {name: _number(found.get(name), name, low, high) for name in criteria}
-
-
-def scores(found: Mapping[str, Any], count: int) -> list[float]:
-    """The `count` numbers from 0 to 10 under "score". Raises Unusable for anything else."""
-    given = found.get("score")
-    if not isinstance(given, list) or len(given) != count:
-        raise Unusable(f"score is {_short(given)}, expected a list of {count}")
-    return [_number(one, "score", 0, 10) for one in given]
-
-
-def viescore(consistency: Sequence[float], quality: Sequence[float]) -> tuple[float, float, float]:
-    """(O, SC, PQ) of VIEScore: SC and PQ are the least of their numbers, 0 to 10, and O = sqrt(SC PQ)."""
-    semantic, perceptual = min(consistency), min(quality)
-    return math.sqrt(semantic * perceptual), semantic, perceptual
-
-
-def _number(value: Any, name: str, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise Unusable(f"{name} is {_short(value)}, expected a number from {low} to {high}")
-    return float(value)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:80] + "..."

@@ -101,6 +101,32 @@ def _randomized(model: torch.nn.Module) -> torch.nn.Module:
 
 
 @pytest.fixture(scope="session")
+def vocabulary() -> str:
+    """Words that are one token each."""
+    return (
+        "a red circle small white heart an orange square and black triangle left of blue the is in image Describe shown"
+    )
+
+
+@pytest.fixture(scope="session")
+def encoder(
+    tmp_path_factory: pytest.TempPathFactory, randomized: Callable[..., Any], byte_pairs: Any, vocabulary: str
+) -> str:
+    """A RoBERTa of three layers for BERTScore."""
+    from transformers import RobertaConfig, RobertaForMaskedLM
+
+    words = byte_pairs(vocabulary)
+    config = RobertaConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+        max_position_embeddings=82, pad_token_id=1, bos_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("roberta")
+    randomized(RobertaForMaskedLM(config)).save_pretrained(path)  # as published: a head that is not used, no pooler
+    words.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
 def images() -> Tensor:
     """Four coarse pictures (4, 3, 48, 48), as 8-bit files hold them."""
     coarse = torch.rand(len(TEXTS), 3, 6, 6, generator=torch.Generator().manual_seed(0))

@@ -4,8 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import BlipForQuestionAnswering, CLIPConfig
 
 from alignkit.errors import AlignkitError, ConfigError
@@ -55,6 +57,14 @@ def _loaded(judge: str, mode: str = "soft", per_pass: int = 256) -> AttributeBin
     return reward
 
 
+def test_a_png_file_scores_as_the_picture_in_memory(judge: str, images: torch.Tensor, tmp_path: Path) -> None:
+    levels = (images[1] * 255).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(levels).save(tmp_path / "picture.png")
+    again = torch.from_numpy(np.asarray(Image.open(tmp_path / "picture.png")).copy()).permute(2, 0, 1)[None] / 255
+    reward = _loaded(judge)
+    torch.testing.assert_close(reward(again, EXAMPLES[1:2]).values, reward(images[1:2], EXAMPLES[1:2]).values)
+
+
 def test_a_batch_scores_as_its_members_do_alone(judge: str, images: torch.Tensor) -> None:
     reward = _loaded(judge, per_pass=3)
     whole = reward(images, EXAMPLES)
@@ -93,6 +103,50 @@ def test_every_mode_is_what_the_same_logits_say(judge: str, images: torch.Tensor
         torch.testing.assert_close(scores["hard"].parts["exists"][i], yes[~about].mean())
         torch.testing.assert_close(scores["soft"].parts["attributes"][i], p[about].mean())
     assert hard_answers == {0.0, 1.0}
+
+
+def test_by_phrase_the_product_is_that_of_t2i_compbench(judge: str, images: torch.Tensor) -> None:
+    """P("a red chair?") of each phrase by the whole model's softmax at its first step, multiplied."""
+    reward = AttributeBinding(judge=judge, mode="product", questions="by_phrase")
+    reward.load(CPU)
+    phrases = {
+        "a red circle": ["a red circle?"],
+        "a small white heart, an orange square and a black triangle": [
+            "a small white heart?", "an orange square?", "a black triangle?",
+        ],
+        "a red circle left of a blue square": ["a red circle?", "a blue square?"],
+        "a large purple ring above a star": ["a large purple ring?", "a star?"],
+        "an orange diamond and a small green cross": ["an orange diamond?", "a small green cross?"],
+        "two red stars": ["red stars?"],
+    }  # fmt: skip
+    assert [reward.explain(example) for example in EXAMPLES] == [phrases[text] for text in TEXTS]
+    model, words = reward._model, reward._tokenizer
+    seen = model.vision_model(normalize(resize(images, 64, 64), CLIP_MEAN, CLIP_STD)).last_hidden_state
+    expected = []
+    for i, text in enumerate(TEXTS):
+        product = 1.0
+        for question in phrases[text]:
+            ids = torch.tensor([words(question).input_ids])
+            ids[:, 0] = words.convert_tokens_to_ids("[ENC]")
+            read = model.text_encoder(input_ids=ids, encoder_hidden_states=seen[i : i + 1]).last_hidden_state
+            begin = torch.tensor([[words.convert_tokens_to_ids("[DEC]")]])
+            p = model.text_decoder(input_ids=begin, encoder_hidden_states=read).logits[0, 0].softmax(-1)
+            yes, no = p[words.convert_tokens_to_ids(["yes", "no"])].tolist()
+            product *= yes / (yes + no)
+        expected.append(product)
+    scores = reward(images, EXAMPLES)
+    torch.testing.assert_close(scores.values, torch.tensor(expected), atol=1e-5, rtol=1e-4)
+    assert scores.valid.tolist() == [True, True, True, True, True, False]  # the judge knows no "stars"
+    assert scores.parts["exists"].isnan().tolist() == [True, True, True, False, True, True]
+
+
+def test_half_precision_is_the_towers_alone(judge: str, images: torch.Tensor) -> None:
+    half = AttributeBinding(judge=judge, mode="soft", precision="bf16")
+    half.load(CPU)
+    found, whole = half(images, EXAMPLES).values, _loaded(judge)(images, EXAMPLES).values
+    assert half._model.dtype == torch.bfloat16 and found.dtype == torch.float32
+    torch.testing.assert_close(found, whole, atol=0.05, rtol=0)
+    assert not torch.equal(found, found.bfloat16().float())
 
 
 def test_the_answer_is_the_token_that_generate_starts_with(judge: str, images: torch.Tensor) -> None:
@@ -229,7 +283,7 @@ def test_a_tokenizer_without_yes_is_refused(judge: str, tmp_path: Path) -> None:
         _loaded(str(folder))
 
 
-@pytest.mark.parametrize(("field", "value"), [("mode", "maybe"), ("questions_per_pass", 0)])
+@pytest.mark.parametrize(("field", "value"), [("mode", "maybe"), ("questions", "all"), ("questions_per_pass", 0)])
 def test_a_field_out_of_range_is_refused(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"attribute_binding: {field} is {value!r}, expected"):
         AttributeBinding(**{field: value})  # type: ignore[arg-type]

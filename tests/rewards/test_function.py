@@ -3,7 +3,7 @@ from __future__ import annotations
 import importlib
 import linecache
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,11 @@ def test_a_tensor_numbers_and_scores_are_taken(images: Tensor, examples: list[Ex
     torch.testing.assert_close(scored("brightness", images, examples).values, images.mean((1, 2, 3)))
     assert scored("length", images, examples).values.tolist() == [len(example.text) for example in examples]
     assert scored("first_only", images, examples).valid.tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_it_holds_the_contract(gradient: bool, holds_the_contract: Callable[..., None]) -> None:
+    holds_the_contract(Function(target="my_own_rewards:brightness", gradient=gradient))
 
 
 def test_metadata_reaches_the_function(images: Tensor) -> None:

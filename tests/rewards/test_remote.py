@@ -197,7 +197,7 @@ def test_a_server_that_answers_too_late_is_given_up(images: Tensor, examples: li
             return images.mean((1, 2, 3))
 
     with serving(Slow()) as server:
-        remote = client(server, timeout=0.2, retries=0)
+        remote = client(server, timeout=0.2, retries=9)
         with pytest.raises(TransientError, match=r"in 1 try \(ReadTimeout"):
             remote(images, examples)
         done.set()
@@ -340,10 +340,42 @@ def test_a_field_that_cannot_work_is_refused(field: str, value: object, told: st
     assert "hunter2" not in str(caught.value) and "sk-123" not in str(caught.value)
 
 
+def test_a_resumed_run_is_held_to_what_was_served_when_it_began(tiny_run: Callable[..., Any]) -> None:
+    few = {"evaluate.prompts": "", "train.updates": 2, "train.checkpoint_every": 1}
+    with serving(Odd(), fingerprint="first") as server:
+        port = server.server_address[1]
+        run = tiny_run("held", {"reward": [{"name": "remote", "url": server.url}], **few})
+        for _ in run.train():
+            run.stop()
+    saved = checkpoint.latest(run.folder / "checkpoints")
+    assert saved is not None and saved.name == "000001"
+    assert checkpoint.load(saved)["run"]["rewards"] == {
+        "remote": f"served of alignkit {alignkit.__version__} with fingerprint first"
+    }
+    before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*") if path.name != "environment.json"}
+    with serving(Odd(), fingerprint="second", port=port), pytest.raises(ConfigError) as caught:
+        list(alignkit.load(resume=run.folder).train())
+    assert str(caught.value) == (
+        f"reward remote: found served of alignkit {alignkit.__version__} with fingerprint second, expected served of "
+        f"alignkit {alignkit.__version__} with fingerprint first, as when {saved} was saved; serve that again, with "
+        "the settings and versions of then"
+    )
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    with serving(Odd(), fingerprint="first", port=port):
+        assert [update.step for update in alignkit.load(resume=run.folder).train()] == [2]
+
+
+def test_a_run_whose_reward_tells_no_more_who_answers_is_refused() -> None:
+    rewards = WeightedRewards([("odd", 1.0, Odd())])
+    rewards.hold_to({}, "it was saved")
+    with pytest.raises(ConfigError, match=r"^reward odd: found nothing that tells what it is, expected a, as when it"):
+        rewards.hold_to({"odd": "a"}, "it was saved")
+
+
 @contextmanager
-def another_process(port: int = 0) -> Iterator[str]:
+def another_process(port: int = 0, reward: str = "jpeg_incompressibility") -> Iterator[str]:
     """The url of an `alignkit serve` that is killed at the end, without a chance to say goodbye."""
-    command = [sys.executable, "-m", "alignkit", "serve", "jpeg_incompressibility", "--port", str(port)]
+    command = [sys.executable, "-m", "alignkit", "serve", reward, "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -372,7 +404,11 @@ def test_a_run_whose_server_is_killed_stops_in_one_line_and_goes_on_as_if_it_had
     assert saved is not None and saved.name.endswith("3")
     with pytest.raises(TransientError, match="is the server up"):
         list(alignkit.load(resume=run.folder).train())
-    with another_process(int(url.rpartition(":")[2])):
+    port = int(url.rpartition(":")[2])
+    told = "found jpeg_compressibility of .*, expected jpeg_incompressibility of"
+    with another_process(port, "jpeg_compressibility"), pytest.raises(ConfigError, match=told):
+        list(alignkit.load(resume=run.folder).train())
+    with another_process(port):
         for _ in alignkit.load(resume=run.folder).train():
             pass
     states = []

@@ -17,16 +17,17 @@ from alignkit_rewards.bertscore import TextEncoder, bertscore
 from alignkit_rewards.text_alignment import REQUESTS, TextAlignment
 
 CPU = torch.device("cpu")
-WORDS = "a red circle small white heart an orange square and black triangle left of blue the is in image Describe shown"
 SIDE = 64
 
 
 @pytest.fixture(scope="module")
-def captioner(tmp_path_factory: pytest.TempPathFactory, randomized: Callable[..., Any], byte_pairs: Any) -> str:
+def captioner(
+    tmp_path_factory: pytest.TempPathFactory, randomized: Callable[..., Any], byte_pairs: Any, vocabulary: str
+) -> str:
     """A Florence-2 for pictures of 64 pixels, with 2 x 2 places and their mean; it decodes as the published one."""
     from transformers import Florence2Config, Florence2ForConditionalGeneration, GenerationConfig
 
-    words = byte_pairs(WORDS, ["<image>"])
+    words = byte_pairs(vocabulary, ["<image>"])
     config = Florence2Config(
         vision_config={"depths": (1, 1, 1, 1), "embed_dim": (16, 16, 32, 32), "num_heads": (2, 2, 2, 2),
                        "num_groups": (2, 2, 2, 2), "window_size": 4, "projection_dim": 32},
@@ -46,21 +47,6 @@ def captioner(tmp_path_factory: pytest.TempPathFactory, randomized: Callable[...
     )  # fmt: skip
     path = tmp_path_factory.mktemp("florence")
     model.save_pretrained(path)
-    words.save_pretrained(path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory, randomized: Callable[..., Any], byte_pairs: Any) -> str:
-    from transformers import RobertaConfig, RobertaForMaskedLM
-
-    words = byte_pairs(WORDS)
-    config = RobertaConfig(
-        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
-        max_position_embeddings=82, pad_token_id=1, bos_token_id=0, eos_token_id=2,
-    )  # fmt: skip
-    path = tmp_path_factory.mktemp("roberta")
-    randomized(RobertaForMaskedLM(config)).save_pretrained(path)  # as published: a head that is not used, no pooler
     words.save_pretrained(path)
     return str(path)
 
@@ -165,8 +151,8 @@ def test_the_fields_of_the_captioner_change_what_is_said(load: Any, images: Tens
 
 def test_half_precision_keeps_the_comparison_in_float32(load: Any, images: Tensor, examples: list[Example]) -> None:
     half = load(precision="bf16")
-    assert half._model.dtype == half._encoder.model.dtype == torch.bfloat16
-    vectors = half._encoder([example.text for example in examples]).vectors
+    assert half._model.dtype == half._comparison._encoder.model.dtype == torch.bfloat16
+    vectors = half._comparison._encoder([example.text for example in examples]).vectors
     assert vectors.dtype == torch.float32
     torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(vectors.shape[:2]))
     assert half(images, examples).values.isfinite().all()

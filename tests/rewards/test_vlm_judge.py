@@ -9,9 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import alignkit
+from alignkit import checkpoint
 from alignkit.errors import AlignkitError, ConfigError, TransientError
 from alignkit.interfaces import Example
-from alignkit_rewards.vlm_judge import Unusable, VlmJudge, first_object, grades, scores, viescore, yes_and_no
+from alignkit.testing.expect import differences
+from alignkit_rewards.answers import Unusable, first_object, grades, scores, viescore, yes_and_no
+from alignkit_rewards.bertscore import TextEncoder, bertscore
+from alignkit_rewards.vlm_judge import VlmJudge
 from servers import Endpoint, brightness, running
 
 CPU = torch.device("cpu")
@@ -95,6 +100,67 @@ def test_the_value_is_what_the_formula_gives(
         torch.testing.assert_close(found.parts[name], values.float())
     low, high = reward.bounds
     assert low == 0 and high is not None and bool(((found.values >= low) & (found.values <= high)).all())
+
+
+CAPTIONS = ["a red circle", "a small white heart and a black triangle", "a blue square", "an orange heart"]
+
+
+def captioned(light: float, asked: str) -> str:
+    """One of the captions, by the picture alone."""
+    return CAPTIONS[int(light * 4000) % 4]
+
+
+@pytest.fixture
+def small(encoder: str) -> dict[str, Any]:
+    """The fields of mode caption on a small encoder."""
+    return {"mode": "caption", "encoder": encoder, "layer": 2}
+
+
+def test_captions_hold_the_contract(
+    endpoint: Callable[..., Endpoint], holds_the_contract: Callable[..., None], small: dict[str, Any]
+) -> None:
+    holds_the_contract(judge(endpoint(captioned), **small))
+
+
+def test_a_caption_is_compared_with_the_prompt_by_bertscore(
+    images: Tensor, examples: list[Example], endpoint: Callable[..., Endpoint], encoder: str, small: dict[str, Any]
+) -> None:
+    server = endpoint(captioned)
+    network = TextEncoder("it", "encoder", encoder, 2)
+    captions = [captioned(light, "") for light in brightness(images).tolist()]
+    assert len(set(captions)) > 1
+    expected = [
+        [v.item() for v in bertscore(network([c]), network([f"The image contains {e.text}"]))]
+        for c, e in zip(captions, examples, strict=True)
+    ]
+    precision, recall, f1 = torch.tensor(expected).unbind(1)
+    found = judge(server, reference="The image contains {}", measure="recall", baseline=0.5, **small)(images, examples)
+    torch.testing.assert_close(found.values, (recall - 0.5) / 0.5, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.parts["precision"], precision, atol=1e-5, rtol=1e-5)
+    found = judge(server, reference="The image contains {}", **small)(images, examples)
+    torch.testing.assert_close(found.values, f1, atol=1e-5, rtol=1e-5)
+    asked = [one["messages"][0]["content"][1]["text"] for one in server.asked]
+    assert set(asked) == {"Say in one sentence what this picture shows."}
+
+
+def test_a_picture_without_a_caption_is_invalid(
+    images: Tensor, examples: list[Example], endpoint: Callable[..., Endpoint], small: dict[str, Any]
+) -> None:
+    darkest = brightness(images).min().item()
+    server = endpoint(lambda light, asked: " \n" if light < darkest + 1e-4 else captioned(light, asked))
+    scores = judge(server, **small)(images, examples)
+    assert scores.valid.tolist() == (brightness(images) > darkest).tolist()
+    whole = judge(endpoint(captioned), **small)(images, examples)
+    torch.testing.assert_close(scores.values[scores.valid], whole.values[scores.valid])
+
+
+def test_a_prompt_without_a_word_is_refused_where_captions_are_compared(
+    endpoint: Callable[..., Endpoint], small: dict[str, Any]
+) -> None:
+    server = endpoint(captioned)
+    judge(server).check([Example(" ")])
+    with pytest.raises(ConfigError, match="vlm_judge: the prompt ' ' has no word to compare a caption with"):
+        judge(server, **small).check([Example(" ")])
 
 
 def choice(tokens: Mapping[str, float]) -> dict[str, Any]:
@@ -324,7 +390,11 @@ def test_a_model_that_is_not_there_is_found_before_weights_load(
 @pytest.mark.parametrize(
     ("field", "value", "told"),
     [
-        ("mode", "maybe", "mode is 'maybe', expected one of yes_no, rubric, viescore"),
+        ("mode", "maybe", "mode is 'maybe', expected one of yes_no, rubric, viescore, caption"),
+        ("measure", "bleu", "measure is 'bleu', expected one of f1, precision, recall"),
+        ("reference", "a picture", "reference is 'a picture', expected a text with {} for the prompt"),
+        ("layer", 0, "layer is 0, expected 1 or more"),
+        ("baseline", 1.0, "baseline is 1.0, expected less than 1"),
         ("question", "Is it nice?", "question is 'Is it nice\\?', expected a text with {} for the prompt"),
         ("criteria", {}, "criteria are empty"),
         ("criteria", {"reasoning": "x"}, "criteria are 'reasoning'"),
@@ -356,7 +426,22 @@ def test_a_run_leaves_out_what_was_not_judged_and_tells_how_much(
     updates = list(run.train())
     assert all(0 < update.metrics["unscored"] < 1 and math.isfinite(update.reward) for update in updates)
 
-    server.say = lambda *_: {"Hm": 0.0}
-    again = tiny_run("stopped", {"reward": [settings], "evaluate.prompts": "", "train.updates": 20})
-    with pytest.raises(AlignkitError, match=r"no usable answer for .* pictures in a row"):
-        list(again.train())
+
+def test_a_run_whose_judge_answers_nonsense_stops_saved_and_goes_on_as_if_it_had_not(
+    tiny_run: Callable[..., Any], endpoint: Callable[..., Endpoint]
+) -> None:
+    server = endpoint(lambda light, _: logit(light))
+    judged = {"name": "vlm_judge", "url": server.url, "model": "judge", "concurrency": 1, "give_up_after": 2}
+    settings = {"reward": [judged], "evaluate.prompts": "", "train.updates": 3}
+    whole, broken = (tiny_run(name, settings) for name in ("whole", "broken"))
+    list(whole.train())
+    half = len(server.asked) // 2 + 1
+    server.asked.clear()
+    server.say = lambda light, _: logit(light) if len(server.asked) <= half else "I would rather talk about ships"
+    with pytest.raises(AlignkitError, match=r"no usable answer for 2 pictures in a row.*; go on with: alignkit train"):
+        list(broken.train())
+    assert checkpoint.latest(broken.folder / "checkpoints") is not None
+    server.say = lambda light, _: logit(light)
+    list(alignkit.load(resume=broken.folder).train())
+    ends = [checkpoint.load(checkpoint.latest(run.folder / "checkpoints"))["trainer"] for run in (whole, broken)]
+    assert ends[0]["update"] == 3 and not differences(*ends)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import alignkit_shapes
 from alignkit.data import read_examples
@@ -142,6 +143,18 @@ def test_the_reading_scores_true_drawings_one_and_others_by_the_share_of_right_a
     picture = torch.from_numpy(drawing.copy()).permute(2, 0, 1)[None] / 255
     scores = ShapesReading()(picture, [Example("a blue circle and a red square")])
     assert scores.values.tolist() == [0.25] and scores.parts["exact"].tolist() == [0.0]
+
+
+def test_the_reading_of_a_png_file_is_that_of_the_picture_in_memory(tmp_path: Path) -> None:
+    pictures, captions = DrawingPairs(SIZE).batch(0, 8, seed=0).losers, DrawingPairs(SIZE).batch(0, 8, seed=0).captions
+    levels = (pictures * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    for i, one in enumerate(levels):
+        Image.fromarray(one).save(tmp_path / f"{i}.png")
+    read_back = np.stack([np.asarray(Image.open(tmp_path / f"{i}.png")) for i in range(8)])
+    again = torch.from_numpy(read_back).permute(0, 3, 1, 2).float() / 255
+    examples = [Example(caption) for caption in captions]
+    found = ShapesReading()(pictures, examples).values
+    assert torch.equal(ShapesReading()(again, examples).values, found) and len(set(found.tolist())) > 1
 
 
 def test_the_reading_refuses_prompts_without_a_coloured_shape() -> None:

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from alignkit.interfaces import Algorithm, Reward
+from alignkit.pictures import open_pictures
+from alignkit.preference_data import open_pairs
 from alignkit.registry import default_registry
-from alignkit.testing import check_algorithm, check_reward, check_sampler, check_surrogate, refusal
-from alignkit.testing.world import Form
+from alignkit.testing import (
+    check_algorithm,
+    check_model,
+    check_pairs,
+    check_pictures,
+    check_reward,
+    check_sampler,
+    check_surrogate,
+    coarse_pictures,
+    refusal,
+)
+from alignkit.testing.world import Form, TinyPairs, TinyPictures
 from alignkit_shapes.models import WEIGHTS
 
 TESTS = Path(__file__).parents[1]
@@ -81,6 +95,28 @@ def test_rewards(name: str) -> None:
     for fields in REWARDS[name]:
         reward: Reward = get("reward", name, **fields)
         check_reward(reward)
+
+
+@pytest.mark.parametrize("name", names("model"))
+def test_models(name: str) -> None:
+    checked = check_model(name)
+    embedded = {"alignkit_shapes.data:Drawings", "alignkit_shapes.data:DrawingPairs", "a picture of 64 pixels"}
+    assert embedded <= set(checked.split("; ")) if name.startswith("shapes_") else checked.startswith("its settings")
+
+
+def test_sources_of_pictures_and_pairs(tmp_path: Path) -> None:
+    for i, picture in enumerate(coarse_pictures(5, 40, 56)):
+        Image.fromarray((picture.permute(1, 2, 0) * 255).byte().numpy()).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"picture {i}", encoding="utf-8")
+    check_pictures(open_pictures(str(tmp_path), 32), 32)
+    rows = [{"text": f"pair {i}", "winner": f"{i}.png", "loser": f"{(i + 1) % 5}.png"} for i in range(5)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    check_pairs(open_pairs(str(tmp_path), 32), 32)
+
+
+def test_sources_that_the_checks_themselves_use() -> None:
+    check_pictures(TinyPictures(), 64)  # type: ignore[arg-type]
+    check_pairs(TinyPairs(), 64)  # type: ignore[arg-type]
 
 
 def trained(name: str, form: Form, walk: str, **fields: Any) -> None:

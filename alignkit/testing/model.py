@@ -1,0 +1,100 @@
+"""What holds for every registered model."""
+
+from __future__ import annotations
+
+import copy
+import re
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from alignkit import config
+from alignkit.data import Pictures, open_class
+from alignkit.errors import ConfigError
+from alignkit.interfaces import ModelBundle
+from alignkit.loading import errors_only
+from alignkit.parts import Parts
+from alignkit.pipelines import check_source
+from alignkit.preference_data import Preferences
+from alignkit.registry import default_registry
+from alignkit.rollout import sample_pictures
+from alignkit.testing.data import check_pairs, check_pictures
+from alignkit.testing.expect import about, expect
+
+T = TypeVar("T")
+
+
+def check_model(name: str) -> str:
+    """Raise AssertionError, in one line, for the first promise of a registered model (`ModelBundle`) that is not kept.
+
+    Its settings make a run without mistakes under every algorithm it has some for, and the file that is written of it
+    says the same. A pipeline on this disk draws a picture of one step, and sources of pictures and pairs that the
+    settings name as "package.module:Class" are checked at its size. Returns what was checked.
+    """
+    with about(f"model {name}"), errors_only(), torch.random.fork_rng():
+        bundle: ModelBundle = default_registry().get("model", name)
+        for source in (bundle.path, bundle.teacher):
+            try:
+                check_source(source or bundle.path)
+            except ConfigError as error:
+                raise AssertionError(error) from error
+        before = copy.deepcopy((bundle.defaults, bundle.algorithm_defaults))
+        known = {row.name for row in default_registry().components("algorithm")}
+        algorithms = sorted(known & set(bundle.algorithm_defaults)) or [config.DEFAULT_ALGORITHM]
+        runs = [_settings(bundle, name, algorithm) for algorithm in algorithms]
+        expect(before == (bundle.defaults, bundle.algorithm_defaults), "its settings were changed by loading a run")
+        checked = [f"its settings under {', '.join(algorithms)}"]
+        if Path(bundle.path).is_dir():
+            checked += _drawn(runs[0])
+        return "; ".join(checked)
+
+
+def _settings(bundle: ModelBundle, name: str, algorithm: str) -> config.RunConfig:
+    chosen = {"model.name": name, "algorithm.name": algorithm}
+    if not any("sampler" in layer for layer in (bundle.defaults, bundle.algorithm_defaults.get(algorithm, {}))):
+        chosen["sampler.name"] = "lcm"  # which the user has to choose
+    try:
+        run = config.load(None, chosen)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "run.toml"
+            file.write_text(config.to_toml(run), encoding="utf-8")
+            expect(config.load(file) == run, f"under {algorithm} the run file that is written says something else")
+    except ConfigError as error:
+        raise AssertionError(f"under {algorithm}: {error}") from error
+    return run
+
+
+def _drawn(run: config.RunConfig) -> list[str]:
+    """Load the pipeline, draw with it, and read what it is trained on."""
+    parts = Parts(run)
+    policy, sampler = parts.load_policy(), parts.sampler(1)
+    size = policy.image_size
+    picture = sample_pictures(policy, replace(sampler, num_steps=1), ["a red circle"], [(0, 0)])
+    shape = tuple(picture.shape)
+    expect(shape == (1, 3, size, size), f"a picture of one step: found shape {shape}, expected (1, 3, {size}, {size})")
+    expect(bool(picture.isfinite().all()), "a picture of one step: found values that are not finite")
+    checked = [f"a picture of {size} pixels"]
+    if _is_class(source := run.data.pictures):
+        check_pictures(_opened("data.pictures", source, size, Pictures), size)  # type: ignore[type-abstract]
+        checked.append(source)
+    if _is_class(source := run.data.pairs):
+        check_pairs(_opened("data.pairs", source, size, Preferences), size)  # type: ignore[type-abstract]
+        checked.append(source)
+    return checked
+
+
+def _opened(key: str, source: str, size: int, base: type[T]) -> T:
+    try:
+        return open_class(source, size, base, key, "none")
+    except ConfigError as error:
+        raise AssertionError(
+            f"{key}: {source!r} gives no source at {size} pixels: {error.__cause__ or error}"
+        ) from error
+
+
+def _is_class(source: str) -> bool:
+    """Whether it has the form "package.module:Class"; "datasets:NAME" is a data set."""
+    return re.fullmatch(r"(?!datasets:)[A-Za-z_][\w.]*:\w+", source) is not None
