@@ -25,13 +25,18 @@ def test_the_loss_is_golden_for_each_pair() -> None:
     assert squares(ratios.sum(2), advantages, 1.0).tolist() == pytest.approx([0.2704, 0.0484])
     assert float(squares(ratios.sum(2), advantages, 1.0).mean()) == pytest.approx(0.1594)
     assert squares(ratios.sum(2).flip(1), advantages.flip(1), 1.0).tolist() == pytest.approx([0.2704, 0.0484])
+    assert squares(ratios.sum(2), advantages, 2.0).tolist() == pytest.approx([0.2916, 0.0576])  # it multiplies
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("ddim", [False, True])
-def test_before_the_first_update_the_loss_is_the_mean_square_of_the_differences(make: MakeTrainer, ddim: bool) -> None:
-    trainer = make("rebel", {"train.rows_per_update": 2}, ddim)
+def test_before_the_first_update_the_loss_is_the_mean_square_of_the_differences(
+    make: MakeTrainer, ddim: bool, precision: str
+) -> None:
+    trainer = make("rebel", {"train.rows_per_update": 2, "train.precision": precision}, ddim)
     for rows in updates(trainer):
-        loss, metrics = trainer.algorithm.loss(rows, trainer.ctx)
+        with trainer.accelerator.autocast():
+            loss, metrics = trainer.algorithm.loss(rows, trainer.ctx)
         assert metrics["log_ratio_size"].item() == 0
         assert loss.item() == pytest.approx(float((rows.advantages[:, 0] - rows.advantages[:, 1]).square().mean()))
 

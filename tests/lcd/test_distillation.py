@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -147,6 +148,20 @@ def test_the_gradient_reaches_the_student_through_its_prediction_alone(tiny_lcm:
     assert torch.equal(
         Distillation().loss(student, teacher, given, target=target), Distillation().loss(student, teacher, given)
     )
+
+
+def test_levels_guidance_and_noise_are_drawn_over_their_whole_range() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ctx: Any = SimpleNamespace(
+        generator=generator, noise=lambda count: torch.randn(count, 4, 2, 2, generator=generator)
+    )
+    prompt = Prompt(torch.zeros(1, 1, 1), torch.zeros(4000, dtype=torch.long))
+    drawn = Distillation(w_min=3.0, w_max=15.0).draw(torch.zeros(4000, 4, 2, 2), prompt, ctx)
+    assert set(drawn.level.tolist()) == set(range(1, 51))  # both ends included
+    assert drawn.level.float().mean().item() == pytest.approx(25.5, abs=1)
+    assert 3 <= float(drawn.guidance.min()) < 3.1 and 14.9 < float(drawn.guidance.max()) <= 15
+    assert float(drawn.guidance.mean()) == pytest.approx(9, abs=0.3)
+    assert float(drawn.noise.std()) == pytest.approx(1, abs=0.02)
 
 
 def test_the_pseudo_huber_distance_is_golden() -> None:
