@@ -101,15 +101,16 @@ def test_an_lcm_of_the_sdxl_family_is_a_unet_folder_in_its_pipeline(
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 1.5])
 @pytest.mark.parametrize("num_steps", [1, 4])
+@pytest.mark.parametrize("name", ["sd_1_5", "sdxl"])
 def test_lcm_lora_turns_a_plain_pipeline_into_an_lcm(
-    tiny_family: Any, tmp_path: Path, num_steps: int, guidance_scale: float
+    tiny_family: Any, tmp_path: Path, name: str, num_steps: int, guidance_scale: float
 ) -> None:
-    folder = lcm_lora(tmp_path)
-    pipe = plain(tiny_family("sd_1_5"))
+    folder = lcm_lora(tmp_path, name)
+    pipe = plain(tiny_family(name))
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     pipe.load_lora_weights(folder)
     policy = DiffusersPolicy(
-        str(tiny_family("sd_1_5")), adapter=str(folder), prediction="consistency", trainable=False,
+        str(tiny_family(name)), adapter=str(folder), prediction="consistency", trainable=False,
         guidance=guidance_scale - 1,
     )  # fmt: skip
     assert_parity(policy, LCM(num_steps), pipe, guidance_scale)
