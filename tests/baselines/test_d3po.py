@@ -102,6 +102,16 @@ def test_equal_rewards_and_pictures_that_could_not_be_scored_make_no_pair(make: 
             assert list(trainer.round()) == []
 
 
+def test_the_sum_over_latent_dimensions_is_an_option(make: MakeTrainer) -> None:
+    trainer = make("d3po", {"train.rows_per_update": 8})
+    (rows,) = updates(trainer)
+    with torch.no_grad():
+        for parameter in trainer.ctx.policy.parameters():
+            parameter.add_(0.005)
+        margin = {r: D3PO(reduction=r).loss(rows, trainer.ctx)[1]["margin"].item() for r in ("mean", "sum")}
+    assert margin["sum"] == pytest.approx(256 * margin["mean"], rel=1e-3) and margin["mean"] != 0
+
+
 def test_one_pass_of_all_rows_has_the_gradient_of_several_passes(make: MakeTrainer) -> None:
     trainer = make("d3po", {"train.rows_per_update": 8})
     (rows,) = updates(trainer)

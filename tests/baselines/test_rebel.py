@@ -51,6 +51,14 @@ def test_the_loss_of_several_pairs_is_the_mean_of_their_own_and_so_is_its_gradie
     assert loss == pytest.approx(float(squares(-moved, rows.advantages, 1.0).mean()), rel=1e-3)
 
 
+def test_the_sum_over_latent_dimensions_is_an_option(make: MakeTrainer) -> None:
+    found = {}
+    for reduction in ("mean", "sum"):
+        (rows,) = updates(make("rebel", {"train.rows_per_update": 4, "algorithm.reduction": reduction}))
+        found[reduction] = rows.old_log_prob
+    assert torch.allclose(found["sum"], 256 * found["mean"], rtol=1e-4)
+
+
 def test_a_pair_with_a_picture_that_could_not_be_scored_is_left_out(make: MakeTrainer) -> None:
     trainer = make("rebel", {"reward": ["two_of_three"], "algorithm.baseline": "batch"})
     rows = updates(trainer)

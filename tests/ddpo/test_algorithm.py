@@ -46,7 +46,7 @@ def test_the_clipped_loss_and_its_gradient_are_golden() -> None:
 def test_at_a_consistency_step_the_gradient_has_its_closed_form(
     num_steps: int, amplified: float, golden: float | None
 ) -> None:
-    """999 to 499, or to 759: an error of the predicted noise is amplified so often, in units of the step's own noise."""
+    """999 to 499, or to 759: an error of the predicted noise is amplified, in units of the step's own noise."""
     levels = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square().neg().add(1).cumprod(0)
     eps = torch.tensor([[[[0.2, 0.3]]]], dtype=torch.float64, requires_grad=True)
     x, x_next = torch.tensor([[[[0.5, -1.0]]]]).double(), torch.tensor([[[[0.1, -0.4]]]]).double()

@@ -172,6 +172,16 @@ def test_the_pseudo_huber_distance_is_golden() -> None:
     assert slope[0] == 0 and bool((slope.abs() <= 1).all())
 
 
+def test_the_square_is_an_option_and_the_mean_over_elements_either_way() -> None:
+    prediction, target = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(
+        Distillation(distance="l2").distances(prediction, target),
+        torch.stack([torch.nn.functional.mse_loss(a, b) for a, b in zip(prediction, target, strict=True)]),
+    )
+    expected = pseudo_huber(prediction - target, 0.1).mean((1, 2, 3))
+    assert torch.allclose(Distillation(huber_c=0.1).distances(prediction, target), expected)
+
+
 @pytest.mark.parametrize(
     "fields", [{"ode_steps": 0}, {"ode_steps": 30}, {"ode_steps": 2000}, {"w_min": 3.0, "w_max": 1.0}]
 )
