@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 
 from alignkit.cache import EncoderCache
 from alignkit.diffusers_policy import DiffusersPolicy
+from alignkit.errors import ConfigError
+from alignkit.registry import default_registry
 from alignkit_preference.diffusion_dpo import DiffusionDPO
 from alignkit_preference.noised import LatentPairs, NoisedPairs, errors
 from alignkit_samplers.ddim import DDIM
@@ -155,3 +157,30 @@ def test_a_cache_keeps_both_encoders_of_an_sdxl_model(tiny_family: Any, tmp_path
         next(warm.pipe.text_encoder_2.parameters()).view(-1)[0] += 1
     del warm.encoders
     assert warm.encoders["texts"] != cold.encoders["texts"] and warm.encoders["pictures"] == cold.encoders["pictures"]
+
+
+@pytest.mark.parametrize("form", ["lcm", "turbo"])
+@pytest.mark.parametrize("algorithm", sorted(r.name for r in default_registry().components("algorithm")))
+def test_every_method_learns_on_the_sdxl_family_with_its_two_text_encoders(
+    tiny_run: Any, tiny_family: Any, tmp_path: Path, algorithm: str, form: str
+) -> None:
+    settings: dict[str, Any] = {
+        "algorithm.name": algorithm, "data.pairs": "alignkit_shapes.data:DrawingPairs", "train.updates": 2,
+        "evaluate.prompts": "", "evaluate.steps": [2],
+    }  # fmt: skip
+    if form == "lcm":
+        tiny_unet("lcm_sdxl").save_pretrained(tmp_path / "unet")
+        settings |= {
+            "model.name": str(tiny_family("sdxl")), "model.teacher": str(tiny_family("sdxl")), "model.guidance": 7.0,
+            "model.unet": str(tmp_path / "unet"), "model.prediction": "consistency",
+        }  # fmt: skip
+    else:
+        settings |= {"model.name": str(tiny_family("sdxl_turbo")), "sampler.name": "euler_ancestral"}
+        settings |= {"algorithm.distillation_weight": 0.0} if algorithm == "lasro" else {}
+    run = tiny_run(overrides=settings)
+    if form == "turbo" and algorithm in ("gors_lcm", "lcd", "rg_lcd"):
+        with pytest.raises(ConfigError, match="only a latent consistency model has this distillation loss"):
+            run.check()
+        return
+    found = list(run.train())
+    assert [u.step for u in found if u.step] == [1, 2] and all(u.metrics["grad_norm"] > 0 for u in found if u.step)
