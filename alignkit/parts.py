@@ -178,6 +178,7 @@ class Parts:
             device=device,
             dtype=dtype,
             cache=EncoderCache(self.config.data.cache) if self.config.data.cache else None,
+            rows_per_pass=self.config.train.rows_per_pass,
         )
 
     def load_surrogate(self, policy: DiffusersPolicy) -> Surrogate | None:

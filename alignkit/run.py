@@ -254,7 +254,13 @@ class Run(Parts):
         self._policy = policy
         teacher = None
         if "teacher" in algorithm.needs:
-            teacher = DiffusersPolicy(self.teacher_source(), trainable=False, guidance=0.0, device=device)
+            teacher = DiffusersPolicy(
+                self.teacher_source(),
+                trainable=False,
+                guidance=0.0,
+                device=device,
+                rows_per_pass=config.train.rows_per_pass,
+            )
         surrogate = self.load_surrogate(policy)
         asking = self.asking(self.folder / SCORES, lambda message: ctx.warn(message))
         self._rewards = self.with_measured(self.trained_rewards(), asking=asking)

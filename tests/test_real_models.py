@@ -29,12 +29,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 @pytest.mark.parametrize("num_steps", [4, 10])
-def test_stable_diffusion_1_walks_many_steps_with_noise(
-    tiny_family: Any, num_steps: int, guidance_scale: float
+@pytest.mark.parametrize("name", ["sd_1_5", "sdxl"])
+def test_stable_diffusion_walks_many_steps_with_noise(
+    tiny_family: Any, name: str, num_steps: int, guidance_scale: float
 ) -> None:
-    pipe = plain(tiny_family("sd_1_5"))
+    pipe = plain(tiny_family(name))
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)  # as the policy-gradient papers do
-    policy = DiffusersPolicy(str(tiny_family("sd_1_5")), trainable=False, guidance=guidance_scale - 1)
+    policy = DiffusersPolicy(str(tiny_family(name)), trainable=False, guidance=guidance_scale - 1)
     assert_parity(policy, DDIM(num_steps, eta=1.0, spacing="leading"), pipe, guidance_scale, eta=1.0)
 
 
@@ -49,6 +50,14 @@ def test_sd_turbo_takes_euler_steps(tiny_family: Any, num_steps: int) -> None:
     policy = DiffusersPolicy(str(tiny_family("sd_turbo")), trainable=False)
     assert policy.guidance == 0
     assert_parity(policy, EulerAncestral(num_steps, eta=0.0), plain(tiny_family("sd_turbo")), 0.0)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 50])
+def test_sd_turbo_takes_ddim_steps_with_noise_as_sdpo_trains_it(tiny_family: Any, num_steps: int) -> None:
+    pipe = plain(tiny_family("sd_turbo"))
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    policy = DiffusersPolicy(str(tiny_family("sd_turbo")), trainable=False)
+    assert_parity(policy, DDIM(num_steps, eta=1.0), pipe, 1.0, eta=1.0)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 4])

@@ -79,6 +79,15 @@ def test_before_the_first_update_every_ratio_is_one_and_the_loss_the_mean_advant
         assert number(loss) == pytest.approx(-float(rows.advantage.clamp(-1, 1).mean()), abs=1e-6)
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_however_few_rows_go_through_the_network_at_once_the_first_ratios_are_one(
+    make: MakeTrainer, precision: str
+) -> None:
+    trainer = make({"train.rows_per_update": 8, "train.rows_per_pass": 3, "train.precision": precision})
+    (update,) = trainer.round()
+    assert update.metrics["log_ratio_size"] == 0 < update.metrics["grad_norm"]
+
+
 def test_in_mixed_precision_the_ratios_start_at_one_as_well(make: MakeTrainer) -> None:
     trainer = make({"train.precision": "bf16", "train.rows_per_update": 8})
     (rows,) = updates(trainer)
