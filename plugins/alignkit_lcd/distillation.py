@@ -89,9 +89,16 @@ class Distillation:
         z, t, z_next, t_next = self.solve(teacher, rows)
         if target is None:
             with torch.no_grad():
-                target = policy.denoise(z_next, t_next, rows.prompt, rows.guidance)
-        prediction = policy.denoise(z, t, rows.prompt, rows.guidance)
-        return self.distances(prediction, target)
+                target = self.predict(policy, z_next, t_next, rows)
+        return self.distances(self.predict(policy, z, t, rows), target)
+
+    def predict(self, policy: Policy, x: Tensor, t: Tensor, rows: Noised) -> Tensor:
+        """f_theta(x, t) (N, *S), at the guidance that was drawn if the student takes one.
+
+        One that does not, an LCM-LoRA, has the guidance of its teacher in its weights and predicts with text alone.
+        """
+        guidance = rows.guidance if policy.guidance_embedded else torch.zeros_like(rows.guidance)
+        return policy.denoise(x, t, rows.prompt, guidance)
 
     def distances(self, prediction: Tensor, target: Tensor) -> Tensor:
         """(N,) between latents (N, *S), the mean over elements of pseudo-Huber's or of the square."""

@@ -186,8 +186,8 @@ class RGLCD(Algorithm[Collected, Noised]):
         assert ctx.teacher is not None  # needs "teacher"
         z, t, z_next, t_next = self._distillation.solve(ctx.teacher, rows)
         with torch.no_grad(), ctx.policy.using(self._target):
-            target = ctx.policy.denoise(z_next, t_next, rows.prompt, rows.guidance)
-        return ctx.policy.denoise(z, t, rows.prompt, rows.guidance), target
+            target = self._distillation.predict(ctx.policy, z_next, t_next, rows)
+        return self._distillation.predict(ctx.policy, z, t, rows), target
 
     def loss(self, rows: Noised, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
         prediction, target = self._predict(rows, ctx)

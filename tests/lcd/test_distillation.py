@@ -164,6 +164,27 @@ def test_levels_guidance_and_noise_are_drawn_over_their_whole_range() -> None:
     assert float(drawn.noise.std()) == pytest.approx(1, abs=0.02)
 
 
+@pytest.mark.parametrize("form", ["embedded", "lora"])
+def test_a_student_that_does_not_take_the_guidance_predicts_without_and_is_taught_the_guided_step(
+    tiny_lcm: Path, tiny_teacher: Path, form: str
+) -> None:
+    """As in diffusers' script for LCM-LoRA: guidance gets into its weights, and is no second pass of the student."""
+    folder = tiny_lcm if form == "embedded" else tiny_teacher
+    student = DiffusersPolicy(str(folder), prediction="consistency", lora_rank=4, guidance=0.5)
+    teacher = DiffusersPolicy(str(tiny_teacher), trainable=False, guidance=0.0)
+    given = rows(student.encode(["a red circle"] * 3), [2, 25, 50], [5.0, 9.0, 15.0])
+    seen: list[int] = []
+    student.unet.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
+    found = Distillation().loss(student, teacher, given)
+    assert seen == [3, 3]
+    z, t, z_next, t_next = Distillation().solve(teacher, given)
+    unguided = rows(given.prompt, [2, 25, 50], [0.0] * 3)
+    assert not torch.allclose(z_next, Distillation().solve(teacher, unguided)[2], atol=1e-3)
+    w = given.guidance if form == "embedded" else torch.zeros(3)
+    expected = student.denoise(z, t, given.prompt, w) - student.denoise(z_next, t_next, given.prompt, w)
+    assert torch.allclose(found, pseudo_huber(expected, 1e-3).flatten(1).mean(1), rtol=1e-4)
+
+
 def test_the_pseudo_huber_distance_is_golden() -> None:
     u = torch.tensor([0, 1e-3, 1e-2, 1], dtype=torch.float64, requires_grad=True)
     distance = pseudo_huber(u, 1e-3)
