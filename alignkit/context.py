@@ -71,7 +71,9 @@ class TrainContext(Context):
         return self._combined(joined(scores), log)
 
     def differentiable_score(self, latents: Tensor, examples: Sequence[Example], log: bool = False) -> Scores:
-        return self._combined(self._rewards(self.policy.decode(latents), examples), log)
+        # As in `score`: what is followed is what is measured, and decoders of SDXL overflow in half precision.
+        with torch.autocast(self.policy.device.type, enabled=False):
+            return self._combined(self._rewards(self.policy.decode(latents), examples), log)
 
     def _combined(self, scores: Scores, log: bool) -> Scores:
         """The scores with what to learn from as values. Their plain weighted sum is what is logged: it stays one

@@ -50,11 +50,13 @@ class DiffusersPolicy(Policy):
         dtype: torch.dtype = torch.float32,
         cache: EncoderCache | None = None,
         gradient_checkpointing: bool = False,
+        rows_per_pass: int = 0,
     ) -> None:
         """`lora_rank` 0 trains the whole UNet. `guidance` is diffusers' guidance_scale minus one. `unet`, `adapter` and
         `prediction` are as in the section [model] of a run file, `gradient_checkpointing` as in [train]. `cache` keeps
-        what texts and pictures are encoded to; it changes no result."""
-        self.source, self.cache = source, cache
+        what texts and pictures are encoded to; it changes no result. `rows_per_pass` is how many rows go through the
+        network at once where no gradient is asked for; 0: all."""
+        self.source, self.cache, self.rows_per_pass = source, cache, rows_per_pass
         self.device = torch.device(device)
         self.pipe = load_pipeline(source, dtype, unet=unet, adapter=adapter).to(self.device)
         self.unet = self.pipe.unet.requires_grad_(False).eval()
@@ -182,6 +184,11 @@ class DiffusersPolicy(Policy):
         return level.sqrt(), (1 - level).sqrt()
 
     def denoise(self, x: Tensor, t: Tensor, prompt: Prompt, guidance: Tensor | None = None) -> Tensor:
+        size = self.rows_per_pass
+        if 0 < size < len(x) and not torch.is_grad_enabled():  # with gradient, whoever asks minds the memory
+            parts = torch.arange(len(x), device=x.device).split(size)
+            w = [None if guidance is None else guidance[i] for i in parts]
+            return torch.cat([self.denoise(x[i], t[i], prompt.select(i), v) for i, v in zip(parts, w, strict=True)])
         if guidance is None and (self._embed_dim or self.guidance):
             guidance = torch.full((len(x),), self.guidance, device=x.device)
         if guidance is None or self._embed_dim or not bool(guidance.any()):

@@ -182,15 +182,20 @@ class Parts:
             dtype=dtype,
             cache=EncoderCache(self.config.data.cache) if self.config.data.cache else None,
             gradient_checkpointing=self.config.train.gradient_checkpointing,
+            rows_per_pass=self.config.train.rows_per_pass,
         )
 
     def load_teacher(self, device: torch.device | str = "cpu") -> DiffusersPolicy | None:
         """The model it was distilled from, which is not trained; None if the algorithm needs none."""
         if "teacher" not in self.algorithm().needs:
             return None
-        again = self.config.train.gradient_checkpointing
         return DiffusersPolicy(
-            self.teacher_source(), trainable=False, guidance=0.0, device=device, gradient_checkpointing=again
+            self.teacher_source(),
+            trainable=False,
+            guidance=0.0,
+            device=device,
+            gradient_checkpointing=self.config.train.gradient_checkpointing,
+            rows_per_pass=self.config.train.rows_per_pass,
         )
 
     def load_surrogate(self, policy: DiffusersPolicy) -> Surrogate | None:

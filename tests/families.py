@@ -140,9 +140,9 @@ def assert_parity(policy: DiffusersPolicy, sampler: Sampler, pipe: Any, guidance
         assert (policy.decode(found) - drawn("pt")).abs().max() < 5e-3
 
 
-def lcm_lora(folder: Path) -> Path:
+def lcm_lora(folder: Path, name: str = "sd_1_5") -> Path:
     """A LoRA in the form of the published ones: kohya's names, an alpha that is not the rank."""
-    unet = tiny_unet("sd_1_5")
+    unet = tiny_unet(name)
     unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0", "conv1"]))
     tensors = {}
     generator = torch.Generator().manual_seed(2)

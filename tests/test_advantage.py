@@ -31,6 +31,13 @@ def test_the_tracker_is_golden() -> None:
     assert ctx.to["own_statistics"] == 1
 
 
+def test_texts_that_begin_alike_are_told_apart_however_long_they_are() -> None:
+    tracker, long = PromptTracker(4, 2), "a red circle, " * 100
+    rewards = torch.tensor([1.0, 3.0, 10.0, 30.0])
+    found = tracker.advantages([long, long, long + "a blue one", long + "a blue one"], rewards, context())
+    assert found.tolist() == pytest.approx([-1, 1, -1, 1], abs=1e-5)
+
+
 def test_a_tracker_forgets_all_but_the_last_rewards_of_a_prompt() -> None:
     tracker = PromptTracker(size=2, min_count=2)
     for reward in (100.0, 1.0, 3.0):

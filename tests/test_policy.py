@@ -69,6 +69,30 @@ def test_deterministic_ddim_samples_equal_those_of_plain_diffusers(tiny_teacher:
     assert torch.allclose(latents, expected, atol=1e-3 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("guidance", [None, 2.0])
+def test_without_gradient_a_few_rows_at_a_time_go_through_the_network_and_nothing_changes(
+    tiny_lcm: Path, tiny_teacher: Path, guidance: float | None
+) -> None:
+    folder = tiny_lcm if guidance is None else tiny_teacher
+    policy = DiffusersPolicy(str(folder), lora_rank=4, guidance=guidance)
+    x = torch.randn(7, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    t, prompt = torch.tensor([999, 499, 19, 259, 779, 39, 99]), policy.encode([*TEXTS, "a white ring", *TEXTS, *TEXTS])
+    w = torch.arange(7) / 2
+    seen: list[int] = []
+    policy.unet.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
+    with torch.no_grad():
+        whole = [policy.denoise(x, t, prompt), policy.denoise(x, t, prompt, w)]
+        policy.rows_per_pass = 3
+        del seen[:]
+        parts = [policy.denoise(x, t, prompt), policy.denoise(x, t, prompt, w)]
+        passes = 1 if guidance is None else 2  # with text and without
+        assert seen == [passes * rows for rows in (3, 3, 1)] * 2
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-4 * float(one.abs().max()))
+    del seen[:]
+    assert policy.denoise(x, t, prompt).requires_grad and seen == [7 * passes]
+
+
 def test_a_guidance_that_is_embedded_changes_the_prediction(tiny_lcm: Path) -> None:
     policy = DiffusersPolicy(str(tiny_lcm), trainable=False)
     assert policy.guidance == 7.5

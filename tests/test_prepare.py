@@ -122,6 +122,16 @@ def test_broken_prompts_are_refused_by_check_or_named_by_the_run(
     assert "some.jsonl, line 2" in what
 
 
+def test_broken_held_out_prompts_are_refused_either_way(
+    tiny_run: MakeRun, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    prompts = tmp_path / "held_out.jsonl"
+    prompts.write_text('{"text": "a red circle"}\n{"txet": "a blue square"}')
+    assert settings["data.broken"] == "skip"
+    with pytest.raises(ConfigError, match=r"held_out\.jsonl, line 2"):
+        tiny_run(overrides=settings | {"evaluate.prompts": str(prompts)}).check()
+
+
 def test_what_was_prepared_is_not_encoded_again(
     tiny_run: MakeRun, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 
 from alignkit.cache import EncoderCache
 from alignkit.diffusers_policy import DiffusersPolicy
+from alignkit.errors import ConfigError
+from alignkit.registry import default_registry
 from alignkit_preference.diffusion_dpo import DiffusionDPO
 from alignkit_preference.noised import LatentPairs, NoisedPairs, errors
 from alignkit_samplers.ddim import DDIM
@@ -27,12 +29,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 @pytest.mark.parametrize("num_steps", [4, 10])
-def test_stable_diffusion_1_walks_many_steps_with_noise(
-    tiny_family: Any, num_steps: int, guidance_scale: float
+@pytest.mark.parametrize("name", ["sd_1_5", "sdxl"])
+def test_stable_diffusion_walks_many_steps_with_noise(
+    tiny_family: Any, name: str, num_steps: int, guidance_scale: float
 ) -> None:
-    pipe = plain(tiny_family("sd_1_5"))
+    pipe = plain(tiny_family(name))
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)  # as the policy-gradient papers do
-    policy = DiffusersPolicy(str(tiny_family("sd_1_5")), trainable=False, guidance=guidance_scale - 1)
+    policy = DiffusersPolicy(str(tiny_family(name)), trainable=False, guidance=guidance_scale - 1)
     assert_parity(policy, DDIM(num_steps, eta=1.0, spacing="leading"), pipe, guidance_scale, eta=1.0)
 
 
@@ -47,6 +50,14 @@ def test_sd_turbo_takes_euler_steps(tiny_family: Any, num_steps: int) -> None:
     policy = DiffusersPolicy(str(tiny_family("sd_turbo")), trainable=False)
     assert policy.guidance == 0
     assert_parity(policy, EulerAncestral(num_steps, eta=0.0), plain(tiny_family("sd_turbo")), 0.0)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 50])
+def test_sd_turbo_takes_ddim_steps_with_noise_as_sdpo_trains_it(tiny_family: Any, num_steps: int) -> None:
+    pipe = plain(tiny_family("sd_turbo"))
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    policy = DiffusersPolicy(str(tiny_family("sd_turbo")), trainable=False)
+    assert_parity(policy, DDIM(num_steps, eta=1.0), pipe, 1.0, eta=1.0)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 4])
@@ -101,15 +112,16 @@ def test_an_lcm_of_the_sdxl_family_is_a_unet_folder_in_its_pipeline(
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 1.5])
 @pytest.mark.parametrize("num_steps", [1, 4])
+@pytest.mark.parametrize("name", ["sd_1_5", "sdxl"])
 def test_lcm_lora_turns_a_plain_pipeline_into_an_lcm(
-    tiny_family: Any, tmp_path: Path, num_steps: int, guidance_scale: float
+    tiny_family: Any, tmp_path: Path, name: str, num_steps: int, guidance_scale: float
 ) -> None:
-    folder = lcm_lora(tmp_path)
-    pipe = plain(tiny_family("sd_1_5"))
+    folder = lcm_lora(tmp_path, name)
+    pipe = plain(tiny_family(name))
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     pipe.load_lora_weights(folder)
     policy = DiffusersPolicy(
-        str(tiny_family("sd_1_5")), adapter=str(folder), prediction="consistency", trainable=False,
+        str(tiny_family(name)), adapter=str(folder), prediction="consistency", trainable=False,
         guidance=guidance_scale - 1,
     )  # fmt: skip
     assert_parity(policy, LCM(num_steps), pipe, guidance_scale)
@@ -154,3 +166,30 @@ def test_a_cache_keeps_both_encoders_of_an_sdxl_model(tiny_family: Any, tmp_path
         next(warm.pipe.text_encoder_2.parameters()).view(-1)[0] += 1
     del warm.encoders
     assert warm.encoders["texts"] != cold.encoders["texts"] and warm.encoders["pictures"] == cold.encoders["pictures"]
+
+
+@pytest.mark.parametrize("form", ["lcm", "turbo"])
+@pytest.mark.parametrize("algorithm", sorted(r.name for r in default_registry().components("algorithm")))
+def test_every_method_learns_on_the_sdxl_family_with_its_two_text_encoders(
+    tiny_run: Any, tiny_family: Any, tmp_path: Path, algorithm: str, form: str
+) -> None:
+    settings: dict[str, Any] = {
+        "algorithm.name": algorithm, "data.pairs": "alignkit_shapes.data:DrawingPairs", "train.updates": 2,
+        "evaluate.prompts": "", "evaluate.steps": [2],
+    }  # fmt: skip
+    if form == "lcm":
+        tiny_unet("lcm_sdxl").save_pretrained(tmp_path / "unet")
+        settings |= {
+            "model.name": str(tiny_family("sdxl")), "model.teacher": str(tiny_family("sdxl")), "model.guidance": 7.0,
+            "model.unet": str(tmp_path / "unet"), "model.prediction": "consistency",
+        }  # fmt: skip
+    else:
+        settings |= {"model.name": str(tiny_family("sdxl_turbo")), "sampler.name": "euler_ancestral"}
+        settings |= {"algorithm.distillation_weight": 0.0} if algorithm == "lasro" else {}
+    run = tiny_run(overrides=settings)
+    if form == "turbo" and algorithm in ("gors_lcm", "lcd", "rg_lcd"):
+        with pytest.raises(ConfigError, match="only a latent consistency model has this distillation loss"):
+            run.check()
+        return
+    found = list(run.train())
+    assert [u.step for u in found if u.step] == [1, 2] and all(u.metrics["grad_norm"] > 0 for u in found if u.step)

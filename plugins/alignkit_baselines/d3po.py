@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,6 +31,9 @@ class D3PO(Algorithm[Pairs, Pairs]):
     """How far a ratio of likelihoods may leave 1 (D3PO's code; 0.2 before a correction by its authors)."""
     shared_noise: bool = True
     """Whether both walks of a pair start from the same initial noise, as in D3PO's code."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """The log-probability over latent dimensions. The paper writes the sum, its code takes the mean; `beta` and
+    `clip_range` belong to that."""
     inner_epochs: int = 1
     """Times that a round is learned from."""
 
@@ -53,7 +56,7 @@ class D3PO(Algorithm[Pairs, Pairs]):
             yield from collected.shuffled(ctx.generator).even_split(ctx.rows_per_update)
 
     def loss(self, rows: Pairs, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        return step_preference(rows, self.beta, self.clip_range, ctx)
+        return step_preference(rows, self.beta, self.clip_range, ctx, self.reduction)
 
 
 def winners_first(pairs: Pairs, ctx: Context) -> Pairs:
@@ -65,11 +68,13 @@ def winners_first(pairs: Pairs, ctx: Context) -> Pairs:
     return pairs.swapped(first < second).select(labelled.nonzero()[:, 0])
 
 
-def step_preference(rows: Pairs, beta: float, clip_range: float, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
+def step_preference(
+    rows: Pairs, beta: float, clip_range: float, ctx: Context, reduction: str = "mean"
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The mean loss over pairs of single steps, the winner first, and metrics."""
-    now = log_prob(rows, ctx)
+    now = log_prob(rows, ctx, reduction)
     with ctx.policy.reference():
-        before = log_prob(rows, ctx)
+        before = log_prob(rows, ctx, reduction)
     log_ratio = (now - before)[:, :, 0]
     loss = preference_loss(log_ratio, beta, clip_range).mean()
     margin = log_ratio[:, 0] - log_ratio[:, 1]

@@ -71,10 +71,10 @@ def scored_pairs(batch: Batch, pairs: int, shared_noise: bool, ctx: Context) -> 
     return found, scores
 
 
-def log_prob(pairs: Pairs, ctx: Context) -> Tensor:
-    """(N, 2, M) of the latents that were drawn, under the policy as it is; the mean over latent dimensions."""
+def log_prob(pairs: Pairs, ctx: Context, reduction: str = "mean") -> Tensor:
+    """(N, 2, M) of the latents that were drawn, under the policy as it is; `reduction` over latent dimensions."""
     count, two, steps = pairs.x.shape[:3]
     prompt = pairs.prompt.select(torch.arange(count).repeat_interleave(two * steps))
     k = pairs.k[:, None].expand(count, two, steps).flatten()
     step = ctx.sampler.transition(ctx.policy, pairs.x.flatten(0, 2), k, prompt)
-    return step.log_prob(pairs.x_next.flatten(0, 2)).view(count, two, steps)
+    return step.log_prob(pairs.x_next.flatten(0, 2), reduction).view(count, two, steps)

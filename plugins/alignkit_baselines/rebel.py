@@ -46,6 +46,8 @@ class REBEL(Algorithm[Compared, Compared]):
     """Rewards of a prompt that are kept."""
     min_count: int = 16
     """Rewards a prompt must have got before it is measured by its own; until then it is by those of the round."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """The log-probability over latent dimensions. The papers write the sum, their code takes the mean."""
     inner_epochs: int = 1
     """Times that a round is learned from."""
 
@@ -79,14 +81,14 @@ class REBEL(Algorithm[Compared, Compared]):
             return
         # Asked for again instead of kept from the walk: at the first update nothing has been added, exactly.
         with torch.no_grad():
-            old = torch.cat([log_prob(part.pairs, ctx).sum(2) for part in rows.even_split(size)])
+            old = torch.cat([log_prob(part.pairs, ctx, self.reduction).sum(2) for part in rows.even_split(size)])
         rows = replace(rows, old_log_prob=old)
         for epoch in range(self.inner_epochs):
             yield from (rows.shuffled(ctx.generator) if epoch else rows).even_split(size)
 
     def loss(self, rows: Compared, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
         assert rows.old_log_prob is not None
-        added = log_prob(rows.pairs, ctx).sum(2) - rows.old_log_prob
+        added = log_prob(rows.pairs, ctx, self.reduction).sum(2) - rows.old_log_prob
         loss = squares(added, rows.advantages, self.scale).mean()
         gained, worth = added[:, 0] - added[:, 1], rows.advantages[:, 0] - rows.advantages[:, 1]
         return loss, {"log_ratio_size": added.abs().mean(), "agreement": (gained * worth > 0).float().mean()}

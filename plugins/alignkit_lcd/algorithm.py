@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from alignkit.interfaces import Algorithm, Batch, Context, Sampler
-from alignkit_lcd.distillation import Distillation, Noised
+from alignkit_lcd.distillation import Distance, Distillation, Noised
 
 
 @dataclass
@@ -30,9 +30,12 @@ class LCD(Algorithm[Noised, Noised]):
     """Largest guidance of the teacher."""
     huber_c: float = 1e-3
     """Where the pseudo-Huber distance turns from quadratic to linear."""
+    distance: Distance = "huber"
+    """Between prediction and target: pseudo-Huber, as in the LCM paper, or l2, the square, the default of diffusers'
+    script."""
 
     def __post_init__(self) -> None:
-        self._distillation = Distillation(self.ode_steps, self.w_min, self.w_max, self.huber_c)
+        self._distillation = Distillation(self.ode_steps, self.w_min, self.w_max, self.huber_c, self.distance)
 
     def check(self, sampler: Sampler) -> None:
         self._distillation.check(sampler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from alignkit import diffusion
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Context, Policy, Prompt, Rows, Sampler
 from alignkit_samplers.lcm import LCM
+
+Distance = Literal["huber", "l2"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Distillation:
     w_min: float = 5.0
     w_max: float = 15.0
     huber_c: float = 1e-3
+    distance: Distance = "huber"
 
     def __post_init__(self) -> None:
         if self.ode_steps < 1 or 1000 % self.ode_steps:
@@ -81,16 +85,29 @@ class Distillation:
         return z, t, z_next, t_next
 
     def loss(self, policy: Policy, teacher: Policy, rows: Noised, target: Tensor | None = None) -> Tensor:
-        """Pseudo-Huber distance (N,) between the student's prediction at t and its own, without gradient, at t'.
+        """The distance (N,) between the student's prediction at t and its own, without gradient, at t'.
 
         `target` (N, *S), from an average of the student, takes the place of its own prediction.
         """
         z, t, z_next, t_next = self.solve(teacher, rows)
         if target is None:
             with torch.no_grad():
-                target = policy.denoise(z_next, t_next, rows.prompt, rows.guidance)
-        prediction = policy.denoise(z, t, rows.prompt, rows.guidance)
-        return pseudo_huber(prediction - target, self.huber_c).flatten(1).mean(1)
+                target = self.predict(policy, z_next, t_next, rows)
+        return self.distances(self.predict(policy, z, t, rows), target)
+
+    def predict(self, policy: Policy, x: Tensor, t: Tensor, rows: Noised) -> Tensor:
+        """f_theta(x, t) (N, *S), at the guidance that was drawn if the student takes one.
+
+        One that does not, an LCM-LoRA, has the guidance of its teacher in its weights and predicts with text alone.
+        """
+        guidance = rows.guidance if policy.guidance_embedded else torch.zeros_like(rows.guidance)
+        return policy.denoise(x, t, rows.prompt, guidance)
+
+    def distances(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """(N,) between latents (N, *S), the mean over elements of pseudo-Huber's or of the square."""
+        difference = prediction - target
+        each = difference**2 if self.distance == "l2" else pseudo_huber(difference, self.huber_c)
+        return each.flatten(1).mean(1)
 
 
 def pseudo_huber(difference: Tensor, c: float) -> Tensor:

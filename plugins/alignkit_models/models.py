@@ -3,6 +3,7 @@ defaults of the method."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from alignkit.interfaces import ModelBundle
@@ -34,6 +35,16 @@ def _train(learning_rate: float, weight_decay: float = 0.0, **fields: Any) -> Se
     return {"train": {"learning_rate": learning_rate, "weight_decay": weight_decay, **fields}}
 
 
+def _round(prompts: int, rows: int, updates: int = 0, **fields: Any) -> Settings:
+    """Prompts of a round, rows of an update, fields of the method; and a length, over which ten times are saved and
+    measured."""
+    tenth: Settings = {}
+    if updates:
+        tenth = {"train": {"updates": updates, "checkpoint_every": updates // 10}}
+        tenth["evaluate"] = {"every": updates // 10}
+    return _with({"data": {"batch_size": prompts}, "train": {"rows_per_update": rows}, "algorithm": fields}, tenth)
+
+
 # Methods
 
 # LaSRO (2411.15247) trains two steps; a model that was distilled by a discriminator has no distillation loss, and is
@@ -42,19 +53,36 @@ _lasro_lcm = _sampler("lcm", 2)
 _lasro_turbo_loss: Settings = {"algorithm": {"distillation_weight": 0.0}}
 _lasro_turbo = _with(_sampler("renoise", 2), _lasro_turbo_loss)
 _vega: Settings = {"surrogate": {"name": "latent_unet", "backbone": "segmind/Segmind-Vega"}}
-# The policy-gradient methods of RLCM (2404.03673, its code): 8 steps, Adam without decay, LoRA of rank 8, advantages
-# clipped at 10 in DDPO's loss.
+# The policy-gradient methods of RLCM (2404.03673, its code for the aesthetic reward): 8 steps, Adam without decay, LoRA
+# of rank 8. Of a round's 8 prompts (on each GPU; how many those were is not said) all is one update: a walk each of 7
+# steps with a likelihood, or a pair of walks. DDPO clips advantages at 10; REBEL clips no gradient.
 _rlcm = _with(_sampler("lcm", 8), _train(1e-4, max_grad_norm=5.0), {"model": {"lora_rank": 8}})
-# SDPO (2411.11727, Table 2) trains 50 steps and is read at few; so do the rivals it is compared with.
-_sdpo = _with(
+_rlcm_ddpo = _with(_rlcm, _round(8, 8 * 7, updates=1000, samples=1, advantage_clip=10.0))
+_rlcm_rebel = _with(_rlcm, _round(8, 8, updates=1000, pairs=1), {"train": {"max_grad_norm": float("inf")}})
+# SDPO on consistency models (2411.11727, 4.4) has RLCM's walk and REBEL's rates and batches.
+_rlcm_sdpo = _with(_rlcm, _round(8, 8, pairs=1), {"evaluate": {"steps": [1, 2, 4, 8]}})
+# SDPO (2411.11727, Table 2 and its code, for the aesthetic reward) trains 50 steps and is read at few; so do the rivals
+# it is compared with. 128 pairs a round, in two updates of each step.
+_of_50_steps = _with(
     _sampler("ddim", 50, eta=1.0), _train(1e-4, 1e-4), {"model": {"lora_rank": 4}},
     {"evaluate": {"steps": [1, 2, 4, 8, 50]}},
 )  # fmt: skip
-# PSO (2410.03190, its code for SDXL-Turbo).
-_pso = _with(_sampler("euler_ancestral", 4, eta=1.0), _train(1e-5, 1e-6), {"model": {"lora_rank": 32}})
-# RG-LCD (2403.11027, its code): the whole UNet, small steps.
+_sdpo = _with(_of_50_steps, _round(128, 64, updates=10_000, pairs=1))
+# PSO (2410.03190, its code for SDXL-Turbo): 16 pairs a round, 8 an update, each with 3 steps that have a likelihood.
+_pso = _with(
+    _sampler("euler_ancestral", 4, eta=1.0), _train(1e-5, 1e-6), {"model": {"lora_rank": 32}},
+    _round(16, 8 * 3, pairs=1),
+)  # fmt: skip
+# As LaSRO compares with it (2411.15247, appendix D): two steps, of which the first has a likelihood.
+_pso_lcm = _with(_pso, _sampler("lcm", 2), _round(16, 8, pairs=1))
+# GORS-LCM (the same) draws two steps.
+_gors_lcm = _sampler("lcm", 2)
+# Latent consistency distillation (diffusers' script for LCM-LoRA).
+_lcd = _with(_train(1e-4, 1e-2), {"model": {"lora_rank": 64}})
+# RG-LCD (2403.11027, its code): the whole UNet, small steps; the proxy's rate is that behind its pre-training.
 _rg_lcd = _with(
-    _train(1e-6, updates=10_000, rows_per_update=40, ema_decay=0.95, checkpoint_every=1000), {"model": {"lora_rank": 0}}
+    _train(1e-6, updates=10_000, rows_per_update=40, ema_decay=0.95, checkpoint_every=1000),
+    {"model": {"lora_rank": 0}, "surrogate": {"learning_rate": 3.3e-6, "weight_decay": 0.0}},
 )
 # Diffusion-DPO (2311.12908, its code): the whole UNet, 2000 updates of 2048 pairs.
 _dpo = _with(_train(2.05e-5, 1e-2, updates=2000, rows_per_update=2048), {"model": {"lora_rank": 0}})
@@ -65,11 +93,20 @@ _dpo_turbo = _with(_dpo, {"algorithm": {"grid_steps": 4, "zero_terminal_snr": Tr
 def _lcm_methods(*extra: Settings) -> dict[str, Settings]:
     return {
         "lasro": _with(_lasro_lcm, *extra),
-        "ddpo": _rlcm | {"algorithm": {"advantage_clip": 10.0}},
-        "rebel": _rlcm,
-        "sdpo": _with(_rlcm, {"evaluate": {"steps": [1, 2, 4, 8]}}),
+        "ddpo": _rlcm_ddpo,
+        "rebel": _rlcm_rebel,
+        "sdpo": _rlcm_sdpo,
+        "pso": _pso_lcm,
+        "gors_lcm": _gors_lcm,
         "rg_lcd": _rg_lcd,
+        "lcd": _lcd,
     }
+
+
+def _with_likelihoods(walk: Settings) -> dict[str, Settings]:
+    """For the methods that learn from likelihoods, on a model that is drawn without chance. No source has them there;
+    rates and batches are left to the run."""
+    return dict.fromkeys(("ddpo", "sdpo", "rebel", "d3po", "pso"), walk)
 
 
 # Distilled by a discriminator: epsilon, trailing times, no guidance, no teacher to distil from.
@@ -82,9 +119,9 @@ def sd_turbo() -> ModelBundle:
         algorithm_defaults={
             "lasro": _lasro_turbo,
             "sdpo": _sdpo,
-            "ddpo": _sdpo,
-            "rebel": _sdpo,
-            "d3po": _sdpo,
+            "ddpo": _of_50_steps,
+            "rebel": _of_50_steps,
+            "d3po": _of_50_steps,
             "pso": _pso,
             "diffusion_dpo": _dpo_turbo,
         },
@@ -111,7 +148,8 @@ def sdxl_lightning() -> ModelBundle:
     return ModelBundle(
         path=SDXL,
         defaults=_with(_of_1024, _sampler("euler_ancestral", 4, eta=0.0), {"model": unet, "evaluate": {"steps": [4]}}),
-        algorithm_defaults={
+        algorithm_defaults=_with_likelihoods(_sampler("euler_ancestral", 4, eta=1.0))
+        | {
             "lasro": _with(_sampler("renoise", 4), _lasro_turbo_loss, four, _vega),
             "pso": _pso,
             # No source has it; the model knows the times of its four steps.
@@ -120,7 +158,9 @@ def sdxl_lightning() -> ModelBundle:
     )
 
 
-# Latent consistency models.
+# Latent consistency models. diffusers' script for SDXL draws the guidance from 3 on.
+
+_lcd_of_sdxl = {"lcd": _with(_lcd, {"algorithm": {"w_min": 3.0}})}
 
 
 def lcm_dreamshaper() -> ModelBundle:
@@ -147,7 +187,7 @@ def _sdxl_lcm(path: str, unet: str) -> ModelBundle:
         path=path,
         teacher=path,
         defaults=_with(_of_1024, _sampler("lcm", 4), {"model": model}),
-        algorithm_defaults=_lcm_methods(_vega) | {"pso": _with(_pso, _sampler("lcm", 2))},
+        algorithm_defaults=_lcm_methods(_vega) | _lcd_of_sdxl,
     )
 
 
@@ -156,7 +196,8 @@ def sd_1_5_lcm_lora() -> ModelBundle:
 
 
 def sdxl_lcm_lora() -> ModelBundle:
-    return _lcm_lora(SDXL, "latent-consistency/lcm-lora-sdxl", _of_1024, _vega)
+    bundle = _lcm_lora(SDXL, "latent-consistency/lcm-lora-sdxl", _of_1024, _vega)
+    return replace(bundle, algorithm_defaults={**bundle.algorithm_defaults, **_lcd_of_sdxl})
 
 
 def _lcm_lora(path: str, adapter: str, memory: Settings, *lasro: Settings) -> ModelBundle:
@@ -174,14 +215,24 @@ def _lcm_lora(path: str, adapter: str, memory: Settings, *lasro: Settings) -> Mo
 
 
 def sd_1_5() -> ModelBundle:
-    """As DDPO and D3PO walk it: 50 and 20 steps with noise, guidance_scale 5."""
+    """As DDPO and D3PO walk it: 50 and 20 steps with noise, guidance_scale 5. DDPO (its code for eight GPUs and the
+    compressibility): 256 walks a round, 64 an update, all steps of each. D3PO (its code): 20 pairs a round, all steps
+    of one an update."""
     walk = _sampler("ddim", 50, eta=1.0, spacing="leading")
     return ModelBundle(
         path=SD,
         defaults=_with(_of_512, walk, {"model": {"guidance": 4.0}, "evaluate": {"steps": [20, 50]}}),
         algorithm_defaults={
-            "ddpo": _with(_train(3e-4, 1e-4), {"model": {"lora_rank": 4}}),
-            "d3po": _with(_train(3e-5, 1e-4), {"sampler": {"num_steps": 20}, "model": {"lora_rank": 4}}),
+            "ddpo": _with(
+                _train(3e-4, 1e-4),
+                {"model": {"lora_rank": 4}},
+                _round(256, 64 * 50, updates=400, samples=1, buffer_size=16, min_count=16),
+            ),
+            "d3po": _with(
+                _train(3e-5, 1e-4),
+                {"sampler": {"num_steps": 20}, "model": {"lora_rank": 4}},
+                _round(20, 20, updates=8000, pairs=1),
+            ),
             "diffusion_dpo": _dpo,
         },
     )
@@ -192,5 +243,6 @@ def sdxl() -> ModelBundle:
     return ModelBundle(
         path=SDXL,
         defaults=_with(_of_1024, walk, {"model": {"guidance": 4.0}, "evaluate": {"steps": [30]}}),
-        algorithm_defaults={"diffusion_dpo": _dpo},
+        algorithm_defaults=_with_likelihoods(_sampler("ddim", 50, eta=1.0, spacing="leading"))
+        | {"diffusion_dpo": _dpo},
     )

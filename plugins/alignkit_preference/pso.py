@@ -59,6 +59,8 @@ class PSO(Algorithm[Collected, PairRows]):
     """Online: pairs of walks of each text in a round."""
     clip_range: float = 0.1
     """Online: how far a ratio of likelihoods may leave 1 (the code)."""
+    reduction: Literal["mean", "sum"] = "mean"
+    """Online: the log-probability over latent dimensions; the code takes the mean."""
     shared_noise: bool = False
     """Online: whether both walks of a pair start from the same noise. In the code they do not, whatever it says."""
     inner_epochs: int = 1
@@ -135,7 +137,7 @@ class PSO(Algorithm[Collected, PairRows]):
 
     def loss(self, rows: PairRows, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
         if rows.walks is not None:
-            loss, found = step_preference(rows.walks, self._beta, self.clip_range, ctx)
+            loss, found = step_preference(rows.walks, self._beta, self.clip_range, ctx, self.reduction)
         else:
             assert rows.given is not None  # the one or the other
             loss, found = self._offline(rows.given, ctx)

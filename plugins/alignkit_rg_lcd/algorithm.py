@@ -11,7 +11,7 @@ from torch import Tensor
 
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Algorithm, Batch, Context, Example, Prompt, Rows, Sampler
-from alignkit_lcd.distillation import Distillation, Noised, pseudo_huber
+from alignkit_lcd.distillation import Distance, Distillation, Noised
 from alignkit_rg_lcd.preference import Direction, RealPictures, margins, preference_loss, with_real_pictures
 from alignkit_rg_lcd.surrogate import LRM
 
@@ -87,6 +87,9 @@ class RGLCD(Algorithm[Collected, Noised]):
     """Largest guidance of the teacher."""
     huber_c: float = 1e-3
     """Where the pseudo-Huber distance turns from quadratic to linear."""
+    distance: Distance = "huber"
+    """Between prediction and target: pseudo-Huber, as in the LCM paper, or l2, the square, the default of diffusers'
+    script."""
 
     def __post_init__(self) -> None:
         for name, low in (("beta", 0), ("proxy_rows", 1)):
@@ -100,7 +103,7 @@ class RGLCD(Algorithm[Collected, Noised]):
             self.needs = type(self).needs | {"surrogate"}  # type: ignore[misc]
         elif self.beta:
             self.needs = type(self).needs | {"differentiable_reward"}  # type: ignore[misc]
-        self._distillation = Distillation(self.ode_steps, self.w_min, self.w_max, self.huber_c)
+        self._distillation = Distillation(self.ode_steps, self.w_min, self.w_max, self.huber_c, self.distance)
         self._target: dict[str, Tensor] = {}
 
     def check(self, sampler: Sampler) -> None:
@@ -183,12 +186,12 @@ class RGLCD(Algorithm[Collected, Noised]):
         assert ctx.teacher is not None  # needs "teacher"
         z, t, z_next, t_next = self._distillation.solve(ctx.teacher, rows)
         with torch.no_grad(), ctx.policy.using(self._target):
-            target = ctx.policy.denoise(z_next, t_next, rows.prompt, rows.guidance)
-        return ctx.policy.denoise(z, t, rows.prompt, rows.guidance), target
+            target = self._distillation.predict(ctx.policy, z_next, t_next, rows)
+        return self._distillation.predict(ctx.policy, z, t, rows), target
 
     def loss(self, rows: Noised, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
         prediction, target = self._predict(rows, ctx)
-        distillation = pseudo_huber(prediction - target, self.huber_c).flatten(1).mean(1).mean()
+        distillation = self._distillation.distances(prediction, target).mean()
         if not self.beta:
             return distillation, {"distillation_loss": distillation}
         reward_loss = -self.beta * self._reward(prediction, rows.prompt, ctx)

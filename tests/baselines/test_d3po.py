@@ -12,7 +12,8 @@ import torch
 from alignkit.errors import AlignkitError
 from alignkit.testing.algorithm import assert_one_pass_is_several
 from alignkit.train import Trainer
-from alignkit_baselines.d3po import D3PO, preference_loss
+from alignkit_baselines.d3po import D3PO, preference_loss, winners_first
+from alignkit_baselines.pairs import collect_pairs
 from method_checks import assert_the_true_reward_rises, collect, updates
 
 MakeTrainer = Callable[..., Trainer]
@@ -81,6 +82,17 @@ def test_the_better_walk_comes_first_at_every_stochastic_step(make: MakeTrainer)
     assert bool((better > worse - 1e-4).all()) and float((better - worse).mean()) > 2e-4  # of 8-bit pictures
 
 
+def test_which_walk_of_a_pair_was_drawn_first_changes_nothing(make: MakeTrainer) -> None:
+    trainer = make("d3po", {"algorithm.pairs": 3})
+    with torch.no_grad():
+        pairs = collect_pairs(trainer.batch(), 3, True, trainer.ctx)
+    swapped = pairs.swapped(torch.ones(len(pairs), dtype=torch.bool))
+    assert not torch.equal(swapped.rewards, pairs.rewards)
+    one, other = (winners_first(p, trainer.ctx) for p in (pairs, swapped))
+    assert torch.equal(one.x_next, other.x_next) and torch.equal(one.rewards, other.rewards)
+    assert (D3PO().beta, D3PO().clip_range, D3PO().shared_noise) == (0.1, 0.1, True)  # the published code's
+
+
 def test_equal_rewards_and_pictures_that_could_not_be_scored_make_no_pair(make: MakeTrainer) -> None:
     assert len(collect(make("d3po", {"reward": ["two_of_three"]}))) == 2  # one pair of four, two steps
     trainer = make("d3po", {"reward": ["constant"]})
@@ -88,6 +100,16 @@ def test_equal_rewards_and_pictures_that_could_not_be_scored_make_no_pair(make: 
     with pytest.raises(AlignkitError, match="algorithm d3po nothing to learn from"):
         for _ in range(10):
             assert list(trainer.round()) == []
+
+
+def test_the_sum_over_latent_dimensions_is_an_option(make: MakeTrainer) -> None:
+    trainer = make("d3po", {"train.rows_per_update": 8})
+    (rows,) = updates(trainer)
+    with torch.no_grad():
+        for parameter in trainer.ctx.policy.parameters():
+            parameter.add_(0.005)
+        margin = {r: D3PO(reduction=r).loss(rows, trainer.ctx)[1]["margin"].item() for r in ("mean", "sum")}
+    assert margin["sum"] == pytest.approx(256 * margin["mean"], rel=1e-3) and margin["mean"] != 0
 
 
 def test_one_pass_of_all_rows_has_the_gradient_of_several_passes(make: MakeTrainer) -> None:

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from alignkit.errors import ConfigError
-from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint
+from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint, assert_one_pass_is_several
 from alignkit.train import Trainer
 from alignkit_baselines.gors_lcm import GorsLCM, best
 from alignkit_lcd.distillation import Distillation
 from alignkit_samplers.ddim import DDIM
 from alignkit_samplers.lcm import LCM
-from method_checks import collect
+from method_checks import collect, updates
 
 MakeTrainer = Callable[..., Trainer]
 GORS: dict[str, Any] = {"algorithm.name": "gors_lcm", "algorithm.samples": 3}
@@ -75,6 +75,22 @@ def test_a_reward_of_one_weighs_as_none_and_one_below_zero_never_turns_the_loss_
         (rows,) = trainer.algorithm.updates(collected, trainer.ctx)
         found[weight, reward] = trainer.algorithm.loss(rows, trainer.ctx)[0].item()
     assert found["none", 1.0] == found["reward", 1.0] > 0 and found["reward", -2.0] == 0
+
+
+def test_one_pass_of_all_rows_has_the_gradient_of_several_passes_and_the_kept_latents_get_none(
+    make_trainer: MakeTrainer,
+) -> None:
+    trainer = make_trainer({**GORS, "algorithm.weight": "reward", "train.rows_per_update": 6})
+    (rows,) = updates(trainer)
+    assert len(rows) == 6 and rows.chosen is not None and not rows.chosen.latents.requires_grad
+    assert_one_pass_is_several(trainer, rows)
+
+
+def test_at_one_step_it_keeps_the_best_of_the_only_predictions(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer({**GORS, "sampler.num_steps": 1, "evaluate.steps": [1]})
+    assert len(collect(trainer).chosen) == 2
+    (update,) = trainer.round()
+    assert update.metrics["grad_norm"] > 0
 
 
 def test_a_round_in_which_nothing_is_kept_teaches_from_pictures_alone_or_nothing(make_trainer: MakeTrainer) -> None:

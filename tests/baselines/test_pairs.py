@@ -52,12 +52,14 @@ def test_the_log_probability_of_each_step_is_that_of_the_step_alone(make: MakeTr
     with torch.no_grad():
         together = log_prob(pairs, ctx)
         single = log_prob(pairs.by_step(), ctx)
+        summed = log_prob(pairs, ctx, "sum")
         alone = ctx.sampler.transition(
             ctx.policy, pairs.x[1:2, 1, 1], pairs.k[1:2, 1], pairs.prompt.select(torch.tensor([1]))
         )
     assert together.shape == (4, 2, steps) and single.shape == (4 * steps, 2, 1)
     assert torch.allclose(together.transpose(1, 2).reshape(-1, 2), single[:, :, 0], atol=1e-4)
     assert together[1, 1, 1].item() == pytest.approx(alone.log_prob(pairs.x_next[1:2, 1, 1]).item(), abs=1e-4)
+    assert torch.allclose(summed, 256 * together, rtol=1e-4)
 
 
 def test_swapping_exchanges_walks_and_rewards_in_the_rows_named(make: MakeTrainer) -> None:

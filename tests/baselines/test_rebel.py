@@ -25,13 +25,18 @@ def test_the_loss_is_golden_for_each_pair() -> None:
     assert squares(ratios.sum(2), advantages, 1.0).tolist() == pytest.approx([0.2704, 0.0484])
     assert float(squares(ratios.sum(2), advantages, 1.0).mean()) == pytest.approx(0.1594)
     assert squares(ratios.sum(2).flip(1), advantages.flip(1), 1.0).tolist() == pytest.approx([0.2704, 0.0484])
+    assert squares(ratios.sum(2), advantages, 2.0).tolist() == pytest.approx([0.2916, 0.0576])  # it multiplies
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("ddim", [False, True])
-def test_before_the_first_update_the_loss_is_the_mean_square_of_the_differences(make: MakeTrainer, ddim: bool) -> None:
-    trainer = make("rebel", {"train.rows_per_update": 2}, ddim)
+def test_before_the_first_update_the_loss_is_the_mean_square_of_the_differences(
+    make: MakeTrainer, ddim: bool, precision: str
+) -> None:
+    trainer = make("rebel", {"train.rows_per_update": 2, "train.precision": precision}, ddim)
     for rows in updates(trainer):
-        loss, metrics = trainer.algorithm.loss(rows, trainer.ctx)
+        with trainer.accelerator.autocast():
+            loss, metrics = trainer.algorithm.loss(rows, trainer.ctx)
         assert metrics["log_ratio_size"].item() == 0
         assert loss.item() == pytest.approx(float((rows.advantages[:, 0] - rows.advantages[:, 1]).square().mean()))
 
@@ -44,6 +49,14 @@ def test_the_loss_of_several_pairs_is_the_mean_of_their_own_and_so_is_its_gradie
     rows = replace(rows, old_log_prob=rows.old_log_prob + moved)  # as if the policy had been another
     loss = assert_one_pass_is_several(trainer, rows, rel=1e-3)
     assert loss == pytest.approx(float(squares(-moved, rows.advantages, 1.0).mean()), rel=1e-3)
+
+
+def test_the_sum_over_latent_dimensions_is_an_option(make: MakeTrainer) -> None:
+    found = {}
+    for reduction in ("mean", "sum"):
+        (rows,) = updates(make("rebel", {"train.rows_per_update": 4, "algorithm.reduction": reduction}))
+        found[reduction] = rows.old_log_prob
+    assert torch.allclose(found["sum"], 256 * found["mean"], rtol=1e-4)
 
 
 def test_a_pair_with_a_picture_that_could_not_be_scored_is_left_out(make: MakeTrainer) -> None:

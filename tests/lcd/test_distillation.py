@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -149,12 +150,57 @@ def test_the_gradient_reaches_the_student_through_its_prediction_alone(tiny_lcm:
     )
 
 
+def test_levels_guidance_and_noise_are_drawn_over_their_whole_range() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ctx: Any = SimpleNamespace(
+        generator=generator, noise=lambda count: torch.randn(count, 4, 2, 2, generator=generator)
+    )
+    prompt = Prompt(torch.zeros(1, 1, 1), torch.zeros(4000, dtype=torch.long))
+    drawn = Distillation(w_min=3.0, w_max=15.0).draw(torch.zeros(4000, 4, 2, 2), prompt, ctx)
+    assert set(drawn.level.tolist()) == set(range(1, 51))  # both ends included
+    assert drawn.level.float().mean().item() == pytest.approx(25.5, abs=1)
+    assert 3 <= float(drawn.guidance.min()) < 3.1 and 14.9 < float(drawn.guidance.max()) <= 15
+    assert float(drawn.guidance.mean()) == pytest.approx(9, abs=0.3)
+    assert float(drawn.noise.std()) == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("form", ["embedded", "lora"])
+def test_a_student_that_does_not_take_the_guidance_predicts_without_and_is_taught_the_guided_step(
+    tiny_lcm: Path, tiny_teacher: Path, form: str
+) -> None:
+    """As in diffusers' script for LCM-LoRA: guidance gets into its weights, and is no second pass of the student."""
+    folder = tiny_lcm if form == "embedded" else tiny_teacher
+    student = DiffusersPolicy(str(folder), prediction="consistency", lora_rank=4, guidance=0.5)
+    teacher = DiffusersPolicy(str(tiny_teacher), trainable=False, guidance=0.0)
+    given = rows(student.encode(["a red circle"] * 3), [2, 25, 50], [5.0, 9.0, 15.0])
+    seen: list[int] = []
+    student.unet.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
+    found = Distillation().loss(student, teacher, given)
+    assert seen == [3, 3]
+    z, t, z_next, t_next = Distillation().solve(teacher, given)
+    unguided = rows(given.prompt, [2, 25, 50], [0.0] * 3)
+    assert not torch.allclose(z_next, Distillation().solve(teacher, unguided)[2], atol=1e-3)
+    w = given.guidance if form == "embedded" else torch.zeros(3)
+    expected = student.denoise(z, t, given.prompt, w) - student.denoise(z_next, t_next, given.prompt, w)
+    assert torch.allclose(found, pseudo_huber(expected, 1e-3).flatten(1).mean(1), rtol=1e-4)
+
+
 def test_the_pseudo_huber_distance_is_golden() -> None:
     u = torch.tensor([0, 1e-3, 1e-2, 1], dtype=torch.float64, requires_grad=True)
     distance = pseudo_huber(u, 1e-3)
     assert distance.tolist() == pytest.approx([0, 4.14213562e-4, 9.04987562e-3, 0.9990005], rel=1e-6)
     (slope,) = torch.autograd.grad(distance.sum(), u)
     assert slope[0] == 0 and bool((slope.abs() <= 1).all())
+
+
+def test_the_square_is_an_option_and_the_mean_over_elements_either_way() -> None:
+    prediction, target = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(
+        Distillation(distance="l2").distances(prediction, target),
+        torch.stack([torch.nn.functional.mse_loss(a, b) for a, b in zip(prediction, target, strict=True)]),
+    )
+    expected = pseudo_huber(prediction - target, 0.1).mean((1, 2, 3))
+    assert torch.allclose(Distillation(huber_c=0.1).distances(prediction, target), expected)
 
 
 @pytest.mark.parametrize(

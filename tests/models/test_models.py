@@ -13,6 +13,7 @@ from alignkit.config import find_bundle, load, to_toml
 from alignkit.parts import Parts
 from alignkit.registry import default_registry
 from alignkit.run import open_run
+from alignkit.testing import refusal
 from alignkit_models import MODELS
 
 INSTALLED = {row.name for row in default_registry().components("algorithm")}
@@ -39,6 +40,38 @@ def test_what_a_bundle_says_for_a_method_is_accepted_by_it(prompts: Path, model:
         made.sampler(steps)
 
 
+DISTILLED = {"gors_lcm", "rg_lcd", "lcd"}
+"""Methods with the loss of latent consistency distillation, which no other model has."""
+OURS = sorted(r.name for r in default_registry().components("algorithm") if r.plugin.startswith("alignkit_"))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("algorithm", OURS)
+def test_every_method_starts_on_every_model_for_which_it_makes_sense(prompts: Path, model: str, algorithm: str) -> None:
+    made = run(prompts, model, algorithm)
+    reason = refusal(made.algorithm(), made.sampler())
+    if algorithm in DISTILLED and made.config.sampler.name != "lcm":
+        assert reason.startswith("sampler.name: found") and "\n" not in reason
+        assert "only a latent consistency model has this distillation loss" in reason
+    elif algorithm == "lasro" and model in ("sd_1_5", "sdxl"):
+        assert reason  # it trains the few steps of a distilled model
+    else:
+        assert not reason
+    if not reason and "teacher" in made.algorithm().needs:
+        assert made.teacher_source()
+
+
+@pytest.mark.parametrize("algorithm", ["sdpo", "rebel", "rg_lcd"])
+@pytest.mark.parametrize("model", ["sd_turbo", "ssd_1b_lcm"])
+def test_the_settings_of_a_method_survive_their_own_run_file(
+    prompts: Path, tmp_path: Path, model: str, algorithm: str
+) -> None:
+    config = run(prompts, model, algorithm).config
+    file = tmp_path / "run.toml"
+    file.write_text(to_toml(config), encoding="utf-8")
+    assert load(file) == config
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_a_bundle_resolves_to_a_run_file_that_says_the_same_again(prompts: Path, tmp_path: Path, model: str) -> None:
     config = run(prompts, model, "lcd").config
@@ -58,6 +91,27 @@ def test_the_settings_of_the_papers_arrive(prompts: Path) -> None:
     pruned = run(prompts, "ssd_1b_lcm").config
     assert pruned.model.guidance == 7 and pruned.model.prediction == "consistency" and pruned.model.lora_rank == 16
     assert pruned.surrogate is not None and pruned.surrogate.fields["backbone"] == "segmind/Segmind-Vega"
+    sdpo = run(prompts, "sd_turbo", "sdpo").config  # Table 2
+    assert (sdpo.sampler.name, sdpo.sampler.fields["num_steps"], sdpo.sampler.fields["eta"]) == ("ddim", 50, 1)
+    assert (sdpo.data.batch_size, sdpo.algorithm.fields["pairs"], sdpo.train.rows_per_update) == (128, 1, 64)
+    assert (sdpo.train.updates, sdpo.train.learning_rate, sdpo.train.weight_decay) == (100 * 100, 1e-4, 1e-4)
+    rlcm, rebel = (run(prompts, "lcm_dreamshaper", name).config for name in ("ddpo", "rebel"))
+    assert (rlcm.sampler.fields["num_steps"], rlcm.model.guidance, rlcm.model.lora_rank) == (8, 7, 8)
+    assert rlcm.algorithm.fields["advantage_clip"] == 10 and rlcm.train.max_grad_norm == 5
+    # All of a round is one update: walks of seven steps with a likelihood, or pairs.
+    assert rlcm.train.rows_per_update == rlcm.data.batch_size * rlcm.algorithm.fields["samples"] * 7
+    assert rebel.train.rows_per_update == rebel.data.batch_size * rebel.algorithm.fields["pairs"]
+    assert rebel.train.max_grad_norm == float("inf")
+    gors, pso = (run(prompts, "ssd_1b_lcm", name).config for name in ("gors_lcm", "pso"))
+    assert gors.sampler.fields["num_steps"] == pso.sampler.fields["num_steps"] == 2
+    turbo_pso = run(prompts, "sdxl_turbo", "pso").config
+    assert turbo_pso.train.rows_per_update == 8 * 3 and turbo_pso.train.learning_rate == 1e-5
+    proxy = run(prompts, "lcm_dreamshaper", "rg_lcd", **{"algorithm.proxy": True}).config
+    assert proxy.surrogate is not None and proxy.surrogate.learning_rate == 3.3e-6 and proxy.train.learning_rate == 1e-6
+    assert run(prompts, "sdxl_lcm", "lcd").config.algorithm.fields["w_min"] == 3
+    d3po, ddpo = (run(prompts, "sd_1_5", name).config for name in ("d3po", "ddpo"))
+    assert d3po.sampler.fields["num_steps"] == 20 == d3po.train.rows_per_update and d3po.train.learning_rate == 3e-5
+    assert ddpo.data.batch_size == 256 and ddpo.train.rows_per_update == 64 * 50 and ddpo.model.guidance == 4
     lora = run(prompts, "sdxl_lcm_lora").config
     assert lora.model.adapter == "latent-consistency/lcm-lora-sdxl" and lora.model.guidance == 0
 

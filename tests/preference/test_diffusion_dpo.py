@@ -66,6 +66,7 @@ def test_before_training_the_model_is_its_own_reference(make: MakeTrainer, setti
     with trainer.accelerator.autocast():
         loss, metrics = trainer.algorithm.loss(rows, trainer.ctx)
     assert loss.item() == pytest.approx(math.log(2), abs=1e-3)
+    assert metrics["implicit_accuracy"].item() == 0.5  # neither side is preferred
     assert metrics["margin"].abs().item() < 1e-6 and metrics["winner_error_change"].abs().item() < 1e-6
     loss.backward()
     grads = [p.grad for p in trainer.ctx.policy.parameters() if p.grad is not None]

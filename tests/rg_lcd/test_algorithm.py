@@ -153,6 +153,19 @@ def test_the_differentiable_score_is_the_score(make_trainer: MakeTrainer) -> Non
     assert ctx.take_pictures() == 4
 
 
+def test_in_mixed_precision_pictures_are_decoded_in_the_precision_of_the_decoder(make_trainer: MakeTrainer) -> None:
+    """SDXL's overflows in half precision: pictures would be black."""
+    trainer = make_trainer({**DIRECT, "train.precision": "bf16"})
+    ctx, examples = trainer.ctx, trainer.batch().examples
+    latents = ctx.noise(2).requires_grad_()
+    plain = ctx.differentiable_score(latents, examples)
+    with trainer.accelerator.autocast():
+        scores = ctx.differentiable_score(latents, examples)
+    assert torch.equal(scores.values, plain.values)
+    (found,), (expected,) = (torch.autograd.grad(s.values.sum(), latents) for s in (scores, plain))
+    assert torch.equal(found, expected) and bool(found.any())
+
+
 @pytest.mark.parametrize("settings", [DIRECT, PROXY])
 def test_one_pass_of_all_rows_has_the_gradient_of_several_passes(
     make_trainer: MakeTrainer, settings: dict[str, Any]

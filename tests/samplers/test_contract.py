@@ -36,13 +36,19 @@ def test_a_walk_that_is_replayed_has_the_same_log_probability(
     with torch.no_grad():
         found = walk(policy, sampler, prompt, noises)
     for k in range(num_steps):
+        at = torch.full((2,), k)
+        with torch.no_grad():
+            drawn = sampler.transition(policy, found.states[:, k], at, prompt)
         with torch.set_grad_enabled(True):
-            step = sampler.transition(policy, found.states[:, k], torch.full((2,), k), prompt)
+            step = sampler.transition(policy, found.states[:, k], at, prompt)
         assert torch.equal(step.std, found.std[:, k])
         assert torch.allclose(step.draw(noises[:, k + 1]), found.next_states[:, k], rtol=1e-6, atol=1e-6)
+        assert bool(step.mean.isfinite().all()) and bool(step.std.isfinite().all())
         if bool((step.std > 0).all()):
+            stored, replayed = (s.log_prob(found.next_states[:, k]) for s in (drawn, step))
+            assert float((replayed - stored).abs().max()) < 1e-6
             expected = -((noises[:, k + 1] ** 2).flatten(1).mean(1)) / 2 - step.std.log() - 0.5 * np.log(2 * np.pi)
-            assert torch.allclose(step.log_prob(found.next_states[:, k]), expected, rtol=1e-3, atol=1e-3)
+            assert torch.allclose(replayed, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", SAMPLERS)

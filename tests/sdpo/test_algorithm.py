@@ -72,16 +72,18 @@ def test_a_round_scores_the_clean_predictions_of_these_steps_under_their_texts(
     score = trainer.ctx.score
 
     def spy(latents: Tensor, examples: Any) -> Any:
-        asked.extend([latents, [e.text for e in examples]])
+        asked.extend([latents, list(examples)])
         return score(latents, examples)
 
     trainer.ctx.score = spy  # type: ignore[method-assign]
     batch = trainer.batch()
     with torch.no_grad():
         steps = trainer.algorithm.collect(batch, trainer.ctx)
-        latents, texts = asked
+        latents, examples = asked
         each = len(queries)
-        assert texts == [e.text for e in batch.examples for _ in range(2 * each)]
+        # The examples themselves: what a reward knows about a text goes with it.
+        expected = [e for e in batch.examples for _ in range(2 * each)]
+        assert len(examples) == len(expected) and all(a is b for a, b in zip(examples, expected, strict=True))
         assert trainer.ctx.take_pictures() == len(latents) == 2 * 2 * each
         # The predictions of the steps that are rows, asked of the network again.
         ctx, prompt = trainer.ctx, steps.prompt

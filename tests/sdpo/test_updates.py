@@ -57,15 +57,18 @@ def test_swapping_the_walks_of_a_pair_changes_nothing() -> None:
     assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("ddim", [False, True])
 def test_before_the_first_update_every_log_ratio_is_zero_and_the_loss_the_mean_squared_difference(
-    make: MakeTrainer, ddim: bool
+    make: MakeTrainer, ddim: bool, precision: str
 ) -> None:
-    trainer = make({"train.rows_per_update": 2, "algorithm.advantage_clip": 1.0}, ddim)
+    settings = {"train.rows_per_update": 2, "algorithm.advantage_clip": 1.0, "train.precision": precision}
+    trainer = make(settings, ddim)
     found = updates(trainer)
     assert len(found) == (6 if ddim else 4)
     for rows in found:
-        loss, metrics = trainer.algorithm.loss(rows, trainer.ctx)
+        with trainer.accelerator.autocast():
+            loss, metrics = trainer.algorithm.loss(rows, trainer.ctx)
         assert number(metrics["log_ratio_size"]) == 0 == number(metrics["clip_fraction"])
         advantage = rows.advantage.clamp(-1, 1)
         assert number(loss) == pytest.approx(float(((advantage[:, 0] - advantage[:, 1]) ** 2).mean()), abs=1e-6)

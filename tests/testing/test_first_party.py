@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from alignkit.interfaces import Algorithm, Reward
@@ -24,6 +25,7 @@ from alignkit.testing import (
     coarse_pictures,
     refusal,
 )
+from alignkit.testing.algorithm import tiny_trainer
 from alignkit.testing.world import Form, TinyPairs, TinyPictures
 from alignkit_shapes.models import WEIGHTS
 
@@ -154,3 +156,32 @@ def test_algorithms_with_other_samplers(name: str, form: Form, walk: str) -> Non
 )
 def test_other_forms_of_algorithms(name: str, fields: dict[str, Any]) -> None:
     trained(name, "lcm", "lcm", **fields)
+
+
+@pytest.mark.parametrize(("form", "walk"), WALKS[:2])
+@pytest.mark.parametrize("name", names("algorithm"))
+def test_a_round_moves_what_is_trained_and_nothing_else(name: str, form: Form, walk: str) -> None:
+    algorithm, sampler = get("algorithm", name), get("sampler", walk, num_steps=2)
+    if reason := refusal(algorithm, sampler):
+        assert name in DISTILLED and walk != "lcm", reason
+        return
+    torch.manual_seed(0)
+    trainer = tiny_trainer(algorithm, sampler, form=form)
+    policy, teacher, prompt = trainer.ctx.policy, trainer.ctx.teacher, trainer.ctx.policy.encode(["a red circle"])
+    trained = {id(p) for p in policy.parameters()}
+    pipes = [one.pipe for one in (policy, teacher) if one is not None]  # type: ignore[attr-defined]
+    parts = [part for pipe in pipes for part in (pipe.unet, pipe.vae, pipe.text_encoder)]
+    frozen = [p for part in parts for p in part.parameters() if id(p) not in trained]
+    x = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+
+    def reference() -> torch.Tensor:
+        with policy.reference():
+            return policy.denoise(x, torch.tensor([499]), prompt)
+
+    before, start = [p.detach().clone() for p in frozen], reference()
+    own = [p.detach().clone() for p in policy.parameters()]
+    while trainer.ctx.update < 2:
+        list(trainer.round())
+    assert all(torch.equal(a, b) for a, b in zip(before, frozen, strict=True)) and frozen
+    assert torch.equal(reference(), start)
+    assert not all(torch.equal(a, b) for a, b in zip(own, policy.parameters(), strict=True))
