@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alignkit.errors import AlignkitError, PluginError, TransientError
 from alignkit.interfaces import Example, Reward, Scores
-from alignkit.registry import default_registry
+from alignkit.registry import default_registry, where
 from alignkit.score_cache import ScoreCache, keys_of
 
 
@@ -110,15 +110,15 @@ class AskedReward:
         except AlignkitError:
             raise
         except Exception as error:
-            where = f"{len(examples)} pictures together, each of which it scores alone"
+            which = f"{len(examples)} pictures together, each of which it scores alone"
             for i, example in enumerate(examples):
                 try:
                     with torch.no_grad():
                         self.reward(images[i : i + 1], [example])
                 except Exception:
-                    where = f"picture {first + i}, {example.text!r}"
+                    which = f"picture {first + i}, {example.text!r}"
                     break
-            raise _failed(self.name, f"while scoring {where}", error) from error
+            raise _failed(self.name, f"while scoring {which}", error) from error
 
     def _checked(self, answer: object, examples: Sequence[Example], device: torch.device, first: int) -> Scores:
         """The answer as float32 Scores on `device`, NaN where invalid. Raises PluginError if it breaks the contract."""
@@ -162,7 +162,7 @@ def blaming(name: str, when: str) -> Iterator[None]:
 
 def _failed(name: str, when: str, error: Exception) -> PluginError:
     reason = next(iter(str(error).splitlines()), "")
-    return PluginError(f"{_origin(name)} failed {when}: {type(error).__name__}: {reason}")
+    return PluginError(f"{_origin(name)} failed {when}: {type(error).__name__}: {reason} ({where(error)})")
 
 
 def _origin(name: str) -> str:

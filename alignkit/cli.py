@@ -60,6 +60,7 @@ def main(version: Annotated[bool, typer.Option("--version", help="Print the vers
     # Before they are imported: their notes on optional packages and defaults are not about this run.
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # that a look-up failed is told once, and not at every try
 
 
 app.command("list")(list_)
@@ -85,8 +86,11 @@ def check(
     """
     import alignkit.run
 
-    alignkit.run.load(file, flags.overrides(algo, reward, model, steps, out, seed, assignments)).check()
-    typer.echo(f"{file or 'settings'}: no mistakes found")
+    run = alignkit.run.load(file, flags.overrides(algo, reward, model, steps, out, seed, assignments))
+    run.check()
+    config = run.config
+    what = f"{config.algorithm.name} on {config.model.name}, {' and '.join(r.name for r in config.rewards)}"
+    typer.echo(f"{file or 'settings'}: no mistakes found ({what}, {config.train.updates} updates)")
 
 
 @app.command()
@@ -118,22 +122,28 @@ def train(
     run = alignkit.run.load(file, flags.overrides(algo, reward, model, steps, out, seed, assignments), resume=resume)
     console = None if quiet else Console(force_terminal=False if plain else None)
 
-    def stop(*_: object) -> None:
-        signal.signal(signal.SIGINT, before)  # a second Ctrl-C ends the run at once
+    received = signal.SIGINT
+
+    def stop(number: int, _: object) -> None:
+        nonlocal received
+        received = signal.Signals(number)
+        signal.signal(number, before[received])  # a second one ends the run at once
         typer.echo("stopping behind this update; press Ctrl-C again to stop at once", err=True)
         run.stop()
 
-    before = signal.signal(signal.SIGINT, stop)
+    # SIGTERM is what schedulers of clusters send before they kill.
+    before = {one: signal.signal(one, stop) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
         for _ in run.train(console=console):
             continue
     except KeyboardInterrupt:
         run.stop()
     finally:
-        signal.signal(signal.SIGINT, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
     if run.stopping:
         typer.echo(f"stopped; go on with: alignkit train --resume {run.folder}", err=True)
-        raise typer.Exit(130)
+        raise typer.Exit(128 + received)
     typer.echo(run.folder)
 
 

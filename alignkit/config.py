@@ -1,7 +1,7 @@
 """A run file and overrides to a RunConfig, strictly.
 
-Later wins: the defaults of the dataclasses, what suits the model, what suits the model under this algorithm, the run
-file, the overrides. Every mistake is collected, so that one look mends them all.
+Later wins: the defaults of the dataclasses, what suits the model, what suits the model under this algorithm and with
+this reward, the run file, the overrides. Every mistake is collected, so that one look mends them all.
 """
 
 from __future__ import annotations
@@ -141,7 +141,9 @@ class _Loader:
         self.algorithm = self.layers.name("algorithm") or DEFAULT_ALGORITHM
         suited: dict[str, Any] = dict(bundle.algorithm_defaults.get(self.algorithm, {}))
         suited["algorithm"] = {**suited.get("algorithm", {}), "name": self.algorithm}
-        self.layers.layers.insert(1, Layer(label, suited, ours=True))
+        wanted = self.layers.wanted("reward")
+        closely = bundle.algorithm_defaults.get(f"{self.algorithm}/{wanted[0]}", {}) if len(wanted) == 1 else {}
+        self.layers.layers[1:1] = [Layer(label, suited, ours=True), Layer(label, closely, ours=True)]
 
     def run(self) -> RunConfig:
         values = {k: self._value(k, hint) for k, hint in TOP.items() if any(k in layer.tree for layer in self.layers)}
@@ -154,7 +156,10 @@ class _Loader:
         self.layers.raise_problems()
         plain["evaluate"] = replace(plain["evaluate"], rewards=watched)
         config: dict[str, Any] = {"sampler": sampler, "algorithm": algorithm, "surrogate": surrogate}
-        return RunConfig(**config, rewards=rewards, **values, **plain)
+        try:
+            return RunConfig(**config, rewards=rewards, **values, **plain)
+        except ValueError as error:
+            raise ConfigError("\n".join(map(str, error.args))) from error
 
     def _value(self, key: str, hint: type) -> Any:
         value = next(layer.tree[key] for layer in reversed(self.layers.layers) if key in layer.tree)

@@ -50,9 +50,14 @@ def read_lines(path: Path, key: str) -> list[tuple[str, str]]:
     """The lines of a text file that are not empty, each behind its place ("p.txt, line 3")."""
     try:
         # Not splitlines, which also ends lines at characters that JSON strings may hold.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{key}: {path} cannot be read ({error})") from error
+        data = path.read_bytes()
+        lines = data.decode("utf-8-sig").split("\n")
+    except OSError as error:
+        raise ConfigError(f"{key}: {path} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        found = f"found the byte 0x{data[error.start]:02x}"
+        raise ConfigError(f"{key}: {path}, line {line}: {found}, expected UTF-8 text; save it as UTF-8") from error
     return [(f"{path}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
@@ -77,6 +82,8 @@ def read_examples(path: str | Path, column: str = "", skipped: list[str] | None 
     if not path.suffix and not path.exists():
         hint = nearest(path.name, PROMPT_SETS)
         raise ConfigError(f"prompts: there is no file {path}, and no prompt set {path.name}{hint}")
+    if path.suffix in (".csv", ".tsv", ".json"):
+        raise ConfigError(f"prompts: {path} is a {path.suffix} file, expected .txt, .jsonl or .parquet")
     examples = []
     if path.suffix == ".parquet":
         key, rows = _read_parquet(path, column)

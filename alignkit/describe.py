@@ -20,7 +20,8 @@ def component(registry: Registry, row: Component) -> dict[str, Any]:
     if isinstance(target, ModelBundle):
         settings = {"path": target.path, "teacher": target.teacher or "", **_flat(target.defaults)}
         for algorithm, sections in target.algorithm_defaults.items():
-            settings |= {f"under {algorithm}: {key}": value for key, value in _flat(sections).items()}
+            under = algorithm.replace("/", " with ")
+            settings |= {f"under {under}: {key}": value for key, value in _flat(sections).items()}
         fields = [_field(name, "", format_value(value), "") for name, value in settings.items()]
         return {**about, "doc": row.help, "fields": fields}
     return {**about, "doc": _prose(target.__doc__ or row.help), "fields": class_fields(target)}

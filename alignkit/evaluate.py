@@ -139,7 +139,7 @@ def interval(values: Tensor, samples: int = 2000, seed: int = 0) -> tuple[float,
 def compare(before: Measurement, after: Measurement | None = None, watched: Sequence[str] = ()) -> list[Row]:
     """A row for every reward and number of steps; without `after`, the values before alone.
 
-    `watched` are the rewards that are not trained on.
+    `watched` are the rewards that are not trained on; their parts are not, either.
     A prompt that could not be scored in one of the two is left out of both; with none left there is no row.
     """
     rows = []
@@ -150,7 +150,15 @@ def compare(before: Measurement, after: Measurement | None = None, watched: Sequ
         if not len(first):
             continue
         mean, low, high = interval(first)
-        row = Row(name, num_steps, len(first), mean, before_low=low, before_high=high, watched=name in watched)
+        row = Row(
+            name,
+            num_steps,
+            len(first),
+            mean,
+            before_low=low,
+            before_high=high,
+            watched=name.partition("/")[0] in watched,
+        )
         if after is not None:
             mean, low, high = interval(second)
             row = replace(row, after=mean, after_low=low, after_high=high)

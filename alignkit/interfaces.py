@@ -448,4 +448,5 @@ class ModelBundle:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Sections of a run file, for every algorithm."""
     algorithm_defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """The same, by name of the algorithm; these win."""
+    """The same, by name of the algorithm; these win. Under "algorithm/reward" stands what suits that algorithm where
+    this is the only reward that is trained on, and wins in turn."""

@@ -23,7 +23,7 @@ class RunFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.text = path.read_text(encoding="utf-8")
+            self.text = path.read_text(encoding="utf-8-sig")
             self.tree = tomllib.loads(self.text)
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{path}: not valid TOML: {error}") from None
@@ -101,15 +101,20 @@ class Layers:
         if self.problems:
             raise ConfigError("\n".join(self.problems))
 
+    def wanted(self, section: str) -> list[str]:
+        """The names in the last list that was given in a section of `LISTS`."""
+        given = [entries for x in self if (entries := value_at(x.tree, section)) is not None]
+        # Without rewards to train on there is no run, so an empty list leaves those of the model.
+        last: list[Any] = next((e for e in reversed(given) if e or section != "reward"), [])
+        return [normalise(entry if isinstance(entry, str) else entry["name"]) for entry in last]
+
     def listed(self, section: str, where: str, twice: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
         """(place, name, fields) of each entry of the last list that was given in a section of `LISTS`. Fields of the
         same reward in earlier lists still hold, and single fields of the overrides win. `where` and `twice` end the
         messages about a single field of a reward that is not listed, and about one that is listed twice."""
-        given = [entries for x in self if (entries := value_at(x.tree, section)) is not None]
+        given = [value_at(x.tree, section) or () for x in self]
         lists = [[{"name": entry} if isinstance(entry, str) else entry for entry in entries] for entries in given]
-        # Without rewards to train on there is no run, so an empty list leaves those of the model.
-        last: list[Any] = next((e for e in reversed(lists) if e or section != "reward"), [])
-        wanted = [normalise(entry["name"]) for entry in last]
+        wanted = self.wanted(section)
         changes = self.layers[-1].tree.get(f"{section}.", {})
         for name in changes.keys() - set(wanted):
             self.problems.append(f"{section}.{name}: not {where} ({', '.join(wanted) or 'which is empty'})")
@@ -123,15 +128,20 @@ class Layers:
             yield entry, name, values | changes.get(name, {})
 
     def check_shape(self) -> None:
-        """Only known sections, each a table; [[reward]] a list of names or tables. Raises ConfigError."""
+        """Only known sections, each a table; [[reward]] a list of names or tables. Raises ConfigError for what cannot
+        be read any further; an unknown section is noted."""
         sections = [*TOP, *PLAIN, *PLUGINS]
         single = [f"{name}." for name in LISTS]
+        unknown = 0
         for section, value in ((section, value) for layer in self for section, value in layer.tree.items()):
             if section in (*LISTS, *single):
                 continue
             if section not in sections:
-                hint = nearest(section, sections)
-                self.problem(section, "", f"unknown section{hint} (there are {', '.join(sections)})")
+                what = "section" if isinstance(value, Mapping | list) else "key"
+                self.problem(
+                    section, "", f"unknown {what}{nearest(section, sections)} (there are {', '.join(sections)})"
+                )
+                unknown += 1
             elif section not in TOP and not isinstance(value, Mapping):
                 self.problem(section, "", f"found {toml.format_value(value)}, expected a table [{section}]")
         for section, layer in ((section, layer) for section in LISTS for layer in self):
@@ -140,7 +150,8 @@ class Layers:
             if entries is not None and not (good and all(map(_names_a_reward, entries))):
                 what = "[[reward]] tables" if section == "reward" else "a list of names or of tables"
                 self.problem(section, "", f"expected {what}{', each' if section == 'reward' else ''} with a name")
-        self.raise_problems()
+        if len(self.problems) > unknown:
+            self.raise_problems()
 
 
 def value_at(tree: Mapping[str, Any], section: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,9 @@ class Parts:
         for key, source in (("model.unet", model.unet), ("model.adapter", model.adapter)):
             if source:
                 locate_weights(key, source)
+        for tracker in self.config.train.trackers:
+            if find_spec(tracker) is None:
+                raise ConfigError(f"train.trackers: {tracker} is not installed; pip install 'alignkit[{tracker}]'")
         if "teacher" in algorithm.needs and self.teacher_source():
             check_source(self.teacher_source())
         if "stochastic_steps" in algorithm.needs and not sampler.stochastic_steps():

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 import pluggy
@@ -62,7 +63,9 @@ def normalise(name: str) -> str:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """ "; did you mean X?" for the closest of `names`, or nothing where none is close."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    names = list(names)
+    close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.6)
+    close = close or [known for known in names if name and known.startswith(f"{name.lower()}_")]
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -147,6 +150,18 @@ def whose(error: BaseException) -> str:
     frames = traceback.walk_tb(error.__traceback__)
     found = [packages.get(str(frame.f_globals.get("__name__", "")).partition(".")[0]) for frame, _ in frames]
     return next((origin for origin in reversed(found) if origin), "")
+
+
+def where(error: BaseException) -> str:
+    """The line that raised `error`, as "reward.py, line 7": the last one that is no installed library's and not the
+    core's, else the last one in code of a plugin, else the very last."""
+    packages = {row.target.partition(":")[0].partition(".")[0] for row in default_registry().components()}
+    frames = list(traceback.walk_tb(error.__traceback__))
+    modules = [str(frame.f_globals.get("__name__", "")).partition(".")[0] for frame, _ in frames]
+    files = [Path(frame.f_code.co_filename) for frame, _ in frames]
+    own = [i for i, file in enumerate(files) if "site-packages" not in file.parts and modules[i] != "alignkit"]
+    best = (own or [i for i, module in enumerate(modules) if module in packages] or range(len(frames)))[-1]
+    return f"{files[best].name}, line {frames[best][1]}"
 
 
 def _read(entry: EntryPoint) -> Iterator[Component]:

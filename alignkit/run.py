@@ -115,7 +115,12 @@ class Run(Parts):
         accelerator = self._accelerator()
         self._claim(accelerator)
         saved = self._newest_checkpoint()
-        trainer, examples = self._build(accelerator)
+        try:
+            trainer, examples = self._build(accelerator)
+        except Exception:
+            if not self._existing and accelerator.is_main_process:
+                run_folder.release(self.folder)  # so that the next try is not refused
+            raise
         assert self._rewards is not None
         state: dict[str, Any] = {"before": None, "lines": 0, "unmeasured": False, "rewards": {}}
         state = state if saved is None else trainer.restore(saved)
@@ -217,6 +222,9 @@ class Run(Parts):
     def _claim(self, accelerator: Accelerator) -> None:
         """Take the folder, in one process; if that fails it does so in all, so that none waits for the others."""
         refused: AlignkitError | None = None
+        if not self._existing and not self.config.output:
+            self.folder = gather_object([run_folder.free(self.folder)])[0]
+            accelerator.project_configuration.set_directories(str(self.folder))
         if accelerator.is_main_process:
             try:
                 if not self._existing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from itertools import chain, count
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -32,6 +33,17 @@ def claim(folder: Path, config: RunConfig) -> None:
     except OSError as error:
         raise ConfigError(f"output: {folder} cannot be made ({error.strerror})") from error
     checkpoint.write_file(folder / "run.toml", to_toml(config))
+
+
+def free(folder: Path) -> Path:
+    """The folder, or where it holds something the first of folder-2, folder-3, ... that does not."""
+    names = chain([folder], (folder.with_name(f"{folder.name}-{number}") for number in count(2)))
+    return next(name for name in names if not name.exists() or (name.is_dir() and not any(name.iterdir())))
+
+
+def release(folder: Path) -> None:
+    """Remove the folder of a new run that came no further than loading."""
+    shutil.rmtree(folder)
 
 
 def note_environment(folder: Path) -> None:

@@ -195,8 +195,8 @@ class TrainConfig:
     """Older checkpoints are deleted."""
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
     """Where metrics go besides metrics.jsonl."""
-    device: str = ""
-    """A torch device; empty: the best there is."""
+    device: Literal["", "cpu"] = ""
+    """Empty: the best there is (CUDA_VISIBLE_DEVICES chooses among GPUs)."""
 
     def __post_init__(self) -> None:
         _require(
@@ -258,7 +258,7 @@ class RunConfig:
     rewards: list[RewardConfig]
     surrogate: SurrogateConfig | None = None
     output: str = ""
-    """The run folder; empty: runs/<date>-<algorithm>."""
+    """The run folder; empty: runs/<date>-<algorithm>, with a number behind it from the second of a day on."""
     seed: int = 0
     """Seed of everything that is drawn."""
     model: ModelConfig = field(default_factory=ModelConfig)

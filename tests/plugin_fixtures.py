@@ -193,7 +193,10 @@ MODELS = """
                 "reward": [{"name": "acme_blue", "judge": "embedded"}],
                 "train": {"updates": 50, "learning_rate": 1e-3},
             },
-            algorithm_defaults={"acme_steps": {"algorithm": {"clip": 0.9}, "train": {"updates": 70}}},
+            algorithm_defaults={
+                "acme_steps": {"algorithm": {"clip": 0.9}, "train": {"updates": 70}},
+                "acme_steps/acme_red": {"algorithm": {"clip": 0.8}, "train": {"learning_rate": 5e-4}},
+            },
         )
 """
 

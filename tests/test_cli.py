@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +30,12 @@ class FakeRun:
     """Stands for alignkit.run.Run, whose work is tested elsewhere; here it counts what the command line asks of it."""
 
     folder = Path("runs/first")
+    config = SimpleNamespace(
+        algorithm=SimpleNamespace(name="acme"), model=SimpleNamespace(name="tiny"), train=SimpleNamespace(updates=3),
+        rewards=[SimpleNamespace(name="shine"), SimpleNamespace(name="size")],
+    )  # fmt: skip
+
+    sends = signal.SIGINT
 
     def __init__(self, calls: list[Any], interrupts: int = 0) -> None:
         self.calls, self.interrupts, self.stopping = calls, interrupts, False
@@ -44,7 +50,7 @@ class FakeRun:
         self.calls.append(("train", console is not None))
         yield 1
         for _ in range(self.interrupts):
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(self.sends)
         self.calls.append("saved")
 
     def sample(self, prompts: list[str], steps: int | None = None, seed: int = 0, count: int = 1) -> list[Image.Image]:
@@ -213,8 +219,17 @@ def test_an_interrupted_run_ends_behind_its_update_or_at_once_and_says_how_to_go
     assert handler is signal.default_int_handler
 
 
+def test_a_run_that_a_scheduler_ends_is_saved(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeRun, "sends", signal.SIGTERM)
+    engine.interrupts = 1
+    result = run("train")
+    assert (result.exit_code, "saved" in engine.calls) == (143, True)
+    assert result.stderr.endswith("stopped; go on with: alignkit train --resume runs/first\n")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_check_prints_one_line_where_all_is_well(engine: Any) -> None:
-    assert run("check", "run.toml").stdout == "run.toml: no mistakes found\n"
+    assert run("check", "run.toml").stdout == "run.toml: no mistakes found (acme on tiny, shine and size, 3 updates)\n"
     assert engine.calls[-1] == "check"
 
 

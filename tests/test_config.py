@@ -94,6 +94,29 @@ def test_a_value_that_cannot_be_is_refused_by_name(load_acme: Any, key: str, val
     assert line.startswith(f"{key}: found ") and line.endswith(f", expected {expected}")
 
 
+def test_an_unknown_section_hides_no_other_mistake(load_acme: Any) -> None:
+    text = 'sead = 1\n[trian]\nupdates = 3\n[model]\nname = "acme_model"\n[algorithm]\nname = "acme_plain"\nmode = 4\n'
+    first, second, third = problems(load_acme, text)
+    assert "run.toml:1: sead: unknown key; did you mean seed?" in first
+    assert "trian: unknown section; did you mean train?" in second
+    assert 'run.toml:8: algorithm.mode: found 4, expected "hard" or "soft"' in third
+
+
+def test_what_suits_a_model_with_one_reward_holds_where_it_is_the_only_one(load_acme: Any) -> None:
+    def found(*rewards: str, **changes: Any) -> tuple[float, int, float]:
+        settings = {**MODEL, "algorithm.name": "acme_steps", "reward": list(rewards), **changes}
+        config = load_acme(None, settings)
+        return config.algorithm.fields["clip"], config.train.updates, config.train.learning_rate
+
+    assert found("acme_red") == (0.8, 70, 5e-4)
+    assert found("acme_blue") == found("acme_red", "acme_blue") == (0.9, 70, 1e-3)
+    assert found("acme_red", **{"algorithm.clip": 0.5}) == (0.5, 70, 5e-4)
+
+
+def test_a_run_file_may_begin_with_a_byte_order_mark(load_acme: Any) -> None:
+    assert load_acme('\ufeffseed = 3\n[model]\nname = "acme_model"\n[algorithm]\nname = "acme_plain"\n').seed == 3
+
+
 def test_several_bounds_of_one_section_are_told_together(load_acme: Any) -> None:
     assert len(problems(load_acme, None, MODEL | {"train.updates": -1, "train.ema_decay": 2.0})) == 2
 
@@ -109,6 +132,12 @@ def test_several_bounds_of_one_section_are_told_together(load_acme: Any) -> None
         ({"reward.acme_red.weight": 1}, "reward.acme_red: not one of this run's rewards (acme_blue)"),
         ({"surrogate.warmup": 1}, "surrogate: algorithm acme_plain uses none"),
         ({"trian.updates": 1}, "trian: unknown section; did you mean train?"),
+        ({"seed": -1}, "seed: found -1, expected 0 or more"),
+        (
+            {"algorithm.name": "ACME_plain2"},
+            "algorithm.name: unknown algorithm 'ACME_plain2'; did you mean acme_plain?",
+        ),
+        ({"sampler.name": "acme"}, "sampler.name: unknown sampler 'acme'; did you mean acme_walk?"),
         ({"updates": 1}, "updates: expected section.key"),
         ({"train.updates": None}, "train.updates: found None"),
         (

@@ -70,10 +70,15 @@ def test_a_prompt_file_that_cannot_be_used_is_refused_by_line(
 
 
 def test_a_prompt_file_that_is_missing_or_no_text_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_bytes(b"\xff\xfe\x00")
-    for path in (tmp_path / "nowhere.txt", tmp_path, tmp_path / "p.txt"):
-        with pytest.raises(ConfigError, match="cannot be read"):
+    for path, reason in ((tmp_path / "nowhere.txt", "No such file or directory"), (tmp_path, "Is a directory")):
+        with pytest.raises(ConfigError) as caught:
             read_examples(path)
+        assert str(caught.value) == f"prompts: {path} cannot be read ({reason})"
+    (tmp_path / "p.txt").write_bytes(b"a red circle\na caf\xe9\n")
+    with pytest.raises(ConfigError, match=r"p\.txt, line 2: found the byte 0xe9, expected UTF-8 text"):
+        read_examples(tmp_path / "p.txt")
+    with pytest.raises(ConfigError, match=r"p\.csv is a \.csv file, expected \.txt, \.jsonl or \.parquet"):
+        read_examples(tmp_path / "p.csv")
 
 
 def test_the_key_of_a_prompt_can_be_named(tmp_path: Path) -> None:

@@ -134,8 +134,8 @@ def test_a_reward_that_fails_is_named_with_its_plugin_and_the_picture_it_fails_o
         return str(caught.value)
 
     origin = "(plugin acme_judges of acme_judges 0.7)"
-    raised = f"reward 'raises' {origin} failed while scoring picture 3, 'prompt 3': KeyError: 'gone'"
-    assert message("raises") == raised
+    raised = f"reward 'raises' {origin} failed while scoring picture 3, 'prompt 3': KeyError: 'gone' ("
+    assert message("raises").startswith(raised)
     assert message("nans").startswith(f"reward 'nans' {origin} returned nan for picture 3, 'prompt 3', expected a")
     assert message("misshapen").startswith(f"reward 'misshapen' {origin} returned values of shape")
     crowded = message("crowded")

@@ -143,6 +143,35 @@ def test_a_folder_that_exists_is_refused_and_left_as_it_is(tiny_run: MakeRun, tm
     assert (run.folder / "notes.txt").read_text() == "mine"
 
 
+def test_a_run_without_a_name_of_its_own_takes_the_first_that_is_free(
+    tiny_run: MakeRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = []
+    for _ in range(3):
+        run = tiny_run(overrides={"output": "", "train.updates": 0})
+        list(run.train())
+        folders.append(run.folder)
+    assert folders == [folders[0], Path(f"{folders[0]}-2"), Path(f"{folders[0]}-3")]
+    assert folders[0].name.endswith("-lasro") and all((folder / "run.toml").is_file() for folder in folders)
+
+
+def test_a_run_that_cannot_load_leaves_no_folder(tiny_run: MakeRun) -> None:
+    for message in ("no layers", "no layers"):  # the second is not told that there is a run
+        run = tiny_run(overrides={"model.lora_targets": ["nothing"]})
+        with pytest.raises(ConfigError, match=message):
+            list(run.train())
+        assert not run.folder.exists()
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_weights_load(
+    tiny_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("alignkit.parts.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"train.trackers: wandb is not installed; pip install 'alignkit\[wandb\]'"):
+        tiny_run(overrides={"train.trackers": ["wandb"]}).check()
+
+
 def test_resuming_takes_no_other_settings(finished: Run) -> None:
     with pytest.raises(ConfigError, match="keeps its own settings"):
         alignkit.load(resume=finished.folder, overrides={"train.updates": 9})

@@ -59,12 +59,13 @@ def test_measured_rewards_lead_to_it() -> None:
     def measured(shift: float) -> Measurement:
         noise = 0.05 * torch.randn(3, 64, generator=generator)
         columns = {"reward": noise[0] + shift, "watched": noise[1] - shift, "still": noise[2]}
+        columns |= {"whole": noise[2], "whole/part": noise[1] - shift}
         values = {(2, name): column for name, column in columns.items()}
         return Measurement(values, torch.zeros(0, 1, 3, 4, 4, dtype=torch.uint8))
 
     before, after = measured(0.0), measured(0.1)
-    assert [row.watched for row in compare(before, after, ["watched", "still"])] == [False, True, True]
-    for watched, outcome in ((["watched", "still"], "hacking"), (["still"], "no sign")):
+    assert [row.watched for row in compare(before, after, ["watched", "still"])] == [False, True, True, False, False]
+    for watched, outcome in ((["watched", "still"], "hacking"), (["still"], "no sign"), (["whole"], "hacking")):
         found = verdict(compare(before, after, watched))
         assert found is not None and found.outcome == outcome
 

@@ -43,7 +43,8 @@ def check_model(name: str) -> str:
                 raise AssertionError(error) from error
         before = copy.deepcopy((bundle.defaults, bundle.algorithm_defaults))
         known = {row.name for row in default_registry().components("algorithm")}
-        algorithms = sorted(known & set(bundle.algorithm_defaults)) or [config.DEFAULT_ALGORITHM]
+        algorithms = sorted(known & {key.partition("/")[0] for key in bundle.algorithm_defaults})
+        algorithms = algorithms or [config.DEFAULT_ALGORITHM]
         runs = [_settings(bundle, name, algorithm) for algorithm in algorithms]
         expect(before == (bundle.defaults, bundle.algorithm_defaults), "its settings were changed by loading a run")
         checked = [f"its settings under {', '.join(algorithms)}"]

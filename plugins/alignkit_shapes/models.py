@@ -48,26 +48,29 @@ def shapes_lcm() -> ModelBundle:
             "samples": 2,
             "reference_samples": 1,
             "negatives": 1,
-            "contrast": 1.0,
             "unit_gradients": True,
             "distillation_weight": 0.0,
             "surrogate_steps": 2,
             "pairs_per_update": 128,
-            "smoothing": 0.3,  # the shipped surrogate was taught with it
+            "smoothing": 0.3,
             "purify": 250,
         },
         "model": {
             "lora_targets": ["conv1", "conv2", "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
         },
-        "surrogate": {
-            "name": "latent_unet", "init": str(WEIGHTS / "surrogate.safetensors"), "learning_rate": 3e-4,
-        },
+        "surrogate": {"name": "latent_unet", "warmup": 10, "learning_rate": 3e-4},
         "train": {
             "updates": 40, "rows_per_update": 96, "rows_per_pass": 48, "learning_rate": 2e-4, "checkpoint_every": 10,
             "ema_decay": 0.9,
         },
         "evaluate": {"every": 0, "limit": 200, "samples": 3, "steps": [1, 2]},
     }  # fmt: skip
+    # The shipped surrogate knows this reward, which asks each prompt something else. Others may ask the same of all,
+    # and nothing would be left of them in contrast to another prompt.
+    binding = {
+        "algorithm": {"contrast": 1.0},
+        "surrogate": {"init": str(WEIGHTS / "surrogate.safetensors"), "warmup": 0},
+    }
     rg_lcd = {
         "algorithm": guidance,
         # Hard answers have no gradient. The proxy's own default is a tower for latents of 64 x 64; here they are 8 x 8.
@@ -83,6 +86,7 @@ def shapes_lcm() -> ModelBundle:
         defaults={"model": {"guidance": 2.0}, "sampler": {"name": "lcm", "num_steps": 2}, **_data},
         algorithm_defaults={
             "lasro": lasro,
+            "lasro/attribute_binding": binding,
             "lcd": {"algorithm": guidance},
             "rg_lcd": rg_lcd,
             "gors_lcm": {"algorithm": guidance},

@@ -80,7 +80,7 @@ def test_the_gradient_flows_where_it_is_said_to(images: Tensor, examples: list[E
 
 def test_a_bug_in_it_is_told_with_the_reward(images: Tensor, examples: list[Example]) -> None:
     where = r"reward 'function' \(plugin alignkit_rewards of .*\) failed while scoring picture 0, 'a red circle'"
-    with pytest.raises(PluginError, match=f"{where}: KeyError: 'target'"):
+    with pytest.raises(PluginError, match=rf"{where}: KeyError: 'target' \(my_own_rewards.py, line \d+\)"):
         scored("target_of", images, examples)
 
 
