@@ -6,10 +6,11 @@
     python benchmarks/compare_methods.py --quick --out runs/quick
 
 A table is a model, a sampler, the numbers of steps it is read at, and methods. A cell is one run: a method, a learning
-rate, a seed. Each method first tries the rates of the table's grid once, with seed TUNING_SEED and half the samples;
-the rate with the best trained reward on *training* prompts, mean over the steps, is then run with every seed. A cell
-ends behind the round in which it has drawn its share of samples (`Method.drawn`); what follows from them (updates,
-queries of the reward) is the method's own affair. Held-out prompts are drawn with the same noises by every cell.
+rate, a seed. Each method first tries the rates of the table's grid once, with seed TUNING_SEED; the one with the best
+trained reward on *training* prompts, mean over the steps, is then run with every seed. A cell ends behind the round in
+which it has drawn its share of samples (`Method.drawn`), tuning no earlier, since a rate that raises a reward fastest
+may lose it again. What follows from the samples (updates, queries of the reward) is the method's own affair. Held-out
+prompts are drawn with the same noises by every cell.
 
 The `result.json` of a cell in `--out` is written behind it, and a cell that has one is not run again; one that was
 interrupted goes on from its checkpoint. So the comparison can be made cell by cell, extended by seeds and methods, and
@@ -194,7 +195,7 @@ def trained_mean(result: Mapping[str, Any]) -> float:
 
 
 def tuning_cells(table: Table, method: str) -> list[Cell]:
-    return [Cell(table, method, rate, TUNING_SEED, -(-table.samples // 2), tuning=True) for rate in table.rates]
+    return [Cell(table, method, rate, TUNING_SEED, table.samples, tuning=True) for rate in table.rates]
 
 
 def cells(comparison: Comparison, table: Table, methods: Sequence[str], seeds: Sequence[int]) -> Iterator[Cell]:

@@ -36,7 +36,7 @@ class Table:
     settings: Settings
     steps: tuple[int, ...]
     samples: int
-    """Of each run; tuning takes half."""
+    """Of each run."""
     rates: tuple[float, ...]
     methods: Mapping[str, Method]
     pictures: int = 2
@@ -56,7 +56,7 @@ _tables = [
         {"model.name": "shapes_lcm", "sampler.name": "lcm", "sampler.num_steps": 2, "data.batch_size": 16, **_rows},
         steps=(1, 2),
         samples=3840,
-        rates=(2e-4, 1e-3),
+        rates=(2e-4, 5e-4, 1e-3),
         methods={
             "RLCM (ddpo)": Method("ddpo", "samples", {"algorithm.samples": 4, **_distilled}),
             "PSO": Method("pso", "2 pairs", {"algorithm.pairs": 2, **_distilled}),

@@ -94,7 +94,7 @@ def test_the_comparison_is_made_cell_by_cell_and_rendered(
     base = ["--tables", "small", "--out", str(out), "--prompts", "3", "--seeds", "0"]
     compare.main([*base, "--cells", "2"])
     results = read(out)
-    assert list(results) == ["small/base", "small/ddpo/tune-0.0001-seed100-4"]
+    assert list(results) == ["small/base", "small/ddpo/tune-0.0001-seed100-8"]
     compare.main(base)
     results = read(out)
     (final,) = (r for r in results.values() if r["method"] and not r["tuning"])
