@@ -42,7 +42,8 @@ class AttributeBinding(Reward):
     """Mean answer to "is there a chair?" and "is the chair red?" over the noun phrases of the prompt, in [0, 1].
 
     Parts: "exists" and "attributes", the means over either kind of question. A prompt in which no thing has an
-    attribute cannot be scored, nor one with a word that the judge does not know; both are invalid.
+    attribute cannot be scored, nor one with a word that the judge does not know or a question of more tokens than it
+    reads (35); these are invalid.
     """
 
     judge: str = ""
@@ -120,7 +121,7 @@ class AttributeBinding(Reward):
         rows, exists = torch.tensor(flat, device=images.device, dtype=torch.long).reshape(-1, 2).unbind(1)
         exists = exists.bool()
 
-        logits = self.ask(images, rows, ids)
+        logits = self.ask(images, rows, [some[:_MAX_TOKENS] for some in ids])
         yes = (logits[:, 0] > logits[:, 1]).float() if self.mode == "hard" else logits.softmax(-1)[:, 0]
 
         def mean(chosen: Tensor) -> Tensor:
@@ -131,9 +132,10 @@ class AttributeBinding(Reward):
             values = torch.stack([yes[rows == row].prod() for row in range(len(examples))])
         else:
             values = mean(torch.ones_like(exists))
-        unknown = {row for (row, _), some in zip(flat, ids, strict=True) if self._tokenizer.unk_token_id in some}
+        unread = {row for (row, _), some in zip(flat, ids, strict=True) if self._tokenizer.unk_token_id in some}
+        unread |= {row for (row, _), some in zip(flat, ids, strict=True) if len(some) > _MAX_TOKENS}
         bound = {row for row, first in flat if not first or self.questions == "by_phrase"}
-        valid = torch.tensor([row in bound - unknown for row in range(len(examples))], device=images.device)
+        valid = torch.tensor([row in bound - unread for row in range(len(examples))], device=images.device)
         return Scores(values, valid, {"exists": mean(exists), "attributes": mean(~exists)})
 
 
@@ -190,7 +192,7 @@ def encode(model: Any, tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     BLIP appends [DEC] and then [ENC] to BERT's vocabulary; the tokenizers on the hub know neither.
     """
     first = tokenizer.get_vocab().get("[ENC]", model.decoder_start_token_id + 1)
-    found = tokenizer(list(texts), truncation=True, max_length=_MAX_TOKENS).input_ids if texts else []
+    found = tokenizer(list(texts), verbose=False).input_ids if texts else []
     return [[first, *ids[1:]] for ids in found]
 
 

@@ -192,6 +192,10 @@ def test_what_cannot_be_scored_is_invalid_and_leaves_the_rest_alone(judge: str, 
     torch.testing.assert_close(scores.values[0], reward(images, EXAMPLES).values[0], atol=1e-5, rtol=0)
     nothing = reward(images[:1], [Example("in front of")])
     assert nothing.valid.tolist() == [False]
+    # A question that would be cut would be another question.
+    lengths = {count: [{"head": "circle", "attributes": [" ".join(["red"] * count)]}] for count in (10, 40)}
+    long = reward(images[:2], [Example("many", {"phrases": phrases}) for phrases in lengths.values()])
+    assert long.valid.tolist() == [True, False]
 
 
 def test_a_prompt_without_attributes_is_refused_by_name_before_anything_loads() -> None:
