@@ -294,7 +294,7 @@ class Run(Parts):
         self.average = trainer.average
         algorithm.setup(ctx)
         if config.train.trackers:
-            accelerator.init_trackers("alignkit", config=json.loads(json.dumps(asdict(config))))
+            accelerator.init_trackers("alignkit", config=dict(_flat(asdict(config))))
         return trainer, self.held_out()
 
     def _measure(self, trainer: Trainer, examples: Sequence[Example]) -> evaluate.Measurement:
@@ -375,6 +375,15 @@ class Run(Parts):
         On held-out prompts; with `seen` also on as many of the training prompts.
         """
         return compare_runs([self], steps, rewards, seen)
+
+
+def _flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, int | float | str]]:
+    """The values of a config under dotted keys, as trackers take them: what is no number or string as JSON."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value if isinstance(value, int | float | str) else json.dumps(value)
 
 
 def _due(every: int, last: int, now: int) -> bool:

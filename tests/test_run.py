@@ -164,6 +164,20 @@ def test_a_run_that_cannot_load_leaves_no_folder(tiny_run: MakeRun) -> None:
         assert not run.folder.exists()
 
 
+def test_tensorboard_gets_settings_and_metrics(tiny_run: MakeRun) -> None:
+    found = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs the extra tensorboard"
+    )
+    run = tiny_run(overrides={"train.trackers": ["tensorboard"], "train.updates": 2, "evaluate.prompts": ""})
+    rewards = [update.reward for update in run.train()]
+    events = found.EventAccumulator(str(run.folder / "alignkit")).Reload()
+    warmup = run.config.surrogate.warmup if run.config.surrogate else 0
+    told = {event.step: event.value for event in events.Scalars("reward")}
+    assert [told[warmup + step] for step in (1, 2)] == pytest.approx(rewards)
+    (settings,) = run.folder.glob("alignkit/*/hparams.yml")
+    assert "algorithm.fields.step_weights: '[1.0, 1.0]'" in settings.read_text()
+
+
 def test_a_tracker_that_is_not_installed_is_told_before_weights_load(
     tiny_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
