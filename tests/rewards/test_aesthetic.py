@@ -51,7 +51,7 @@ def loaded(**fields: Any) -> Aesthetic:
 def test_it_holds_the_contract(
     head: tuple[Predictor, str], clip_folder: str, holds_the_contract: Callable[[Reward], None]
 ) -> None:
-    holds_the_contract(loaded(checkpoint=clip_folder, head=head[1]))
+    holds_the_contract(loaded(checkpoint=clip_folder, head=head[1]), within=0.1)  # its layers bend within a grey level
 
 
 def test_the_folded_head_gives_what_the_layers_give(
