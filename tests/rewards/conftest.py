@@ -97,10 +97,6 @@ def _randomized(model: torch.nn.Module) -> torch.nn.Module:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
             elif name.endswith("bias"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-            elif name.endswith("bias"):
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-            elif name.endswith("bias"):
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
             elif parameter.dim() and not name.endswith("weight"):  # the token that CLIP puts before the picture's
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
     return model.eval()
