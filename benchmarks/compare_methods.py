@@ -189,6 +189,17 @@ class Comparison:
         cells = tuning_cells(table, method)
         return max(cells, key=lambda cell: trained_mean(self.results[cell.key])).rate
 
+    def chosen(self, tables: Sequence[Table]) -> dict[str, Any]:
+        """The results without runs at a rate that another grid had chosen."""
+        grids = {table.name: {m: [c.key for c in tuning_cells(table, m)] for m in table.methods} for table in tables}
+
+        def stands(result: Mapping[str, Any]) -> bool:
+            grid = grids.get(result["table"], {}).get(result["method"], [])
+            tuned = [self.results[key] for key in grid if key in self.results]
+            return result["tuning"] or not tuned or result["rate"] == max(tuned, key=trained_mean)["rate"]
+
+        return {key: result for key, result in self.results.items() if stands(result)}
+
 
 def trained_mean(result: Mapping[str, Any]) -> float:
     return float(torch.tensor([v["trained"] for v in result["values"].values()]).nanmean())
@@ -222,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     comparison = Comparison(options.out, 8 if options.quick else options.prompts, Console(width=100))
     tables = [quick(TABLES[name]) if options.quick else TABLES[name] for name in options.tables.split(",")]
     if options.render:
-        write_tables(comparison.results, tables, options.render)
+        write_tables(comparison.chosen(tables), tables, options.render)
         return
     seeds = [0] if options.quick else [int(seed) for seed in options.seeds.split(",")]
     wanted = set(filter(None, options.methods.split(",")))

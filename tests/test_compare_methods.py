@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from rich.console import Console
+
 from alignkit import config
 from alignkit.errors import ConfigError
 from alignkit.run import Run
@@ -105,6 +107,11 @@ def test_the_comparison_is_made_cell_by_cell_and_rendered(
     before = sorted(file.stat().st_mtime_ns for file in out.rglob("result.json"))
     compare.main(base)  # nothing is left
     assert sorted(file.stat().st_mtime_ns for file in out.rglob("result.json")) == before
+    # A run at a rate that another grid would have chosen stays in the folder, and out of the tables.
+    comparison = compare.Comparison(out, 3, Console(quiet=True))
+    (other,) = {1e-4, 1e-3} - {final["rate"]}
+    comparison.results["other"] = {**final, "rate": other}
+    assert set(comparison.chosen([small])) == set(results)
     compare.main([*base, "--render", str(page)])
     page.write_text("above\n" + page.read_text() + "below\n")
     compare.main([*base, "--render", str(page)])
