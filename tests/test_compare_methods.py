@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from rich.console import Console
 
 from alignkit import config
