@@ -264,6 +264,7 @@ def serve(
 
     overrides = flags.overrides(None, None, model, None, None, None, assignments)
     with open_server(reward, overrides, host, port, network, device, batch_size) as server:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends it as Ctrl-C does
         typer.echo(f"{server.name} at {server.url}, fingerprint {server.fingerprint}; Ctrl-C ends it")
         try:
             server.serve_forever()
