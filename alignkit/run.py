@@ -89,6 +89,7 @@ class Run(Parts):
         """The run folder."""
         self.stopping = False
         self._existing = folder is not None
+        self._unnamed = folder is None and not config.output
         self._policy: DiffusersPolicy | None = None
         self.average: Mapping[str, Tensor] = {}
         """The average of the trained weights, once there is one."""
@@ -222,9 +223,10 @@ class Run(Parts):
     def _claim(self, accelerator: Accelerator) -> None:
         """Take the folder, in one process; if that fails it does so in all, so that none waits for the others."""
         refused: AlignkitError | None = None
-        if not self._existing and not self.config.output:
+        if self._unnamed:
             self.folder = gather_object([run_folder.free(self.folder)])[0]
             accelerator.project_configuration.set_directories(str(self.folder))
+            self._unnamed = False  # who trains again is told that there is a run, as with a name
         if accelerator.is_main_process:
             try:
                 if not self._existing:

@@ -43,7 +43,7 @@ def free(folder: Path) -> Path:
 
 def release(folder: Path) -> None:
     """Remove the folder of a new run that came no further than loading."""
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # what ended the run is told, and not this
 
 
 def note_environment(folder: Path) -> None:

@@ -178,7 +178,7 @@ class TrainConfig:
     """Rows that go through the network at once: a choice of memory, which changes no result."""
     gradient_checkpointing: bool = False
     """Whether model, teacher and decoder compute their activations again on the way back instead of keeping them: less
-    memory, about a third more time, the same result."""
+    memory, more time, the same result."""
     learning_rate: float = 1e-4
     """Step size of AdamW."""
     weight_decay: float = 0.0

@@ -153,6 +153,8 @@ def test_a_run_without_a_name_of_its_own_takes_the_first_that_is_free(
         list(run.train())
         folders.append(run.folder)
     assert folders == [folders[0], Path(f"{folders[0]}-2"), Path(f"{folders[0]}-3")]
+    with pytest.raises(ConfigError, match=r"-3 exists and is not empty"):
+        list(run.train())
     assert folders[0].name.endswith("-lasro") and all((folder / "run.toml").is_file() for folder in folders)
 
 
