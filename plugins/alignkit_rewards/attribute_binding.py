@@ -17,13 +17,17 @@ from torch import Tensor
 from alignkit.cache import fingerprint, tokenizer_state
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Example, Reward, Scores
+from alignkit_rewards import blip
 from alignkit_rewards.checkpoints import (
     Precision,
     backbone_dtype,
     check_local,
     check_precision,
+    converted,
     load_model,
     load_tokenizer,
+    locate_file,
+    tokenizer_source,
 )
 from alignkit_rewards.phrases import MATERIALS, Phrase, phrases
 from alignkit_rewards.pixels import CLIP_MEAN, CLIP_STD, normalize, resize
@@ -47,8 +51,8 @@ class AttributeBinding(Reward):
     """
 
     judge: str = ""
-    """Hub id or local folder of a BlipForQuestionAnswering and its tokenizer. Empty stands for
-    Salesforce/blip-vqa-capfilt-large."""
+    """Hub id or local folder of a BlipForQuestionAnswering and its tokenizer, or the file that BLIP's authors publish
+    (model_base_vqa_capfilt_large.pth), which sees 480 pixels. Empty stands for Salesforce/blip-vqa-capfilt-large."""
     mode: Mode = "hard"
     """hard: yes is 1, no is 0, averaged (LaSRO); soft: the probability of yes against no, averaged; product: these
     probabilities multiplied (as T2I-CompBench does). Soft and product have a gradient."""
@@ -172,8 +176,13 @@ def load_judge(judge: str) -> tuple[Any, Any]:
     """A frozen float32 BlipForQuestionAnswering and its BertTokenizer. Raises ConfigError if there is no such thing."""
     from transformers import BlipForQuestionAnswering
 
-    model = load_model("attribute_binding", "judge", judge, BlipForQuestionAnswering)
-    return model, load_tokenizer("attribute_binding", judge, model.config.text_config.vocab_size, "judge")
+    file = locate_file("attribute_binding", "judge", judge)
+    folder, words = judge, judge
+    if file is not None:
+        folder = str(converted("attribute_binding", file, BlipForQuestionAnswering, blip.base, blip.vqa))
+        words = tokenizer_source("", str(file), "google-bert/bert-base-uncased")
+    model = load_model("attribute_binding", "judge", folder, BlipForQuestionAnswering)
+    return model, load_tokenizer("attribute_binding", words, model.config.text_config.vocab_size, "judge")
 
 
 def yes_no(tokenizer: Any) -> list[int]:

@@ -84,7 +84,7 @@ def read_weights(reward: str, field: str, path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        state = found.get("state_dict", found)
+        state = found.get("state_dict", found.get("model", found))
         return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 

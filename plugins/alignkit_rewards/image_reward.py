@@ -6,7 +6,6 @@ transformers, with the weights that the authors publish; their package is not ne
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Example, Reward, Scores
+from alignkit_rewards import blip
 from alignkit_rewards.checkpoints import (
     Precision,
     Translated,
@@ -77,7 +77,7 @@ class ImageReward(Reward):
             file = locate_file(self.name, "checkpoint", self.checkpoint)
             folder = Path(self.checkpoint).expanduser()
             if file is not None:
-                folder = converted(self.name, file, BlipForImageTextRetrieval, blip_large, translate, ("itm_head.",))
+                folder = converted(self.name, file, BlipForImageTextRetrieval, blip.large, translate, ("itm_head.",))
             if not (folder / "head.safetensors").is_file():
                 raise ConfigError(
                     f"image_reward: the checkpoint {self.checkpoint!r} has no head.safetensors; expected "
@@ -106,33 +106,6 @@ class ImageReward(Reward):
         return Scores(values, torch.ones_like(values, dtype=torch.bool), {"truncated": tokens.truncated})
 
 
-def blip_large() -> Any:
-    """The authors' med_config.json and ViT-L/16 as a BlipConfig. Heads and epsilons differ from BLIP's defaults."""
-    from transformers import BlipConfig
-
-    return BlipConfig(
-        text_config={"vocab_size": 30524, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-                     "num_attention_heads": 12, "max_position_embeddings": 512, "layer_norm_eps": 1e-12,
-                     "encoder_hidden_size": 1024},
-        vision_config={"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-                       "num_attention_heads": 16, "image_size": 224, "patch_size": 16, "layer_norm_eps": 1e-6,
-                       "hidden_act": "gelu"},
-        image_text_hidden_size=256,
-    )  # fmt: skip
-
-
-_VISION = {
-    r"cls_token": "embeddings.class_embedding",
-    r"pos_embed": "embeddings.position_embedding",
-    r"patch_embed\.proj\.": "embeddings.patch_embedding.",
-    r"blocks\.(\d+)\.norm([12])\.": r"encoder.layers.\1.layer_norm\2.",
-    r"blocks\.(\d+)\.attn\.qkv\.": r"encoder.layers.\1.self_attn.qkv.",
-    r"blocks\.(\d+)\.attn\.proj\.": r"encoder.layers.\1.self_attn.projection.",
-    r"blocks\.(\d+)\.mlp\.": r"encoder.layers.\1.mlp.",
-    r"norm\.": "post_layernorm.",
-}
-
-
 def translate(state: Mapping[str, Tensor]) -> Translated:
     """The published weights by the names of BlipForImageTextRetrieval, and the head folded into weight and bias."""
     model: dict[str, Tensor] = {}
@@ -141,11 +114,7 @@ def translate(state: Mapping[str, Tensor]) -> Translated:
         name = name.removeprefix("blip.")
         if name.startswith("mlp."):
             head[name.removeprefix("mlp.")] = value
-        elif name.startswith("visual_encoder."):
-            inner = name.removeprefix("visual_encoder.")
-            rule = next((old for old in _VISION if re.match(old, inner)), None)
-            model["vision_model." + (re.sub(f"^{rule}", _VISION[rule], inner) if rule else inner)] = value
-        elif name != "text_encoder.embeddings.position_ids":  # a buffer: 0, 1, 2, ...
+        else:
             model[name] = value
     try:
         weight, bias = fold(head)
@@ -153,4 +122,4 @@ def translate(state: Mapping[str, Tensor]) -> Translated:
         raise ConfigError(
             f"image_reward: the head of the checkpoint (mlp.*) is not the published one: {error}"
         ) from error
-    return model, {"weight": weight, "bias": bias}
+    return blip.names(model), {"weight": weight, "bias": bias}

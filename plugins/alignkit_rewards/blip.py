@@ -1,0 +1,74 @@
+"""BLIP as its authors publish it (Li et al., 2201.12086): their architectures and names, in transformers' terms."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from alignkit_rewards.checkpoints import Translated
+
+_VISION = {
+    r"cls_token": "embeddings.class_embedding",
+    r"pos_embed": "embeddings.position_embedding",
+    r"patch_embed\.proj\.": "embeddings.patch_embedding.",
+    r"blocks\.(\d+)\.norm([12])\.": r"encoder.layers.\1.layer_norm\2.",
+    r"blocks\.(\d+)\.attn\.qkv\.": r"encoder.layers.\1.self_attn.qkv.",
+    r"blocks\.(\d+)\.attn\.proj\.": r"encoder.layers.\1.self_attn.projection.",
+    r"blocks\.(\d+)\.mlp\.": r"encoder.layers.\1.mlp.",
+    r"norm\.": "post_layernorm.",
+}
+
+
+def names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The published weights by transformers' names: those of the vision tower are other ones there."""
+    out: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if name.startswith("visual_encoder."):
+            inner = name.removeprefix("visual_encoder.")
+            rule = next((old for old in _VISION if re.match(old, inner)), None)
+            out["vision_model." + (re.sub(f"^{rule}", _VISION[rule], inner) if rule else inner)] = value
+        elif not name.endswith("embeddings.position_ids"):  # a buffer: 0, 1, 2, ...
+            out[name] = value
+    return out
+
+
+def vqa(state: Mapping[str, Tensor]) -> Translated:
+    """The weights of a visual question answering model; it has no head of ours."""
+    return names(state), {}
+
+
+def base() -> Any:
+    """The authors' med_config.json and ViT-B/16 at the 480 pixels of their visual question answering, as a BlipConfig.
+
+    Heads and epsilons differ from the defaults of BlipConfig.
+    """
+    from transformers import BlipConfig
+
+    return BlipConfig(
+        text_config={**_TEXT, "encoder_hidden_size": 768},
+        vision_config={**_TOWER, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+                       "num_attention_heads": 12, "image_size": 480},
+        image_text_hidden_size=256,
+    )  # fmt: skip
+
+
+def large() -> Any:
+    """The authors' med_config.json and ViT-L/16 at 224 pixels as a BlipConfig."""
+    from transformers import BlipConfig
+
+    return BlipConfig(
+        text_config={**_TEXT, "encoder_hidden_size": 1024},
+        vision_config={**_TOWER, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+                       "num_attention_heads": 16, "image_size": 224},
+        image_text_hidden_size=256,
+    )  # fmt: skip
+
+
+_TEXT = {
+    "vocab_size": 30524, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "max_position_embeddings": 512, "layer_norm_eps": 1e-12,
+}  # fmt: skip
+_TOWER = {"patch_size": 16, "layer_norm_eps": 1e-6, "hidden_act": "gelu"}
