@@ -26,6 +26,8 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except AlignkitError as error:
+            if ctx.params["debug"]:
+                raise
             for line in str(error).splitlines():
                 typer.secho(f"error: {line}", fg="red", err=True)
             raise typer.Exit(1) from None
@@ -53,7 +55,12 @@ StepList = Annotated[str | None, typer.Option(metavar="N[,N...]", help="Numbers 
 
 
 @app.callback(invoke_without_command=True)
-def main(version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False) -> None:
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Tell errors with a traceback: for authors of plugins.")
+    ] = False,
+) -> None:
     if version:
         typer.echo(f"alignkit {__version__}")
         raise typer.Exit

@@ -239,6 +239,12 @@ def test_each_mistake_is_a_line_and_the_exit_status_is_1(engine: Any) -> None:
     assert (result.exit_code, result.stdout, result.stderr) == (1, "", "error: a.b: first\nerror: c.d: second\n")
 
 
+def test_debug_leaves_the_error_its_traceback(engine: Any) -> None:
+    engine.error = ConfigError("a.b: first")
+    result = run("--debug", "check", "run.toml")
+    assert (result.exit_code, result.exception) == (1, engine.error)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
