@@ -57,9 +57,7 @@ StepList = Annotated[str | None, typer.Option(metavar="N[,N...]", help="Numbers 
 @app.callback(invoke_without_command=True)
 def main(
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Tell errors with a traceback: for authors of plugins.")
-    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Tell errors with a traceback.")] = False,
 ) -> None:
     if version:
         typer.echo(f"alignkit {__version__}")
