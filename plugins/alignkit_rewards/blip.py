@@ -41,34 +41,25 @@ def vqa(state: Mapping[str, Tensor]) -> Translated:
 
 
 def base() -> Any:
-    """The authors' med_config.json and ViT-B/16 at the 480 pixels of their visual question answering, as a BlipConfig.
-
-    Heads and epsilons differ from the defaults of BlipConfig.
-    """
-    from transformers import BlipConfig
-
-    return BlipConfig(
-        text_config={**_TEXT, "encoder_hidden_size": 768},
-        vision_config={**_TOWER, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-                       "num_attention_heads": 12, "image_size": 480},
-        image_text_hidden_size=256,
-    )  # fmt: skip
+    """The architecture with a ViT-B/16, at the 480 pixels of visual question answering, as a BlipConfig."""
+    return _architecture(768, layers=12, heads=12, pixels=480)
 
 
 def large() -> Any:
-    """The authors' med_config.json and ViT-L/16 at 224 pixels as a BlipConfig."""
+    """The architecture with a ViT-L/16, at 224 pixels, as a BlipConfig."""
+    return _architecture(1024, layers=24, heads=16, pixels=224)
+
+
+def _architecture(width: int, layers: int, heads: int, pixels: int) -> Any:
+    """The authors' med_config.json and vision transformer. Heads and epsilons differ from the defaults of the class."""
     from transformers import BlipConfig
 
     return BlipConfig(
-        text_config={**_TEXT, "encoder_hidden_size": 1024},
-        vision_config={**_TOWER, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-                       "num_attention_heads": 16, "image_size": 224},
+        text_config={"vocab_size": 30524, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+                     "num_attention_heads": 12, "max_position_embeddings": 512, "layer_norm_eps": 1e-12,
+                     "encoder_hidden_size": width},
+        vision_config={"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
+                       "num_attention_heads": heads, "image_size": pixels, "patch_size": 16, "layer_norm_eps": 1e-6,
+                       "hidden_act": "gelu"},
         image_text_hidden_size=256,
     )  # fmt: skip
-
-
-_TEXT = {
-    "vocab_size": 30524, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-    "num_attention_heads": 12, "max_position_embeddings": 512, "layer_norm_eps": 1e-12,
-}  # fmt: skip
-_TOWER = {"patch_size": 16, "layer_norm_eps": 1e-6, "hidden_act": "gelu"}
