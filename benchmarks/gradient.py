@@ -1,12 +1,14 @@
 """Where the gradient of a surrogate leads: samples of a model moved along it, judged and read off.
 
-    python benchmarks/gradient.py
+    python benchmarks/gradient.py [--run RUN]
 
 A learned reward may rank samples well and still point nowhere useful. Here no policy is trained: the clean latents of
 `--prompts` training prompts take four steps along the gradient of the shipped surrogate, less its score under another
 prompt (`algorithm.contrast`), and for comparison along that of the judge itself through the decoder; each as it is and
 through the teacher (`algorithm.purify`). The gradient is the mean over four draws of noise (`algorithm.smoothing`),
-scaled to a root mean square over all samples of `distance`, in units of a latent's spread.
+scaled to a root mean square over all samples of `distance`, in units of a latent's spread. `score` is what the
+surrogate makes of them. With a run of `lasro` its policy answers the same noises: how far it moves them (root mean
+square), how far all of them together, and what for.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from alignkit.diffusers_policy import DiffusersPolicy
 from alignkit.diffusion import add_noise
 from alignkit.rewards import quantize
 from alignkit.rollout import seeded_noises, walk
+from alignkit.run import open_run
 from alignkit_rewards.attribute_binding import AttributeBinding
 from alignkit_shapes.models import WEIGHTS
 from alignkit_shapes.reward import ShapesReading
@@ -44,6 +47,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--smoothing", type=float, default=0.3)
     parser.add_argument("--purify", type=int, default=250)
+    parser.add_argument("--run", help="a run folder of lasro on shapes_lcm")
     arguments = parser.parse_args()
     run = alignkit.load(None, {"algorithm.name": "lasro"})
     policy, sampler, examples = run.policy(), run.sampler(2), run.prompts()[: arguments.prompts]
@@ -58,6 +62,12 @@ def main() -> None:
     with torch.no_grad():
         noises = seeded_noises(policy.latent_shape, 2, [(77, i) for i in range(len(examples))])
         clean = walk(policy, sampler, prompt, noises).clean
+        trained = None
+        if arguments.run:
+            its = open_run(arguments.run)
+            learner = its.policy()
+            with learner.using(its.average):
+                trained = walk(learner, sampler, learner.encode([e.text for e in examples]), noises).clean
     teacher = DiffusersPolicy(run.teacher_source(), trainable=False, guidance=0.0)
     level = torch.full((len(examples),), arguments.purify)
 
@@ -80,11 +90,16 @@ def main() -> None:
         with torch.no_grad():
             images = quantize(policy.decode(latents))
             judged, read_off = (float(r(images, examples).values.mean()) for r in (hard, ShapesReading()))
-        print(f"{what:<48} judge {judged:.3f}  reading {read_off:.3f}", flush=True)
+            liked = float(torch.stack([surrogate_score(latents) for _ in range(4)]).mean())
+        print(f"{what:<48} judge {judged:.3f}  reading {read_off:.3f}  score {liked:.2f}", flush=True)
 
     for step in (0, 1):
         latents = clean[:, step]
         show(f"{step + 1} step{'s' * step}", latents)
+        if trained is not None:
+            way = trained[:, step] - latents
+            far, shared = (float(x.square().mean().sqrt()) for x in (way, way.mean(0)))
+            show(f"  {arguments.run}, moved {far:.2f}, together {shared:.2f}", trained[:, step])
         for name, score in (("surrogate", surrogate_score), ("judge", judge_score)):
             for distance in (0.1, 0.2):
                 show(f"  {name}, distance {distance}", moved(score, latents, distance))

@@ -9,6 +9,8 @@ from alignkit.interfaces import ModelBundle
 
 FOLDER = Path(__file__).parent
 WEIGHTS = FOLDER / "weights"
+WIDE = ["conv1", "conv2", "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
+"""Layers of a LoRA that reaches convolutions too."""
 
 _data: dict[str, Any] = {
     "data": {
@@ -39,8 +41,9 @@ def _likelihoods(walk: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def shapes_lcm() -> ModelBundle:
     """The few-step model; guidance as it was distilled with."""
     guidance = {"w_min": 1.0, "w_max": 3.0}
-    # Few and large updates with an honest gradient: the further the policy goes, the more it finds where the surrogate
-    # is wrong, and past some fifty updates of this size the reward falls again (docs/algorithms/lasro.md).
+    # Few and large updates with an honest gradient, held to the model before training: without that most of what the
+    # policy moves is chance, and the further it goes, the more it finds where the surrogate is wrong
+    # (docs/algorithms/lasro.md).
     lasro = {
         "data": {"batch_size": 48},
         "algorithm": {
@@ -50,17 +53,16 @@ def shapes_lcm() -> ModelBundle:
             "negatives": 1,
             "unit_gradients": True,
             "distillation_weight": 0.0,
+            "reference_weight": 30.0,
             "surrogate_steps": 2,
             "pairs_per_update": 128,
             "smoothing": 0.3,
             "purify": 250,
         },
-        "model": {
-            "lora_targets": ["conv1", "conv2", "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
-        },
+        "model": {"lora_targets": WIDE},
         "surrogate": {"name": "latent_unet", "warmup": 10, "learning_rate": 3e-4},
         "train": {
-            "updates": 40, "rows_per_update": 96, "rows_per_pass": 48, "learning_rate": 2e-4, "checkpoint_every": 10,
+            "updates": 60, "rows_per_update": 96, "rows_per_pass": 48, "learning_rate": 1e-3, "checkpoint_every": 10,
             "ema_decay": 0.9,
         },
         "evaluate": {"every": 0, "limit": 200, "samples": 3, "steps": [1, 2]},

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import LatentConsistencyModelPipeline, LCMScheduler, StableDiffusionPipeline
+from diffusers import LatentConsistencyModelPipeline, LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from rich.console import Console
 
 import alignkit
 from alignkit_shapes.build.teacher import SCHEDULE, unet
+from alignkit_shapes.models import WIDE
 
 GUIDANCE = 2.0
 """w of the embedding while sampling; diffusers' guidance_scale is one more."""
@@ -31,26 +33,41 @@ def student(teacher: Path, out: Path) -> None:
     ).save_pretrained(out)  # fmt: skip
 
 
-def train(teacher: Path, out: Path, run: Path, rows: int = 64, seed: int = 3) -> None:
-    """Distil into `out` in two legs, with the runs kept beside `run`; an interrupted run is resumed.
+LEGS = ((500, 3e-4, 0), (300, 1e-4, 0), (300, 3e-4, 32))
+"""Updates, learning rate and LoRA's rank, 0 for all weights."""
+
+
+def train(
+    teacher: Path, out: Path, run: Path, legs: Sequence[tuple[int, float, int]] = LEGS, rows: int = 64, seed: int = 3
+) -> None:
+    """Distil into `out` in three legs, with the runs kept beside `run`; an interrupted run is resumed.
 
     At the first rate alone, pictures of several steps get worse again after some 250 updates while those of one step
-    still improve; the second, smaller rate brings them back.
+    still improve; the second, smaller rate brings them back. Faint specks on the ground stay, which a LoRA at the first
+    rate takes away; it is merged.
     """
     start = run.with_name(run.name + "-start")
     if not start.exists():
         student(teacher, start)
-    for leg, (updates, lr) in enumerate(((500, 3e-4), (300, 1e-4)), start=1):
+    for leg, (updates, lr, rank) in enumerate(legs, start=1):
         folder, result = run.with_name(f"{run.name}-{leg}"), out.with_name(f"{out.name}-{leg}")
-        _distil(teacher, start, folder, updates, rows, lr, seed + leg)
-        shutil.copytree(start, result, dirs_exist_ok=True)
-        shutil.copytree(folder / "unet", result / "unet", dirs_exist_ok=True)
+        _distil(teacher, start, folder, updates, rows, lr, rank, seed + leg)
+        pipe = LatentConsistencyModelPipeline.from_pretrained(start)
+        if rank:
+            pipe.load_lora_weights(folder)
+            pipe.fuse_lora()
+            pipe.unload_lora_weights()
+        else:
+            pipe.unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+        pipe.save_pretrained(result)
         start = result
     shutil.copytree(start, out, dirs_exist_ok=True)
 
 
-def _distil(teacher: Path, start: Path, run: Path, updates: int, rows: int, lr: float, seed: int) -> None:
-    """One run of `lcd` on all weights of the model at `start`."""
+def _distil(
+    teacher: Path, start: Path, run: Path, updates: int, rows: int, lr: float, lora_rank: int, seed: int
+) -> None:
+    """One run of `lcd` on the model at `start`, on all its weights if `lora_rank` is 0."""
     prompts = Path(__file__).parents[1] / "prompts"
     if run.exists():
         job = alignkit.load(resume=run)
@@ -58,8 +75,8 @@ def _distil(teacher: Path, start: Path, run: Path, updates: int, rows: int, lr: 
         job = alignkit.load(
             None,
             {
-                "model.name": str(start), "model.teacher": str(teacher), "model.lora_rank": 0,
-                "model.guidance": GUIDANCE,
+                "model.name": str(start), "model.teacher": str(teacher), "model.lora_rank": lora_rank,
+                "model.lora_targets": WIDE, "model.guidance": GUIDANCE,
                 "sampler.name": "lcm", "algorithm.name": "lcd", "algorithm.w_min": W_MIN, "algorithm.w_max": W_MAX,
                 "reward": ["shapes_reading"], "data.pictures": "alignkit_shapes.data:Drawings",
                 "data.prompts": str(prompts / "train.txt"), "evaluate.prompts": str(prompts / "held_out.txt"),

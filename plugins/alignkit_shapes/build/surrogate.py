@@ -12,18 +12,26 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import alignkit
+from alignkit_shapes.build import prompts
 
 
 def train(out: Path, run: Path, rounds: int = 250, updates: int = 400, seed: int = 5) -> None:
     """Learn from `rounds` rounds of samples of `shapes_lcm`, then beside policies that are thrown away.
 
+    The rounds have prompts of their own, many of them, samples of much the same layout, and soft answers of the judge,
+    which tell nearly every two samples apart: what ranks samples is not yet what makes them better.
+
     Each policy starts from `shapes_lcm` and follows the surrogate until it has gone wrong where the surrogate is wrong;
     samples of both models from the same noises teach the surrogate so. The next goes wrong later.
     """
     first, second = (run.with_name(f"{run.name}-{leg}") for leg in (1, 2))
+    texts = run.with_name(f"{run.name}-prompts")
+    prompts.write(texts, train=4000, held_out=1, seed=70)
     _run(first, seed, {
+        "data.prompts": str(texts / "train.txt"), "reward.attribute_binding.mode": "soft",
         "surrogate.warmup": rounds, "train.updates": 1, "algorithm.replay": rounds, "surrogate.init": "",
-        "algorithm.samples": 8, "algorithm.reference_samples": 0, "algorithm.negatives": 4,
+        "algorithm.samples": 8, "algorithm.reference_samples": 0, "algorithm.negatives": 3,
+        "algorithm.noise_correlation": 0.8, "algorithm.surrogate_steps": 12, "surrogate.learning_rate": 2e-4,
     })  # fmt: skip
     _run(second, seed + 1, {
         "surrogate.init": str(first / "surrogate.safetensors"), "train.updates": updates, "algorithm.replay": updates,
