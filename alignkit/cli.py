@@ -20,7 +20,8 @@ from alignkit.terminal import print_json, print_table
 
 
 class _Group(TyperGroup):
-    """Prints what alignkit raises on purpose as red lines; anything else is a bug and keeps its traceback."""
+    """Prints what alignkit raises on purpose as red lines, but for --debug; anything else is a bug and keeps its
+    traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -57,7 +58,7 @@ StepList = Annotated[str | None, typer.Option(metavar="N[,N...]", help="Numbers 
 @app.callback(invoke_without_command=True)
 def main(
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Tell errors with a traceback.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of errors.")] = False,
 ) -> None:
     if version:
         typer.echo(f"alignkit {__version__}")

@@ -7,8 +7,8 @@ A learned reward may rank samples well and still point nowhere useful. Here no p
 prompt (`algorithm.contrast`), and for comparison along that of the judge itself through the decoder; each as it is and
 through the teacher (`algorithm.purify`). The gradient is the mean over four draws of noise (`algorithm.smoothing`),
 scaled to a root mean square over all samples of `distance`, in units of a latent's spread. `score` is what the
-surrogate makes of them. With a run of `lasro` its policy answers the same noises: how far it moves them (root mean
-square), how far all of them together, and what for.
+surrogate makes of them, less that under the other prompt. With a run of `lasro` on shapes_lcm its policy answers the
+same noises: how far it moves the samples (root mean square), and how far the mean of all.
 """
 
 from __future__ import annotations
@@ -65,6 +65,10 @@ def main() -> None:
         trained = None
         if arguments.run:
             its = open_run(arguments.run)
+            if its.config.model.name != "shapes_lcm":
+                parser.error(
+                    f"--run {arguments.run}: found a run on {its.config.model.name}, expected one on shapes_lcm"
+                )
             learner = its.policy()
             with learner.using(its.average):
                 trained = walk(learner, sampler, learner.encode([e.text for e in examples]), noises).clean
@@ -99,7 +103,7 @@ def main() -> None:
         if trained is not None:
             way = trained[:, step] - latents
             far, shared = (float(x.square().mean().sqrt()) for x in (way, way.mean(0)))
-            show(f"  {arguments.run}, moved {far:.2f}, together {shared:.2f}", trained[:, step])
+            show(f"  {arguments.run}, moved {far:.2f}, mean {shared:.2f}", trained[:, step])
         for name, score in (("surrogate", surrogate_score), ("judge", judge_score)):
             for distance in (0.1, 0.2):
                 show(f"  {name}, distance {distance}", moved(score, latents, distance))

@@ -49,9 +49,9 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
     distillation_weight: float = 1.0
     """lambda of Eq. 11; 0 needs neither teacher nor pictures (models distilled with a discriminator)."""
     reference_weight: float = 0.0
-    """Weight of the mean squared distance between the predictions and those of the model before training. A gradient of
-    few samples moves a policy mostly by chance, and this takes back what does not add up; larger learning rates become
-    possible. Also for models without a distillation loss."""
+    """Weight of the mean squared distance between the predictions and those of the model before training. The
+    gradient of few samples is mostly noise; this pulls back moves that later rounds do not repeat, so that larger
+    learning rates become possible. Also for models without a distillation loss."""
     gradient_of: GradientOf = "surrogate"
     """Whose gradient the policy follows: the surrogate's, or that of the reward itself, through the decoder, which
     takes a differentiable reward and no surrogate."""

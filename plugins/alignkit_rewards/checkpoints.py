@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -184,8 +185,9 @@ def converted(
     """A folder in transformers' layout with what `file` holds in its authors': config.json, model.safetensors and
     head.safetensors where there is a head. Made once, in alignkit's cache, and found again by path, size and time.
 
-    The architecture is that of a config.json beside `file`, or else `official()`. Raises ConfigError unless every
-    weight of the model is there with its shape (but for names that begin as `absent` does), and nothing else.
+    The architecture is that of a config.json of the same kind of model beside `file`, or else `official()`. Raises
+    ConfigError unless every weight of the model is there with its shape (but for names that begin as `absent` does),
+    and nothing else.
     """
     status = file.resolve().stat()
     beside = file.parent / "config.json"
@@ -193,7 +195,12 @@ def converted(
     folder = cache() / f"{reward}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
     if folder.is_dir():
         return folder
-    config = type(official()).from_pretrained(file.parent) if beside.is_file() else official()
+    config = official()
+    # That of a tokenizer, which may lie there too, is another model's.
+    if beside.is_file():
+        with _told(reward, "configuration", str(beside), "expected that of the model or its tokenizer, or no file"):
+            if json.loads(beside.read_text()).get("model_type") == config.model_type:
+                config = type(config).from_pretrained(file.parent)
     weights, head = translate(read_weights(reward, "checkpoint", file))
     with torch.device("meta"):
         expected = {name: value.shape for name, value in model_class(config).state_dict().items()}

@@ -114,3 +114,18 @@ def test_a_caption_model_in_its_place_is_refused(published: tuple[Published, Pat
     torch.save({"model": {k: v for k, v in model.state_dict().items() if not k.startswith("text_encoder.")}}, file)
     with pytest.raises(ConfigError, match=r"attribute_binding: the checkpoint .* lacks text_encoder\.embeddings\.\w+"):
         loaded(file)
+
+
+def test_the_configuration_of_a_tokenizer_beside_is_not_that_of_the_model(published: tuple[Published, Path]) -> None:
+    _, file = published
+    (file.parent / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ConfigError, match=r"lacks vision_model\.encoder\.layers\.4"):
+        loaded(file)
+
+
+def test_a_configuration_that_cannot_be_read_is_one_clear_line(published: tuple[Published, Path]) -> None:
+    _, file = published
+    (file.parent / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"attribute_binding: cannot load the configuration .*config\.json") as caught:
+        loaded(file)
+    assert "\n" not in str(caught.value)

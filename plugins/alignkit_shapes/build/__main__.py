@@ -1,6 +1,6 @@
 """`python -m alignkit_shapes.build [STAGE ...]`: make the embedded world again, from seeds.
 
-Every stage reads what the stages before it left in the work folder. All of them take about four hours on two cores.
+Every stage reads what the stages before it left in the work folder. All of them take about six hours on one core.
 """
 
 from __future__ import annotations

@@ -40,11 +40,11 @@ LEGS = ((500, 3e-4, 0), (300, 1e-4, 0), (300, 3e-4, 32))
 def train(
     teacher: Path, out: Path, run: Path, legs: Sequence[tuple[int, float, int]] = LEGS, rows: int = 64, seed: int = 3
 ) -> None:
-    """Distil into `out` in three legs, with the runs kept beside `run`; an interrupted run is resumed.
+    """Distil into `out` leg by leg, with the runs kept beside `run`; an interrupted run is resumed.
 
     At the first rate alone, pictures of several steps get worse again after some 250 updates while those of one step
-    still improve; the second, smaller rate brings them back. Faint specks on the ground stay, which a LoRA at the first
-    rate takes away; it is merged.
+    still improve; the second, smaller rate brings them back. Faint specks on the ground stay; the third leg, a LoRA at
+    the first rate, takes them away and is merged into the weights.
     """
     start = run.with_name(run.name + "-start")
     if not start.exists():

@@ -19,7 +19,7 @@ def _held_out(things: list[Thing]) -> bool:
 def write(folder: Path, train: int = 400, held_out: int = 200, seed: int = 7) -> None:
     """`train.txt`: things none of which is held out. `held_out.txt`: at least one held out, some with a relation.
 
-    Three of four prompts name two things, the others three.
+    Three of four prompts drawn name two things, the others three; no prompt comes twice.
     """
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
