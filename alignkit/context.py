@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -52,15 +52,20 @@ class TrainContext(Context):
         return torch.randn((count, *self.policy.latent_shape), generator=self.generator).to(self.policy.device)
 
     @torch.no_grad()
-    def score(self, latents: Tensor, examples: Sequence[Example], log: bool = True) -> Scores:
-        starts = range(0, len(latents), self._chunk)
-        parts = (slice(i, i + self._chunk) for i in starts)
+    def score(
+        self,
+        latents: Tensor,
+        examples: Sequence[Example],
+        log: bool = True,
+        others: Sequence[tuple[int, Example]] = (),
+    ) -> Scores:
+        places: list[int] = []
         failed: AlignkitError | None = None
         scores: list[Scores] = []
         try:
             # In the precision that decoder and rewards were loaded in, as when the run is measured.
             with torch.autocast(self.policy.device.type, enabled=False):
-                scores = self._rewards.score_each((self.policy.decode(latents[at]), examples[at]) for at in parts)
+                scores = self._rewards.score_each(self._asked(latents, examples, others, places))
         except AlignkitError as error:
             failed = error
         # What one process was refused ends all of them here, where none waits for the others.
@@ -68,25 +73,44 @@ class TrainContext(Context):
             if reason is not None:
                 self.failed_together = True
                 raise reason
-        return self._combined(joined(scores), log)
+        found = joined(scores)[torch.tensor(places, device=latents.device).argsort()]
+        return self._combined(found, len(latents) if log else 0)
+
+    def _asked(
+        self, latents: Tensor, examples: Sequence[Example], others: Sequence[tuple[int, Example]], places: list[int]
+    ) -> Iterator[tuple[Tensor, Sequence[Example]]]:
+        """Pictures with their examples, and then with the others that are asked about them, a few at a time; where
+        each stands among examples and others goes into `places`."""
+        for start in range(0, len(latents), self._chunk):
+            rows = range(start, min(start + self._chunk, len(latents)))
+            pictures = self.policy.decode(latents[rows.start : rows.stop])
+            places += rows
+            yield pictures, examples[rows.start : rows.stop]
+            about = [(place, *other) for place, other in enumerate(others, len(latents)) if other[0] in rows]
+            for i in range(0, len(about), self._chunk):
+                at, row, asked = zip(*about[i : i + self._chunk], strict=True)
+                places += at
+                yield pictures[[r - start for r in row]], asked
 
     def differentiable_score(self, latents: Tensor, examples: Sequence[Example], log: bool = False) -> Scores:
         # As in `score`: what is followed is what is measured, and decoders of SDXL overflow in half precision.
         with torch.autocast(self.policy.device.type, enabled=False):
-            return self._combined(self._rewards(self.policy.decode(latents), examples), log)
+            scores = self._rewards(self.policy.decode(latents), examples)
+            return self._combined(scores, len(examples) if log else 0)
 
-    def _combined(self, scores: Scores, log: bool) -> Scores:
-        """The scores with what to learn from as values. Their plain weighted sum is what is logged: it stays one
-        measure all along the run, whatever the statistics."""
+    def _combined(self, scores: Scores, logged: int) -> Scores:
+        """The scores with what to learn from as values. Of the first `logged` the plain weighted sum is logged: it
+        stays one measure all along the run, whatever the statistics."""
         self.pictures += len(scores.values) * self.accelerator.num_processes
-        if log:
-            self.combination.see(scores)
-        if log and bool(scores.valid.any()):
-            self.log(reward=scores.values[scores.valid].detach().mean())
-            for name, values in scores.parts.items():
-                self.log(**{f"reward/{name}": values[scores.valid].detach().mean()})
-        if log and not bool(scores.valid.all()):
-            self.log(unscored=(~scores.valid).float().mean())
+        if logged:
+            own = scores[:logged]
+            self.combination.see(own)
+            if bool(own.valid.any()):
+                self.log(reward=own.values[own.valid].detach().mean())
+                for name, values in own.parts.items():
+                    self.log(**{f"reward/{name}": values[own.valid].detach().mean()})
+            if not bool(own.valid.all()):
+                self.log(unscored=(~own.valid).float().mean())
         return replace(scores, values=self.combination.values(scores))
 
     def terms(self, scores: Scores) -> Mapping[str, tuple[float, Tensor]]:

@@ -140,6 +140,10 @@ class Scores:
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     """Named sub-scores, (N,) each."""
 
+    def __getitem__(self, rows: Tensor | slice) -> Scores:
+        """Those of some rows."""
+        return Scores(self.values[rows], self.valid[rows], {name: part[rows] for name, part in self.parts.items()})
+
 
 @dataclass(frozen=True)
 class Transition:
@@ -341,9 +345,18 @@ class Context(ABC):
         """Unit normal latents (count, *S) on the policy's device, from `generator`."""
 
     @abstractmethod
-    def score(self, latents: Tensor, examples: Sequence[Example], log: bool = True) -> Scores:
+    def score(
+        self,
+        latents: Tensor,
+        examples: Sequence[Example],
+        log: bool = True,
+        others: Sequence[tuple[int, Example]] = (),
+    ) -> Scores:
         """Decode clean latents (N, *S) and score them, a few at a time, without gradient. Logs the reward, unless the
         samples are not the policy's answers to these examples. Every process calls it equally often.
+
+        `others` are M more questions, (row of `latents`, example): pictures under texts that they do not answer. No
+        picture is decoded twice for them. The scores are of N + M, theirs behind the rest and never logged.
 
         `values` are what to learn from, several rewards combined as `[scoring]` says; `parts` hold each one's own.
         """

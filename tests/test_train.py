@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from alignkit import checkpoint
 from alignkit.data import Stream
 from alignkit.errors import AlignkitError, ConfigError
+from alignkit.interfaces import Example, Reward
+from alignkit.rewards import WeightedRewards
 from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint
 from alignkit.train import Trainer, Update
 from method_checks import copies, equal
@@ -114,6 +117,30 @@ def test_collecting_takes_the_precision_of_the_loss_and_rewards_take_their_own(
         monkeypatch.setattr(policy, name, noted)
     list(trainer.round())
     assert set(mixed) == {("denoise", True), ("decode", False)}
+
+
+def test_other_questions_about_pictures_decode_nothing_again_and_are_not_logged(
+    make_trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Weighed(Reward):
+        def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
+            return images.mean((1, 2, 3)) * torch.tensor([float(len(example.text)) for example in examples])
+
+    ctx = make_trainer({"evaluate.batch_size": 2}).ctx
+    monkeypatch.setattr(ctx, "_rewards", WeightedRewards([("weighed", 1.0, Weighed())]))
+    latents, (a, b) = ctx.noise(5), (Example("a red circle"), Example("a blue square"))
+    own, others = [a, b, a, b, a], [(4, b), (0, b), (1, a), (0, a), (4, a), (4, b)]
+    alone = ctx.score(latents, own)
+    logged = ctx.take_metrics()
+    again = ctx.score(latents[[row for row, _ in others]], [example for _, example in others], log=False)
+    decode, decoded = ctx.policy.decode, []
+    monkeypatch.setattr(ctx.policy, "decode", lambda z: (decoded.append(len(z)), decode(z))[1])
+    together = ctx.score(latents, own, others=others)
+    assert decoded == [2, 2, 1]
+    torch.testing.assert_close(together.values, torch.cat([alone.values, again.values]))
+    torch.testing.assert_close(together.parts["weighed"], together.values)
+    assert together.valid.all() and len(set(together.values.tolist())) > 5
+    assert ctx.take_metrics() == pytest.approx(logged)
 
 
 @pytest.mark.parametrize("precision", ["bf16"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import sqrt
 
 import torch
@@ -68,42 +68,38 @@ class Sampling:
                 with weights:
                     rollout = walk(ctx.policy, ctx.sampler, prompt.select(rows), noises[rows])
                 x[:, rows], clean[:, rows] = rollout.states.transpose(0, 1), rollout.clean.transpose(0, 1)
-        repeated = [e for e in batch.examples for _ in range(each)]
-        scores = [ctx.score(latents, repeated) for latents in clean]
-        rewards = torch.stack([s.values.masked_fill(~s.valid, torch.nan) for s in scores]).float()
+        negatives = self._negatives(num_steps, batch, ctx)
+        found = [self._scored(*at, batch, ctx) for at in zip(clean, negatives, strict=True)]
+        latents, rewards = (torch.cat(column) for column in zip(*found, strict=True))
         # Groups share prompt and step: across steps the pairs would teach that more steps look better.
-        groups = num_steps * len(texts)
-        scored = Scored(
-            latents=clean.view(groups, each, *ctx.policy.latent_shape),
-            rewards=rewards.reshape(groups, each).to(clean.device),
-            text=torch.arange(len(texts)).repeat(num_steps),
-            step=torch.arange(num_steps).repeat_interleave(len(texts)),
-        )
+        text = torch.arange(len(texts)).repeat(num_steps)
+        scored = Scored(latents, rewards, text, torch.arange(num_steps).repeat_interleave(len(texts)))
         step = torch.arange(num_steps, device=x.device).repeat_interleave(count)
         each_step = prompt.select(torch.arange(count).repeat(num_steps))
         states = States(x.flatten(0, 1), step, each_step, clean.flatten(0, 1))
-        states = states.select(current.repeat(num_steps).nonzero()[:, 0])
-        return states, self._with_negatives(scored, batch, ctx) if self.negatives else scored
+        return states.select(current.repeat(num_steps).nonzero()[:, 0]), scored
 
-    def _with_negatives(self, scored: Scored, batch: Batch, ctx: Context) -> Scored:
-        """Each group with samples of the texts that follow its own in the batch, scored under its own text."""
+    def _negatives(self, num_steps: int, batch: Batch, ctx: Context) -> Tensor:
+        """At each step, for each of B texts, which samples (K, B, negatives) of the texts behind it join its group."""
         count = len(batch.examples)
         if self.negatives >= count:
             raise ConfigError(
                 f"algorithm.negatives: found {self.negatives}, expected less than data.batch_size, which is {count}: "
                 "each comes from another prompt"
             )
-        other = (scored.text[:, None] + torch.arange(1, self.negatives + 1)) % count
-        member = torch.randint(self.samples, other.shape, generator=ctx.generator)
-        latents = scored.latents[scored.step[:, None] * count + other, member]
-        examples = [batch.examples[i] for i in scored.text.tolist() for _ in range(self.negatives)]
-        found = ctx.score(latents.flatten(0, 1), examples, log=False)
-        rewards = found.values.masked_fill(~found.valid, torch.nan).float().view_as(other).to(latents.device)
-        return replace(
-            scored,
-            latents=torch.cat([scored.latents, latents], dim=1),
-            rewards=torch.cat([scored.rewards, rewards], dim=1),
-        )
+        other = (torch.arange(count)[:, None] + torch.arange(1, self.negatives + 1)) % count
+        return other * self.samples + torch.randint(self.samples, (num_steps, *other.shape), generator=ctx.generator)
+
+    def _scored(self, clean: Tensor, negatives: Tensor, batch: Batch, ctx: Context) -> tuple[Tensor, Tensor]:
+        """The groups (B, M, *S) of one step, made of samples (B * N_s, *S) and of `negatives` (B, M - N_s), which are
+        rows of them, with the rewards (B, M) under each group's own text."""
+        groups = len(batch.examples)
+        own = torch.arange(len(clean)).view(groups, self.samples)
+        others = [(row, e) for e, rows in zip(batch.examples, negatives.tolist(), strict=True) for row in rows]
+        scores = ctx.score(clean, [e for e in batch.examples for _ in range(self.samples)], others=others)
+        rewards = scores.values.masked_fill(~scores.valid, torch.nan).float().to(clean.device)
+        shapes = zip(rewards.split([own.numel(), negatives.numel()]), (own, negatives), strict=True)
+        return clean[torch.cat([own, negatives], dim=1)], torch.cat([part.view(of.shape) for part, of in shapes], dim=1)
 
     def noise(self, groups: int, ctx: Context) -> Tensor:
         """Unit normal noise for N_s samples of each group, (groups * N_s, *S), correlated within a group."""

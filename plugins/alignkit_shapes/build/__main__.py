@@ -1,6 +1,6 @@
 """`python -m alignkit_shapes.build [STAGE ...]`: make the embedded world again, from seeds.
 
-Every stage reads what the stages before it left in the work folder. 
+Every stage reads what the stages before it left in the work folder.
 """
 
 from __future__ import annotations
