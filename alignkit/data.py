@@ -88,22 +88,23 @@ def read_examples(path: str | Path, column: str = "", skipped: list[str] | None 
     if path.suffix == ".parquet":
         key, rows = _read_parquet(path, column)
         for number, row in enumerate(rows):
+            where = f"{path}, row {number}"
             if isinstance(text := row.pop(key), str):
-                examples.append(Example(text, row))
+                examples.append(Example(text, row, where))
             else:
-                leave_out(skipped, "prompts", f"{path}, row {number}: expected a string as {key}, found {text!r}")
+                leave_out(skipped, "prompts", f"{where}: expected a string as {key}, found {text!r}")
     else:
         key = column or "text"
         for where, line in read_lines(path, "prompts"):
             if path.suffix != ".jsonl":
-                examples.append(Example(line.strip()))
+                examples.append(Example(line.strip(), place=where))
                 continue
             try:
                 record = json_object(line)
                 text = record.pop(key)
                 if not isinstance(text, str):
                     raise TypeError(f"{key} is {text!r}")
-                examples.append(Example(text, record))
+                examples.append(Example(text, record, where))
             except (ValueError, KeyError, TypeError):
                 expected = f'expected a JSON object with "{key}", a string, found {line[:60]!r}'
                 leave_out(skipped, "prompts", f"{where}: {expected}")

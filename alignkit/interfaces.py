@@ -103,6 +103,8 @@ class Example:
 
     text: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    place: str = field(default="", compare=False)
+    """Where it was read ("prompts.txt, line 3"), for messages; may be empty."""
 
 
 @dataclass(frozen=True)

@@ -69,11 +69,24 @@ class WeightedRewards:
         return all(reward.differentiable for _, _, reward in self.rewards)
 
     def check(self, examples: Iterable[Example]) -> None:
-        """Raise ConfigError naming an example that can never be scored."""
+        """Raise ConfigError naming an example that can never be scored, and where it was read if that is known."""
         examples = list(examples)
         for asked in self._asked:
             with blaming(asked.name, "in check"):
-                asked.reward.check(examples)
+                try:
+                    asked.reward.check(examples)
+                except ConfigError:
+                    self._check_each(asked.reward, examples)
+                    raise
+
+    def _check_each(self, reward: Reward, examples: Sequence[Example]) -> None:
+        """`check`, of which the first example that is refused alone is told with its place."""
+        reward.check([])  # what is wrong with the settings has no place
+        for example in examples:
+            try:
+                reward.check([example])
+            except ConfigError as error:
+                raise ConfigError(f"{example.place}: {error}" if example.place else str(error)) from error
 
     def load(self, device: torch.device) -> None:
         """Load every reward."""

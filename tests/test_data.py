@@ -41,7 +41,8 @@ def test_processes_read_what_one_process_would_read() -> None:
 def test_prompts_are_read_from_lines_and_from_objects(tmp_path: Path) -> None:
     plain, rich = tmp_path / "p.txt", tmp_path / "p.jsonl"
     plain.write_text("\ufeffa red circle\r\n\n  a café  \n", encoding="utf-8")
-    assert read_examples(plain) == [Example("a red circle"), Example("a café")]
+    assert (found := read_examples(plain)) == [Example("a red circle"), Example("a café")]
+    assert [example.place for example in found] == [f"{plain}, line {number}" for number in (1, 3)]
     # U+2028 ends a line for Python's splitlines, but not in JSON lines.
     records = [{"text": "a sign\u2028below", "target": "OPEN"}, {"text": "a red circle"}]
     rich.write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in records), encoding="utf-8")

@@ -177,7 +177,8 @@ class Crowded(Reward):
 def test_an_error_meant_for_the_user_passes_unchanged() -> None:
     class Refusing(Brightness):
         def check(self, examples: Iterable[Example]) -> None:
-            raise ConfigError(f"no {next(iter(examples)).text}")
+            for example in examples:
+                raise ConfigError(f"no {example.text}")
 
         def load(self, device: torch.device) -> None:
             raise OSError("gone")
@@ -187,6 +188,27 @@ def test_an_error_meant_for_the_user_passes_unchanged() -> None:
         rewards.check(iter(EXAMPLES))
     with pytest.raises(PluginError, match="reward 's' failed while loading: OSError: gone"):
         rewards.load(torch.device("cpu"))
+
+
+def test_a_refused_prompt_is_told_with_its_place_and_wrong_settings_are_not() -> None:
+    class Picky(Brightness):
+        sound = True
+
+        def check(self, examples: Iterable[Example]) -> None:
+            if not self.sound:
+                raise ConfigError("picky: no judge")
+            for example in examples:
+                if example.text == "b":
+                    raise ConfigError("picky: 'b' cannot be scored")
+
+    rewards = WeightedRewards([("picky", 1.0, Picky())])
+    rewards.check([Example("a", place="p.txt, line 1")])
+    examples = [Example("a", place="p.txt, line 1"), Example("b", place="p.txt, line 4")]
+    with pytest.raises(ConfigError, match=r"^p\.txt, line 4: picky: 'b' cannot be scored$"):
+        rewards.check(examples)
+    Picky.sound = False
+    with pytest.raises(ConfigError, match=r"^picky: no judge$"):
+        rewards.check(examples)
 
 
 def test_no_reward_and_a_name_used_twice_are_refused() -> None:
