@@ -121,10 +121,7 @@ class Combination:
         """(N,) what to learn from; NaN where a picture could not be scored."""
         if self.mode != "normalised":
             return scores.values
-        if all(not s.count for s in self._running.values()):
-            # Nothing is known yet: the first scores of the run, those of all processes, are their own measure.
-            own = {name: Statistics.of(scores.parts[name]) for name in self._weights}
-            self._running = self._together(own)
+        self._start(scores)
         values = torch.zeros_like(scores.values)
         for name, weight in self.weights().items():
             values = values + weight * self._running[name].standardised(scores.parts[name])
@@ -138,10 +135,16 @@ class Combination:
             name: (w, scores.parts[name].masked_fill(~scores.valid, torch.nan)) for name, w in self.weights().items()
         }
 
+    def _start(self, scores: Scores) -> None:
+        """While nothing is known, take these, of all processes: the first scores of the run are their own measure."""
+        if all(not s.count for s in self._running.values()):
+            self._running = self._together({name: Statistics.of(scores.parts[name]) for name in self._weights})
+
     def see(self, scores: Scores) -> None:
         """Count scores of the policy's own answers, for the statistics of the next round."""
         if not self._counting:
             return
+        self._start(scores)
         for name, seen in self._seen.items():
             self._seen[name] = seen.with_(Statistics.of(scores.parts[name]))
 

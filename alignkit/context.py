@@ -59,6 +59,8 @@ class TrainContext(Context):
         log: bool = True,
         others: Sequence[tuple[int, Example]] = (),
     ) -> Scores:
+        if wrong := [row for row, _ in others if row not in range(len(latents))]:
+            raise IndexError(f"others: row {wrong[0]} of {len(latents)} latents")
         places: list[int] = []
         failed: AlignkitError | None = None
         scores: list[Scores] = []
@@ -73,7 +75,7 @@ class TrainContext(Context):
             if reason is not None:
                 self.failed_together = True
                 raise reason
-        found = joined(scores)[torch.tensor(places, device=latents.device).argsort()]
+        found = joined(scores).select(torch.tensor(places).argsort())
         return self._combined(found, len(latents) if log else 0)
 
     def _asked(
@@ -103,7 +105,7 @@ class TrainContext(Context):
         stays one measure all along the run, whatever the statistics."""
         self.pictures += len(scores.values) * self.accelerator.num_processes
         if logged:
-            own = scores[:logged]
+            own = scores.select(slice(logged))
             self.combination.see(own)
             if bool(own.valid.any()):
                 self.log(reward=own.values[own.valid].detach().mean())

@@ -103,7 +103,7 @@ class Example:
 
     text: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    place: str = field(default="", compare=False)
+    place: str = field(default="", compare=False, repr=False)
     """Where it was read ("prompts.txt, line 3"), for messages; may be empty."""
 
 
@@ -142,7 +142,7 @@ class Scores:
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     """Named sub-scores, (N,) each."""
 
-    def __getitem__(self, rows: Tensor | slice) -> Scores:
+    def select(self, rows: Tensor | slice) -> Scores:
         """Those of some rows."""
         return Scores(self.values[rows], self.valid[rows], {name: part[rows] for name, part in self.parts.items()})
 
@@ -272,7 +272,8 @@ class Reward(ABC):
     bounds: ClassVar[tuple[float | None, float | None]] = (None, None)
 
     def check(self, examples: Iterable[Example]) -> None:
-        """Raise ConfigError naming an example that can never be scored. Called before any weight loads."""
+        """Raise ConfigError naming an example that can never be scored. Called before any weight loads, and with fewer
+        of them again, or none, to find the first that is refused."""
         return
 
     def explain(self, example: Example) -> list[str]:
@@ -358,7 +359,8 @@ class Context(ABC):
         samples are not the policy's answers to these examples. Every process calls it equally often.
 
         `others` are M more questions, (row of `latents`, example): pictures under texts that they do not answer. No
-        picture is decoded twice for them. The scores are of N + M, theirs behind the rest and never logged.
+        picture is decoded twice for them. The scores are of N + M, theirs behind the rest and never logged. Raises
+        IndexError for a row that is not there.
 
         `values` are what to learn from, several rewards combined as `[scoring]` says; `parts` hold each one's own.
         """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,7 +76,7 @@ def lint(
 def _problems(rewards: WeightedRewards, example: Example, loaded: bool) -> Iterator[tuple[Problem, str]]:
     name = rewards.rewards[0][0]
     try:
-        rewards.check([example])
+        rewards.check([replace(example, place="")])  # a finding has its place
         if not loaded:
             return
         scores = rewards.score(torch.full((1, 3, _SIDE, _SIDE), 0.5), [example], 1)

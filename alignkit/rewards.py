@@ -75,18 +75,11 @@ class WeightedRewards:
             with blaming(asked.name, "in check"):
                 try:
                     asked.reward.check(examples)
-                except ConfigError:
-                    self._check_each(asked.reward, examples)
+                except ConfigError as error:
+                    place = _refused(asked.reward, examples).place
+                    if place:
+                        raise ConfigError(f"{place}: {error}") from error
                     raise
-
-    def _check_each(self, reward: Reward, examples: Sequence[Example]) -> None:
-        """`check`, of which the first example that is refused alone is told with its place."""
-        reward.check([])  # what is wrong with the settings has no place
-        for example in examples:
-            try:
-                reward.check([example])
-            except ConfigError as error:
-                raise ConfigError(f"{example.place}: {error}" if example.place else str(error)) from error
 
     def load(self, device: torch.device) -> None:
         """Load every reward."""
@@ -168,6 +161,22 @@ class WeightedRewards:
             parts[asked.name] = scores.values
             parts |= {f"{asked.name}/{part}": values for part, values in scores.parts.items()}
         return Scores(total.masked_fill(~valid, torch.nan), valid, parts)
+
+
+def _refused(reward: Reward, examples: Sequence[Example]) -> Example:
+    """The first of refused examples that `check` minds; one without a place where it minds something else."""
+    fine, refused = -1, len(examples)
+    while refused - fine > 1:
+        count = (fine + refused) // 2
+        try:
+            reward.check(examples[:count])
+            fine = count
+        except ConfigError:
+            refused = count
+        except Exception:
+            # What it says about fewer examples than it was given must not hide what it said about all.
+            return Example("")
+    return examples[refused - 1] if refused else Example("")
 
 
 def joined(scores: Sequence[Scores]) -> Scores:

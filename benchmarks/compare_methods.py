@@ -21,6 +21,8 @@ are 95 % bootstraps over seeds and prompts.
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import json
 import shutil
 import sys
@@ -43,11 +45,20 @@ from alignkit.errors import ConfigError
 from alignkit.evaluate import TOTAL, evaluate
 from alignkit.interfaces import Algorithm, Batch, Context
 from alignkit.run import Run
-from alignkit_shapes.models import FOLDER
+from alignkit_shapes.models import FOLDER, WEIGHTS
 
 READING = "shapes_reading"
 RESULT = "result.json"
 TRAIN, HELD_OUT = FOLDER / "prompts" / "train.txt", FOLDER / "prompts" / "held_out.txt"
+
+
+@functools.cache
+def weights() -> str:
+    """16 digits that tell the embedded weights apart."""
+    digest = hashlib.blake2b(digest_size=8)
+    for file in sorted(WEIGHTS.rglob("*.safetensors")):
+        digest.update(f"{file.relative_to(WEIGHTS).as_posix()} ".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 class Budgeted(Run):
@@ -148,7 +159,8 @@ class Comparison:
     def _settings(self, cell: Cell) -> dict[str, Any]:
         """All that the numbers of a cell depend on."""
         table = cell.table
-        return {**cell.settings(), "steps": table.steps, "prompts": self.prompts, "pictures": table.pictures}
+        measured = {"steps": table.steps, "prompts": self.prompts, "pictures": table.pictures}
+        return {**cell.settings(), **measured, "weights": weights()}
 
     def run(self, cell: Cell) -> None:
         """Train and measure the cell, and note it."""

@@ -56,16 +56,16 @@ _tables = [
         {"model.name": "shapes_lcm", "sampler.name": "lcm", "sampler.num_steps": 2, "data.batch_size": 16, **_rows},
         steps=(1, 2),
         samples=3840,
-        rates=(2e-4, 5e-4, 1e-3),
+        rates=(1e-4, 3e-4, 1e-3),
         methods={
             "RLCM (ddpo)": Method("ddpo", "samples", {"algorithm.samples": 4, **_distilled}),
             "PSO": Method("pso", "2 pairs", {"algorithm.pairs": 2, **_distilled}),
             "GORS-LCM": Method("gors_lcm", "samples", {"algorithm.samples": 4}),
             # The control of all that distil beside a reward.
             "distillation alone": Method("lcd", "rows"),
-            # 40 of the 60 updates that the model brings; its batch sets the number of samples for all.
+            # The 160 updates, 40 rounds, that the model brings; they set the number of samples for all.
             "LaSRO": Method("lasro", "samples", {
-                "data.batch_size": 48, "train.rows_per_update": 96, "train.rows_per_pass": 48, "train.ema_decay": 0.9,
+                "data.batch_size": 48, "train.rows_per_update": 96, "train.rows_per_pass": 48, "train.ema_decay": 0.96,
             }),
         },
         pictures=3,

@@ -61,6 +61,14 @@ def test_the_plain_sum_is_the_very_sum() -> None:
     assert rounds(combination, found) == {} and combination.values(found) is found.values
 
 
+def test_only_what_was_seen_is_the_measure_of_the_first_scores() -> None:
+    combination, both = Combination([A, B], ScoringConfig(combine="normalised")), drawn(0)
+    own = both.select(slice(20))
+    combination.see(own)
+    expected = z_score(both.parts["a"], own.parts["a"]) + 0.2 * z_score(both.parts["b"], own.parts["b"])
+    torch.testing.assert_close(combination.values(both), expected, atol=4e-3, rtol=0)
+
+
 def test_normalised_scores_are_z_scores_and_weights_then_weigh_what_they_say() -> None:
     combination, first = Combination([A, B], ScoringConfig(combine="normalised")), drawn(0)
     expected = z_score(first.parts["a"]) + 0.2 * z_score(first.parts["b"])

@@ -121,6 +121,10 @@ def test_the_comparison_is_made_cell_by_cell_and_rendered(
     monkeypatch.setitem(compare.TABLES, "small", replace(small, settings={**small.settings, "sampler.num_steps": 3}))
     with pytest.raises(ConfigError, match=r"small/base: was run with other settings \(sampler.num_steps\)"):
         compare.main(base)
+    monkeypatch.setitem(compare.TABLES, "small", small)
+    monkeypatch.setattr(compare, "weights", lambda: "others")
+    with pytest.raises(ConfigError, match=r"small/base: was run with other settings \(weights\)"):
+        compare.main(base)
 
 
 def test_the_quick_comparison_of_a_real_table_runs(compare: ModuleType, tmp_path: Path) -> None:

@@ -46,7 +46,11 @@ def test_prompts_are_read_from_lines_and_from_objects(tmp_path: Path) -> None:
     # U+2028 ends a line for Python's splitlines, but not in JSON lines.
     records = [{"text": "a sign\u2028below", "target": "OPEN"}, {"text": "a red circle"}]
     rich.write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in records), encoding="utf-8")
-    assert read_examples(rich) == [Example("a sign\u2028below", {"target": "OPEN"}), Example("a red circle")]
+    assert (found := read_examples(rich)) == [
+        Example("a sign\u2028below", {"target": "OPEN"}),
+        Example("a red circle"),
+    ]
+    assert [example.place for example in found] == [f"{rich}, line 1", f"{rich}, line 2"]
 
 
 @pytest.mark.parametrize(
@@ -116,10 +120,11 @@ def test_prompts_of_a_parquet_file_bring_its_plain_columns_as_metadata(table: Ca
     path = table(
         **{name: ["a red circle", "a café"]}, target=["OPEN", None], count=[1, 2], picture=[b"1", b"2"], list=[[1], []]
     )
-    assert read_examples(path) == [
+    assert (found := read_examples(path)) == [
         Example("a red circle", {"target": "OPEN", "count": 1}),
         Example("a café", {"target": None, "count": 2}),
     ]
+    assert [example.place for example in found] == [f"{path}, row 0", f"{path}, row 1"]
 
 
 def test_the_column_of_a_parquet_file_is_named_where_it_is_not_clear(table: Callable[..., Path]) -> None:

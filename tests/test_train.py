@@ -141,6 +141,8 @@ def test_other_questions_about_pictures_decode_nothing_again_and_are_not_logged(
     torch.testing.assert_close(together.parts["weighed"], together.values)
     assert together.valid.all() and len(set(together.values.tolist())) > 5
     assert ctx.take_metrics() == pytest.approx(logged)
+    with pytest.raises(IndexError, match="others: row 5 of 5 latents"):
+        ctx.score(latents, own, others=[(5, a)])
 
 
 @pytest.mark.parametrize("precision", ["bf16"])

@@ -54,6 +54,7 @@ def shapes_lcm() -> ModelBundle:
             "unit_gradients": True,
             "distillation_weight": 0.0,
             "reference_weight": 30.0,
+            "policy_steps": 4,
             "surrogate_steps": 2,
             "pairs_per_update": 128,
             "smoothing": 0.3,
@@ -62,8 +63,8 @@ def shapes_lcm() -> ModelBundle:
         "model": {"lora_targets": WIDE},
         "surrogate": {"name": "latent_unet", "warmup": 10, "learning_rate": 3e-4},
         "train": {
-            "updates": 60, "rows_per_update": 96, "rows_per_pass": 48, "learning_rate": 1e-3, "checkpoint_every": 10,
-            "ema_decay": 0.9,
+            "updates": 160, "rows_per_update": 96, "rows_per_pass": 48, "learning_rate": 1e-3, "checkpoint_every": 16,
+            "ema_decay": 0.96,
         },
         "evaluate": {"every": 0, "limit": 200, "samples": 3, "steps": [1, 2]},
     }  # fmt: skip

@@ -83,8 +83,10 @@ def test_a_plain_ground_and_noise_have_no_shapes() -> None:
 
 
 def test_no_training_prompt_names_a_held_out_pair_and_every_held_out_prompt_does() -> None:
-    train, held_out = (read_examples(PROMPTS / f"{name}.txt") for name in ("train", "held_out"))
-    assert len(train) == 400 and len(held_out) == 200
+    train, chosen_by, test = (read_examples(PROMPTS / f"{name}.txt") for name in ("train", "held_out", "test"))
+    assert len(train) == 400 and len(chosen_by) == 200 and len(test) == 400
+    held_out = [*chosen_by, *test]
+    assert len({e.text for e in held_out}) == 600
     pairs = [{(t.shape, t.color) for t in things_of(e.text)} for e in train]
     assert not any(p & HELD_OUT for p in pairs)
     assert all({(t.shape, t.color) for t in things_of(e.text)} & HELD_OUT for e in held_out)
@@ -96,7 +98,7 @@ def test_no_training_prompt_names_a_held_out_pair_and_every_held_out_prompt_does
 
 def test_the_prompts_that_are_shipped_are_those_that_the_build_writes(tmp_path: Path) -> None:
     write(tmp_path)
-    for name in ("train.txt", "held_out.txt"):
+    for name in ("train.txt", "held_out.txt", "test.txt"):
         assert (tmp_path / name).read_text() == (PROMPTS / name).read_text()
 
 
@@ -109,7 +111,7 @@ def test_the_tokenizer_that_is_built_is_the_one_that_is_shipped() -> None:
 
 def test_no_prompt_is_too_long_for_the_text_encoder() -> None:
     words = tokenizer()
-    texts = [e.text for name in ("train", "held_out") for e in read_examples(PROMPTS / f"{name}.txt")]
+    texts = [e.text for name in ("train", "held_out", "test") for e in read_examples(PROMPTS / f"{name}.txt")]
     assert max(len(words(text).input_ids) for text in texts) <= LENGTH
     assert words.decode(words("an orange ring").input_ids, skip_special_tokens=True).strip() == "an orange ring"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,41 +34,66 @@ def student(teacher: Path, out: Path) -> None:
     ).save_pretrained(out)  # fmt: skip
 
 
-LEGS = ((500, 3e-4, 0), (300, 1e-4, 0), (300, 3e-4, 32))
-"""Updates, learning rate and LoRA's rank, 0 for all weights."""
+@dataclass(frozen=True)
+class Leg:
+    """A part of the distillation, from where the one before it ended."""
+
+    updates: int
+    rate: float
+    rank: int = 0
+    """Of a LoRA, which is merged into the weights; 0 for all weights."""
+    targets: Sequence[str] = ()
+    """Layers of the LoRA; attention if empty."""
+    rows: int = 64
+    average: float = 0.99
+    runs: int = 1
+    """LoRAs of as many seeds, of which the mean is merged."""
+
+    def __post_init__(self) -> None:
+        if self.runs > 1 and not self.rank:
+            raise ValueError(f"runs is {self.runs}, expected 1 without a LoRA: whole models are not averaged")
 
 
-def train(
-    teacher: Path, out: Path, run: Path, legs: Sequence[tuple[int, float, int]] = LEGS, rows: int = 64, seed: int = 3
-) -> None:
+LEGS = (
+    Leg(500, 3e-4),
+    Leg(300, 1e-4),
+    Leg(300, 3e-4, rank=32, targets=WIDE),
+    Leg(120, 2e-4, rank=16, rows=32, average=0.95, runs=3),
+)
+
+
+def train(teacher: Path, out: Path, run: Path, legs: Sequence[Leg] = LEGS, seed: int = 3) -> None:
     """Distil into `out` leg by leg, with the runs kept beside `run`; an interrupted run is resumed.
 
     At the first rate alone, pictures of several steps get worse again after some 250 updates while those of one step
     still improve; the second, smaller rate brings them back. Faint specks on the ground stay; the third leg, a LoRA at
-    the first rate, takes them away and is merged into the weights.
+    the first rate, takes them away. Behind it single runs still lead a little further and drift besides, each its own
+    way: the last leg is the mean of three.
     """
     start = run.with_name(run.name + "-start")
     if not start.exists():
         student(teacher, start)
-    for leg, (updates, lr, rank) in enumerate(legs, start=1):
-        folder, result = run.with_name(f"{run.name}-{leg}"), out.with_name(f"{out.name}-{leg}")
-        _distil(teacher, start, folder, updates, rows, lr, rank, seed + leg)
+    for number, leg in enumerate(legs, start=1):
+        result = out.with_name(f"{out.name}-{number}")
+        folders = [run.with_name(f"{run.name}-{number}-{i}") for i in range(leg.runs)]
+        for i, folder in enumerate(folders):
+            _distil(teacher, start, folder, leg, seed + number + 10 * i)
         pipe = LatentConsistencyModelPipeline.from_pretrained(start)
-        if rank:
-            pipe.load_lora_weights(folder)
+        if leg.rank:
+            for folder in folders:
+                pipe.load_lora_weights(folder, adapter_name=folder.name)
+            pipe.set_adapters([folder.name for folder in folders], adapter_weights=[1 / leg.runs] * leg.runs)
             pipe.fuse_lora()
             pipe.unload_lora_weights()
         else:
-            pipe.unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+            pipe.unet = UNet2DConditionModel.from_pretrained(folders[0] / "unet")
         pipe.save_pretrained(result)
         start = result
     shutil.copytree(start, out, dirs_exist_ok=True)
 
 
-def _distil(
-    teacher: Path, start: Path, run: Path, updates: int, rows: int, lr: float, lora_rank: int, seed: int
-) -> None:
-    """One run of `lcd` on the model at `start`, on all its weights if `lora_rank` is 0."""
+def _distil(teacher: Path, start: Path, run: Path, leg: Leg, seed: int) -> None:
+    """One run of `lcd` on the model at `start`."""
     prompts = Path(__file__).parents[1] / "prompts"
     if run.exists():
         job = alignkit.load(resume=run)
@@ -75,14 +101,14 @@ def _distil(
         job = alignkit.load(
             None,
             {
-                "model.name": str(start), "model.teacher": str(teacher), "model.lora_rank": lora_rank,
-                "model.lora_targets": WIDE, "model.guidance": GUIDANCE,
+                "model.name": str(start), "model.teacher": str(teacher), "model.lora_rank": leg.rank,
+                "model.lora_targets": list(leg.targets), "model.guidance": GUIDANCE,
                 "sampler.name": "lcm", "algorithm.name": "lcd", "algorithm.w_min": W_MIN, "algorithm.w_max": W_MAX,
                 "reward": ["shapes_reading"], "data.pictures": "alignkit_shapes.data:Drawings",
                 "data.prompts": str(prompts / "train.txt"), "evaluate.prompts": str(prompts / "held_out.txt"),
-                "evaluate.limit": 60, "evaluate.every": 0, "evaluate.batch_size": 50, "train.updates": updates,
-                "train.rows_per_update": rows, "train.rows_per_pass": rows, "train.learning_rate": lr,
-                "train.ema_decay": 0.99, "train.checkpoint_every": 100, "seed": seed, "output": str(run),
+                "evaluate.limit": 60, "evaluate.every": 0, "evaluate.batch_size": 50, "train.updates": leg.updates,
+                "train.rows_per_update": leg.rows, "train.rows_per_pass": leg.rows, "train.learning_rate": leg.rate,
+                "train.ema_decay": leg.average, "train.checkpoint_every": 100, "seed": seed, "output": str(run),
             },
         )  # fmt: skip
     for _ in job.train(Console(width=140)):

@@ -16,20 +16,28 @@ def _held_out(things: list[Thing]) -> bool:
     return any((t.shape, t.color) in HELD_OUT for t in things)
 
 
-def write(folder: Path, train: int = 400, held_out: int = 200, seed: int = 7) -> None:
-    """`train.txt`: things none of which is held out. `held_out.txt`: at least one held out, some with a relation.
+def write(folder: Path, train: int = 400, held_out: int = 200, test: int = 400, seed: int = 7) -> None:
+    """`train.txt`: things none of which is held out. `held_out.txt` and `test.txt`: at least one held out, some with a
+    relation; the first is for what is measured and chosen on the way, the other for what is measured in the end.
 
     Three of four prompts drawn name two things, the others three; no prompt comes twice.
     """
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, count, wanted in (("train", train, False), ("held_out", held_out, True)):
-        lines: dict[str, None] = {}
-        while len(lines) < count:
-            things = sample_things(2 if rng.random() < 0.75 else 3, rng)
-            if _held_out(things) != wanted:
-                continue
-            phrases = [t.phrase for t in things]
-            spatial = wanted and len(things) == 2 and rng.random() < 0.5
-            lines[f"{phrases[0]} {rng.choice(RELATIONS)} {phrases[1]}" if spatial else join(phrases)] = None
+    trained = _distinct(rng, train, False)
+    others = _distinct(rng, held_out + test, True)
+    for name, lines in (("train", trained), ("held_out", others[:held_out]), ("test", others[held_out:])):
         (folder / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _distinct(rng: np.random.Generator, count: int, wanted: bool) -> list[str]:
+    """`count` prompts, with held-out things or without."""
+    lines: dict[str, None] = {}
+    while len(lines) < count:
+        things = sample_things(2 if rng.random() < 0.75 else 3, rng)
+        if _held_out(things) != wanted:
+            continue
+        phrases = [t.phrase for t in things]
+        spatial = wanted and len(things) == 2 and rng.random() < 0.5
+        lines[f"{phrases[0]} {rng.choice(RELATIONS)} {phrases[1]}" if spatial else join(phrases)] = None
+    return list(lines)

@@ -26,7 +26,7 @@ def train(out: Path, run: Path, rounds: int = 250, updates: int = 400, seed: int
     """
     first, second = (run.with_name(f"{run.name}-{leg}") for leg in (1, 2))
     texts = run.with_name(f"{run.name}-prompts")
-    prompts.write(texts, train=4000, held_out=1, seed=70)
+    prompts.write(texts, train=4000, held_out=1, test=0, seed=70)
     _run(first, seed, {
         "data.prompts": str(texts / "train.txt"), "reward.attribute_binding.mode": "soft",
         "surrogate.warmup": rounds, "train.updates": 1, "algorithm.replay": rounds, "surrogate.init": "",
@@ -36,7 +36,7 @@ def train(out: Path, run: Path, rounds: int = 250, updates: int = 400, seed: int
     _run(second, seed + 1, {
         "surrogate.init": str(first / "surrogate.safetensors"), "train.updates": updates, "algorithm.replay": updates,
         "algorithm.restart_every": 30, "algorithm.surrogate_steps": 2, "algorithm.pairs_per_update": 96,
-        "algorithm.reference_weight": 0.0, "train.learning_rate": 2e-4,
+        "algorithm.policy_steps": 1, "algorithm.reference_weight": 0.0, "train.learning_rate": 2e-4,
     })  # fmt: skip
     taught = load_file(second / "surrogate.safetensors")
     save_file({name: tensor.half() for name, tensor in taught.items()}, out)
