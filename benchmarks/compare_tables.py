@@ -63,7 +63,7 @@ _tables = [
             "GORS-LCM": Method("gors_lcm", "samples", {"algorithm.samples": 4}),
             # The control of all that distil beside a reward.
             "distillation alone": Method("lcd", "rows"),
-            # The 160 updates, 40 rounds, that the model brings; they set the number of samples for all.
+            # 40 rounds, some more than the 32 that the model brings; its batch sets the number of samples for all.
             "LaSRO": Method("lasro", "samples", {
                 "data.batch_size": 48, "train.rows_per_update": 96, "train.rows_per_pass": 48, "train.ema_decay": 0.96,
             }),

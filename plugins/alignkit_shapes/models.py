@@ -63,7 +63,7 @@ def shapes_lcm() -> ModelBundle:
         "model": {"lora_targets": WIDE},
         "surrogate": {"name": "latent_unet", "warmup": 10, "learning_rate": 3e-4},
         "train": {
-            "updates": 160, "rows_per_update": 96, "rows_per_pass": 48, "learning_rate": 1e-3, "checkpoint_every": 16,
+            "updates": 128, "rows_per_update": 96, "rows_per_pass": 48, "learning_rate": 1e-3, "checkpoint_every": 16,
             "ema_decay": 0.96,
         },
         "evaluate": {"every": 0, "limit": 200, "samples": 3, "steps": [1, 2]},
