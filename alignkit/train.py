@@ -36,11 +36,9 @@ class Update:
     step: int
     """1, 2, ..."""
     metrics: Mapping[str, float]
-
-    @property
-    def reward(self) -> float:
-        """Mean true reward of what was drawn for this update; NaN if nothing was scored for it."""
-        return self.metrics.get("reward", math.nan)
+    """What this update logged; the first of a round, also what was seen while samples were collected."""
+    reward: float = math.nan
+    """Mean true reward of the samples of the round that this update learned from; NaN if none was scored."""
 
 
 class Trainer:
@@ -122,11 +120,15 @@ class Trainer:
         self._round_start = None
         self._update_surrogate(collected)
         if warming_up:
-            yield Update(0, ctx.take_metrics())
+            metrics = ctx.take_metrics()
+            yield Update(0, metrics, metrics.get("reward", math.nan))
             return
+        reward = math.nan
         for rows in self._together(self._in_precision(algorithm.updates(collected, ctx))):
             self._update_policy(rows)
-            yield Update(ctx.update, ctx.take_metrics())
+            metrics = ctx.take_metrics()
+            reward = metrics.get("reward", reward)
+            yield Update(ctx.update, metrics, reward)
             if self.finished:
                 return
         self._idle = 0 if ctx.update > before else self._idle + 1

@@ -52,8 +52,22 @@ def test_the_average_follows_the_trained_weights_with_its_decay(make_trainer: Ca
         assert torch.allclose(average, 0.75 * (0.75 * first + 0.25 * second) + 0.25 * third, atol=1e-6)
 
 
-def test_an_update_that_nothing_was_scored_for_has_no_reward() -> None:
-    assert math.isnan(Update(1, {"loss": 0.0}).reward) and Update(1, {"reward": 0.5}).reward == 0.5
+def test_every_update_of_a_round_tells_the_reward_of_its_samples(make_trainer: Callable[..., Trainer]) -> None:
+    assert math.isnan(Update(1, {"loss": 0.0}).reward)
+    trainer = make_trainer({"algorithm.policy_steps": 3, "train.updates": 6, "surrogate.warmup": 0})
+    rounds = [list(trainer.round()) for _ in range(2)]
+    assert [[u.step for u in each] for each in rounds] == [[1, 2, 3], [4, 5, 6]]
+    for each in rounds:
+        assert ["reward" in u.metrics for u in each] == [True, False, False]
+        assert {u.reward for u in each} == {each[0].metrics["reward"]}
+    assert rounds[0][0].reward != rounds[1][0].reward
+
+
+def test_an_update_that_nothing_was_scored_for_has_no_reward(
+    make_trainer: Callable[..., Trainer], odd_rewards: None
+) -> None:
+    trainer = make_trainer({"algorithm.policy_steps": 2, "reward": ["unscored"], "surrogate.warmup": 0})
+    assert all(math.isnan(update.reward) for update in trainer.round())
 
 
 def test_metrics_are_averaged_over_an_update_and_then_forgotten(make_trainer: Callable[..., Trainer]) -> None:
