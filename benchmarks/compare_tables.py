@@ -80,12 +80,14 @@ _tables = [
             "sampler.eta": 1.0, "sampler.num_steps": 8, "data.batch_size": 16, **_rows,
         },
         steps=(1, 2, 4, 8, 16),
-        samples=6400,
+        samples=3840,
         rates=(3e-4, 1e-3),
         methods={
             "D3PO": Method("d3po", "2 pairs", {"algorithm.pairs": 2, "train.rows_per_update": 64}),
             "DDPO": Method("ddpo", "samples", {"algorithm.samples": 4, "train.rows_per_update": 128}),
-            "REBEL": Method("rebel", "2 pairs", {"algorithm.pairs": 2, "train.rows_per_pass": 8}),
+            "REBEL": Method("rebel", "2 pairs", {
+                "algorithm.pairs": 2, "train.rows_per_update": 8, "train.rows_per_pass": 8,
+            }),
             "SDPO": Method("sdpo", "2 pairs", {"algorithm.pairs": 2, "train.rows_per_pass": 64}),
         },
     ),
@@ -99,8 +101,8 @@ _tables = [
             "reward": [{"name": "attribute_binding", "mode": "soft"}], **_rows,
         },
         steps=(1, 2, 4),
-        samples=12800,
-        rates=(2e-5, 1e-4),
+        samples=3840,
+        rates=(1e-4, 3e-4),
         methods={
             "LCM, distilled on": Method("lcd", "rows"),
             "RG-LCD": Method("rg_lcd", "rows", {"algorithm.beta": 1.0}),
@@ -117,8 +119,8 @@ _tables = [
             "sampler.num_steps": 4, **_rows,
         },
         steps=(1, 2, 4),
-        samples=6400,
-        rates=(2e-5, 1e-4),
+        samples=3840,
+        rates=(3e-5, 1e-4, 3e-4),
         methods={
             "Diffusion-DPO": Method("diffusion_dpo", "rows"),
             "PSO, offline": Method("pso", "rows", {"algorithm.mode": "offline"}),

@@ -32,10 +32,11 @@ def _walk(name: str, num_steps: int, read_at: list[int], **fields: Any) -> dict[
 
 def _likelihoods(walk: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The methods that learn from the likelihood of steps, on this walk."""
-    # The papers' ranges are for latents of 16384 numbers. The mean over 256 scatters eight times as wide. And their
-    # prompts are few and come again: here each is measured by the four rewards that it gets in a round.
-    clip = {"algorithm": {"clip_range": 1e-3, "min_count": 4}}
-    return {"ddpo": walk | clip, "sdpo": walk | clip, "rebel": walk, "d3po": walk, "pso": walk}
+    # The papers' prompts are few and come again: here each is measured by the four rewards that it gets in a round.
+    own = {"min_count": 4}
+    # Their ranges are for latents of 16384 numbers. The mean over 256 scatters eight times as wide.
+    clip = {"algorithm": {"clip_range": 1e-3, **own}}
+    return {"ddpo": walk | clip, "sdpo": walk | clip, "rebel": walk | {"algorithm": own}, "d3po": walk, "pso": walk}
 
 
 def shapes_lcm() -> ModelBundle:
