@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -19,29 +16,20 @@ from rich.console import Console
 from torch import Tensor
 
 from alignkit import checkpoint, evaluate, run_folder
-from alignkit.combination import Combination
 from alignkit.compare import compare_runs
 from alignkit.config import RunConfig, find_bundle
 from alignkit.config import load as load_config
-from alignkit.context import TrainContext
 from alignkit.diffusers_policy import DiffusersPolicy
 from alignkit.errors import AlignkitError, ConfigError
-from alignkit.interfaces import Example
+from alignkit.loop import Loop
 from alignkit.parts import Parts
 from alignkit.prepare import Prepared, prepare
 from alignkit.registry import whose
-from alignkit.report import Report
-from alignkit.rewards import WeightedRewards
 from alignkit.rollout import sample_pictures
 from alignkit.score import score
-from alignkit.train import Trainer, Update
+from alignkit.train import Update
 
 __all__ = ["Run", "compare_runs", "load", "open_run", "score"]
-
-SCORES = "scores.sqlite"
-"""The file of a run folder that keeps scores of black boxes."""
-GRID = 8
-"""Prompts in a picture grid."""
 
 
 def load(
@@ -93,7 +81,6 @@ class Run(Parts):
         self._policy: DiffusersPolicy | None = None
         self.average: Mapping[str, Tensor] = {}
         """The average of the trained weights, once there is one."""
-        self._rewards: WeightedRewards | None = None
 
     @property
     def name(self) -> str:
@@ -113,112 +100,26 @@ class Run(Parts):
         otherwise. Raises AlignkitError for what the user can mend.
         """
         self.check()
-        accelerator = self._accelerator()
+        accelerator = self.accelerator()
         self._claim(accelerator)
         saved = self._newest_checkpoint()
         try:
-            trainer, examples = self._build(accelerator)
+            loop = Loop(self, accelerator)
         except Exception:
             if not self._existing and accelerator.is_main_process:
                 run_folder.release(self.folder)  # so that the next try is not refused
             raise
-        assert self._rewards is not None
-        state: dict[str, Any] = {"before": None, "lines": 0, "unmeasured": False, "rewards": {}}
-        state = state if saved is None else trainer.restore(saved)
-        self._rewards.hold_to(state.get("rewards", {}), f"{saved} was saved")
-        before = evaluate.Measurement.from_state(state["before"]) if state["before"] else None
+        self._policy, self.average = loop.policy, loop.trainer.average
         try:
-            with Report(
-                self.folder, console, self.config.train.updates, state["lines"], writes=accelerator.is_main_process
-            ) as report:
-                yield from self._loop(accelerator, trainer, report, before, examples, state["unmeasured"])
+            if saved is not None:
+                loop.restore(saved)
+            yield from loop.updates(console, lambda: self.stopping)
         except Exception as error:
             if not isinstance(error, AlignkitError) and (origin := whose(error)):
                 error.add_note(f"This was raised in code of {origin}.")
             raise
         finally:
-            self._rewards.close()
-            accelerator.end_training()
-
-    def _loop(
-        self,
-        accelerator: Accelerator,
-        trainer: Trainer,
-        report: Report,
-        before: evaluate.Measurement | None,
-        examples: Sequence[Example],
-        unmeasured: bool,
-    ) -> Iterator[Update]:
-        """Rounds until the last update, with what is due between them: evaluation, pictures, checkpoints.
-
-        `unmeasured` says that the run broke off in the evaluation that was due.
-        """
-        config, ctx = self.config, trainer.ctx
-        warmup = config.surrogate.warmup if config.surrogate else 0
-        assert self._rewards is not None
-        identities = self._rewards.identities()
-
-        def save(unmeasured: bool = False) -> None:
-            first = before.state_dict() if before else None
-            run_state = {"before": first, "lines": report.lines, "unmeasured": unmeasured, "rewards": identities}
-            trainer.save(self.folder / "checkpoints", run_state)
-
-        if before is None and examples:
-            with self._stopping_well(None):
-                before = self._measure(trainer, examples)
-            report.evaluation(0, evaluate.compare(before, watched=self._watched()))
-        while not trainer.finished:
-            warming_up, last = trainer.warming_up, ctx.update
-            with self._stopping_well(lambda: save() if trainer.interrupted else None, agreeing=False):
-                for update in () if unmeasured else trainer.round():
-                    report.update(update.step, update.metrics, ctx.take_pictures())
-                    for message in ctx.warnings:
-                        report.warn(message)
-                    accelerator.log(dict(update.metrics), step=trainer.batches if warming_up else warmup + update.step)
-                    if not warming_up:
-                        yield update
-            due = unmeasured or _due(config.evaluate.every, last, ctx.update)
-            if due and not trainer.finished and before is not None:
-                with self._stopping_well(lambda: save(unmeasured=True)):
-                    measured = self._measure(trainer, examples)
-                self._show(report, ctx.update, before, measured, examples)
-            warmed_up = warming_up and not trainer.warming_up
-            saving = unmeasured or warmed_up or _due(config.train.checkpoint_every, last, ctx.update)
-            unmeasured = False
-            if saving or self.stopping or trainer.finished:
-                save()
-            if self.stopping:
-                return
-        if before is not None:
-            with self._stopping_well(None):
-                measured = self._measure(trainer, examples)
-            self._show(report, ctx.update, before, measured, examples)
-        if accelerator.is_main_process:
-            assert self._policy is not None
-            run_folder.export(self.folder, self._policy, trainer.average, ctx.surrogate)
-
-    @contextmanager
-    def _stopping_well(self, save: Callable[[], None] | None, agreeing: bool = True) -> Iterator[None]:
-        """What a reward, or anything else that is meant for the user, ends the run with also says how to go on.
-
-        `agreeing` ends it in all processes if it does in one; without, the block has seen to that.
-        """
-        refused: AlignkitError | None = None
-        try:
-            yield
-        except AlignkitError as error:
-            refused = error
-        if agreeing:
-            refused = next((error for error in gather_object([refused]) if error is not None), None)
-        if refused is None:
-            return
-        if save is not None:
-            with suppress(AlignkitError):  # a full disk may be the reason itself: that is what is told
-                save()
-        raise type(refused)(f"{refused}; go on with: alignkit train --resume {self.folder}") from refused
-
-    def _watched(self) -> list[str]:
-        return self._rewards.watched if self._rewards is not None else []
+            loop.close()
 
     def _claim(self, accelerator: Accelerator) -> None:
         """Take the folder, in one process; if that fails it does so in all, so that none waits for the others."""
@@ -238,7 +139,8 @@ class Run(Parts):
             if reason is not None:
                 raise reason
 
-    def _accelerator(self) -> Accelerator:
+    def accelerator(self) -> Accelerator:
+        """Devices, precision and processes, as `[train]` says."""
         train = self.config.train
         # Accelerate keeps its first settings for the whole process; two runs in one may differ in precision.
         AcceleratorState._reset_state()
@@ -253,86 +155,9 @@ class Run(Parts):
         """None for a new run, and for one that was ended before its first checkpoint."""
         return checkpoint.latest(self.folder / "checkpoints") if self._existing else None
 
-    def _build(self, accelerator: Accelerator) -> tuple[Trainer, list[Example]]:
-        """Load everything that training needs, and the held-out examples."""
-        # Initial weights of adapters and heads come from torch's global generator, which is the caller's.
-        with torch.random.fork_rng():
-            torch.manual_seed(self.config.seed)
-            return self._load(accelerator)
-
-    def _load(self, accelerator: Accelerator) -> tuple[Trainer, list[Example]]:
-        config, device = self.config, accelerator.device
-        algorithm = self.algorithm()
-        policy = self.load_policy(device)
-        self._policy = policy
-        teacher = self.load_teacher(device)
-        surrogate = self.load_surrogate(policy)
-        asking = self.asking(self.folder / SCORES, lambda message: ctx.warn(message))
-        self._rewards = self.with_measured(self.trained_rewards(), asking=asking)
-        self._rewards.load(device)
-        rows, chunk = config.train.rows_per_update, config.evaluate.batch_size
-        combination = Combination(config.rewards, config.scoring, gather_object)
-        ctx = TrainContext(
-            accelerator,
-            policy,
-            teacher,
-            self.sampler(),
-            self._rewards.without_watched(),
-            surrogate,
-            config.seed,
-            rows,
-            chunk,
-            combination,
-        )
-        skipped = self.skipped()
-        prompts = self.prompts(skipped)
-        pictures, pairs = self.pictures(policy.image_size, skipped), self.pairs(policy.image_size, skipped)
-        if skipped:
-            ctx.warn(f"data: {len(skipped)} skipped as broken: {'; '.join(skipped)}")
-            skipped.clear()
-        for note in pairs.notes if pairs is not None else ():
-            ctx.warn(note)
-        trainer = Trainer(config, ctx, algorithm, prompts, pictures, pairs, skipped)
-        self.average = trainer.average
-        algorithm.setup(ctx)
-        if config.train.trackers:
-            accelerator.init_trackers("alignkit", config=dict(_flat(asdict(config))))
-        return trainer, self.held_out()
-
-    def _measure(self, trainer: Trainer, examples: Sequence[Example]) -> evaluate.Measurement:
-        """What the average weights score on the held-out prompts."""
-        settings, policy = self.config.evaluate, trainer.ctx.policy
-        assert self._rewards is not None
-        with policy.using(trainer.average):
-            return evaluate.evaluate(
-                policy,
-                self.sampler(),
-                self._rewards,
-                examples,
-                settings.steps,
-                settings.seed,
-                settings.batch_size,
-                GRID,
-                samples=settings.samples,
-            )
-
-    def _show(
-        self,
-        report: Report,
-        step: int,
-        before: evaluate.Measurement,
-        after: evaluate.Measurement,
-        examples: Sequence[Example],
-    ) -> None:
-        report.evaluation(step, evaluate.compare(before, after, self._watched()))
-        steps = self.config.evaluate.steps
-        columns = [f"{k} step{'s' * (k > 1)}, {when}" for k in steps for when in ("before", "after")]
-        pairs = torch.stack([before.pictures, after.pictures], dim=2).flatten(1, 2)
-        report.grid(step, pairs, [e.text for e in examples[: len(pairs)]], columns)
-
     def prepare(self, console: Console | None = None) -> tuple[list[Prepared], list[str]]:
         """Encode what `train` will read into the cache of `[data] cache`, as `alignkit.prepare.prepare` tells."""
-        return prepare(self, self._accelerator().device, console)
+        return prepare(self, self.accelerator().device, console)
 
     # drawing and measuring
 
@@ -377,17 +202,3 @@ class Run(Parts):
         On held-out prompts; with `seen` also on as many of the training prompts.
         """
         return compare_runs([self], steps, rewards, seen)
-
-
-def _flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, int | float | str]]:
-    """The values of a config under dotted keys, as trackers take them: what is no number or string as JSON."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value if isinstance(value, int | float | str) else json.dumps(value)
-
-
-def _due(every: int, last: int, now: int) -> bool:
-    """Whether a multiple of `every` lies in (last, now]."""
-    return bool(every) and last // every != now // every

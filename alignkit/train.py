@@ -1,4 +1,4 @@
-"""The loop: batch, collect, rows, loss, update; and its checkpoints."""
+"""A round: batch, collect, rows, loss, update; and what a checkpoint keeps of it."""
 
 from __future__ import annotations
 

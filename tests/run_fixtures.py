@@ -46,10 +46,11 @@ def make_trainer(tiny_run: Callable[..., Run], tiny_teacher: Path) -> Callable[.
     """The built trainer of a tiny run, before its first round; with `ddim=True` on the teacher, with chance at every
     one of its steps."""
 
+    from alignkit.loop import Loop
+
     def make(overrides: Mapping[str, Any] | None = None, ddim: bool = False) -> Trainer:
         model = {"model.name": str(tiny_teacher), "sampler.name": "ddim", "sampler.eta": 1.0, "evaluate.steps": [3]}
         run = tiny_run(overrides=(model if ddim else {}) | dict(overrides or {}))
-        trainer, _ = run._build(run._accelerator())
-        return trainer
+        return Loop(run, run.accelerator()).trainer
 
     return make

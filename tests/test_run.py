@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import alignkit
 from alignkit.errors import AlignkitError, ConfigError
+from alignkit.loop import Loop
 from alignkit.rollout import seeded_noises
 from alignkit.run import Run, score
 
@@ -232,7 +233,7 @@ def test_a_run_of_no_updates_measures_the_model_as_it_is(tiny_run: MakeRun) -> N
 
 def test_a_surrogate_can_start_from_that_of_another_run(finished: Run, tiny_run: MakeRun, tmp_path: Path) -> None:
     second = tiny_run("second", {"surrogate.init": str(finished.folder), "surrogate.warmup": 0, "train.updates": 1})
-    trainer, _ = second._build(second._accelerator())
+    trainer = Loop(second, second.accelerator()).trainer
     assert trainer.ctx.surrogate is not None
     saved = load_file(finished.folder / "surrogate.safetensors")
     assert all(torch.equal(saved[n], t) for n, t in trainer.ctx.surrogate.module().state_dict().items())
