@@ -14,7 +14,8 @@ prompts are drawn with the same noises by every cell.
 
 The `result.json` of a cell in `--out` is written behind it, and a cell that has one is not run again; one that was
 interrupted goes on from its checkpoint. So the comparison can be made cell by cell, extended by seeds and methods, and
-divided among processes that have different tables or methods. `--render` makes the tables of what is there. Intervals
+divided among processes that have different tables or methods. `benchmarks/results`, where it goes by default, comes
+with the results that docs/results.md shows; to make them again from nothing, name another folder. `--render` makes the tables of what is there. Intervals
 are 95 % bootstraps over seeds and prompts.
 """
 
@@ -49,6 +50,7 @@ from alignkit_shapes.models import FOLDER, WEIGHTS
 
 READING = "shapes_reading"
 RESULT = "result.json"
+RESULTS = Path(__file__).parent / "results"
 TRAIN, HELD_OUT = FOLDER / "prompts" / "train.txt", FOLDER / "prompts" / "held_out.txt"
 
 
@@ -59,6 +61,12 @@ def weights() -> str:
     for file in sorted(WEIGHTS.rglob("*.safetensors")):
         digest.update(f"{file.relative_to(WEIGHTS).as_posix()} ".encode() + file.read_bytes())
     return digest.hexdigest()
+
+
+def where() -> dict[str, Any]:
+    """On what a cell was run."""
+    found = environment()
+    return {key: found[key] for key in ("versions", "git", "cpu")}
 
 
 class Budgeted(Run):
@@ -181,8 +189,7 @@ class Comparison:
             self._features[table.name] = found["features"]
         self.results[cell.key] = {
             "table": table.name, "method": cell.method, "rate": cell.rate, "seed": cell.seed, "tuning": cell.tuning,
-            **told, "values": found["values"], "drift": drift, "versions": environment()["versions"],
-            "settings": self._settings(cell),
+            **told, "values": found["values"], "drift": drift, **where(), "settings": self._settings(cell),
         }  # fmt: skip
         (self.folder / cell.key).mkdir(parents=True, exist_ok=True)
         checkpoint.write_file(self.folder / cell.key / RESULT, json.dumps(self.results[cell.key]))
@@ -233,7 +240,7 @@ def cells(comparison: Comparison, table: Table, methods: Sequence[str], seeds: S
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="a folder for each run")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="a folder for each run")
     parser.add_argument("--tables", default=",".join(TABLES))
     parser.add_argument("--methods", default="", help="algorithms of the tables; empty: all")
     parser.add_argument("--seeds", default="0,1,2")
