@@ -93,8 +93,10 @@ def check(
     import alignkit.run
 
     run = alignkit.run.load(file, flags.overrides(algo, reward, model, steps, out, seed, assignments))
-    run.check()
+    skipped = run.check()
     config = run.config
+    for what in skipped:
+        typer.echo(f"skipped as broken: {what}")
     what = f"{config.algorithm.name} on {config.model.name}, {' and '.join(r.name for r in config.rewards)}"
     typer.echo(f"{file or 'settings'}: no mistakes found ({what}, {config.train.updates} updates)")
 
@@ -325,7 +327,7 @@ def evaluate(
     sources: Annotated[list[str], typer.Argument(metavar="RUN...")],
     steps: StepList = None,
     reward: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A further reward; repeatable.")] = None,
-    unseen: Annotated[bool, typer.Option("--unseen", help="Leave out the prompts that were trained on.")] = False,
+    unseen: Annotated[bool, typer.Option("--unseen", help="Held-out prompts alone.")] = False,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the rows as CSV.")] = None,
     assignments: Set = None,
     as_json: Json = False,

@@ -29,15 +29,26 @@ def compare_runs(
 ) -> list[Row]:
     """Rows of all runs, those of one reward and number of steps beside each other.
 
-    `rewards` are measured besides those that a run names. With `seen`, as many of the training prompts are measured
-    as of the held-out ones. Runs that began as the same model and are measured alike share what came before.
+    `rewards` are measured besides those that a run names. With `seen`, as many of the file that was trained from are
+    measured as of the held-out ones. Runs that began as the same model and are measured alike share what came before.
     """
     before: dict[str, Measurement] = {}
-    rows = [row for run in runs for row in _rows(run, steps, rewards, seen, before)]
+    rows = [
+        replace(row, run=name)
+        for run, name in zip(runs, _names(runs), strict=True)
+        for row in _rows(run, steps, rewards, seen, before)
+    ]
     # Sorting is stable, so runs stay in the order given.
     names = list(dict.fromkeys(row.reward for row in rows))
     kinds = list(dict.fromkeys(row.prompts for row in rows))
     return sorted(rows, key=lambda row: (kinds.index(row.prompts), row.num_steps, names.index(row.reward)))
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """What tables call them: run folders of one name by their paths."""
+    names = [run.name for run in runs]
+    alike = [name == run.folder.name and names.count(name) > 1 for run, name in zip(runs, names, strict=True)]
+    return [str(run.folder) if same else name for run, name, same in zip(runs, names, alike, strict=True)]
 
 
 def _rows(
@@ -80,7 +91,7 @@ def _rows(
         found = evaluate.compare(before[key], after, rewards.watched) + drift(
             before[key].features, after.features, len(examples)
         )
-        rows += [replace(row, prompts=kind, run=run.name) for row in found]
+        rows += [replace(row, prompts=kind) for row in found]
     rewards.close()
     return rows
 
@@ -90,9 +101,9 @@ def drift(before: Mapping[int, Tensor], after: Mapping[int, Tensor], prompts: in
     texts."""
     rows = []
     for num_steps, features in before.items():
-        if len(features) < 2:
+        if prompts < 2:
             continue
-        distance, low, high = kernel_distance(features, after[num_steps])
+        distance, low, high = kernel_distance(features, after[num_steps], prompts)
         rows.append(Row(DRIFT, num_steps, prompts, 0.0, distance, distance, low, high))
     return rows
 

@@ -26,7 +26,7 @@ COLUMNS = ("prompt", "caption", "text")
 def leave_out(skipped: list[str] | None, key: str, what: str) -> None:
     """What happens to what is broken: a ConfigError under the name `key`, or, given a list, a line in it."""
     if skipped is None:
-        # Prompts may be held-out ones, which are never skipped.
+        # Held-out prompts, and those of a command, are never skipped.
         remedy = '; mend it, or set data.broken = "skip"' if key.startswith("data.") else ""
         raise ConfigError(f"{key}: {what}{remedy}")
     skipped.append(what)
@@ -63,73 +63,79 @@ def read_lines(path: Path, key: str) -> list[tuple[str, str]]:
 
 def json_object(text: str | bytes) -> dict[str, Any]:
     """Raises ValueError for anything else than a JSON object."""
-    record = json.loads(text)
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:  # without its own line, which is not that of the file
+        raise ValueError(f"no JSON: {error.msg} at character {error.pos + 1}") from error
     if not isinstance(record, dict):
         raise ValueError(f"no JSON object, found {record!r}")
     return record
 
 
-def read_examples(path: str | Path, column: str = "", skipped: list[str] | None = None) -> list[Example]:
+def read_examples(
+    path: str | Path, column: str = "", skipped: list[str] | None = None, key: str = "prompts"
+) -> list[Example]:
     """The prompts of a file: one a line (.txt), one JSON object a line (.jsonl), or one a row (.parquet).
 
     `path` may also be the name of a set that comes along (`alignkit.prompt_sets`).
 
     `column` names the text; empty: "text" in .jsonl, the one of `COLUMNS` that is there in .parquet. What else an
     object holds is metadata, and so are the columns of a .parquet file that hold strings, numbers or booleans. A line
-    or row without a text is refused with its place, or left out and noted in `skipped` if that is given.
+    or row without a text is refused with its place, or left out and noted in `skipped` if that is given. Messages
+    begin with `key`, which is where the file was named.
     """
     path = prompt_file(path)
     if not path.suffix and not path.exists():
         hint = nearest(path.name, PROMPT_SETS)
-        raise ConfigError(f"prompts: there is no file {path}, and no prompt set {path.name}{hint}")
+        raise ConfigError(f"{key}: there is no file {path}, and no prompt set {path.name}{hint}")
     if path.suffix in (".csv", ".tsv", ".json"):
-        raise ConfigError(f"prompts: {path} is a {path.suffix} file, expected .txt, .jsonl or .parquet")
+        raise ConfigError(f"{key}: {path} is a {path.suffix} file, expected .txt, .jsonl or .parquet")
     examples = []
     if path.suffix == ".parquet":
-        key, rows = _read_parquet(path, column)
+        name, rows = _read_parquet(path, column, key)
         for number, row in enumerate(rows):
             where = f"{path}, row {number}"
-            if isinstance(text := row.pop(key), str):
+            if isinstance(text := row.pop(name), str) and text.strip():
                 examples.append(Example(text, row, where))
             else:
-                leave_out(skipped, "prompts", f"{where}: expected a string as {key}, found {text!r}")
+                leave_out(skipped, key, f"{where}: expected a string that is not empty as {name}, found {text!r}")
     else:
-        key = column or "text"
-        for where, line in read_lines(path, "prompts"):
+        name = column or "text"
+        for where, line in read_lines(path, key):
             if path.suffix != ".jsonl":
                 examples.append(Example(line.strip(), place=where))
                 continue
             try:
                 record = json_object(line)
-                text = record.pop(key)
-                if not isinstance(text, str):
-                    raise TypeError(f"{key} is {text!r}")
+                text = record.pop(name)
+                if not (isinstance(text, str) and text.strip()):
+                    raise TypeError(f"{name} is {text!r}")
                 examples.append(Example(text, record, where))
             except (ValueError, KeyError, TypeError):
-                expected = f'expected a JSON object with "{key}", a string, found {line[:60]!r}'
-                leave_out(skipped, "prompts", f"{where}: {expected}")
+                expected = f'expected a JSON object with "{name}", a string that is not empty, found {line[:60]!r}'
+                leave_out(skipped, key, f"{where}: {expected}")
     if not examples:
-        raise ConfigError(f"prompts: {path} holds no prompt; expected at least one line of text")
+        raise ConfigError(f"{key}: {path} holds no prompt; expected at least one line of text")
     return examples
 
 
-def _read_parquet(path: Path, column: str) -> tuple[str, list[dict[str, Any]]]:
+def _read_parquet(path: Path, column: str, key: str) -> tuple[str, list[dict[str, Any]]]:
     """The name of the text column, and the rows with what can be metadata."""
     try:
         from pyarrow import ArrowException, parquet, types
     except ImportError:
-        raise ConfigError(f"prompts: {path}: .parquet is read by pyarrow; pip install 'alignkit[parquet]'") from None
+        raise ConfigError(f"{key}: {path}: .parquet is read by pyarrow; pip install 'alignkit[parquet]'") from None
     try:
         file = parquet.ParquetFile(path)
         schema = file.schema_arrow
-        key = choose_column(schema.names, column, "data.prompt_column", path)
+        name = choose_column(schema.names, column, "data.prompt_column", path)
         # Pictures and lists, which such files often hold as well, are not read at all.
         plain = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
         kept = [field.name for field in schema if any(is_kind(field.type) for is_kind in plain)]
-        return key, file.read(columns=list(dict.fromkeys([key, *kept]))).to_pylist()
+        return name, file.read(columns=list(dict.fromkeys([name, *kept]))).to_pylist()
     except (OSError, ArrowException) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"prompts: {path} cannot be read ({reason})") from error
+        raise ConfigError(f"{key}: {path} cannot be read ({reason})") from error
 
 
 class Stream:

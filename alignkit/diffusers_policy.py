@@ -71,6 +71,8 @@ class DiffusersPolicy(Policy):
         self._prediction: str = config.prediction_type if prediction in ("", "consistency") else prediction
         self._alphas = DDPMScheduler.from_config(config).alphas_cumprod.to(self.device)
         consistency = prediction == "consistency" or (not prediction and isinstance(self.pipe.scheduler, LCMScheduler))
+        self.consistency = consistency
+        """Whether it is read as a latent consistency model."""
         self._scaling: float | None = config.get("timestep_scaling", 10.0) if consistency else None
         self._embed_dim: int | None = self.unet.config.time_cond_proj_dim
         self.guidance_embedded = self._embed_dim is not None

@@ -63,7 +63,7 @@ class Row:
     after_low: float | None = None
     after_high: float | None = None
     prompts: str = "unseen"
-    """Whether they were trained on: "seen" or "unseen"."""
+    """Where they are from: "seen", the first of the file that was trained from, or "unseen"."""
     run: str = ""
     """The run, where a table holds several."""
     watched: bool = False
@@ -178,7 +178,7 @@ def table(rows: Sequence[Row], title: str = "") -> Table:
     texts = ["reward", *(["run"] if several else [])]
     headings = ["steps", *texts, "before", *(["after", "change", "95 % interval"] if compared else [])]
     counts = sorted({row.count for row in rows})
-    which = {"unseen": "that were not trained on", "seen": "that were trained on"}
+    which = {"unseen": "that were not trained on", "seen": "of the file that was trained from"}
     caption = f"means over {' to '.join(map(str, counts))} prompts {which[rows[0].prompts]}" if rows else None
     # Plain enough for a terminal of 80 columns.
     shown = Table(title=title or None, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -192,5 +192,5 @@ def table(rows: Sequence[Row], title: str = "") -> Table:
         cells = [str(row.num_steps), *(getattr(row, name) for name in texts), f"{row.before:.3f}"]
         if compared:
             cells += [f"{row.after:.3f}", f"{row.difference:+.3f}", f"[{row.low:+.3f}, {row.high:+.3f}]"]
-        shown.add_row(*cells)
+        shown.add_row(*(cell.removeprefix("-") if cell == "-0.000" else cell for cell in cells))
     return shown

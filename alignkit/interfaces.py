@@ -239,6 +239,9 @@ class Policy(ABC):
 class Sampler(ABC):
     """How to walk from noise to a clean latent in `num_steps` steps."""
 
+    consistency: ClassVar[bool] = False
+    """Whether this walk is for latent consistency models alone."""
+
     num_steps: int = 2
     """Network passes for one picture."""
 
@@ -408,6 +411,9 @@ class Algorithm(ABC, Generic[C, R]):
 
     What depends on the fields is set on the instance, in `__post_init__`.
     """
+
+    draws: ClassVar[bool] = True
+    """Whether it draws pictures of prompts; what learns from given pictures or pairs alone runs without any."""
 
     takes_advantages: ClassVar[bool] = False
     """Whether it learns from advantages, and takes them by `alignkit.advantage.of_terms`, so that those of several

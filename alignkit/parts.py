@@ -20,8 +20,8 @@ from alignkit.data import Pictures, read_examples
 from alignkit.diffusers_policy import DiffusersPolicy
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Algorithm, Example, Reward, Sampler, Surrogate
-from alignkit.pictures import open_pictures
-from alignkit.pipelines import check_source, locate_weights
+from alignkit.pictures import check_pictures, open_pictures
+from alignkit.pipelines import check_source, is_consistency, locate_weights
 from alignkit.preference_data import Preferences, check_pairs, open_pairs
 from alignkit.registry import default_registry
 from alignkit.rewards import WeightedRewards
@@ -82,21 +82,22 @@ class Parts:
         return [] if self.config.data.broken == "skip" else None
 
     def prompts(self, skipped: list[str] | None = None) -> list[Example]:
-        """The texts to train on; none if there is no file and the algorithm learns from pairs, which have their own.
+        """The texts to train on; none if there is no file and the algorithm draws none.
 
         What is broken is noted in `skipped` if that is given, else refused.
         """
-        if not self.config.data.prompts and "pairs" in self.algorithm().needs:
+        data = self.config.data
+        if not data.prompts and not self.algorithm().draws:
             return []
-        if not self.config.data.prompts:
+        if not data.prompts:
             raise ConfigError("data.prompts: missing; expected a .txt file with one prompt a line, or a .jsonl file")
-        return read_examples(self.config.data.prompts, self.config.data.prompt_column, skipped)
+        return read_examples(data.prompts, data.prompt_column, skipped, "data.prompts")
 
     def held_out(self) -> list[Example]:
         """The texts to measure on; none if there is no file."""
         path = self.config.evaluate.prompts
         column = self.config.data.prompt_column
-        return read_examples(path, column)[: self.config.evaluate.limit] if path else []
+        return read_examples(path, column, key="evaluate.prompts")[: self.config.evaluate.limit] if path else []
 
     def pictures(self, size: int, skipped: list[str] | None = None) -> Pictures | None:
         """The captioned pictures to train on, at `size` pixels; None if the algorithm needs none."""
@@ -108,11 +109,15 @@ class Parts:
         """The preference pairs to train on, at `size` pixels; None if the algorithm needs none."""
         return open_pairs(self.config.data.pairs, size, skipped) if "pairs" in self.algorithm().needs else None
 
-    def check(self) -> None:
-        """Find what can be found before any weight loads. Raises ConfigError or PluginError."""
-        sampler, algorithm = self.sampler(), self.algorithm()
-        model = self.config.model
+    def check(self) -> list[str]:
+        """Find what can be found before any weight loads: what will be skipped as broken, with its place.
+
+        Raises ConfigError or PluginError.
+        """
+        sampler, algorithm, skipped = self.sampler(), self.algorithm(), self.skipped()
+        model, data = self.config.model, self.config.data
         check_source(find_bundle(model.name).path)
+        self._check_walk(is_consistency(find_bundle(model.name).path, model.prediction))
         for key, source in (("model.unet", model.unet), ("model.adapter", model.adapter)):
             if source:
                 locate_weights(key, source)
@@ -120,7 +125,7 @@ class Parts:
             if find_spec(tracker) is None:
                 raise ConfigError(f"train.trackers: {tracker} is not installed; pip install 'alignkit[{tracker}]'")
         if "teacher" in algorithm.needs and self.teacher_source():
-            check_source(self.teacher_source())
+            check_source(self.teacher_source(), "model.teacher")
         if "stochastic_steps" in algorithm.needs and not sampler.stochastic_steps():
             found = ", ".join(f"{name} = {value}" for name, value in self.config.sampler.fields.items())
             raise ConfigError(
@@ -141,17 +146,19 @@ class Parts:
                 f"surrogate.init: there is no {surrogate_file(self.config.surrogate)}; "
                 f"expected a run folder with {SURROGATE_FILE}, or such a file"
             )
-        if "pictures" in algorithm.needs and not self.config.data.pictures:
+        if "pictures" in algorithm.needs and not data.pictures:
             raise ConfigError(
                 f"data.pictures: missing; algorithm {self.config.algorithm.name} needs captioned pictures"
             )
-        if "pairs" in algorithm.needs and not self.config.data.pairs:
+        if "pictures" in algorithm.needs:
+            check_pictures(data.pictures, data.caption_column, skipped)
+        if "pairs" in algorithm.needs and not data.pairs:
             raise ConfigError(
                 f"data.pairs: missing; algorithm {self.config.algorithm.name} needs preference pairs (`alignkit pairs` "
                 "makes them with a model and a reward)"
             )
         if "pairs" in algorithm.needs:
-            check_pairs(self.config.data.pairs, self.skipped())
+            check_pairs(data.pairs, skipped)
         Combination.check(
             self.config.rewards, self.config.scoring, algorithm.takes_advantages, self.config.algorithm.name
         )
@@ -163,9 +170,20 @@ class Parts:
                 f"none as set; choose other rewards, or settings of either that do without (`alignkit show "
                 f"{self.config.algorithm.name}`)"
             )
-        rewards.check(self.prompts(self.skipped()))
+        rewards.check(self.prompts(skipped))
         if held_out := self.held_out():
             self.with_measured(self.trained_rewards()).check(held_out)
+        return skipped or []
+
+    def _check_walk(self, consistency: bool | None) -> None:
+        """Raise ConfigError for the walk of consistency models on one that is none; `consistency` None: unknown yet."""
+        model, sampler = self.config.model, self.config.sampler.name
+        if consistency is False and default_registry().get("sampler", sampler).consistency:
+            raise ConfigError(
+                f"sampler.name: found {sampler}, which is for latent consistency models, and {model.name} is none "
+                '(its scheduler or model.prediction says so); take renoise, the same walk for other models, or set '
+                'model.prediction = "consistency" for one that is to become one'
+            )
 
     def teacher_source(self) -> str:
         """Folder or hub id of the teacher; empty if there is none."""
@@ -174,7 +192,7 @@ class Parts:
     def load_policy(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> DiffusersPolicy:
         """The model, ready to be trained."""
         model = self.config.model
-        return DiffusersPolicy(
+        policy = DiffusersPolicy(
             find_bundle(model.name).path,
             unet=model.unet,
             adapter=model.adapter,
@@ -188,6 +206,8 @@ class Parts:
             gradient_checkpointing=self.config.train.gradient_checkpointing,
             rows_per_pass=self.config.train.rows_per_pass,
         )
+        self._check_walk(policy.consistency)
+        return policy
 
     def load_teacher(self, device: torch.device | str = "cpu") -> DiffusersPolicy | None:
         """The model it was distilled from, which is not trained; None if the algorithm needs none."""

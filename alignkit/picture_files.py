@@ -34,7 +34,8 @@ class StoredPicture:
 
 def read_folder(folder: Path, skipped: list[str] | None = None) -> Iterator[StoredPicture]:
     """Every picture below a folder with the .txt file of its name beside it, in the order of their paths."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = [path for path in found if path.suffix.lower() in SUFFIXES]
     if not any(path.with_suffix(".txt").is_file() for path in files):
         raise ConfigError(
             f'{KEY}: {folder / "metadata.jsonl"} is missing; expected one JSON object a line with "file_name" and '
@@ -47,6 +48,10 @@ def read_folder(folder: Path, skipped: list[str] | None = None) -> Iterator[Stor
             leave_out(skipped, KEY, f"{path}: its caption {path.stem}.txt cannot be read ({error})")
             continue
         yield StoredPicture(str(path), caption, path)
+    pictured = {path.with_suffix("") for path in files}
+    for path in found:
+        if path.suffix == ".txt" and path.with_suffix("") not in pictured:
+            leave_out(skipped, KEY, f"{path}: there is no picture of that name, expected {', '.join(sorted(SUFFIXES))}")
 
 
 def read_table(table: Path, column: str = "", skipped: list[str] | None = None) -> Iterator[StoredPicture]:
@@ -80,8 +85,11 @@ def read_shard(shard: Path, column: str = "", skipped: list[str] | None = None) 
                 for member in tar:
                     folder, slash, name = member.name.rpartition("/")
                     key, _, suffix = name.partition(".")
-                    if member.isfile():
-                        samples.setdefault(folder + slash + key, {})["." + suffix.lower()] = member
+                    members = samples.setdefault(folder + slash + key, {}) if member.isfile() else {}
+                    if "." + suffix.lower() in members:
+                        leave_out(skipped, KEY, f"{shard}, member {member.name}: a second one of this name")
+                    elif member.isfile():
+                        members["." + suffix.lower()] = member
                 # The module ends silently at a header that it cannot read; a whole archive ends with zeros.
                 assert tar.fileobj is not None
                 tar.fileobj.seek(tar.offset)

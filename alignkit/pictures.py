@@ -220,3 +220,9 @@ def open_pictures(source: str, size: int, column: str = "", skipped: list[str] |
     if not len(pictures):
         raise ConfigError(f"{KEY}: {source} holds no captioned picture" + "".join(f"; {s}" for s in skipped or ()))
     return pictures
+
+
+def check_pictures(source: str, column: str = "", skipped: list[str] | None = None) -> None:
+    """Raise ConfigError for what is missing, as `open_pictures` would; reads no picture, and looks nothing up."""
+    if Path(source).exists() or ":" not in source:
+        open_pictures(source, 1, column, skipped)

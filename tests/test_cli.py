@@ -43,8 +43,11 @@ class FakeRun:
     def stop(self) -> None:
         self.stopping = True
 
-    def check(self) -> None:
+    broken: tuple[str, ...] = ()
+
+    def check(self) -> list[str]:
         self.calls.append("check")
+        return list(self.broken)
 
     def train(self, console: object = None) -> Iterator[int]:
         self.calls.append(("train", console is not None))
@@ -231,6 +234,11 @@ def test_a_run_that_a_scheduler_ends_is_saved(engine: Any, monkeypatch: pytest.M
 def test_check_prints_one_line_where_all_is_well(engine: Any) -> None:
     assert run("check", "run.toml").stdout == "run.toml: no mistakes found (acme on tiny, shine and size, 3 updates)\n"
     assert engine.calls[-1] == "check"
+
+
+def test_check_names_what_will_be_skipped(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeRun, "broken", ("p.jsonl, line 3",))
+    assert run("check", "run.toml").stdout.startswith("skipped as broken: p.jsonl, line 3\nrun.toml: no mistakes")
 
 
 def test_each_mistake_is_a_line_and_the_exit_status_is_1(engine: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,6 +44,13 @@ def test_two_runs_stand_beside_each_other_with_one_start(trained: list[Run]) -> 
             assert one.before_low is not None and one.before_low <= one.before <= (one.before_high or 0)
             assert one.difference == pytest.approx(one.after - one.before)
     assert all(row.after for row in rows if row.reward == "drift")
+
+
+def test_runs_whose_folders_have_one_name_are_told_by_their_paths(trained: list[Run], tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere" / "first"
+    shutil.copytree(trained[0].folder, copy)
+    rows = compare_runs([*trained, open_run(copy)], steps=[1], seen=False)
+    assert {row.run for row in rows} == {str(trained[0].folder), "second", str(copy)}
 
 
 def test_a_model_that_was_not_trained_has_neither_gain_nor_drift(tiny_run: MakeRun) -> None:
@@ -96,7 +104,7 @@ def test_the_table_names_runs_where_they_differ_and_csv_holds_all(trained: list[
     with console.capture() as capture:
         console.print(table([row for row in rows if row.run == "first" and row.prompts == "seen"]))
     text = " ".join(capture.get().split())
-    assert "first" not in text and "that were trained on" in text
+    assert "first" not in text and "of the file that was trained from" in text
     records = list(csv.DictReader(io.StringIO(as_csv(rows))))
     assert len(records) == len(rows) and records[0]["run"] == "first"
     assert float(records[0]["after"]) == rows[0].after

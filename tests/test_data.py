@@ -103,6 +103,18 @@ def test_broken_lines_are_left_out_and_named_where_that_is_asked_for(tmp_path: P
         read_examples(path, skipped=[])
 
 
+def test_a_text_of_blanks_is_no_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"text": "a"}\n{"text": " "}')
+    # Prompts that are trained on may be skipped, held-out ones may not.
+    with pytest.raises(ConfigError, match=r'^data\.prompts: .*line 2.*not empty.*set data\.broken = "skip"$'):
+        read_examples(path, key="data.prompts")
+    with pytest.raises(ConfigError, match=r"^evaluate\.prompts: .*line 2.*not empty, found .*$") as caught:
+        read_examples(path, key="evaluate.prompts")
+    assert "data.broken" not in str(caught.value)
+    assert [e.text for e in read_examples(path, skipped=[])] == ["a"]
+
+
 @pytest.fixture
 def table(tmp_path: Path) -> Callable[..., Path]:
     """Writes a .parquet file of these columns."""
@@ -140,7 +152,7 @@ def test_the_column_of_a_parquet_file_is_named_where_it_is_not_clear(table: Call
 
 def test_rows_of_a_parquet_file_without_a_text_are_named(table: Callable[..., Path]) -> None:
     path, skipped = table(text=["a", None, "c"]), []
-    with pytest.raises(ConfigError, match=r"p\.parquet, row 1: expected a string as text, found None"):
+    with pytest.raises(ConfigError, match=r"p\.parquet, row 1: expected a string .*not empty as text, found None"):
         read_examples(path)
     assert [e.text for e in read_examples(path, skipped=skipped)] == ["a", "c"] and len(skipped) == 1
 

@@ -307,6 +307,14 @@ def test_a_picture_without_a_text_is_refused_or_skipped(captioned: Path) -> None
     assert set(seen(captioned, skipped)) == {"picture a", "picture c"} and len(skipped) == 1
 
 
+def test_a_text_without_a_picture_is_refused_or_skipped(captioned: Path) -> None:
+    (captioned / "b.png").rename(captioned / "b.avif")
+    with pytest.raises(ConfigError, match=r"b\.txt: there is no picture of that name, expected \.bmp, .*\.webp"):
+        seen(captioned)
+    skipped: list[str] = []
+    assert set(seen(captioned, skipped)) == {"picture a", "picture c"} and len(skipped) == 1
+
+
 @pytest.mark.parametrize(
     "damage", [lambda b: b[:45], lambda b: b"", lambda b: b"no picture", lambda b: b[:50] + b[60:]]
 )
@@ -351,6 +359,18 @@ def test_broken_samples_of_a_shard_are_named_by_member(tmp_path: Path) -> None:
     assert [
         f"member {name}:" in line for name, line in zip(("lost", "bare", "two", "odd", "latin"), skipped, strict=True)
     ]
+
+
+def test_a_second_member_of_one_name_is_refused_or_skipped(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "s.tar", {"a.png": png(COLOURS["a"]), "a.txt": b"picture a"})
+    with tarfile.open(path, "a") as tar:
+        info = tarfile.TarInfo("a.txt")
+        info.size = 5
+        tar.addfile(info, io.BytesIO(b"other"))
+    with pytest.raises(ConfigError, match=r"s\.tar, member a\.txt: a second one of this name"):
+        seen(path)
+    skipped: list[str] = []
+    assert set(seen(path, skipped)) == {"picture a"} and len(skipped) == 1
 
 
 @pytest.mark.parametrize("left", [0.05, 0.3, 0.5, 0.62, 0.75])

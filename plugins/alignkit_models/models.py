@@ -110,12 +110,13 @@ def _with_likelihoods(walk: Settings) -> dict[str, Settings]:
 
 
 # Distilled by a discriminator: epsilon, trailing times, no guidance, no teacher to distil from.
+_turbo: Settings = {"model": {"prediction": "epsilon", "guidance": 0.0}}
 
 
 def sd_turbo() -> ModelBundle:
     return ModelBundle(
         path="stabilityai/sd-turbo",
-        defaults=_with(_of_512, _sampler("euler_ancestral", 4, eta=0.0), {"model": {"guidance": 0.0}}),
+        defaults=_with(_of_512, _sampler("euler_ancestral", 4, eta=0.0), _turbo),
         algorithm_defaults={
             "lasro": _lasro_turbo,
             "sdpo": _sdpo,
@@ -131,7 +132,7 @@ def sd_turbo() -> ModelBundle:
 def sdxl_turbo() -> ModelBundle:
     return ModelBundle(
         path="stabilityai/sdxl-turbo",
-        defaults=_with(_of_512, _sampler("euler_ancestral", 4), {"model": {"guidance": 0.0}}),
+        defaults=_with(_of_512, _sampler("euler_ancestral", 4), _turbo),
         algorithm_defaults={
             "lasro": _with(_lasro_turbo, _vega),
             "pso": _pso,
@@ -143,7 +144,7 @@ def sdxl_turbo() -> ModelBundle:
 
 def sdxl_lightning() -> ModelBundle:
     """Its UNets serve one number of steps each; for another, set model.unet and sampler.num_steps."""
-    unet = {"unet": "ByteDance/SDXL-Lightning/sdxl_lightning_4step_unet.safetensors", "guidance": 0.0}
+    unet = {"unet": "ByteDance/SDXL-Lightning/sdxl_lightning_4step_unet.safetensors", **_turbo["model"]}
     four = {"algorithm": {"step_weights": [1.0, 1.0, 1.0, 1.0]}}
     return ModelBundle(
         path=SDXL,

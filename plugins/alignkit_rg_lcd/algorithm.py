@@ -55,6 +55,7 @@ class RGLCD(Algorithm[Collected, Noised]):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher", "pictures"})
+    draws: ClassVar[bool] = False
     default_surrogate: ClassVar[str] = "lrm"
 
     beta: float = 1.0

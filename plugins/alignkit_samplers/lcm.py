@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ class LCM(Sampler):
     Every step predicts the clean latent and noises it again to the level of the next step; the last returns the
     prediction and is deterministic, so with one step there is nothing to take a likelihood of.
     """
+
+    consistency: ClassVar[bool] = True
 
     original_steps: int = 50
     """Solver steps of the distillation. Must be what the checkpoint was distilled with."""

@@ -9,6 +9,7 @@ import pytest
 import alignkit
 from alignkit.errors import ConfigError
 from alignkit.registry import default_registry
+from alignkit_shapes.models import WEIGHTS
 
 NOT_LCM = r"sampler\.name: found \w+, expected lcm: only a latent consistency model has this distillation loss"
 FINE = ""
@@ -50,6 +51,9 @@ WITH_DEFAULTS = {
 }
 NO_LIKELIHOOD = r"sampler: every step of lcm is deterministic with num_steps = 1.*learns from the likelihood of steps"
 ONE_STEP: dict[str, Any] = {"sampler.num_steps": 1}
+TEACHER = str(WEIGHTS / "shapes_teacher")
+AS_LCM: dict[str, Any] = {"sampler.name": "lcm", "sampler.num_steps": 2, "model.teacher": TEACHER}
+NO_LCM = r"sampler\.name: found lcm, which is for latent consistency models, and shapes_\w+ is none .* take renoise"
 WITH_SETTINGS = [
     *(("shapes_lcm", name, ONE_STEP, NO_LIKELIHOOD) for name in ("ddpo", "sdpo", "rebel", "d3po", "pso")),
     ("shapes_turbo", "ddpo", {"sampler.eta": 0.0}, r"every step of ddim is deterministic .*eta = 0.0.*raise"),
@@ -64,6 +68,12 @@ WITH_SETTINGS = [
     ("shapes_turbo", "pso", {"algorithm.mode": "offline"}, FINE),
     ("shapes_lcm", "diffusion_dpo", {"data.pairs": ""}, r"data\.pairs: missing"),
     ("shapes_lcm", "gors_lcm", ONE_STEP, FINE),
+    *(("shapes_turbo", name, AS_LCM, NO_LCM) for name in ("lcd", "rg_lcd", "gors_lcm", "ddpo", "lasro")),
+    ("shapes_teacher", "lcd", AS_LCM, NO_LCM),
+    ("shapes_teacher", "lcd", {**AS_LCM, "model.prediction": "consistency"}, FINE),
+    ("shapes_lcm", "lcd", {"data.prompts": ""}, FINE),
+    ("shapes_lcm", "lcd", {"data.pictures": "nowhere"}, r"data\.pictures: '.*nowhere' is no folder"),
+    ("shapes_lcm", "lasro", {"data.prompts": ""}, r"data\.prompts: missing"),
 ]
 
 
@@ -72,7 +82,8 @@ def check(model: str, algorithm: str, changes: dict[str, Any], reason: str) -> N
     settings = {"model.name": model, "algorithm.name": algorithm, "reward": ["attribute_binding"]}
     run = alignkit.load(None, settings | changes)
     if not reason:
-        return run.check()
+        assert run.check() == []
+        return
     with pytest.raises(ConfigError, match=reason) as error:
         run.check()
     assert "\n" not in str(error.value)
