@@ -128,7 +128,8 @@ class Batch:
     """(M, 3, H, W) in [0, 1]."""
     captions: Sequence[str] = ()
     """M texts."""
-    pairs: PreferencePairs | None = None
+    pairs: Iterable[PreferencePairs] = ()
+    """All pairs of the round, some at a time: they are read from disk as they are asked for, once."""
 
 
 @dataclass(frozen=True)

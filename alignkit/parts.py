@@ -181,7 +181,7 @@ class Parts:
         if consistency is False and default_registry().get("sampler", sampler).consistency:
             raise ConfigError(
                 f"sampler.name: found {sampler}, which is for latent consistency models, and {model.name} is none "
-                '(its scheduler or model.prediction says so); take renoise, the same walk for other models, or set '
+                "(its scheduler or model.prediction says so); take renoise, the same walk for other models, or set "
                 'model.prediction = "consistency" for one that is to become one'
             )
 

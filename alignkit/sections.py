@@ -181,6 +181,10 @@ class TrainConfig:
     memory, more time, the same result."""
     learning_rate: float = 1e-4
     """Step size of AdamW."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What becomes of the learning rate behind the warm-up: it stays, or falls to 0 at the end of the run."""
+    warmup: int = 0
+    """Updates over which the learning rate rises from 0."""
     weight_decay: float = 0.0
     """Weight decay of AdamW."""
     max_grad_norm: float = 1.0
@@ -204,6 +208,7 @@ class TrainConfig:
             rows_per_update=_at_least(self.rows_per_update, 1),
             rows_per_pass=_at_least(self.rows_per_pass, 1),
             learning_rate=_above_zero(self.learning_rate),
+            warmup=_at_least(self.warmup, 0),
             weight_decay=_at_least(self.weight_decay, 0),
             max_grad_norm=_above_zero(self.max_grad_norm),
             ema_decay=(self.ema_decay, 0 <= self.ema_decay < 1, "at least 0 and less than 1"),

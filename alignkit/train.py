@@ -20,13 +20,18 @@ from alignkit.config import RunConfig
 from alignkit.context import TrainContext
 from alignkit.data import Pictures, Stream, examples_at, slice_of
 from alignkit.errors import AlignkitError, ConfigError
-from alignkit.interfaces import Algorithm, Batch, Example, Rows
+from alignkit.interfaces import Algorithm, Batch, Example, PreferencePairs, Rows
 from alignkit.preference_data import Preferences
+from alignkit.sections import TrainConfig
 
 RowsT = TypeVar("RowsT")
 
 IDLE_ROUNDS = 10
 """A run that draws and scores this often without anything to learn from would do so for ever."""
+
+
+PAIRS_AT_ONCE = 32
+"""Preference pairs in memory as pictures: an update of Diffusion-DPO has 2048, of SDXL 25 MB each."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,14 @@ class Update:
     """What this update logged; the first of a round, also what was seen while samples were collected."""
     reward: float = math.nan
     """Mean true reward of the samples of the round that this update learned from; NaN if none was scored."""
+
+
+def rate_factor(train: TrainConfig, done: int) -> float:
+    """What the learning rate is multiplied with behind `done` updates, as the schedules of transformers have it."""
+    if done < train.warmup:
+        return done / train.warmup
+    passed = (done - train.warmup) / max(1, train.updates - train.warmup)
+    return {"constant": 1.0, "linear": 1 - passed, "cosine": (1 + math.cos(math.pi * passed)) / 2}[train.schedule]
 
 
 class Trainer:
@@ -89,14 +102,19 @@ class Trainer:
         if self._pictures is not None:
             pictures, captions = self._pictures.batch(start, size, self.config.seed)
             batch = replace(batch, pictures=pictures.to(self.ctx.policy.device), captions=captions)
-        if self._pairs is not None:
-            batch = replace(batch, pairs=self._pairs.batch(start, size, self.config.seed))
+        return batch if self._pairs is None else replace(batch, pairs=self._some_pairs(self._pairs, start, size))
+
+    def _some_pairs(self, pairs: Preferences, start: int, size: int) -> Iterator[PreferencePairs]:
+        for at in range(start, start + size, PAIRS_AT_ONCE):
+            yield pairs.batch(at, min(PAIRS_AT_ONCE, start + size - at), self.config.seed)
+
+    def _tell_skipped(self) -> None:
+        """Warn of the pictures and pairs that the round found broken."""
         if self._skipped is not None:
             # What one process could not read is told by the one that writes the record.
             for what in gather_object(list(self._skipped)):
                 self.ctx.warn(f"data: skipped as broken: {what}")
             self._skipped.clear()
-        return batch
 
     @property
     def finished(self) -> bool:
@@ -116,6 +134,7 @@ class Trainer:
         # Under the precision of the loss: likelihoods of then and now are compared.
         with torch.no_grad(), self.accelerator.autocast():
             collected = algorithm.collect(self.batch(), ctx)
+        self._tell_skipped()
         self.batches += 1
         self._round_start = None
         self._update_surrogate(collected)
@@ -170,6 +189,11 @@ class Trainer:
 
     def _update_policy(self, rows: Rows) -> None:
         train = self.config.train
+        rate = train.learning_rate * rate_factor(train, self.ctx.update)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if train.warmup or train.schedule != "constant":
+            self.ctx.log(learning_rate=rate)
         metrics = self._backward(rows, lambda part: self.algorithm.loss(part, self.ctx))
         norm = self._step(self.optimizer, self.ctx.policy.parameters(), train.max_grad_norm)
         with torch.no_grad():

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import get_scheduler
 
-from alignkit import checkpoint
+from alignkit import checkpoint, train
 from alignkit.data import Stream
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.interfaces import Example, Reward
@@ -52,6 +53,22 @@ def test_the_average_follows_the_trained_weights_with_its_decay(make_trainer: Ca
         assert torch.allclose(average, 0.75 * (0.75 * first + 0.25 * second) + 0.25 * third, atol=1e-6)
 
 
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_the_rate_follows_the_schedules_of_transformers(make_trainer: Callable[..., Trainer], schedule: str) -> None:
+    name = {"constant": "constant_with_warmup"}.get(schedule, schedule)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    theirs, expected = get_scheduler(name, optimizer, num_warmup_steps=2, num_training_steps=6), []
+    for _ in range(6):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+    rates = {"train.learning_rate": 0.5, "train.schedule": schedule, "train.warmup": 2, "train.updates": 6}
+    trainer = make_trainer({"algorithm.policy_steps": 6, "surrogate.warmup": 0, **rates})
+    found = [update.metrics["learning_rate"] for update in trainer.round()]
+    assert found == pytest.approx(expected) and found[0] == 0 and max(found) == 0.5
+    assert trainer.optimizer.param_groups[0]["lr"] == found[-1]
+
+
 def test_every_update_of_a_round_tells_the_reward_of_its_samples(make_trainer: Callable[..., Trainer]) -> None:
     assert math.isnan(Update(1, {"loss": 0.0}).reward)
     trainer = make_trainer({"algorithm.policy_steps": 3, "train.updates": 6, "surrogate.warmup": 0})
@@ -68,6 +85,28 @@ def test_an_update_that_nothing_was_scored_for_has_no_reward(
 ) -> None:
     trainer = make_trainer({"algorithm.policy_steps": 2, "reward": ["unscored"], "surrogate.warmup": 0})
     assert all(math.isnan(update.reward) for update in trainer.round())
+
+
+def test_pairs_are_read_some_at_a_time_as_they_are_asked_for(
+    make_trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer({
+        "algorithm.name": "diffusion_dpo", "data.pairs": "alignkit_shapes.data:DrawingPairs",
+        "train.rows_per_update": 7, "data.pictures": "",
+    })  # fmt: skip
+    assert trainer._pairs is not None
+    monkeypatch.setattr(train, "PAIRS_AT_ONCE", 3)
+    whole, read, trainer.batches = trainer._pairs.batch(14, 7, 0), [], 2
+    real = trainer._pairs.batch
+    monkeypatch.setattr(trainer._pairs, "batch", lambda start, size, seed: read.append(size) or real(start, size, seed))
+    pairs = iter(trainer.batch().pairs)
+    assert read == []
+    some = [next(pairs)]
+    assert read == [3]
+    some += pairs
+    assert read == [3, 3, 1]
+    assert torch.equal(torch.cat([part.losers for part in some]), whole.losers)
+    assert [text for part in some for text in part.captions] == list(whole.captions)
 
 
 def test_metrics_are_averaged_over_an_update_and_then_forgotten(make_trainer: Callable[..., Trainer]) -> None:

@@ -63,10 +63,10 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
     surrogate_steps: int = 2
     """K_2, surrogate updates a round. With 0 it is not adapted online: it stays what surrogate.init or the warm-up,
     with one update a round, made of it."""
-    replay: int = 64
-    """Rounds of scored samples that are kept for the surrogate. The true reward is the expensive part of a round;
-    with 1 the surrogate sees each sample in its own round only."""
-    pairs: Literal["extremes", "drawn"] = "drawn"
+    replay: int = 1
+    """Rounds of scored samples that are kept for the surrogate. With 1, as in the paper, it sees each sample in its own
+    round only; where the true reward is the expensive part of a round, more make more of it."""
+    pairs: Literal["extremes", "drawn"] = "extremes"
     """Which two samples of a group make a pair: best and worst, as in the paper, or any two whose rewards differ."""
     pairs_per_update: int = 64
     """Pairs in one surrogate update."""

@@ -48,9 +48,10 @@ def _round(prompts: int, rows: int, updates: int = 0, **fields: Any) -> Settings
 # Methods
 
 # LaSRO (2411.15247) trains two steps; a model that was distilled by a discriminator has no distillation loss, and is
-# noised again in full so that y depends on the policy through its clean latent alone.
+# noised again in full so that y depends on the policy through its clean latent alone. Its learning rate is smaller, the
+# paper says; how much is not printed.
 _lasro_lcm = _sampler("lcm", 2)
-_lasro_turbo_loss: Settings = {"algorithm": {"distillation_weight": 0.0}}
+_lasro_turbo_loss: Settings = {"algorithm": {"distillation_weight": 0.0}, "train": {"learning_rate": 3e-5}}
 _lasro_turbo = _with(_sampler("renoise", 2), _lasro_turbo_loss)
 _vega: Settings = {"surrogate": {"name": "latent_unet", "backbone": "segmind/Segmind-Vega"}}
 # The policy-gradient methods of RLCM (2404.03673, its code for the aesthetic reward): 8 steps, Adam without decay, LoRA
@@ -84,8 +85,10 @@ _rg_lcd = _with(
     _train(1e-6, updates=10_000, rows_per_update=40, ema_decay=0.95, checkpoint_every=1000),
     {"model": {"lora_rank": 0}, "surrogate": {"learning_rate": 3.3e-6, "weight_decay": 0.0}},
 )
-# Diffusion-DPO (2311.12908, its code): the whole UNet, 2000 updates of 2048 pairs.
-_dpo = _with(_train(2.05e-5, 1e-2, updates=2000, rows_per_update=2048), {"model": {"lora_rank": 0}})
+# Diffusion-DPO (2311.12908, its code): the whole UNet, 2000 updates of 2048 pairs; the rate rises over 500 of them, for
+# SDXL over 200.
+_dpo = _with(_train(2.05e-5, 1e-2, updates=2000, rows_per_update=2048, warmup=500), {"model": {"lora_rank": 0}})
+_dpo_of_sdxl = _with(_dpo, {"train": {"warmup": 200}})
 # Its launcher for SDXL-Turbo.
 _dpo_turbo = _with(_dpo, {"algorithm": {"grid_steps": 4, "zero_terminal_snr": True}})
 
@@ -245,5 +248,5 @@ def sdxl() -> ModelBundle:
         path=SDXL,
         defaults=_with(_of_1024, walk, {"model": {"guidance": 4.0}, "evaluate": {"steps": [30]}}),
         algorithm_defaults=_with_likelihoods(_sampler("ddim", 50, eta=1.0, spacing="leading"))
-        | {"diffusion_dpo": _dpo},
+        | {"diffusion_dpo": _dpo_of_sdxl},
     )

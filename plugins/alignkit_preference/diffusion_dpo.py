@@ -95,7 +95,6 @@ class DiffusionDPO(Algorithm[LatentPairs, NoisedPairs]):
             )
 
     def collect(self, batch: Batch, ctx: Context) -> LatentPairs:
-        assert batch.pairs is not None  # needs "pairs"
         guided = bool(ctx.policy.guidance) and not ctx.policy.guidance_embedded
         share = self.empty_prompts if self.empty_prompts is not None else 0.2 * guided
         return encode_pairs(batch.pairs, ctx, self.flip, share)

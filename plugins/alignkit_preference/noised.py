@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,8 +15,6 @@ from alignkit.interfaces import Context, Policy, PreferencePairs, Prompt, Rows
 Space = Literal["noise", "velocity", "clean"]
 TIMES = 1000
 """Times of a schedule."""
-ENCODED_AT_ONCE = 8
-"""Pictures that go through the encoder together: an update may have thousands of pairs."""
 
 
 @dataclass(frozen=True)
@@ -40,19 +39,21 @@ class NoisedPairs(Rows):
     """(N,) times as the network takes them."""
 
 
-def encode_pairs(pairs: PreferencePairs, ctx: Context, flip: bool = False, empty_prompts: float = 0.0) -> LatentPairs:
+def encode_pairs(
+    pairs: Iterable[PreferencePairs], ctx: Context, flip: bool = False, empty_prompts: float = 0.0
+) -> LatentPairs:
     """The latents of pictures, each mirrored by a chance of its own with `flip`; a share of the texts is left out."""
-    members = []
-    for pictures in (pairs.winners, pairs.losers):
-        mirrored = torch.rand(len(pictures), generator=ctx.generator) < 0.5 * flip
-        parts = []
-        for part, mirror in zip(pictures.split(ENCODED_AT_ONCE), mirrored.split(ENCODED_AT_ONCE), strict=True):
-            part = torch.where(diffusion.columns(mirror, part), part.flip(3), part)
-            parts.append(ctx.policy.encode_images(part))
-        members.append(torch.cat(parts))
-    dropped = (torch.rand(len(pairs.captions), generator=ctx.generator) < empty_prompts).tolist()
-    texts = ["" if drop else text for text, drop in zip(pairs.captions, dropped, strict=True)]
-    return LatentPairs(members[0], members[1], ctx.policy.encode(texts))
+    winners: list[Tensor] = []
+    losers: list[Tensor] = []
+    texts: list[str] = []
+    for some in pairs:
+        for pictures, latents in ((some.winners, winners), (some.losers, losers)):
+            mirror = torch.rand(len(pictures), generator=ctx.generator) < 0.5 * flip
+            pictures = torch.where(diffusion.columns(mirror, pictures), pictures.flip(3), pictures)
+            latents.append(ctx.policy.encode_images(pictures))
+        dropped = (torch.rand(len(some.captions), generator=ctx.generator) < empty_prompts).tolist()
+        texts += ["" if drop else text for text, drop in zip(some.captions, dropped, strict=True)]
+    return LatentPairs(torch.cat(winners), torch.cat(losers), ctx.policy.encode(texts))
 
 
 def noised(pairs: LatentPairs, times: Tensor, ctx: Context) -> NoisedPairs:

@@ -110,7 +110,6 @@ class PSO(Algorithm[Collected, PairRows]):
         if self.mode == "online":
             walks = winners_first(collect_pairs(batch, self.pairs, self.shared_noise, ctx), ctx).by_step()
         else:
-            assert batch.pairs is not None  # needs "pairs"
             given = encode_pairs(batch.pairs, ctx)
         if not self.distillation_weight or batch.pictures is None:
             return Collected(walks, given)

@@ -25,6 +25,10 @@ _data: dict[str, Any] = {
 _unflipped: dict[str, Any] = {"algorithm": {"flip": False}}
 
 
+# Small rounds: the surrogate learns from all of them again.
+_often: dict[str, Any] = {"pairs": "drawn", "replay": 64}
+
+
 def _walk(name: str, num_steps: int, read_at: list[int], **fields: Any) -> dict[str, Any]:
     """A sampler to train with, and the numbers of steps to measure at."""
     return {"sampler": {"name": name, "num_steps": num_steps, **fields}, "evaluate": {"steps": read_at}}
@@ -58,6 +62,7 @@ def shapes_lcm() -> ModelBundle:
             "policy_steps": 4,
             "surrogate_steps": 2,
             "pairs_per_update": 128,
+            **_often,
             "smoothing": 0.3,
             "purify": 250,
         },
@@ -114,7 +119,7 @@ def shapes_turbo() -> ModelBundle:
         algorithm_defaults={
             **_likelihoods(_walk("ddim", 8, [1, 2, 4, 8], eta=1.0)),
             "pso": _walk("euler_ancestral", 4, [1, 2, 4], eta=1.0),
-            "lasro": {**_walk("renoise", 2, [1, 2, 4]), "algorithm": {"distillation_weight": 0.0}},
+            "lasro": {**_walk("renoise", 2, [1, 2, 4]), "algorithm": {"distillation_weight": 0.0, **_often}},
             "diffusion_dpo": on_grid,
         },
     )

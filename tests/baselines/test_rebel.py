@@ -59,6 +59,14 @@ def test_the_sum_over_latent_dimensions_is_an_option(make: MakeTrainer) -> None:
     assert torch.allclose(found["sum"], 256 * found["mean"], rtol=1e-4)
 
 
+def test_advantages_are_not_clamped(make: MakeTrainer) -> None:
+    trainer = make("rebel", {"train.rows_per_update": 4})
+    (rows,) = updates(trainer)
+    far = torch.tensor([[9.0, -9.0]]).expand(4, 2)
+    loss, _ = trainer.algorithm.loss(replace(rows, advantages=far), trainer.ctx)
+    assert loss.item() == pytest.approx(18.0**2)
+
+
 def test_a_pair_with_a_picture_that_could_not_be_scored_is_left_out(make: MakeTrainer) -> None:
     trainer = make("rebel", {"reward": ["two_of_three"], "algorithm.baseline": "batch"})
     rows = updates(trainer)

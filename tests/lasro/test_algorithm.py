@@ -149,7 +149,7 @@ def test_one_pass_of_all_rows_has_the_gradient_of_several_passes(make_trainer: C
 def test_pairs_are_of_the_true_reward_and_under_their_own_text(
     make_trainer: Callable[..., Trainer], pairs: str
 ) -> None:
-    trainer = make_trainer({"algorithm.pairs": pairs, "algorithm.pairs_per_update": 6})
+    trainer = make_trainer({"algorithm.pairs": pairs, "algorithm.pairs_per_update": 6, "algorithm.replay": 4})
     for _ in range(4):
         collected = collect(trainer)
     policy = trainer.ctx.policy

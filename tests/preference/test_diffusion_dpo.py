@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from alignkit.errors import ConfigError
+from alignkit.interfaces import Batch, PreferencePairs
 from alignkit.train import Trainer
 from alignkit_preference.diffusion_dpo import DiffusionDPO, preference_loss
 from alignkit_preference.noised import NoisedPairs, errors
@@ -152,17 +153,38 @@ def test_it_learns_at_the_times_that_the_model_was_made_for(make: MakeTrainer) -
 def test_texts_are_left_out_where_guidance_takes_a_pass_without(make: MakeTrainer) -> None:
     def share(trainer: Trainer) -> float:
         assert isinstance(trainer.algorithm, DiffusionDPO)
-        pairs = trainer.batch().pairs
-        assert pairs is not None
         trainer.ctx.policy.encode_images = lambda images: images  # type: ignore[method-assign]
-        many = replace(pairs, winners=torch.zeros(300, 1, 1, 1), losers=torch.zeros(300, 1, 1, 1), captions=["a"] * 300)
-        texts = trainer.algorithm.collect(replace(trainer.batch(), pairs=many), trainer.ctx).prompt.texts
+        many = PreferencePairs(torch.zeros(300, 1, 1, 1), torch.zeros(300, 1, 1, 1), ["a"] * 300)
+        texts = trainer.algorithm.collect(replace(trainer.batch(), pairs=[many]), trainer.ctx).prompt.texts
         return texts.count("") / 300
 
     assert share(make("diffusion_dpo", {"model.guidance": 7.0})) == 0  # embedded
     assert share(make("diffusion_dpo", {"model.guidance": 0.0}, ddim=True)) == 0
     assert 0.1 < share(make("diffusion_dpo", {"model.guidance": 4.0}, ddim=True)) < 0.3
     assert share(make("diffusion_dpo", {"model.guidance": 4.0, "algorithm.empty_prompts": 0.0}, ddim=True)) == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "mirrored"),
+    [
+        ("diffusion_dpo", {}, True),
+        ("diffusion_dpo", {"algorithm.flip": False}, False),
+        ("pso", {"algorithm.mode": "offline"}, False),
+    ],
+)
+def test_pictures_are_mirrored_where_the_method_says_so(
+    make: MakeTrainer, method: str, settings: dict[str, Any], mirrored: bool
+) -> None:
+    trainer = make(method, settings)
+    trainer.ctx.policy.encode_images = lambda images: images  # type: ignore[method-assign]
+    ramp = torch.linspace(0, 1, 4).expand(40, 3, 4, 4)
+    batch = Batch([], pairs=[PreferencePairs(ramp, ramp, ["a"] * 40)])
+    collected = trainer.algorithm.collect(batch, trainer.ctx)
+    pairs = collected.given if method == "pso" else collected
+    for member in (pairs.winner, pairs.loser):
+        assert (10 < int((member[:, 0, 0, 0] == 1).sum()) < 30) == mirrored
+        assert torch.equal(member, ramp) == (not mirrored)
+    assert pairs.prompt.texts.count("") == 0
 
 
 @pytest.mark.parametrize(

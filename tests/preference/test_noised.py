@@ -110,9 +110,7 @@ def test_margin_is_blind_to_what_both_members_share_and_turns_with_them() -> Non
 
 def test_each_pair_has_one_time_of_those_given_and_one_noise(make: MakeTrainer) -> None:
     trainer = make("diffusion_dpo")
-    pairs = trainer.batch().pairs
-    assert pairs is not None
-    latents = encode_pairs(pairs, trainer.ctx)
+    latents = encode_pairs(trainer.batch().pairs, trainer.ctx)
     drawn = noised(latents, torch.tensor([7, 11]), trainer.ctx)
     assert set(drawn.t.tolist()) == {7, 11} and drawn.noise.shape == latents.winner.shape
     assert len({tuple(x.flatten().tolist()) for x in drawn.noise}) == 8
@@ -126,7 +124,8 @@ def test_pictures_are_mirrored_each_by_its_own_chance_and_texts_left_out_as_ofte
     ctx = make("diffusion_dpo").ctx
     ctx.policy.encode_images = lambda images: images  # type: ignore[method-assign]
     ramp = torch.linspace(0, 1, 4).expand(200, 3, 4, 4)
-    pairs = PreferencePairs(ramp, ramp, ["a red circle"] * 200)
+    pairs = [PreferencePairs(ramp[:80], ramp[:80], ["a red circle"] * 80)]
+    pairs.append(PreferencePairs(ramp[80:], ramp[80:], ["a red circle"] * 120))
     found = encode_pairs(pairs, ctx, flip=True, empty_prompts=0.2)
     mirrored = [x[:, 0, 0, 0] == 1 for x in (found.winner, found.loser)]
     assert all(70 < int(m.sum()) < 130 for m in mirrored) and 70 < int((mirrored[0] != mirrored[1]).sum()) < 130
