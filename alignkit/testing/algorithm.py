@@ -161,6 +161,7 @@ def _a_round_taken_apart(trainer: Trainer) -> None:
     for _ in range(5):
         ctx.warming_up = trainer.warming_up
         batch = trainer.batch()
+        batch = replace(batch, pairs=list(batch.pairs))
         kept = leaves(_columns(batch))
         with global_chance_untouched("in collect"), torch.no_grad(), trainer.accelerator.autocast():
             collected = algorithm.collect(batch, ctx)

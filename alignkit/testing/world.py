@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
     from alignkit.diffusers_policy import DiffusersPolicy
 
-Form = Literal["lcm", "teacher"]
+Form = Literal["lcm", "teacher", "turbo"]
+"""A latent consistency model whose network takes the guidance; a model that predicts the noise, under guidance; and one
+that predicts it without, on the schedule of SD-Turbo."""
 FORMS: tuple[Form, ...] = ("lcm", "teacher")
-"""A latent consistency model whose network takes the guidance, and a model that predicts the noise, under guidance."""
+"""Those that samplers are tried on."""
 
 SIZE = 64
 PROMPTS = [
@@ -80,7 +82,11 @@ def save_pipeline(folder: Path, form: Form, words: CLIPTokenizer | None = None) 
         pipeline, scheduler = diffusers.LatentConsistencyModelPipeline, diffusers.LCMScheduler(**schedule)
     else:
         pipeline = diffusers.StableDiffusionPipeline
-        scheduler = diffusers.DDIMScheduler(**schedule, clip_sample=False, timestep_spacing="trailing", steps_offset=1)
+        trailing = {**schedule, "timestep_spacing": "trailing", "steps_offset": 1}
+        if form == "turbo":
+            scheduler = diffusers.EulerDiscreteScheduler(**trailing)
+        else:
+            scheduler = diffusers.DDIMScheduler(**trailing, clip_sample=False)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         text_encoder = CLIPTextModel(text_config(words))
