@@ -15,9 +15,10 @@ from torch import Tensor
 
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Example
-from alignkit_rewards.checkpoints import check_local, locate_file, read_weights
+from alignkit_rewards.checkpoints import check_local, locate_file
 from alignkit_rewards.clip import ClipReward
 from alignkit_rewards.linear import fold
+from alignkit_rewards.published import read_weights
 
 
 @dataclass

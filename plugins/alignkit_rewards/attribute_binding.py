@@ -23,7 +23,6 @@ from alignkit_rewards.checkpoints import (
     backbone_dtype,
     check_local,
     check_precision,
-    converted,
     load_model,
     load_tokenizer,
     locate_file,
@@ -31,6 +30,7 @@ from alignkit_rewards.checkpoints import (
 )
 from alignkit_rewards.phrases import MATERIALS, Phrase, phrases
 from alignkit_rewards.pixels import CLIP_MEAN, CLIP_STD, normalize, resize
+from alignkit_rewards.published import converted
 
 DEFAULT_JUDGE = "Salesforce/blip-vqa-capfilt-large"
 Mode = Literal["hard", "soft", "product"]

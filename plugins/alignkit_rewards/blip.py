@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from alignkit_rewards.checkpoints import Translated
+from alignkit_rewards.published import Translated
 
 _VISION = {
     r"cls_token": "embeddings.class_embedding",

@@ -1,22 +1,15 @@
-"""Published checkpoints: found on disk or on the hub, read without pickle, converted once, and never used in part."""
+"""Published checkpoints: found on disk or on the hub, and never used in part."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import re
-import shutil
-import tempfile
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignkit.errors import ConfigError
@@ -72,21 +65,8 @@ def locate_file(reward: str, field: str, source: str) -> Path | None:
         f"expected the file {named[2]} of https://huggingface.co/{named[1]}; where there is no network, put it on "
         f"this disk and set reward.{reward}.{field} to its path"
     )
-    with _told(reward, field, source, wanted):
+    with told(reward, field, source, wanted):
         return Path(hf_hub_download(named[1], named[2]))
-
-
-def read_weights(reward: str, field: str, path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a pickle of tensors alone (torch's `weights_only`), by name.
-
-    Raises ConfigError for anything else.
-    """
-    with _told(reward, field, str(path), "expected a file of weights, safetensors or torch's"):
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        state = found.get("state_dict", found.get("model", found))
-        return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def load_model(
@@ -105,7 +85,7 @@ def load_model(
 
     check_local(reward, field, source)
     wanted = f"expected a hub id or a folder that holds a {model_class.__name__}"
-    with _told(reward, field, source, wanted), no_progress_bars():
+    with told(reward, field, source, wanted), no_progress_bars():
         config = AutoConfig.from_pretrained(source)
         expected = getattr(model_class, "config_class", None)
         if expected is not None and not isinstance(config, expected):
@@ -127,7 +107,7 @@ def load_tokenizer(reward: str, source: str, vocabulary: int, field: str = "toke
 
     wanted = f"expected a hub id or a folder with the files of a tokenizer (reward.{reward}.{field})"
     check_local(reward, "tokenizer", source)
-    with _told(reward, "tokenizer", source, wanted):
+    with told(reward, "tokenizer", source, wanted):
         tokenizer = AutoTokenizer.from_pretrained(source)
     # Where the files cannot be had, transformers may hand out a tokenizer that knows its special tokens alone.
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
@@ -170,93 +150,8 @@ def tokenize(tokenizer: Any, texts: Sequence[str], limit: int, device: torch.dev
     return Tokens(ids, mask, truncated)
 
 
-Translated = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
-"""The weights of the model, by transformers' names, and those of a head of ours."""
-
-
-def converted(
-    reward: str,
-    file: Path,
-    model_class: Any,
-    official: Callable[[], Any],
-    translate: Callable[[Mapping[str, Tensor]], Translated],
-    absent: Sequence[str] = (),
-) -> Path:
-    """A folder in transformers' layout with what `file` holds in its authors': config.json, model.safetensors and
-    head.safetensors where there is a head. Made once, in alignkit's cache, and found again by path, size and time.
-
-    The architecture is that of a config.json of the same kind of model beside `file`, or else `official()`. Raises
-    ConfigError unless every weight of the model is there with its shape (but for names that begin as `absent` does),
-    and nothing else.
-    """
-    status = file.resolve().stat()
-    beside = file.parent / "config.json"
-    parts = (reward, file.resolve(), status.st_size, status.st_mtime_ns, beside.is_file() and beside.read_text())
-    folder = cache() / f"{reward}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
-    if folder.is_dir():
-        return folder
-    config = official()
-    # That of a tokenizer, which may lie there too, is another model's.
-    if beside.is_file():
-        with _told(reward, "configuration", str(beside), "expected that of the model or its tokenizer, or no file"):
-            if json.loads(beside.read_text()).get("model_type") == config.model_type:
-                config = type(config).from_pretrained(file.parent)
-    weights, head = translate(read_weights(reward, "checkpoint", file))
-    with torch.device("meta"):
-        expected = {name: value.shape for name, value in model_class(config).state_dict().items()}
-    _compare(reward, file, {name: value.shape for name, value in weights.items()}, expected, absent)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        making = Path(tempfile.mkdtemp(dir=folder.parent))
-        config.save_pretrained(making)
-        # Separate memory each: safetensors refuses views of one tensor.
-        save_file(
-            {k: v.clone().contiguous() for k, v in weights.items()}, making / "model.safetensors", {"format": "pt"}
-        )
-        if head:
-            save_file(dict(head), making / "head.safetensors")
-        try:
-            making.rename(folder)
-        except OSError:  # another process was quicker
-            shutil.rmtree(making)
-            if not folder.is_dir():
-                raise
-    except OSError as error:
-        raise ConfigError(
-            f"{reward}: {file} cannot be converted into {folder.parent} ({error}); set ALIGNKIT_CACHE to a folder "
-            "with room for it"
-        ) from error
-    return folder
-
-
-def cache() -> Path:
-    """Where converted weights are kept: the folder that ALIGNKIT_CACHE names, or ~/.cache/alignkit."""
-    return Path(os.environ.get("ALIGNKIT_CACHE") or Path.home() / ".cache" / "alignkit") / "weights"
-
-
-def _compare(
-    reward: str, file: Path, found: Mapping[str, Any], expected: Mapping[str, Any], absent: Sequence[str]
-) -> None:
-    """Raise ConfigError, naming the first weight, unless names and shapes agree."""
-    missing = [k for k in expected if k not in found and not k.startswith(tuple(absent))]
-    missing = [k for k in missing if not k.endswith("position_ids")]
-    unexpected = sorted(found.keys() - expected.keys())
-    shapes = [k for k in found if k in expected and found[k] != expected[k]]
-    if missing:
-        wrong = f"lacks {missing[0]} (as transformers names it) and {len(missing) - 1} more"
-    elif unexpected:
-        wrong = f"holds {unexpected[0]} and {len(unexpected) - 1} more that the model has not"
-    elif shapes:
-        wrong = f"has {shapes[0]} of shape {tuple(found[shapes[0]])}, expected {tuple(expected[shapes[0]])}"
-    else:
-        return
-    raise ConfigError(
-        f"{reward}: the checkpoint {file} {wrong}; expected the published file, or its config.json beside"
-    )
-
-
 @contextmanager
-def _told(reward: str, field: str, source: str, wanted: str) -> Iterator[None]:
+def told(reward: str, field: str, source: str, wanted: str) -> Iterator[None]:
     """Whatever transformers, torch, safetensors and the hub raise inside becomes a ConfigError of one line."""
     try:
         yield

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Example, Scores
-from alignkit_rewards.checkpoints import converted, locate_file
+from alignkit_rewards.checkpoints import locate_file
 from alignkit_rewards.clip import ClipReward
 from alignkit_rewards.pixels import CLIP_MEAN, CLIP_STD, normalize, resize_and_crop
+from alignkit_rewards.published import converted
 
 Version = Literal["v2.0", "v2.1"]
 FILES: dict[Version, str] = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}

@@ -20,11 +20,9 @@ from alignkit.interfaces import Example, Reward, Scores
 from alignkit_rewards import blip
 from alignkit_rewards.checkpoints import (
     Precision,
-    Translated,
     backbone_dtype,
     check_local,
     check_precision,
-    converted,
     load_model,
     load_tokenizer,
     locate_file,
@@ -33,6 +31,7 @@ from alignkit_rewards.checkpoints import (
 )
 from alignkit_rewards.linear import fold
 from alignkit_rewards.pixels import CLIP_MEAN, CLIP_STD, normalize, resize_and_crop
+from alignkit_rewards.published import Translated, converted
 
 PUBLISHED = "THUDM/ImageReward/ImageReward.pt"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
