@@ -56,7 +56,10 @@ class Aesthetic(ClipReward):
     def _read_head(self) -> tuple[Tensor, Tensor]:
         file = locate_file(self.name, "head", self.head)
         if file is None:
-            raise ConfigError(f"aesthetic: head is {self.head!r}, expected a file, or owner/name/file on the hub")
+            raise ConfigError(
+                f"aesthetic: head is {self.head!r}, expected a file, or owner/name/file on the hub; set "
+                "reward.aesthetic.head to one"
+            )
         try:
             return fold(read_weights(self.name, "head", file))
         except ValueError as error:

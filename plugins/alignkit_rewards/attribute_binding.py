@@ -182,7 +182,8 @@ def load_judge(judge: str) -> tuple[Any, Any]:
         folder = str(converted("attribute_binding", file, BlipForQuestionAnswering, blip.base, blip.vqa))
         words = tokenizer_source("", str(file), "google-bert/bert-base-uncased")
     model = load_model("attribute_binding", "judge", folder, BlipForQuestionAnswering)
-    return model, load_tokenizer("attribute_binding", words, model.config.text_config.vocab_size, "judge")
+    vocabulary = model.config.text_config.vocab_size
+    return model, load_tokenizer("attribute_binding", words, vocabulary, "judge", beside=file)
 
 
 def yes_no(tokenizer: Any) -> list[int]:

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from alignkit.errors import ConfigError
-from alignkit.loading import no_progress_bars
+from alignkit.loading import errors_only, no_progress_bars
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _HUB_FILE = re.compile(r"([\w-][\w.-]*/[\w.-]+)/(.+\.(?:safetensors|pt|pth|bin))")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
+_OF_A_TOKENIZER = "tokenizer_config.json and tokenizer.json or vocab.*"
 
 
 def backbone_dtype(precision: Precision, device: torch.device) -> torch.dtype:
@@ -38,7 +40,8 @@ def check_precision(reward: str, precision: str) -> None:
 def check_local(reward: str, field: str, source: str) -> None:
     """Raise ConfigError for what is meant as a path and is none. A hub id is not looked up."""
     if source.startswith(("/", "./", "../", "~")) and not Path(source).expanduser().exists():
-        raise ConfigError(f"{reward}: there is no folder {source!r} to load the {field} from; correct the path")
+        kind = "file" if Path(source).suffix in _SUFFIXES else "folder"
+        raise ConfigError(f"{reward}: there is no {kind} {source!r} to load the {field} from; correct the path")
 
 
 def local_folder(source: str) -> Path | None:
@@ -61,11 +64,9 @@ def locate_file(reward: str, field: str, source: str) -> Path | None:
         return None
     from huggingface_hub import hf_hub_download
 
-    wanted = (
-        f"expected the file {named[2]} of https://huggingface.co/{named[1]}; where there is no network, put it on "
-        f"this disk and set reward.{reward}.{field} to its path"
-    )
-    with told(reward, field, source, wanted):
+    remedy = f"put its file {named[2]} on this disk and set reward.{reward}.{field} to the path"
+    wanted = f"expected a file of https://huggingface.co/{named[1]}; or {remedy}"
+    with told(reward, field, source, wanted), _on_hub(reward, field, named[1], remedy):
         return Path(hf_hub_download(named[1], named[2]))
 
 
@@ -83,31 +84,46 @@ def load_model(
     """
     from transformers import AutoConfig
 
-    check_local(reward, field, source)
-    wanted = f"expected a hub id or a folder that holds a {model_class.__name__}"
-    with told(reward, field, source, wanted), no_progress_bars():
+    kind = model_class.__name__
+    wanted = f"expected a hub id or a folder that holds {'an' if kind[0] in 'AEIOU' else 'a'} {kind}"
+    remedy = (
+        f"put its files (config.json, model.safetensors, those of its tokenizer) into a folder and set "
+        f"reward.{reward}.{field} to it"
+    )
+    _no_file(reward, field, source, wanted)
+    with told(reward, field, source, wanted), _on_hub(reward, field, source, remedy), no_progress_bars():
         config = AutoConfig.from_pretrained(source)
         expected = getattr(model_class, "config_class", None)
         if expected is not None and not isinstance(config, expected):
             raise ConfigError(f"{reward}: the {field} {source!r} is a {config.model_type} model; {wanted}")
-        model, report = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        with errors_only():  # its table of names; what matters of it is told below
+            model, report = model_class.from_pretrained(
+                source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
     missing = sorted(k for k in report["missing_keys"] if not k.endswith("position_ids"))
     missing = [key for key in missing if not key.startswith(tuple(absent))]
     if missing:
         raise ConfigError(f"{reward}: the {field} {source!r} lacks {missing[0]} and {len(missing) - 1} more; {wanted}")
+    for key, found, expected in sorted(report["mismatched_keys"]):
+        shapes = f"of shape {tuple(found)}, expected {tuple(expected)}"
+        raise ConfigError(f"{reward}: the {field} {source!r} has {key} {shapes}; {wanted}, or mend its config.json")
     return model.eval().requires_grad_(False)
 
 
-def load_tokenizer(reward: str, source: str, vocabulary: int, field: str = "tokenizer") -> Any:
+def load_tokenizer(
+    reward: str, source: str, vocabulary: int, field: str = "tokenizer", beside: Path | None = None
+) -> Any:
     """The tokenizer at a hub id or in a folder, for a model that knows `vocabulary` tokens; `field` is what names it.
 
-    Raises ConfigError.
+    Raises ConfigError, which tells to set that field, or to put the files `beside` that one where no field does.
     """
     from transformers import AutoTokenizer
 
     wanted = f"expected a hub id or a folder with the files of a tokenizer (reward.{reward}.{field})"
-    check_local(reward, "tokenizer", source)
-    with told(reward, "tokenizer", source, wanted):
+    put = f"beside {beside}" if beside else f"into a folder and set reward.{reward}.{field} to it"
+    _no_file(reward, "tokenizer", source, wanted)
+    on_hub = _on_hub(reward, "tokenizer", source, f"put its files ({_OF_A_TOKENIZER}) {put}")
+    with told(reward, "tokenizer", source, wanted), on_hub:
         tokenizer = AutoTokenizer.from_pretrained(source)
     # Where the files cannot be had, transformers may hand out a tokenizer that knows its special tokens alone.
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
@@ -148,6 +164,32 @@ def tokenize(tokenizer: Any, texts: Sequence[str], limit: int, device: torch.dev
     mask = torch.tensor([[1] * len(some) + [0] * (length - len(some)) for some in cut], device=device)
     truncated = torch.tensor([float(len(ids) > limit) for ids in found], device=device)
     return Tokens(ids, mask, truncated)
+
+
+def _no_file(reward: str, field: str, source: str, wanted: str) -> None:
+    """Raise ConfigError for a path that leads nowhere, or to a file."""
+    check_local(reward, field, source)
+    if Path(source).expanduser().is_file():
+        raise ConfigError(f"{reward}: the {field} {source!r} is a file; {wanted}")
+
+
+@contextmanager
+def _on_hub(reward: str, field: str, repository: str, remedy: str) -> Iterator[None]:
+    """Raise ConfigError, which tells the remedy, where the hub is away and its cache lacks what is read inside."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        yield
+    except Exception as error:
+        behind: BaseException | None = error
+        while behind and not isinstance(behind, LocalEntryNotFoundError):
+            behind = behind.__cause__ or behind.__context__
+        if behind is None or local_folder(repository):
+            raise
+        raise ConfigError(
+            f"{reward}: https://huggingface.co/{repository}, the {field}, could not be reached and is in no cache; "
+            f"{remedy}"
+        ) from error
 
 
 @contextmanager

@@ -80,7 +80,8 @@ class ImageReward(Reward):
             if not (folder / "head.safetensors").is_file():
                 raise ConfigError(
                     f"image_reward: the checkpoint {self.checkpoint!r} has no head.safetensors; expected "
-                    "ImageReward.pt of https://huggingface.co/THUDM/ImageReward, or a folder converted from it"
+                    "ImageReward.pt of https://huggingface.co/THUDM/ImageReward, or a folder converted from it; put "
+                    f"that file on this disk and set reward.{self.name}.checkpoint to its path"
                 )
             model = load_model(self.name, "checkpoint", str(folder), BlipForImageTextRetrieval, ("itm_head.",))
             head = load_file(folder / "head.safetensors")

@@ -28,12 +28,29 @@ def read_weights(reward: str, field: str, path: Path) -> dict[str, Tensor]:
 
     Raises ConfigError for anything else.
     """
-    with told(reward, field, str(path), "expected a file of weights, safetensors or torch's"):
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        state = found.get("state_dict", found.get("model", found))
-        return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    wanted = "expected a file of weights, safetensors or torch's, with tensors by name"
+    with told(reward, field, str(path), wanted):
+        found: Any = load_file(path) if path.suffix == ".safetensors" else _unpickled(reward, field, path, wanted)
+    state: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
+    state = next((state[key] for key in ("state_dict", "model") if isinstance(state.get(key), Mapping)), state)
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ConfigError(
+            f"{reward}: the {field} {str(path)!r} holds no tensor by name ({type(found).__name__}); {wanted}"
+        )
+    return tensors
+
+
+def _unpickled(reward: str, field: str, path: Path, wanted: str) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError:
+        raise
+    except Exception as error:  # any kind: the bytes of another file are read as instructions
+        what = (
+            "holds more than tensors, which is not read" if "GLOBAL" in str(error) else "is damaged, or none of torch"
+        )
+        raise ConfigError(f"{reward}: the {field} {str(path)!r} {what}; {wanted}") from error
 
 
 def converted(

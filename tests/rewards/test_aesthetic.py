@@ -116,5 +116,5 @@ def test_a_head_for_another_clip_is_refused(clip_folder: str, tmp_path: Path) ->
 def test_a_head_that_is_no_file_is_told(clip_folder: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"aesthetic: head is .*, expected a file, or owner/name/file on the hub"):
         loaded(checkpoint=clip_folder, head=str(tmp_path))
-    with pytest.raises(ConfigError, match=r"aesthetic: there is no folder .* to load the head from"):
+    with pytest.raises(ConfigError, match=r"aesthetic: there is no file .* to load the head from"):
         Aesthetic(head=str(tmp_path / "gone.pth")).check([])

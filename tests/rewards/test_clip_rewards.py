@@ -192,3 +192,20 @@ def test_a_weight_that_is_missing_is_named(clip_folder: str, tmp_path: Path) -> 
     assert json.loads((folder / "config.json").read_text())["model_type"] == "clip"
     with pytest.raises(ConfigError, match=r"lacks visual_projection.weight and 0 more"):
         loaded(ClipScore(checkpoint=str(folder)))
+
+
+def test_a_weight_of_another_shape_is_named_and_one_that_is_too_much_is_left_out(
+    clip_folder: str, tmp_path: Path, images: Tensor, examples: list[Example]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "other"
+    shutil.copytree(clip_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "head.weight": torch.ones(3)}, folder / "model.safetensors", {"format": "pt"})
+    more, plain = (loaded(ClipScore(checkpoint=str(one)))(images, examples) for one in (folder, clip_folder))
+    assert torch.equal(more.values, plain.values)
+    weights["visual_projection.weight"] = torch.zeros(5, 32)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"has visual_projection.weight of shape \(5, 32\), expected \(16, 32\); exp"):
+        loaded(ClipScore(checkpoint=str(folder)))

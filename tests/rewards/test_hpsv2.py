@@ -195,7 +195,7 @@ class Harmful:
 
 def test_a_pickle_with_code_in_it_is_refused(published: tuple[OpenClip, Path]) -> None:
     torch.save({"state_dict": {"a": Harmful()}}, published[1])
-    with pytest.raises(ConfigError, match="hpsv2: cannot load the checkpoint") as caught:
+    with pytest.raises(ConfigError, match=r"hpsv2: the checkpoint .* holds more than tensors") as caught:
         loaded(published[1])
     assert "\n" not in str(caught.value)
 
