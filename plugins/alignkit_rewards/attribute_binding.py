@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from alignkit.cache import fingerprint, tokenizer_state
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Example, Reward, Scores
 from alignkit_rewards import blip
@@ -26,6 +25,7 @@ from alignkit_rewards.checkpoints import (
     load_model,
     load_tokenizer,
     locate_file,
+    state_of,
     tokenizer_source,
 )
 from alignkit_rewards.phrases import MATERIALS, Phrase, phrases
@@ -90,9 +90,7 @@ class AttributeBinding(Reward):
                 )
 
     def fingerprint(self) -> str:
-        judge = fingerprint([self._model, tokenizer_state(self._tokenizer)])
-        told = self.mode, self.questions, judge, self._model.dtype, self._model.device.type
-        return f"attribute_binding {VERSION} {' '.join(map(str, told))}"
+        return f"attribute_binding {VERSION} {self.mode} {self.questions} {state_of(self._model, self._tokenizer)}"
 
     def explain(self, example: Example) -> list[str]:
         return [question for question, _ in self._questions(example)]

@@ -24,6 +24,7 @@ from alignkit_rewards.checkpoints import (
     check_precision,
     load_model,
     load_tokenizer,
+    state_of,
     tokenize,
 )
 
@@ -69,6 +70,8 @@ class TextEncoder:
         if layer > len(layers):
             raise ConfigError(f"{reward}: layer is {layer}, and the {field} {source!r} has {len(layers)}")
         model.encoder.layer = layers[:layer]
+        if hasattr(model, "pooler"):
+            model.pooler = None  # drawn at random where the checkpoint has none, which no fingerprint would find again
         self.model = model
         self.tokenizer = load_tokenizer(reward, source, model.config.vocab_size, field)
         # RoBERTa counts positions from its padding token's id + 1.
@@ -147,6 +150,12 @@ class Comparison:
         if self._encoder is None:
             self._encoder = TextEncoder(self.reward, "encoder", self.source, self.layer)
         self._encoder.to(device, backbone_dtype(self.precision, device))
+
+    def fingerprint(self) -> str:
+        """What tells this comparison from others, once it is loaded."""
+        assert self._encoder is not None
+        network = state_of(self._encoder.model, self._encoder.tokenizer)
+        return f"{self.layer} {self.measure} {self.reference!r} {self.baseline} {network}"
 
     def __call__(self, captions: Sequence[str], examples: Sequence[Example]) -> Scores:
         """Of N captions, with the parts "precision" and "recall", not rescaled, and "truncated"."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from torch import Tensor
 
+from alignkit.cache import fingerprint, tokenizer_state
 from alignkit.errors import ConfigError
 from alignkit.loading import errors_only, no_progress_bars
 
@@ -133,6 +136,17 @@ def load_tokenizer(
             f"{reward}: the tokenizer {source!r} knows {len(tokenizer)} tokens and the model {vocabulary}; {wanted}"
         )
     return tokenizer
+
+
+def state_of(model: Any, tokenizer: Any) -> str:
+    """What tells a loaded network from others, for the fingerprint of a reward: weights, configuration, decoding and
+    tokenizer, precision and kind of device, and the versions of the libraries that run it."""
+    decoding = model.generation_config.to_dict() if model.can_generate() else {}
+    decoding.pop("transformers_version", None)  # of whoever saved it
+    read = json.dumps([decoding, tokenizer.clean_up_tokenization_spaces], sort_keys=True, default=str)
+    state = fingerprint([model, tokenizer_state(tokenizer), read])
+    libraries = f"transformers {transformers.__version__} torch {torch.__version__}"
+    return f"{state} {model.dtype} {model.device.type} {libraries}"
 
 
 def tokenizer_source(given: str, checkpoint: str, public: str) -> str:

@@ -24,6 +24,7 @@ from alignkit_rewards.checkpoints import (
     check_precision,
     load_model,
     load_tokenizer,
+    state_of,
 )
 from alignkit_rewards.pixels import CLIP_MEAN, CLIP_STD, normalize, resize
 
@@ -35,6 +36,8 @@ BEFORE = (
 )
 BEHIND = f"{IMAGE_END}\n OCR: {END}{START}assistant\n"
 """What the model was trained to be asked, before and behind the picture."""
+VERSION = 1
+"""Goes up when a score can change by what is written here: what is asked, how pictures are resized, the distance."""
 _SHRINKING = 4
 """The projector behind the vision tower halves each side twice."""
 
@@ -72,6 +75,9 @@ class Ocr(Reward):
                     f"ocr: the prompt {example.text!r} wants no words to be written; expected them in double quotes, "
                     'or as "target" in its metadata; change the prompt or leave it out'
                 )
+
+    def fingerprint(self) -> str:
+        return f"ocr {VERSION} {self.max_new_tokens} {state_of(self._model, self._tokenizer)}"
 
     def explain(self, example: Example) -> list[str]:
         words = wanted(example)

@@ -19,7 +19,14 @@ from torch import Tensor
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Example, Reward, Scores
 from alignkit_rewards.bertscore import Comparison, Measure
-from alignkit_rewards.checkpoints import Precision, backbone_dtype, check_local, load_model, load_tokenizer
+from alignkit_rewards.checkpoints import (
+    Precision,
+    backbone_dtype,
+    check_local,
+    load_model,
+    load_tokenizer,
+    state_of,
+)
 from alignkit_rewards.pixels import IMAGENET_MEAN, IMAGENET_STD, normalize, resize
 
 Task = Literal["caption", "detailed_caption", "more_detailed_caption"]
@@ -29,6 +36,8 @@ REQUESTS: dict[Task, str] = {
     "more_detailed_caption": "Describe with a paragraph what is shown in the image.",
 }
 """What Florence-2 was trained to be asked."""
+VERSION = 1
+"""Goes up when a score can change by what is written here: what is asked, how pictures are resized, the comparison."""
 
 
 @dataclass
@@ -79,6 +88,10 @@ class TextAlignment(Reward):
     def check(self, examples: Iterable[Example]) -> None:
         check_local(self.name, "captioner", self.captioner)
         self._comparison.check(examples)
+
+    def fingerprint(self) -> str:
+        said = self.task, self.resolution, self.num_beams, self.max_new_tokens, state_of(self._model, self._tokenizer)
+        return f"text_alignment {VERSION} {' '.join(map(str, said))} {self._comparison.fingerprint()}"
 
     def load(self, device: torch.device) -> None:
         if self._model is None:

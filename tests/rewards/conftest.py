@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from alignkit.interfaces import Example, Reward
+from alignkit.asking import Asking
+from alignkit.interfaces import Example, Reward, Scores
 from alignkit.rewards import WeightedRewards
+from alignkit.score_cache import ScoreCache
 from alignkit.testing import check_reward
 from alignkit_shapes.models import WEIGHTS
 
@@ -138,6 +140,35 @@ def images() -> Tensor:
 @pytest.fixture(scope="session")
 def examples() -> list[Example]:
     return [Example(text) for text in TEXTS]
+
+
+@pytest.fixture
+def is_asked_once(
+    images: Tensor, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., None]:
+    """Checks that of two rewards with one cache of scores, made and loaded alike, the second asks its model nothing,
+    and that one with other `fields` does."""
+
+    def check(load: Callable[..., Any], fields: Sequence[dict[str, Any]], examples: list[Example] = examples) -> None:
+        cache = ScoreCache(tmp_path / "scores.sqlite")
+
+        def asked(**given: Any) -> tuple[Scores, int]:
+            reward, calls = load(**given), []
+            generate = reward._model.generate
+            monkeypatch.setattr(reward._model, "generate", lambda **k: calls.append(1) or generate(**k))
+            rewards = WeightedRewards([("it", 1.0, reward)], asking=Asking(cache=cache))
+            rewards.load(torch.device("cpu"))
+            return rewards(images, examples), len(calls)
+
+        (first, once), (again, never) = asked(), asked()
+        assert once == 1 and never == 0 and again.valid.all()
+        assert torch.equal(first.values, again.values)
+        assert first.parts.keys() == again.parts.keys()
+        for other in fields:
+            assert asked(**other)[1] == 1, other
+        cache.close()
+
+    return check
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,22 @@ def test_it_holds_the_contract(load: Any, holds_the_contract: Callable[..., None
     holds_the_contract(load(), examples=NEARLY)
 
 
+def test_a_picture_is_read_once_where_scores_are_kept(
+    load: Any, folder: str, tmp_path: Path, is_asked_once: Callable[..., None]
+) -> None:
+    from transformers import GotOcr2ForConditionalGeneration
+
+    other = shutil.copytree(folder, tmp_path / "other")
+    model: Any = GotOcr2ForConditionalGeneration.from_pretrained(folder)
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1
+    model.save_pretrained(other)
+    fields = [{"max_new_tokens": 11}, {"precision": "bf16"}, {"checkpoint": str(other)}]
+    is_asked_once(load, fields, NEARLY)
+    same = shutil.copytree(folder, tmp_path / "same")
+    assert load(checkpoint=str(same)).fingerprint() == load().fingerprint()
+
+
 def test_it_reads_what_the_model_reads_by_its_own_processor(load: Any, folder: str, images: Tensor) -> None:
     """One picture at a time, prepared by transformers."""
     from transformers import AutoTokenizer, GotOcr2ForConditionalGeneration
@@ -172,8 +189,6 @@ def test_a_prompt_that_wants_no_words_is_refused_and_never_scored(load: Any, ima
 
 
 def test_a_tokenizer_without_the_models_marks_is_refused(folder: str, tmp_path: Path, byte_pairs: Any) -> None:
-    import shutil
-
     shutil.copytree(folder, tmp_path / "got")
     byte_pairs("a red circle").save_pretrained(tmp_path / "got")
     with pytest.raises(ConfigError, match=r"ocr: the tokenizer of .* lacks <\|im_end\|>; expected that of a GOT-OCR2"):

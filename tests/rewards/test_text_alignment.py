@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,22 @@ def load(captioner: str, encoder: str) -> Callable[..., TextAlignment]:
 
 def test_it_holds_the_contract(load: Any, holds_the_contract: Callable[[Reward], None]) -> None:
     holds_the_contract(load())
+
+
+def test_a_picture_is_captioned_once_where_scores_are_kept(
+    load: Any, captioner: str, tmp_path: Path, is_asked_once: Callable[..., None]
+) -> None:
+    decoding = shutil.copytree(captioner, tmp_path / "decoding") / "generation_config.json"
+    decoding.write_text(decoding.read_text().replace('"no_repeat_ngram_size": 3', '"no_repeat_ngram_size": 2'))
+    fields: list[dict[str, Any]] = [
+        {"task": "caption"}, {"resolution": 32}, {"num_beams": 1}, {"max_new_tokens": 11}, {"layer": 3},
+        {"measure": "recall"}, {"reference": "a {}"}, {"baseline": 0.5}, {"precision": "bf16"},
+        {"captioner": str(decoding.parent)},
+    ]  # fmt: skip
+    assert {name for one in fields for name in one} | {"encoder"} == {f.name for f in dataclasses.fields(TextAlignment)}
+    is_asked_once(load, fields)
+    same = shutil.copytree(captioner, tmp_path / "same")
+    assert load(captioner=str(same)).fingerprint() == load().fingerprint()
 
 
 def test_the_captions_are_those_of_the_model_by_its_own_processor(load: Any, captioner: str, images: Tensor) -> None:
