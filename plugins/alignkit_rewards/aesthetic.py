@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,13 +16,13 @@ from torch import Tensor
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Example
 from alignkit_rewards.checkpoints import check_local, locate_file
-from alignkit_rewards.clip import ClipReward
+from alignkit_rewards.clip import ClipPictures
 from alignkit_rewards.linear import fold
 from alignkit_rewards.published import read_weights
 
 
 @dataclass
-class Aesthetic(ClipReward):
+class Aesthetic(ClipPictures):
     """A picture's beauty without its prompt: w · e + b of CLIP's unit vector e. Ratings were 1 to 10, typical values
     are 5 to 6. The published five layers have no activations between them and are folded into w and b."""
 
@@ -33,7 +33,6 @@ class Aesthetic(ClipReward):
     layer (sa_0_4_vit_l_14_linear.pth)."""
 
     name: ClassVar[str] = "aesthetic"
-    public_tokenizer: ClassVar[str] = "openai/clip-vit-large-patch14"
 
     def check(self, examples: Iterable[Example]) -> None:
         super().check(examples)
@@ -49,9 +48,6 @@ class Aesthetic(ClipReward):
                 f"{self.checkpoint!r} gives {size}; expected a head for this CLIP"
             )
         self._weight, self._bias = weight.to(device), bias.to(device)
-
-    def load_tokenizer(self, vocabulary: int) -> Any:
-        return None  # nothing is read but the picture
 
     def _read_head(self) -> tuple[Tensor, Tensor]:
         file = locate_file(self.name, "head", self.head)

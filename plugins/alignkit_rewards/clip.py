@@ -1,4 +1,4 @@
-"""Rewards that read pictures and texts with the two towers of CLIP: what they share."""
+"""Rewards that read pictures, and most of them texts, with the towers of CLIP: what they share."""
 
 from __future__ import annotations
 
@@ -25,41 +25,34 @@ from alignkit_rewards.pixels import CLIP_MEAN, CLIP_STD, normalize, resize_and_c
 
 
 @dataclass
-class ClipReward(Reward):
-    """A CLIPModel of transformers, frozen. Projections, lengths and dot products are float32; only the towers follow
-    `precision`: cosines of one prompt's pictures differ in the third place, which half precision cannot hold."""
+class ClipPictures(Reward):
+    """The picture's side of a CLIPModel of transformers, frozen. Projections, lengths and dot products are float32; the
+    towers alone follow `precision`: cosines of one prompt's pictures differ in the third place, which half precision
+    cannot hold."""
 
     checkpoint: str = ""
     """Hub id or local folder of a CLIPModel."""
-    tokenizer: str = ""
-    """Hub id or local folder of the tokenizer. Empty: with the checkpoint if that is a folder with one, or else the
-    public one."""
     precision: Precision = "auto"
     """The towers' precision. auto is bf16 on CUDA and fp32 elsewhere; fp16 is nearer to fp32, bf16 safer in the
     gradient. Heads are always float32."""
 
     differentiable: ClassVar[bool] = True
     name: ClassVar[str]
-    public_tokenizer: ClassVar[str]
 
     def __post_init__(self) -> None:
         check_precision(self.name, self.precision)
         self._model: Any = None
-        self._tokenizer: Any = None
         self._logit_scale = 1.0
 
     def check(self, examples: Iterable[Example]) -> None:
         check_local(self.name, "checkpoint", self.checkpoint)
-        check_local(self.name, "tokenizer", self.tokenizer)
 
     def load(self, device: torch.device) -> None:
         if self._model is None:
             from transformers import CLIPModel
 
-            model = load_model(self.name, "checkpoint", self.folder(), CLIPModel)
-            self._tokenizer = self.load_tokenizer(model.config.text_config.vocab_size)
-            self._logit_scale = float(model.logit_scale.exp())
-            self._model = model
+            self._model = load_model(self.name, "checkpoint", self.folder(), CLIPModel)
+            self._logit_scale = float(self._model.logit_scale.exp())
         self._model.to(device, backbone_dtype(self.precision, device))
         self._model.visual_projection.float()
         self._model.text_projection.float()
@@ -67,11 +60,6 @@ class ClipReward(Reward):
     def folder(self) -> str:
         """Where the CLIPModel lies, in transformers' layout."""
         return self.checkpoint
-
-    def load_tokenizer(self, vocabulary: int) -> Any:
-        """The tokenizer of the text tower."""
-        source = tokenizer_source(self.tokenizer, self.checkpoint, self.public_tokenizer)
-        return load_tokenizer(self.name, source, vocabulary)
 
     def pixels(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) in [0, 1] as the vision tower takes them."""
@@ -83,6 +71,31 @@ class ClipReward(Reward):
         pixels = self.pixels(images).to(self._model.dtype)
         pooled = self._model.vision_model(pixel_values=pixels).pooler_output
         return unit(self._model.visual_projection(pooled.float()), dim=-1)
+
+
+@dataclass
+class ClipReward(ClipPictures):
+    """A CLIPModel of transformers with both its sides, and its tokenizer."""
+
+    tokenizer: str = ""
+    """Hub id or local folder of the tokenizer. Empty: with the checkpoint if that is a folder with one, or else the
+    public one."""
+
+    public_tokenizer: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._tokenizer: Any = None
+
+    def check(self, examples: Iterable[Example]) -> None:
+        super().check(examples)
+        check_local(self.name, "tokenizer", self.tokenizer)
+
+    def load(self, device: torch.device) -> None:
+        super().load(device)
+        if self._tokenizer is None:
+            source = tokenizer_source(self.tokenizer, self.checkpoint, self.public_tokenizer)
+            self._tokenizer = load_tokenizer(self.name, source, self._model.config.text_config.vocab_size)
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -76,6 +78,13 @@ def test_the_prompt_does_not_matter(
 ) -> None:
     reward = loaded(checkpoint=clip_folder, head=head[1])
     assert torch.equal(reward(images, examples), reward(images, [Example("")] * len(examples)))
+
+
+def test_it_has_no_tokenizer_and_needs_none(head: tuple[Predictor, str], clip_folder: str, tmp_path: Path) -> None:
+    assert [field.name for field in dataclasses.fields(Aesthetic)] == ["checkpoint", "precision", "head"]
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(Path(clip_folder) / name, tmp_path)
+    loaded(checkpoint=str(tmp_path), head=head[1])
 
 
 def test_a_fold_by_hand() -> None:
