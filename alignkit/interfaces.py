@@ -285,6 +285,11 @@ class Reward(ABC):
         weights. Raises ConfigError as `check`."""
         return []
 
+    def tokens(self, example: Example) -> tuple[int, int] | None:
+        """How many tokens of a text are read at most, and how many this one has; asked once it is loaded. None, the
+        default, where the reward cannot tell."""
+        return None
+
     def load(self, device: torch.device) -> None:
         """Load what is needed to score; the only place that touches files or the network. Calling it twice is fine."""
         return

@@ -74,7 +74,7 @@ def lint(
 
 
 def _problems(rewards: WeightedRewards, example: Example, loaded: bool) -> Iterator[tuple[Problem, str]]:
-    name = rewards.rewards[0][0]
+    name, _, reward = rewards.rewards[0]
     try:
         rewards.check([replace(example, place="")])  # a finding has its place
         if not loaded:
@@ -89,7 +89,9 @@ def _problems(rewards: WeightedRewards, example: Example, loaded: bool) -> Itera
             f"{name}: marks a grey picture of it as one that cannot be scored; a word that it knows not?",
         )
     elif float(scores.parts.get(f"{name}/truncated", torch.zeros(1))[0]) > 0:
-        yield "truncated", f"{name}: reads so many tokens only; what stands at its end counts for nothing"
+        limit = reward.tokens(example)
+        told = f"reads {limit[0]} tokens, found {limit[1]}" if limit else "does not read all of it"
+        yield "truncated", f"{name}: {told}; what stands at its end counts for nothing"
 
 
 def ask(source: str, reward: str, overrides: Mapping[str, Any] | None = None) -> list[Asked]:

@@ -124,6 +124,7 @@ def test_a_loaded_reward_tells_of_ends_that_it_does_not_read(tmp_path: Path, plu
     plugins.install("short_sighted", SHORT_SIGHTED, reward=SHORT_SIGHTED_REWARD)
     _, (finding,) = lint(write(tmp_path / "p.txt", "cat", "catamaran"), "short_sighted", load=True)
     assert (finding.problem, finding.number, finding.prompt) == ("truncated", 2, "catamaran")
+    assert finding.why == "short_sighted: does not read all of it; what stands at its end counts for nothing"
 
 
 def test_lint_blames_the_reward_and_no_prompt_for_its_own_settings() -> None:

@@ -22,6 +22,7 @@ from alignkit_rewards.checkpoints import (
     backbone_dtype,
     check_local,
     check_precision,
+    count,
     load_model,
     load_tokenizer,
     state_of,
@@ -84,10 +85,17 @@ class TextEncoder:
         """Move the network there."""
         self.model.to(device, dtype)
 
+    def count(self, text: str) -> int:
+        """Tokens of a text, both marks counted."""
+        return count(self.tokenizer, self._as_read(text))
+
+    def _as_read(self, text: str) -> str:
+        return self._before + text.strip() if text.strip() else ""
+
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Embedded:
         """N texts, each distinct one read once."""
-        texts = [self._before + text.strip() if text.strip() else "" for text in texts]
+        texts = [self._as_read(text) for text in texts]
         distinct = list(dict.fromkeys(texts))
         tokens = tokenize(self.tokenizer, distinct, self.limit, self.model.device)
         read = self.model(input_ids=tokens.ids, attention_mask=tokens.mask).last_hidden_state
@@ -150,6 +158,11 @@ class Comparison:
         if self._encoder is None:
             self._encoder = TextEncoder(self.reward, "encoder", self.source, self.layer)
         self._encoder.to(device, backbone_dtype(self.precision, device))
+
+    def tokens(self, example: Example) -> tuple[int, int]:
+        """Tokens of a prompt that are read at most, and those that it has."""
+        assert self._encoder is not None
+        return self._encoder.limit, self._encoder.count(self.reference.replace("{}", example.text))
 
     def fingerprint(self) -> str:
         """What tells this comparison from others, once it is loaded."""

@@ -168,6 +168,11 @@ class Tokens:
     """(N,) float32: 1 where the text was too long and its end was left out."""
 
 
+def count(tokenizer: Any, text: str) -> int:
+    """Tokens of `text`, the special ones counted."""
+    return len(tokenizer(text, verbose=False).input_ids)
+
+
 def tokenize(tokenizer: Any, texts: Sequence[str], limit: int, device: torch.device) -> Tokens:
     """`texts` in at most `limit` tokens each, the final special token kept."""
     found = tokenizer(list(texts), verbose=False).input_ids

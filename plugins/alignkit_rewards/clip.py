@@ -16,6 +16,7 @@ from alignkit_rewards.checkpoints import (
     backbone_dtype,
     check_local,
     check_precision,
+    count,
     load_model,
     load_tokenizer,
     tokenize,
@@ -97,18 +98,28 @@ class ClipReward(ClipPictures):
             source = tokenizer_source(self.tokenizer, self.checkpoint, self.public_tokenizer)
             self._tokenizer = load_tokenizer(self.name, source, self._model.config.text_config.vocab_size)
 
+    def text(self, example: Example) -> str:
+        """What the text tower reads."""
+        return example.text
+
+    def tokens(self, example: Example) -> tuple[int, int] | None:
+        return self._limit, count(self._tokenizer, self.text(example))
+
+    @property
+    def _limit(self) -> int:
+        return int(self._model.config.text_config.max_position_embeddings)
+
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Unit vectors (N, D) float32, and (N,) 1 where a text was too long and its end was not read."""
         distinct = list(dict.fromkeys(texts))
-        limit = self._model.config.text_config.max_position_embeddings
-        tokens = tokenize(self._tokenizer, distinct, limit, self._model.device)
+        tokens = tokenize(self._tokenizer, distinct, self._limit, self._model.device)
         pooled = self._model.text_model(input_ids=tokens.ids, attention_mask=tokens.mask).pooler_output
         features = unit(self._model.text_projection(pooled.float()), dim=-1)
         index = torch.tensor([distinct.index(text) for text in texts], device=features.device)
         return features[index], tokens.truncated[index]
 
-    def cosine(self, images: Tensor, texts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def cosine(self, images: Tensor, examples: Sequence[Example]) -> tuple[Tensor, dict[str, Tensor]]:
         """The cosine of each picture and its text (N,), and the parts that tell which texts were cut."""
-        features, truncated = self.text_features(texts)
+        features, truncated = self.text_features([self.text(example) for example in examples])
         return (self.image_features(images) * features).sum(-1), {"truncated": truncated}

@@ -30,7 +30,10 @@ class ClipScore(ClipReward):
     name: ClassVar[str] = "clip_score"
     public_tokenizer: ClassVar[str] = "openai/clip-vit-large-patch14"
 
+    def text(self, example: Example) -> str:
+        return self.prefix + example.text
+
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
-        cosine, parts = self.cosine(images, [self.prefix + example.text for example in examples])
+        cosine, parts = self.cosine(images, examples)
         values = self.scale * (cosine.clamp(min=0) if self.clamp else cosine)
         return Scores(values, torch.ones_like(values, dtype=torch.bool), parts)

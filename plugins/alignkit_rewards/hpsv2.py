@@ -55,7 +55,7 @@ class HPSv2(ClipReward):
         return normalize(resize_and_crop(images, size, levels=False), CLIP_MEAN, CLIP_STD)
 
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
-        values, parts = self.cosine(images, [example.text for example in examples])
+        values, parts = self.cosine(images, examples)
         return Scores(values, torch.ones_like(values, dtype=torch.bool), parts)
 
 

@@ -23,6 +23,7 @@ from alignkit_rewards.checkpoints import (
     backbone_dtype,
     check_local,
     check_precision,
+    count,
     load_model,
     load_tokenizer,
     locate_file,
@@ -91,6 +92,9 @@ class ImageReward(Reward):
             self._model = model
         self._model.to(device, backbone_dtype(self.precision, device))
         self._weight, self._bias = self._weight.to(device), self._bias.to(device)
+
+    def tokens(self, example: Example) -> tuple[int, int] | None:
+        return self.max_tokens, count(self._tokenizer, example.text)
 
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
         size = self._model.config.vision_config.image_size

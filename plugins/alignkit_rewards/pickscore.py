@@ -36,6 +36,6 @@ class PickScore(ClipReward):
         super().__post_init__()
 
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
-        cosine, parts = self.cosine(images, [example.text for example in examples])
+        cosine, parts = self.cosine(images, examples)
         values = cosine * (self._logit_scale if self.variant == "logit" else 1.0)
         return Scores(values, torch.ones_like(values, dtype=torch.bool), parts)

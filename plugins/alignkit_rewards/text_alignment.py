@@ -93,6 +93,9 @@ class TextAlignment(Reward):
         said = self.task, self.resolution, self.num_beams, self.max_new_tokens, state_of(self._model, self._tokenizer)
         return f"text_alignment {VERSION} {' '.join(map(str, said))} {self._comparison.fingerprint()}"
 
+    def tokens(self, example: Example) -> tuple[int, int] | None:
+        return self._comparison.tokens(example)
+
     def load(self, device: torch.device) -> None:
         if self._model is None:
             from transformers import Florence2ForConditionalGeneration

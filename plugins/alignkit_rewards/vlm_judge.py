@@ -151,6 +151,9 @@ class VlmJudge(Reward):
         if self.mode == "caption":
             self._comparison.load(device)
 
+    def tokens(self, example: Example) -> tuple[int, int] | None:
+        return self._comparison.tokens(example) if self.mode == "caption" else None
+
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
         pictures = ["data:image/png;base64," + base64.b64encode(file).decode() for file in as_png(images)]
         asked = list(zip(pictures, (example.text for example in examples), strict=True))

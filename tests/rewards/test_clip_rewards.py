@@ -13,6 +13,7 @@ from torch.nn.functional import normalize as unit
 
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Example, Reward
+from alignkit.prompts import lint
 from alignkit_rewards.clip import ClipReward
 from alignkit_rewards.clip_score import ClipScore
 from alignkit_rewards.pickscore import PickScore
@@ -82,6 +83,27 @@ def test_a_prompt_beyond_the_limit_is_told_and_its_end_changes_nothing(clip_fold
     scores = reward(images[:1].expand(3, -1, -1, -1), [Example(text) for text in texts])
     assert scores.parts["truncated"].tolist() == [1.0, 1.0, 0.0]
     assert scores.values[0] == scores.values[1] != scores.values[2]
+
+
+def test_lint_tells_how_many_tokens_are_read_and_how_many_were_found(clip_folder: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    def whys(**fields: str) -> list[str]:
+        given = {"checkpoint": clip_folder, **fields}
+        return [
+            f.why for f in lint(file, "clip_score", {f"reward.clip_score.{k}": v for k, v in given.items()}, True)[1]
+        ]
+
+    words = AutoTokenizer.from_pretrained(clip_folder)
+    fits = next(text for text in ("red " * n for n in range(30, 0, -1)) if len(words(text).input_ids) == 24)
+    long = fits + "circle"
+    found = len(words(long).input_ids)
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"{fits}\n{long}\n")
+    assert found > 24
+    assert whys() == [f"clip_score: reads 24 tokens, found {found}; what stands at its end counts for nothing"]
+    both = [24 + 1, found + 1]
+    assert [int(why.split("found ")[1].split(";")[0]) for why in whys(prefix="a ")] == both
 
 
 def test_an_empty_prompt_has_a_score(clip_folder: str, images: Tensor) -> None:

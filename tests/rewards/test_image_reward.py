@@ -142,6 +142,8 @@ def test_a_prompt_beyond_the_limit_is_told(published: tuple[Published, Path], im
     scores = loaded(published[1])(pictures, long)
     assert scores.parts["truncated"].tolist() == [1.0, 1.0, 0.0]
     torch.testing.assert_close(scores.values[0], scores.values[1])
+    limits, lengths = zip(*map(loaded(published[1]).tokens, long), strict=True)
+    assert set(limits) == {35} and lengths[1] > lengths[0] > 35 > lengths[2]
     assert loaded(published[1], max_tokens=64)(pictures, long).parts["truncated"].tolist() == [0.0, 1.0, 0.0]
 
 

@@ -159,6 +159,7 @@ def test_the_end_of_a_long_prompt_is_not_read_and_told(load: Any, images: Tensor
     long = " ".join(["red"] * 200)
     scores = load()(images[:1].expand(3, -1, -1, -1), [Example(long), Example(long + " circle"), Example("a circle")])
     assert scores.parts["truncated"].tolist() == [1, 1, 0]
+    assert load().tokens(Example(long)) == (80, 202) and load(reference="a {}").tokens(Example(long)) == (80, 203)
     torch.testing.assert_close(scores.values[0], scores.values[1])
 
 
