@@ -28,14 +28,14 @@ from alignkit_rewards.checkpoints import (
     state_of,
     tokenizer_source,
 )
-from alignkit_rewards.phrases import MATERIALS, Phrase, phrases
+from alignkit_rewards.phrases import BEHIND, MATERIALS, Phrase, phrases
 from alignkit_rewards.pixels import CLIP_MEAN, CLIP_STD, normalize, resize
 from alignkit_rewards.published import converted
 
 DEFAULT_JUDGE = "Salesforce/blip-vqa-capfilt-large"
 Mode = Literal["hard", "soft", "product"]
 Asked = Literal["separately", "by_phrase"]
-VERSION = 1
+VERSION = 2
 """Goes up when a score can change: another wording of a question, another way to find phrases."""
 _MAX_TOKENS = 35
 """As the model was trained (BLIP's `max_length` for questions)."""
@@ -157,7 +157,9 @@ def phrase_questions(things: Sequence[Phrase]) -> list[tuple[str, bool]]:
     """T2I-CompBench's question about each phrase: the phrase itself, which asks for an attribute if it has one."""
     out = []
     for thing in things:
-        words = " ".join([*thing.attributes, thing.head])
+        behind = [attribute for attribute in thing.attributes if attribute.startswith(BEHIND)]
+        before = [attribute for attribute in thing.attributes if attribute not in behind]
+        words = " ".join([*before, thing.head, *behind])
         article = "" if thing.plural else "an " if _takes_an(words) else "a "
         out.append((f"{article}{words}?", bool(thing.attributes)))
     return out

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from alignkit.errors import ConfigError
@@ -66,7 +66,7 @@ _STOPS = _words(
     "very quite also too sits sit sat stands stand stood lies lie lay lays hangs hang rests rest leans lean holds "
     "hold wears wear eats eat walks walk runs run flies looks look plays play covers cover rides ride drives drive "
     "grows grow fills surrounds shines reflects blooms flows floats swims jumps catches contrasts complements matches "
-    "makes adds creates provides provide reads read"
+    "makes adds creates provides provide reads read says say said written"
 )
 _CLOSED = _DETERMINERS | _COPULAS | _STOPS
 _PARTICIPLE = re.compile(r".{2,}(ing|ed|ly)")
@@ -87,8 +87,24 @@ _ALSO_NOUNS = SHAPES | MATERIALS.keys() | _words("orange light rainbow lime peac
 _SINGULARS = _words("lens gas canvas atlas christmas")
 
 
+BEHIND = ("made of ", "in ")
+"""How attributes begin that stand behind their noun: "a cat made of glass", "a sign in red"."""
+_MADE_OF = re.compile(r"made (?:\w+ly )?(?:out )?(?:of|from) ")
+_QUOTED = re.compile(r"""(?<!\w)"[^"]*"|“[^”]*”|(?<!\w)'[^']*'(?!\w)|\d+\"""")
+"""And inches."""
+
+
 def _is_attribute(word: str) -> bool:
-    return word in ATTRIBUTES or word.endswith(("-colored", "-shaped"))
+    return all(part in ATTRIBUTES for part in word.split("-")) or word.endswith(("-colored", "-shaped"))
+
+
+def _is_participle(word: str) -> bool:
+    return bool(_PARTICIPLE.fullmatch(word)) and word not in _NOUNS and not _is_attribute(word)
+
+
+def _is_name(word: str) -> bool:
+    """Whether a noun phrase may hold it: no punctuation, no stop."""
+    return word[0].isalnum() and word not in _CLOSED
 
 
 def phrases(example: Example) -> list[Phrase]:
@@ -114,9 +130,10 @@ def find_phrases(text: str) -> list[Phrase]:
 
     A phrase is a run of words up to punctuation or a stop (preposition, verb, pronoun). Up to its last known attribute,
     short of its last word, the run counts as attributes ("a strange red fire hydrant"); the rest is the head.
-    "black and white cat" and "big, red ball" are one phrase, "the car is red" gives the car its colour.
+    "black and white cat" and "big, red ball" are one phrase, "the car is red" gives the car its colour, "a cat made of
+    glass" and "a sign in red" what stands behind them. What is quoted is written in the picture, and no phrase.
     """
-    tokens = re.findall(r"[a-z0-9]+(?:[-'’][a-z0-9]+)*|[,.;:!?]", text.lower().replace("colour", "color"))
+    tokens = _tokens(text)
     found: list[Phrase] = []
     run: list[str] = []
     number = ""
@@ -124,15 +141,22 @@ def find_phrases(text: str) -> list[Phrase]:
     for i, token in enumerate([*tokens, "."]):
         following = tokens[i + 1] if i + 1 < len(tokens) else "."
         bare = bool(run) and all(map(_is_attribute, run))
+        if " " in token:  # an attribute behind its noun
+            named = _phrase(run, number, then=token) if run else found[-1:]
+            found += named if run else []
+            if named:
+                found[-1] = replace(named[-1], attributes=(*named[-1].attributes, token))
+            run, number = [], ""
+            continue
         joined = token in ("and", ",") and _is_attribute(following)
         if joined and bare and run[-1] not in SHAPES and not predicate:
             continue
-        if _PARTICIPLE.fullmatch(token) and token not in _NOUNS and not _is_attribute(token):
+        if _is_participle(token):
             if not run or bare:  # "a painted chair", "a red painted chair", "a brightly lit room"
                 continue
         elif token.endswith(("'s", "’s")) and token not in _CLOSED:  # "a man's red hat" names a man and a hat
             run.append(token[:-2])
-        elif token[0].isalnum() and token not in _CLOSED and not token.isdigit():
+        elif _is_name(token) and not token.isdigit():
             run.append(token)
             continue
         if found and predicate and bare:
@@ -146,6 +170,45 @@ def find_phrases(text: str) -> list[Phrase]:
     return found
 
 
+def _tokens(text: str) -> list[str]:
+    """Words and punctuation outside of quotation marks; an attribute behind its noun is one token, blanks included."""
+    text = text.lower().replace("colour", "color")
+    outside = _QUOTED.sub(" ", text)
+    words: list[str] = []
+    for word in re.findall(r"[a-z0-9]+(?:[-'’][a-z0-9]+)*|[,.;:!?]", outside if re.search(r"\w", outside) else text):
+        parts = word.split("-and-")  # "black-and-white"
+        words += " and ".join(parts).split() if all(map(_is_attribute, parts)) else [word]
+    out: list[str] = []
+    while words:
+        found, length = _behind([*words, ".", "."])
+        out += found or words[:1]
+        words = words[length or 1 :]
+    return out
+
+
+def _behind(words: Sequence[str]) -> tuple[list[str], int]:
+    """Attributes behind a noun with which `words` begin, and how many of the words they take."""
+    made = _MADE_OF.match(" ".join([*words[:4], ""]))
+    start = end = made[0].count(" ") if made else 1
+    if made:
+        while _is_name(words[end]) and (
+            end == start or not _is_participle(words[end]) or _is_participle(words[end - 1])
+        ):
+            end += 1
+        verb = words[end] in _DETERMINERS and end > start + 1  # as in `_phrase`
+        found = ["made of " + " ".join(words[start : end - verb])] if end > start else []
+        while found and words[end] in ("and", ",") and words[end + 1] in MATERIALS and not _is_name(words[end + 2]):
+            found.append(f"made of {words[end + 1]}")
+            end += 2
+        return found, end
+    while words[0] == "in" and words[end] in COLORS | _SHADES | {"and"}:
+        end += 1
+    end -= words[end - 1] == "and"
+    if words[end - 1] in COLORS and (not _is_name(words[end]) or _is_participle(words[end])):
+        return [" ".join(words[:end])], end
+    return [], 0
+
+
 def _phrase(run: Sequence[str], number: str, then: str) -> list[Phrase]:
     """None or one phrase, made of `run`, with `number` (a determiner or nothing) before it and `then` behind it."""
     known = [i for i, word in enumerate(run[:-1]) if _is_attribute(word)]
@@ -153,9 +216,9 @@ def _phrase(run: Sequence[str], number: str, then: str) -> list[Phrase]:
     head = list(run[cut:])
     if then in _DETERMINERS and len(head) > 1:  # two noun phrases do not touch: the last word was a verb
         head.pop()
-    if len(head) == 1 and head[0] in ATTRIBUTES - _ALSO_NOUNS:
+    if len(head) == 1 and _is_attribute(head[0]) and head[0] not in _ALSO_NOUNS:
         return []  # adjectives without their noun
-    if (then == "of" and head[-1] in _COLLECTIONS) or (head[-1] in _PLACES and not cut):
+    if (then == "of" and head[-1] in _COLLECTIONS) or (head[-1] in _PLACES and not cut and " " not in then):
         return []
     name = head[-1]
     plural = name.endswith("s") and not name.endswith(("ss", "us", "is")) and name not in _SINGULARS

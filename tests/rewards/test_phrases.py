@@ -65,6 +65,43 @@ QUESTIONS = {
     "a red painted chair": ["is there a chair?", "is the chair red?"],
     "a brick building": ["is there a building?", "is the building made of brick?"],
     "a red light": ["is there a light?", "is the light red?"],
+    "a cat made of glass": ["is there a cat?", "is the cat made of glass?"],
+    "two statues made out of solid gold, wearing hats": [
+        "are there statues?", "are the statues made of solid gold?", "are there hats?",
+    ],
+    "a red lamp made of glass and steel on a chair made from stained wood": [
+        "is there a lamp?", "is the lamp red?", "is the lamp made of glass?", "is the lamp made of steel?",
+        "is there a chair?", "is the chair made of stained wood?",
+    ],
+    "a cup made of glass and metal chairs": [
+        "is there a cup?", "is the cup made of glass?", "are there chairs?", "are the chairs made of metal?",
+    ],
+    "the cat is small and made of clay": ["is there a cat?", "is the cat small?", "is the cat made of clay?"],
+    "a house made of brick attracts the birds": [
+        "is there a house?", "is the house made of brick?", "are there birds?",
+    ],
+    "a black-and-white cat": ["is there a cat?", "is the cat black?", "is the cat white?"],
+    "a small, black-and-white, fluffy dog": [
+        "is there a dog?", "is the dog small?", "is the dog black?", "is the dog white?", "is the dog fluffy?",
+    ],
+    "a light-blue car": ["is there a car?", "is the car light-blue?"],
+    "salt-and-pepper hair": ["is there a salt-and-pepper hair?"],
+    'a "OPEN" sign in red': ["is there a sign?", "is the sign in red?"],
+    "a wooden sign that says “red cat” and 'black dog'": ["is there a sign?", "is the sign made of wood?"],
+    '"a red chair"': ["is there a chair?", "is the chair red?"],
+    'a 5" screen and a 7" blue tablet': ["is there a screen?", "is there a tablet?", "is the tablet blue?"],
+    "a woman in dark blue standing by a dog": [
+        "is there a woman?", "is the woman in dark blue?", "is there a dog?",
+    ],
+    "a photo of a cat in black and white": ["is there a cat?", "is the cat in black and white?"],
+    "a man in red and black shoes": [
+        "is there a man?", "are there shoes?", "are the shoes red?", "are the shoes black?",
+    ],
+    "the sign is in red and the door is green": [
+        "is there a sign?", "is the sign in red?", "is there a door?", "is the door green?",
+    ],
+    "a cat, the background in blue": ["is there a cat?", "is there a background?", "is the background in blue?"],
+    "a cat in a box": ["is there a cat?", "is there a box?"],
 }  # fmt: skip
 
 
@@ -73,7 +110,25 @@ def test_a_prompt_leads_to_these_questions(text: str) -> None:
     assert AttributeBinding().explain(Example(text)) == QUESTIONS[text]
 
 
-@pytest.mark.parametrize("text", ["", "red", "!!!", "two", "in front of", "a blue"])
+def test_by_phrase_what_stands_behind_the_noun_stays_there() -> None:
+    text = "a red lamp made of glass and two black-and-white cats in blue"
+    found = AttributeBinding(questions="by_phrase").explain(Example(text))
+    assert found == ["a red lamp made of glass?", "black white cats in blue?"]
+
+
+@pytest.mark.parametrize("text", ["a cat made of glass", "a black-and-white cat", 'a "OPEN" sign in red'])
+def test_an_attribute_behind_its_noun_or_with_hyphens_is_enough(text: str) -> None:
+    AttributeBinding().check([Example(text)])
+
+
+def test_quoted_words_are_no_attribute() -> None:
+    with pytest.raises(ConfigError, match="has no attribute to bind"):
+        AttributeBinding().check([Example('a sign "RED"')])
+
+
+@pytest.mark.parametrize(
+    "text", ["", "red", "!!!", "two", "in front of", "a blue", "made of glass", "in red", "a light-blue"]
+)
 def test_a_text_without_a_noun_has_no_phrase(text: str) -> None:
     assert find_phrases(text) == []
 
