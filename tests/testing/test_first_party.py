@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -29,6 +29,7 @@ from alignkit.testing import (
 )
 from alignkit.testing.algorithm import tiny_trainer
 from alignkit.testing.world import Form, TinyPairs, TinyPictures
+from alignkit_rewards.attribute_binding import Asked, Mode
 from alignkit_shapes.models import WEIGHTS
 
 TESTS = Path(__file__).parents[1]
@@ -42,7 +43,11 @@ SURROGATES: dict[str, dict[str, Any]] = {
     "latent_blip": {"width": 32, "layers": 2, "heads": 2},
 }
 REWARDS: dict[str, list[dict[str, Any]]] = {
-    "attribute_binding": [{"judge": str(WEIGHTS / "judge"), "mode": mode} for mode in ("hard", "soft")],
+    "attribute_binding": [
+        {"judge": str(WEIGHTS / "judge"), "mode": mode, "questions": questions}
+        for mode in get_args(Mode)
+        for questions in get_args(Asked)
+    ],
     "function": [{"target": "reward_fixtures:mean_of_pixels", "gradient": g} for g in (False, True)],
     "jpeg_compressibility": [{}],
     "jpeg_incompressibility": [{}],
