@@ -23,7 +23,7 @@ REWARDS = {
     "text_alignment": ("text_alignment:TextAlignment", "Florence-2's caption against the prompt, by BERTScore (LaSRO)"),
     "vlm_judge": (
         "vlm_judge:VlmJudge",
-        "A vision language model behind an OpenAI-compatible endpoint: yes or no, a rubric, or VIEScore",
+        "A vision language model behind an OpenAI-compatible endpoint: yes or no, a rubric, VIEScore, or its caption",
     ),
     "vqa_score": ("vqa_score:VqaScore", "How sure a vision language model is that the picture shows the prompt"),
 }

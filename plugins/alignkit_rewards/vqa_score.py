@@ -43,7 +43,7 @@ class VqaScore(Reward):
     checkpoint: str = "Qwen/Qwen2.5-VL-7B-Instruct"
     """Hub id or local folder of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, with its tokenizer and chat template."""
     question: str = 'Does this figure show "{}"? Please answer yes or no.'
-    """What is asked; {} stands for the prompt."""
+    """What is asked; {} stands for the prompt. The paper's wording, whichever the model."""
     answer: str = "Yes"
     """The answer whose probability counts; one token."""
     max_pixels: int = 12_845_056

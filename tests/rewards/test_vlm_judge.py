@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,9 +13,10 @@ import alignkit
 from alignkit import checkpoint
 from alignkit.errors import AlignkitError, ConfigError, TransientError
 from alignkit.interfaces import Example
+from alignkit.registry import default_registry
 from alignkit.testing.expect import differences
 from alignkit_rewards.bertscore import TextEncoder, bertscore
-from alignkit_rewards.vlm_judge import VlmJudge
+from alignkit_rewards.vlm_judge import Mode, VlmJudge
 from servers import Endpoint, brightness, running
 
 CPU = torch.device("cpu")
@@ -339,6 +340,12 @@ def test_a_run_leaves_out_what_was_not_judged_and_tells_how_much(
     run = tiny_run("judged", {"reward": [settings], "evaluate.prompts": "", "train.updates": 2})
     updates = list(run.train())
     assert all(0 < update.metrics["unscored"] < 1 and math.isfinite(update.reward) for update in updates)
+
+
+def test_its_line_in_the_list_names_every_mode() -> None:
+    (row,) = [row for row in default_registry().named("vlm_judge") if row.kind == "reward"]
+    named = {"yes_no": "yes or no", "rubric": "rubric", "viescore": "VIEScore", "caption": "caption"}
+    assert named.keys() == set(get_args(Mode)) and all(word in row.help for word in named.values())
 
 
 def test_a_run_whose_judge_answers_nonsense_stops_saved_and_goes_on_as_if_it_had_not(
