@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -27,13 +28,16 @@ def first_choice(answer: Answer) -> Mapping[str, Any]:
 def yes_and_no(choice: Mapping[str, Any]) -> tuple[float, float]:
     """The probability of "yes" and of "no" as the first token, each summed over how it can be written.
 
-    Raises Unusable where neither is among the likeliest tokens, or no log-probability is told.
+    Raises Unusable where neither is among the likeliest tokens, or a log-probability is missing or none.
     """
     try:
         told = choice["logprobs"]["content"][0]["top_logprobs"]
         tokens = [(str(one["token"]).strip(" \t\n▁").lower(), float(one["logprob"])) for one in told]
     except (KeyError, IndexError, TypeError, ValueError):
         raise Unusable("the answer has no log-probabilities") from None
+    broken = next((one for one in tokens if not one[1] < math.inf), None)  # -inf is a probability of 0
+    if broken:
+        raise Unusable(f"the log-probability of {broken[0]!r} is not finite but {broken[1]}")
     yes, no = (sum(math.exp(min(p, 0.0)) for token, p in tokens if token == word) for word in ("yes", "no"))
     if not yes + no > 0:
         likeliest = ", ".join(repr(token) for token, _ in tokens[:3])
@@ -51,12 +55,18 @@ def content(choice: Mapping[str, Any]) -> str:
 
 
 def first_object(text: str) -> dict[str, Any]:
-    """The JSON object in an answer, whatever stands around it. Raises Unusable where there is none."""
-    try:
-        found = json.loads(text[text.index("{") : text.rindex("}") + 1])
-    except (ValueError, RecursionError):
-        raise Unusable(f"no JSON object in {_short(text)}") from None
-    return dict(found)
+    """The first JSON object in an answer that is not empty, whatever stands around it. Raises Unusable where there is
+    none."""
+    for start in (at.start() for at in re.finditer("{", text)):
+        try:
+            found, _ = json.JSONDecoder().raw_decode(text, start)
+        except ValueError:
+            continue  # a brace of the prose around
+        except RecursionError:
+            break
+        if found:
+            return dict(found)
+    raise Unusable(f"no JSON object in {_short(text)}")
 
 
 def grades(found: Mapping[str, Any], criteria: Iterable[str], low: float, high: float) -> dict[str, float]:

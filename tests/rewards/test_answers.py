@@ -30,6 +30,9 @@ def test_yes_and_no_are_summed_over_how_they_can_be_written() -> None:
         (choice({"The": -0.1, "A": -3.0}), "begins neither with yes nor with no, but with 'the', 'a'"),
         (choice({"yes": -math.inf}), "begins neither"),
         (choice({}), "but with nothing"),
+        (choice({"yes": math.nan, "no": math.nan}), "the log-probability of 'yes' is not finite but nan"),
+        (choice({"yes": -0.1, "no": math.nan}), "the log-probability of 'no' is not finite but nan"),
+        (choice({"yes": math.inf}), "the log-probability of 'yes' is not finite but inf"),
         ({"logprobs": None}, "no log-probabilities"),
         ({"logprobs": {"content": []}}, "no log-probabilities"),
         ({}, "no log-probabilities"),
@@ -63,6 +66,10 @@ def test_viescore_is_the_root_of_the_product_of_the_least(
         ('{"reasoning": "fine", "score": [8]}', [8]),
         ('```json\n{"score": [8.5]}\n```', [8.5]),
         ('Here it is: {"score": [10], "reasoning": "{braces}"} Done.', [10]),
+        ('I use {curly} braces. {"score": [8]}', [8]),
+        ('{"score": [8]} as {asked}', [8]),
+        ('I fill in {}: {"score": [8]}, or else {"score": [9]}', [8]),
+        ("{" * 5000 + '{"score": [8]}', [8]),
     ],
 )
 def test_the_object_is_found_whatever_stands_around_it(text: str, expected: list[float]) -> None:
@@ -74,6 +81,8 @@ def test_the_object_is_found_whatever_stands_around_it(text: str, expected: list
     [
         ("I cannot judge pictures.", "no JSON object in 'I cannot judge pictures.'"),
         ('{"score": [8', "no JSON object"),
+        ("{} and {curly}", "no JSON object"),
+        ('{"a":' * 100_000, "no JSON object"),
         ('{"reasoning": "8"}', "score is None, expected a list of 1"),
         ('{"score": 8}', "score is 8, expected a list of 1"),
         ('{"score": [8, 9]}', "expected a list of 1"),
