@@ -41,13 +41,13 @@ class AskedReward:
         self._thread: ThreadPoolExecutor | None = None
 
     def load(self, device: torch.device) -> None:
-        with blaming(self.name, "while loading"):
+        with blaming(self.name, self.reward, "while loading"):
             self.reward.load(device)
             kept = self.asking.cache is not None and self.reward.deterministic and not self.reward.differentiable
             self._fingerprint = self.reward.fingerprint() if kept else ""
 
     def identity(self) -> str:
-        with blaming(self.name, "in identity"):
+        with blaming(self.name, self.reward, "in identity"):
             return self.reward.identity()
 
     def __call__(self, images: Tensor, examples: Sequence[Example], first: int = 0) -> Scores:
@@ -99,7 +99,9 @@ class AskedReward:
                 pause, passed = self.asking.retry_seconds * 2**attempt, monotonic() - begun
                 if attempt == self.asking.retries or passed + pause > self.asking.retry_limit:
                     times = f"{attempt + 1} times in {passed:.0f} seconds" if attempt else "once"
-                    raise TransientError(f"{_origin(self.name)} did not answer, asked {times}: {error}") from error
+                    raise TransientError(
+                        f"{_origin(self.name, self.reward)} did not answer, asked {times}: {error}"
+                    ) from error
                 sleep(pause)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
@@ -118,11 +120,11 @@ class AskedReward:
                 except Exception:
                     which = f"picture {first + i}, {example.text!r}"
                     break
-            raise _failed(self.name, f"while scoring {which}", error) from error
+            raise _failed(self.name, self.reward, f"while scoring {which}", error) from error
 
     def _checked(self, answer: object, examples: Sequence[Example], device: torch.device, first: int) -> Scores:
         """The answer as float32 Scores on `device`, NaN where invalid. Raises PluginError if it breaks the contract."""
-        who, count = _origin(self.name), len(examples)
+        who, count = _origin(self.name, self.reward), len(examples)
         scores = Scores(answer, torch.ones(count, dtype=torch.bool)) if isinstance(answer, Tensor) else answer
         if not isinstance(scores, Scores):
             raise PluginError(f"{who} returned {type(answer).__name__}, expected a tensor ({count},) or Scores")
@@ -150,22 +152,23 @@ class AskedReward:
 
 
 @contextmanager
-def blaming(name: str, when: str) -> Iterator[None]:
+def blaming(name: str, reward: Reward, when: str) -> Iterator[None]:
     """Any exception that is not meant for the user becomes a PluginError naming the reward."""
     try:
         yield
     except AlignkitError:
         raise
     except Exception as error:
-        raise _failed(name, when, error) from error
+        raise _failed(name, reward, when, error) from error
 
 
-def _failed(name: str, when: str, error: Exception) -> PluginError:
+def _failed(name: str, reward: Reward, when: str, error: Exception) -> PluginError:
     reason = next(iter(str(error).splitlines()), "")
-    return PluginError(f"{_origin(name)} failed {when}: {type(error).__name__}: {reason} ({where(error)})")
+    return PluginError(f"{_origin(name, reward)} failed {when}: {type(error).__name__}: {reason} ({where(error)})")
 
 
-def _origin(name: str) -> str:
-    """The reward, and the distribution that it comes from where that is known."""
+def _origin(name: str, reward: Reward) -> str:
+    """The reward, and whose code it is: as it says, or the distribution that it comes from where that is known."""
     rows = [row for row in default_registry().named(name) if row.kind == "reward"]
-    return f"reward {name!r} ({rows[0].origin})" if rows else f"reward {name!r}"
+    origin = reward.origin or (rows[0].origin if rows else "")
+    return f"reward {name!r} ({origin})" if origin else f"reward {name!r}"

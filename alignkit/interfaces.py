@@ -274,6 +274,9 @@ class Reward(ABC):
     """Whether an answer takes long, from a server or a large judge. It is then waited for in a thread of its own, one
     call after another, while the next pictures are decoded or drawn and other rewards answer."""
     bounds: ClassVar[tuple[float | None, float | None]] = (None, None)
+    origin: ClassVar[str] = ""
+    """Whose code messages name where the reward does something wrong; empty stands for the distribution that brings it.
+    """
 
     def check(self, examples: Iterable[Example]) -> None:
         """Raise ConfigError naming an example that can never be scored. Called before any weight loads, and with fewer

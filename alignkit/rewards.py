@@ -72,7 +72,7 @@ class WeightedRewards:
         """Raise ConfigError naming an example that can never be scored, and where it was read if that is known."""
         examples = list(examples)
         for asked in self._asked:
-            with blaming(asked.name, "in check"):
+            with blaming(asked.name, asked.reward, "in check"):
                 try:
                     asked.reward.check(examples)
                 except ConfigError as error:

@@ -38,6 +38,7 @@ class Function(Reward):
         self.differentiable = self.gradient  # type: ignore[misc]
         self.deterministic = self.repeats  # type: ignore[misc]
         self.slow = self.waits  # type: ignore[misc]
+        self.origin = self.target  # type: ignore[misc]
         self._function: Any = None
 
     def check(self, examples: Iterable[Example]) -> None:

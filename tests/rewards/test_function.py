@@ -33,6 +33,18 @@ def first_only(images, examples):
     valid[0] = True
     return Scores(images.mean((1, 2, 3)), valid)
 
+def not_a_number(images, examples):
+    return images.mean((1, 2, 3)) * float("nan")
+
+def too_many(images, examples):
+    return images.mean((2, 3))
+
+def nothing(images, examples):
+    pass
+
+def words(images, examples):
+    return [example.text for example in examples]
+
 def target_of(images, examples):
     return [example.metadata["target"] for example in examples]
 """
@@ -79,9 +91,26 @@ def test_the_gradient_flows_where_it_is_said_to(images: Tensor, examples: list[E
 
 
 def test_a_bug_in_it_is_told_with_the_reward(images: Tensor, examples: list[Example]) -> None:
-    where = r"reward 'function' \(plugin alignkit_rewards of .*\) failed while scoring picture 0, 'a red circle'"
+    where = r"reward 'function' \(my_own_rewards:target_of\) failed while scoring picture 0, 'a red circle'"
     with pytest.raises(PluginError, match=rf"{where}: KeyError: 'target' \(my_own_rewards.py, line \d+\)"):
         scored("target_of", images, examples)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("not_a_number", r"nan for picture 0, 'a red circle', expected a finite number"),
+        ("too_many", r"values of shape \(4, 3\), expected shape \(4,\): one a picture"),
+        ("nothing", r"NoneType, expected a tensor \(4,\) or Scores"),
+        ("words", r"list, expected a tensor \(4,\) or Scores"),
+    ],
+)
+def test_an_answer_that_is_none_is_told_with_module_and_function(
+    name: str, told: str, images: Tensor, examples: list[Example]
+) -> None:
+    with pytest.raises(PluginError, match=rf"^reward 'function' \(my_own_rewards:{name}\) returned {told}") as caught:
+        scored(name, images, examples)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
