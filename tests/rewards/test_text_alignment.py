@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import RobertaForMaskedLM
 
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Example, Reward
@@ -69,16 +70,21 @@ def test_it_holds_the_contract(load: Any, holds_the_contract: Callable[[Reward],
 
 
 def test_a_picture_is_captioned_once_where_scores_are_kept(
-    load: Any, captioner: str, tmp_path: Path, is_asked_once: Callable[..., None]
+    load: Any, captioner: str, encoder: str, tmp_path: Path, is_asked_once: Callable[..., None]
 ) -> None:
     decoding = shutil.copytree(captioner, tmp_path / "decoding") / "generation_config.json"
     decoding.write_text(decoding.read_text().replace('"no_repeat_ngram_size": 3', '"no_repeat_ngram_size": 2'))
+    other = shutil.copytree(encoder, tmp_path / "encoder")
+    model: Any = RobertaForMaskedLM.from_pretrained(encoder)
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1
+    model.save_pretrained(other)
     fields: list[dict[str, Any]] = [
         {"task": "caption"}, {"resolution": 32}, {"num_beams": 1}, {"max_new_tokens": 11}, {"layer": 3},
         {"measure": "recall"}, {"reference": "a {}"}, {"baseline": 0.5}, {"precision": "bf16"},
-        {"captioner": str(decoding.parent)},
+        {"captioner": str(decoding.parent)}, {"encoder": str(other)},
     ]  # fmt: skip
-    assert {name for one in fields for name in one} | {"encoder"} == {f.name for f in dataclasses.fields(TextAlignment)}
+    assert {name for one in fields for name in one} == {f.name for f in dataclasses.fields(TextAlignment)}
     is_asked_once(load, fields)
     same = shutil.copytree(captioner, tmp_path / "same")
     assert load(captioner=str(same)).fingerprint() == load().fingerprint()
