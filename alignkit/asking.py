@@ -108,7 +108,8 @@ class AskedReward:
     def _answer(self, images: Tensor, examples: Sequence[Example], first: int) -> object:
         """The reward's answer. Raises PluginError with the picture that it fails on, which is looked for one by one."""
         try:
-            return self.reward(images, examples)
+            # Its own of both: what it writes into them must reach neither other rewards, nor a second try, nor a key.
+            return self.reward(images.clone(), list(examples))
         except AlignkitError:
             raise
         except Exception as error:
@@ -116,7 +117,7 @@ class AskedReward:
             for i, example in enumerate(examples):
                 try:
                     with torch.no_grad():
-                        self.reward(images[i : i + 1], [example])
+                        self.reward(images[i : i + 1].clone(), [example])
                 except Exception:
                     which = f"picture {first + i}, {example.text!r}"
                     break

@@ -315,7 +315,7 @@ class Reward(ABC):
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor | Scores:
         """Scores (N,) of images (N, 3, H, W) float32 in [0, 1], as the 8-bit files that would be saved.
 
-        Raises TransientError where asking again may help.
+        Leaves both as they are. Raises TransientError where asking again may help.
         """
 
 

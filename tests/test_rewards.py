@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignkit.errors import AlignkitError, ConfigError, PluginError
+from alignkit.asking import Asking
+from alignkit.errors import AlignkitError, ConfigError, PluginError, TransientError
 from alignkit.interfaces import Example, Reward, Scores
 from alignkit.registry import default_registry
 from alignkit.rewards import WeightedRewards, quantize
@@ -43,6 +44,38 @@ def test_the_sum_is_weighted_and_the_parts_are_raw() -> None:
     assert list(scores.parts) == ["bright", "number", "number/half"]
     torch.testing.assert_close(scores.parts["number"], torch.arange(5.0))
     torch.testing.assert_close(scores.parts["number/half"], torch.arange(5.0) / 2)
+
+
+def test_what_a_reward_writes_into_its_pictures_and_examples_stays_its_own() -> None:
+    def writes(images: Tensor, examples: Sequence[Example]) -> Tensor:
+        values = images.mean((1, 2, 3))
+        images.mul_(-1).add_(1)
+        examples.sort(key=lambda e: e.text, reverse=True)  # type: ignore[attr-defined]
+        return values
+
+    def reads(images: Tensor, examples: Sequence[Example]) -> Tensor:
+        return images.mean((1, 2, 3)) + torch.tensor([float(e.text.split()[1]) for e in examples])
+
+    alone = WeightedRewards([("reads", 1.0, Given(reads))])(IMAGES, EXAMPLES).values
+    given = quantize(IMAGES), list(EXAMPLES)
+    both = WeightedRewards([("writes", 1.0, Given(writes)), ("reads", 1.0, Given(reads))])
+    for scores in (both(*given), both.score(*given, 5), both.score(*given, 2)):
+        assert torch.equal(scores.parts["reads"], alone)
+    assert given[1] == EXAMPLES and torch.equal(given[0], quantize(IMAGES))
+
+
+def test_a_reward_that_writes_into_its_pictures_before_it_fails_is_asked_again_about_the_same() -> None:
+    seen: list[Tensor] = []
+
+    def fails_once(images: Tensor, examples: Sequence[Example]) -> Tensor:
+        seen.append(images.clone())
+        images.zero_()
+        if len(seen) == 1:
+            raise TransientError("come again")
+        return torch.zeros(len(images))
+
+    WeightedRewards([("r", 1.0, Given(fails_once))], asking=Asking(retry_seconds=0))(IMAGES, EXAMPLES)
+    assert len(seen) == 2 and torch.equal(*seen)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float16, torch.bfloat16, torch.float64])

@@ -11,7 +11,7 @@ from torch import Tensor
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Example, Reward, Scores
 from alignkit.loading import errors_only
-from alignkit.rewards import WeightedRewards
+from alignkit.rewards import WeightedRewards, quantize
 from alignkit.testing.expect import about, all_finite, expect, global_chance_untouched, same
 from alignkit.testing.world import ODD_PROMPTS, PROMPTS, coarse_pictures
 
@@ -46,7 +46,7 @@ def check_reward(
         scoring, mark = WeightedRewards([("it", 1.0, reward)]), reward.fingerprint()
         whole = _scores_alone_are_scores_together(scoring, reward, images, given)
         again = reward.fingerprint()
-        expect(again == mark, f"fingerprint(): found {again!r} behind a call, {mark!r} before; kept scores are lost")
+        expect(again == mark, f"fingerprint(): found {again!r} behind two calls, {mark!r} before; kept scores are lost")
         _the_bounds_hold(reward, whole)
         _odd_prompts(scoring, reward, images[:1])
         _odd_sizes(scoring, given[:2], images.device)
@@ -61,12 +61,16 @@ def _score(scoring: WeightedRewards, images: Tensor, examples: Sequence[Example]
 def _scores_alone_are_scores_together(
     scoring: WeightedRewards, reward: Reward, images: Tensor, examples: list[Example]
 ) -> Tensor:
-    before, told = images.clone(), copy.deepcopy(examples)
+    told = copy.deepcopy(examples)
     with global_chance_untouched("while scoring"):
-        found = _score(scoring, images, examples)
-    expect(torch.equal(images, before), "the images handed in were changed, expected them as they were")
-    expect(examples == told, "the examples handed in were changed, expected them as they were")
-    whole = found.values
+        whole = _score(scoring, images, examples).values
+    # Past `scoring`, which hands out copies.
+    images = quantize(images)
+    handed, listed = images.clone(), list(examples)
+    with torch.no_grad():
+        reward(handed, listed)
+    expect(torch.equal(handed, images), "the images handed in were changed, expected them as they were")
+    expect(listed == told, "the examples handed in were changed, expected them as they were")
     if not reward.deterministic:
         return whole
     again = _score(scoring, images, examples).values

@@ -67,6 +67,21 @@ class ChangesPrompts(Brightness):
         return brightness(images)
 
 
+class InvertsWhatItIsGiven(Brightness):
+    differentiable = False
+
+    def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
+        value = brightness(images).detach()
+        images.detach().mul_(-1).add_(1)
+        return value
+
+
+class SortsPrompts(Brightness):
+    def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
+        examples.sort(key=lambda example: example.text)  # type: ignore[attr-defined]
+        return brightness(images)
+
+
 class SaysItHasAGradient(Brightness):
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
         return brightness(images).detach()
@@ -121,12 +136,14 @@ class OneTooMany(Brightness):
     [
         (LooksAtItsNeighbours, "picture 0 alone against in a batch of 4: found a difference of"),
         (Restless, "the same call twice: found other scores, expected the same, or deterministic = False"),
-        (ForgetsWhatItIs, r"fingerprint\(\): found 'call 1' behind a call, 'call 0' before"),
+        (ForgetsWhatItIs, r"fingerprint\(\): found 'call 2' behind two calls, 'call 0' before"),
         (DrawsGlobally, "while scoring the global random generator of torch was used"),
         (DrawsWithNumPy, "the global random generator of NumPy was used"),
         (DrawsWithPython, "the global random generator of Python was used"),
         (Prints, "while scoring it printed 'scoring"),
+        (InvertsWhatItIsGiven, "the images handed in were changed, expected them as they were"),
         (ChangesPrompts, "the examples handed in were changed"),
+        (SortsPrompts, "the examples handed in were changed"),
         (SaysItHasAGradient, "differentiable = True, but the scores lack a gradient to the pixels"),
         (HidesItsGradient, "differentiable = False, but the scores have a gradient to the pixels; detach them"),
         (HasTheWrongGradient, "the gradient against finite differences: found a difference of"),
