@@ -3,7 +3,7 @@
 Protocol 1, JSON in UTF-8, each object with the key "protocol"; a picture is a PNG file in base64, so nothing is lost
 and nothing that is sent can run:
 
-    GET  /spec                                                    -> name, fingerprint, bounds, limits, ...
+    GET  /spec                                                    -> name, fingerprint, cacheable, limits, ...
     POST /check  {"items": [{"text", "metadata"}]}                -> {"problem": null or what cannot be scored}
     POST /score  {"fingerprint", "items": [{"png", "text", "metadata"}]}
                                 -> {"fingerprint", "items": [{"valid", "score", "parts"}]}, one for each, in order
@@ -31,6 +31,7 @@ import torch
 from PIL import Image
 
 from alignkit import __version__
+from alignkit.asking import blaming
 from alignkit.config import RewardConfig
 from alignkit.config import load as load_config
 from alignkit.errors import AlignkitError, ConfigError
@@ -85,24 +86,26 @@ def open_server(
     rewards = WeightedRewards(parts.trained_rewards(), asking=asking)
     rewards.check([])
     try:
-        server = RewardServer(host, port, rewards, fingerprint(config.rewards[0]), token, chunk, limits or Limits())
+        server = RewardServer(host, port, rewards, "", token, chunk, limits or Limits())
     except (OSError, OverflowError) as error:
         raise AlignkitError(f"--host {host} --port {port}: cannot be bound ({error}); choose another") from error
     try:
         server.load(device)
+        server.fingerprint = fingerprint(config.rewards[0], server.own_fingerprint)
     except BaseException:
         server.server_close()
         raise
     return server
 
 
-def fingerprint(config: RewardConfig) -> str:
-    """Names what is served: the reward, its settings, and the versions of alignkit and of the reward's distribution.
+def fingerprint(config: RewardConfig, own: str) -> str:
+    """Names what is served: the reward, its settings, the versions of alignkit and of the reward's distribution, and
+    what the loaded reward tells of itself, `own`.
 
-    Not the contents of a checkpoint, so a folder whose weights were exchanged keeps its fingerprint.
+    Where that is nothing, a function that was edited or a folder whose weights were exchanged keeps its fingerprint.
     """
     row = default_registry().find("reward", config.name)
-    told = [PROTOCOL, config.name, config.fields, row.distribution, row.version, __version__]
+    told = [PROTOCOL, config.name, config.fields, row.distribution, row.version, __version__, own]
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -115,6 +118,8 @@ class RewardServer(JsonServer):
         """`rewards` holds the one, which `load` loads. Raises OSError for an address that cannot be bound."""
         self.rewards, self.fingerprint, self.chunk, self.limits = rewards, fingerprint, chunk, limits
         ((self.name, _, self.reward),) = rewards.rewards
+        self.own_fingerprint = ""
+        """What the reward tells of itself once it is loaded."""
         self.device = torch.device("cpu")
         self._lock = threading.Lock()
         super().__init__(
@@ -137,6 +142,8 @@ class RewardServer(JsonServer):
             reason = next(iter(str(error).splitlines()), "")
             raise ConfigError(f"--device {device}: cannot be used ({reason}); expected auto, cpu or cuda:0") from error
         self.rewards.load(self.device)
+        with blaming(self.name, "in fingerprint"):
+            self.own_fingerprint = self.reward.fingerprint()
 
     def server_close(self) -> None:
         super().server_close()
@@ -149,6 +156,7 @@ class RewardServer(JsonServer):
             "alignkit": __version__,
             "fingerprint": self.fingerprint,
             "deterministic": bool(self.reward.deterministic),
+            "cacheable": bool(self.reward.deterministic and self.own_fingerprint),
             "bounds": list(self.reward.bounds),
             "limits": {"items": limits.items, "bytes": limits.bytes, "pixels": limits.pixels},
         }

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,17 @@ import pytest
 import torch
 from PIL import Image
 
+from alignkit.asking import Asking
 from alignkit.config import RewardConfig
 from alignkit.errors import AlignkitError, ConfigError, TransientError
 from alignkit.interfaces import Example, Reward
 from alignkit.json_server import is_loopback
+from alignkit.rewards import WeightedRewards
+from alignkit.score_cache import ScoreCache
 from alignkit.serve import Limits, RewardServer, fingerprint, open_server
 from alignkit_rewards.jpeg import JpegIncompressibility
 from alignkit_rewards.remote import Remote
-from servers import MARK, serving
+from servers import MARK, running, serving
 
 LIMITS = Limits(items=2, bytes=200_000, pixels=2 * 64 * 64, requests=2)
 
@@ -69,6 +73,7 @@ def test_it_says_what_it_serves(ask: Ask) -> None:
     status, spec = ask("GET", "/spec")
     assert status == 200
     assert {"protocol": 1, "name": "served", "fingerprint": MARK, "deterministic": True}.items() <= spec.items()
+    assert spec["cacheable"] is False  # it has no fingerprint of its own
     assert spec["bounds"] == [None, None]
     assert spec["limits"] == {"items": 2, "bytes": 200_000, "pixels": 8192}
 
@@ -228,7 +233,7 @@ def test_what_cannot_be_served_is_told(server: RewardServer, monkeypatch: pytest
 
 def test_the_fingerprint_names_reward_and_settings() -> None:
     def of(name: str, **fields: Any) -> str:
-        return fingerprint(RewardConfig(name, fields))
+        return fingerprint(RewardConfig(name, fields), "")
 
     marks = {
         of("jpeg_incompressibility", quality=95),
@@ -236,6 +241,39 @@ def test_the_fingerprint_names_reward_and_settings() -> None:
         of("jpeg_compressibility", quality=90),
     }
     assert len(marks) == 3 and of("jpeg_compressibility", quality=90) in marks
+    assert fingerprint(RewardConfig("jpeg_compressibility", {"quality": 90}), "edited") not in marks
+
+
+def test_a_function_that_was_edited_is_another_reward_and_its_kept_scores_are_not_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    settings = {"reward.function.target": "edited_reward:score", "reward.function.repeats": True}
+    cache = ScoreCache(tmp_path / "scores.sqlite")
+
+    @contextmanager
+    def served(source: str) -> Iterator[RewardServer]:
+        (tmp_path / "edited_reward.py").write_text(f"def score(images, examples):\n    return {source}\n")
+        monkeypatch.delitem(sys.modules, "edited_reward", raising=False)
+        with open_server("function", settings, port=0) as server, running(server):
+            yield server
+
+    def scored(server: RewardServer) -> list[float]:
+        remote = Remote(url=server.url, serves=server.fingerprint)
+        rewards = WeightedRewards([("remote", 1.0, remote)], asking=Asking(cache=cache))
+        rewards.load(torch.device("cpu"))
+        return rewards(torch.ones(1, 3, 8, 8), [Example("a")]).values.tolist()
+
+    with served("images.mean((1, 2, 3))") as server:
+        first = server.fingerprint
+        assert server.spec({})["cacheable"] and scored(server) == [1.0]
+        server.reward._function = lambda images, examples: [5.0]  # type: ignore[attr-defined]
+        assert scored(server) == [1.0]  # kept
+    with served("images.mean((1, 2, 3)) * 10") as server:
+        with pytest.raises(ConfigError, match=f"serves function with fingerprint .*, expected {first}; start the serv"):
+            Remote(url=server.url, serves=first).check([])
+        assert scored(server) == [10.0]
+    cache.close()
 
 
 REWARD = ["jpeg_incompressibility", "--set", "reward.jpeg_incompressibility.quality=70", "--port", "0"]

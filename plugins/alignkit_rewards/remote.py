@@ -27,7 +27,8 @@ class Remote(Reward):
     """Where `alignkit serve` answers."""
     serves: str = ""
     """The fingerprint of what the server must be serving, as it prints at its start; empty takes whatever it serves
-    when the run begins. Scores are kept only if it is set."""
+    when the run begins. Scores are kept only if it is set, and if the reward served has a fingerprint of
+    its own."""
     token_env: str = TOKEN
     """The environment variable with the server's token; nothing is sent if it is not set."""
     pictures_per_request: int = 16
@@ -81,7 +82,9 @@ class Remote(Reward):
         return f"{spec.get('name')} of alignkit {spec.get('alignkit')} with fingerprint {spec['fingerprint']}"
 
     def fingerprint(self) -> str:
-        return f"remote {self._spec['fingerprint']}" if self.deterministic else ""
+        # Of what cannot tell, the server's fingerprint may stay the same while the scores become others.
+        kept = self.deterministic and self._spec.get("cacheable") is True
+        return f"remote {self._spec['fingerprint']}" if kept else ""
 
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
         files = [base64.b64encode(file).decode() for file in as_png(images)]

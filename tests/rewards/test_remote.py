@@ -216,11 +216,19 @@ def test_another_reward_behind_the_same_address_is_refused(images: Tensor, examp
             remote.load(CPU)
 
 
-def test_scores_may_be_kept_only_of_a_deterministic_reward_that_is_named() -> None:
+def test_scores_may_be_kept_only_of_a_deterministic_reward_that_is_named_and_tells_itself_from_others() -> None:
+    class Told(Odd):
+        def fingerprint(self) -> str:
+            return "odd 1"
+
     with serving(Odd()) as server:
+        remote = client(server, serves=servers.MARK)
+        assert remote.deterministic and not remote.fingerprint()
+    with serving(Told()) as server:
         assert not Remote().deterministic
-        assert not client(server).deterministic
+        assert not client(server).deterministic and not client(server).fingerprint()
         assert client(server, serves=servers.MARK).deterministic
+        assert client(server, serves=servers.MARK).fingerprint() == f"remote {servers.MARK}"
         server.reward.deterministic = False  # type: ignore[misc]
         assert not client(server, serves=servers.MARK).deterministic
 
