@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 import typer
@@ -36,9 +37,12 @@ def _reward(text: str) -> dict[str, Any]:
     if not equals:
         return {"name": name}
     try:
-        return {"name": name, "weight": float(weight)}
+        number = float(weight)
     except ValueError:
-        raise AlignkitError(f"--reward {text}: found weight {weight!r}, expected NAME or NAME=NUMBER") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise AlignkitError(f"--reward {text}: found weight {weight!r}, expected NAME or NAME=NUMBER")
+    return {"name": name, "weight": number}
 
 
 def step_list(text: str | None) -> list[int] | None:

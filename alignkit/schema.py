@@ -86,7 +86,7 @@ def describe(hint: Any) -> str:
 def convert(value: Any, hint: Any) -> Any:
     """`value` as the type `hint`: an integer may stand for a float, a list for a tuple, a string for a path.
 
-    Raises TypeError, with what was found and expected, for anything else.
+    Raises TypeError, with what was found and expected, for anything else, nan included.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     base = origin or hint
@@ -113,7 +113,7 @@ def convert(value: Any, hint: Any) -> Any:
     elif base is dict and isinstance(value, dict):
         return {key: convert(item, args[1] if args else Any) for key, item in value.items()}
     elif base in (float, int) and isinstance(value, int | float) and not isinstance(value, bool):
-        if base is float or isinstance(value, int):
+        if value == value and (base is float or isinstance(value, int)):  # nan is no number
             return base(value)
     elif base is Path and isinstance(value, str | Path):
         return Path(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,11 +15,15 @@ def _require(**demands: tuple[Any, bool, str]) -> None:
 
 
 def _at_least(value: float, bound: int) -> tuple[float, bool, str]:
-    return value, value >= bound, f"{bound} or more"
+    return value, bound <= value < math.inf, f"{bound} or more" + ", and finite" * (value == math.inf)
 
 
 def _above_zero(value: float) -> tuple[float, bool, str]:
-    return value, value > 0, "more than 0"
+    return value, 0 < value < math.inf, "more than 0" + ", and finite" * (value == math.inf)
+
+
+def _finite(value: Any) -> tuple[Any, bool, str]:
+    return value, not isinstance(value, float) or math.isfinite(value), "a finite number"
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,11 @@ class ModelConfig:
     """Guidance while sampling, where 0 is the conditional prediction; left out: what suits the model."""
 
     def __post_init__(self) -> None:
-        _require(name=(repr(self.name), bool(self.name), "a name"), lora_rank=_at_least(self.lora_rank, 0))
+        _require(
+            name=(repr(self.name), bool(self.name), "a name"),
+            lora_rank=_at_least(self.lora_rank, 0),
+            guidance=_finite(self.guidance),
+        )
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,9 @@ class RewardConfig(PluginConfig):
     """What its mean must not fall below: a number, or "start" for its mean before training. It is held there by a
     Lagrange multiplier that is added to the weight."""
 
+    def __post_init__(self) -> None:
+        _require(weight=_finite(self.weight), at_least=_finite(self.at_least))
+
 
 @dataclass(frozen=True)
 class ScoringConfig:
@@ -138,7 +150,7 @@ class ScoringConfig:
             multiplier_rate=_above_zero(self.multiplier_rate),
             retries=_at_least(self.retries, 0),
             retry_seconds=_at_least(self.retry_seconds, 0),
-            retry_limit=_at_least(self.retry_limit, 0),
+            retry_limit=(self.retry_limit, self.retry_limit >= 0, "0 or more"),
         )
 
 
@@ -155,14 +167,14 @@ class SurrogateConfig(PluginConfig):
     weight_decay: float = 0.01
     """Weight decay of AdamW."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients are scaled down to this norm; inf: never."""
 
     def __post_init__(self) -> None:
         _require(
             warmup=_at_least(self.warmup, 0),
             learning_rate=_above_zero(self.learning_rate),
             weight_decay=_at_least(self.weight_decay, 0),
-            max_grad_norm=_above_zero(self.max_grad_norm),
+            max_grad_norm=(self.max_grad_norm, self.max_grad_norm > 0, "more than 0"),  # inf: not at all
         )
 
 
@@ -188,7 +200,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     """Weight decay of AdamW."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients are scaled down to this norm; inf: never."""
     ema_decay: float = 0.99
     """Decay of the average of the trained weights, which evaluation and export use; 0: no average."""
     precision: Literal["no", "bf16", "fp16"] = "no"
@@ -210,7 +222,7 @@ class TrainConfig:
             learning_rate=_above_zero(self.learning_rate),
             warmup=_at_least(self.warmup, 0),
             weight_decay=_at_least(self.weight_decay, 0),
-            max_grad_norm=_above_zero(self.max_grad_norm),
+            max_grad_norm=(self.max_grad_norm, self.max_grad_norm > 0, "more than 0"),  # inf: not at all
             ema_decay=(self.ema_decay, 0 <= self.ema_decay < 1, "at least 0 and less than 1"),
             checkpoint_every=_at_least(self.checkpoint_every, 0),
             keep_checkpoints=_at_least(self.keep_checkpoints, 1),

@@ -258,6 +258,8 @@ def test_debug_leaves_the_error_its_traceback(engine: Any) -> None:
     [
         (["train", "--set", "updates"], "error: --set updates: expected key.path=value"),
         (["train", "--reward", "one=much"], "error: --reward one=much: found weight 'much'"),
+        (["train", "--reward", "one=nan"], "error: --reward one=nan: found weight 'nan', expected NAME or NAME=NUMBER"),
+        (["train", "--reward", "one=1e999"], "error: --reward one=1e999: found weight '1e999'"),
         (["evaluate", "runs/first", "--steps", "1,0"], "error: --steps 1,0: expected whole numbers of 1 or more"),
         (["sample", "m", "text", "--steps", "two"], "error: --steps two: expected whole numbers of 1 or more"),
     ],

@@ -11,6 +11,7 @@ import pytest
 from alignkit.config import find_bundle, load, to_toml
 from alignkit.errors import AlignkitError, ConfigError
 
+NAN, INF = float("nan"), float("inf")
 MODEL = {"model.name": "acme_model", "algorithm.name": "acme_plain"}
 
 
@@ -74,7 +75,13 @@ rewards = ["acme_rde"]
         ("train.updates", -1, "0 or more"),
         ("train.rows_per_update", 0, "1 or more"),
         ("train.learning_rate", 0.0, "more than 0"),
-        ("train.learning_rate", float("nan"), "more than 0"),
+        ("train.learning_rate", NAN, "number"),
+        ("train.learning_rate", INF, "more than 0, and finite"),
+        ("train.weight_decay", INF, "0 or more, and finite"),
+        ("train.max_grad_norm", NAN, "number"),
+        ("model.guidance", -INF, "a finite number"),
+        ("scoring.retry_seconds", INF, "0 or more, and finite"),
+        ("algorithm.clip", NAN, "number"),
         ("train.ema_decay", 1.0, "at least 0 and less than 1"),
         ("data.batch_size", 0, "1 or more"),
         ("model.lora_rank", -1, "0 or more"),
@@ -92,6 +99,26 @@ rewards = ["acme_rde"]
 def test_a_value_that_cannot_be_is_refused_by_name(load_acme: Any, key: str, value: object, expected: str) -> None:
     (line,) = problems(load_acme, None, MODEL | {"algorithm.name": "acme_steps", key: value})
     assert line.startswith(f"{key}: found ") and line.endswith(f", expected {expected}")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("weight", NAN, "number"),
+        ("weight", INF, "a finite number"),
+        ("at_least", NAN, 'number or "start"'),
+        ("at_least", -INF, "a finite number"),
+    ],
+)
+def test_a_rewards_share_and_floor_are_finite(load_acme: Any, field: str, value: float, expected: str) -> None:
+    rewards = [{"name": "acme_red", field: value}, "acme_blue"]
+    settings = {**MODEL, "algorithm.name": "acme_steps", "scoring.combine": "normalised", "reward": rewards}
+    assert problems(load_acme, None, settings) == [f"reward.{field}: found {value}, expected {expected}"]
+
+
+def test_a_norm_that_clips_nothing_may_be_infinite(load_acme: Any) -> None:
+    config = load_acme("[train]\nmax_grad_norm = inf\n", {**MODEL, "algorithm.name": "acme_steps"})
+    assert config.train.max_grad_norm == INF
 
 
 def test_an_unknown_section_hides_no_other_mistake(load_acme: Any) -> None:

@@ -54,6 +54,8 @@ def test_values_become_the_type_of_the_field(value: object, hint: Any, expected:
     ("value", "hint", "message"),
     [
         (True, float, "found true, expected number"),
+        (float("nan"), float | None, "found nan, expected number"),
+        ([1.0, float("nan")], list[float], r"found \[1.0, nan\], expected list of number"),
         ([1, 2, 3], tuple[int, int], r"found \[1, 2, 3\], expected list of integer, integer"),
         ("x", int | None, 'found "x", expected integer'),
         (["x"], list[int], r"found \[\"x\"\], expected list of integer"),
