@@ -141,8 +141,8 @@ class AskedReward:
             found = f"{values[wrong[0]].item()} for picture {first + wrong[0]}, {examples[wrong[0]].text!r}"
             if self.asking.broken == "refuse":
                 raise PluginError(
-                    f"{who} returned {found}, expected a finite number, or Scores that mark it invalid "
-                    '(scoring.broken = "skip" counts such a picture as not scored)'
+                    f"{who} returned {found}, expected a finite number, or Scores that mark it invalid (--set "
+                    "scoring.broken=skip, with --resume as well, counts such a picture as not scored)"
                 )
             if self.asking.warn is not None:
                 self.asking.warn(f"{who} returned numbers that are not finite; such pictures are not scored")

@@ -122,6 +122,7 @@ def train(
     alignkit train run.toml --set train.learning_rate=1e-5
     alignkit train --model my/pipeline --reward attribute_binding=0.8 --reward other=0.2
     alignkit train --resume runs/first
+    alignkit train --resume runs/first --set scoring.broken=skip
     """
     from rich.console import Console
 

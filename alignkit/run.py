@@ -31,24 +31,31 @@ from alignkit.train import Update
 
 __all__ = ["Run", "compare_runs", "load", "open_run", "score"]
 
+ASKING = {"scoring.retries", "scoring.retry_seconds", "scoring.retry_limit", "scoring.broken"}
+"""What may change when a run is resumed: what is done about a reward that fails, and nothing of what is learned from
+those that do not."""
+
 
 def load(
     path: str | Path | None = None, overrides: Mapping[str, Any] | None = None, resume: str | Path | None = None
 ) -> Run:
     """The run that a run file and overrides describe, or, with `resume`, the one in that run folder.
 
-    Raises ConfigError with a line for every mistake; loads no weights.
+    A resumed run takes overrides of `ASKING` alone, and writes them into its run.toml when it trains. Raises ConfigError with a line for every mistake; loads no weights.
     """
     if resume is None:
         return Run(load_config(path, overrides))
     folder = Path(resume)
-    if path is not None or overrides:
+    if path is not None or (overrides or {}).keys() - ASKING:
         raise ConfigError(
-            f"--resume {folder}: a resumed run keeps its own settings; leave the run file and other options out"
+            f"--resume {folder}: a resumed run keeps its own settings; leave the run file and other options out, but "
+            f"for --set of {', '.join(sorted(ASKING))}"
         )
     if not (folder / "run.toml").is_file():
         raise ConfigError(f"--resume {folder}: no run.toml there; expected the folder of a run that was started before")
-    return open_run(folder)
+    run = open_run(folder, overrides)
+    run.rewrites = bool(overrides)
+    return run
 
 
 def open_run(source: str | Path, overrides: Mapping[str, Any] | None = None) -> Run:
@@ -76,6 +83,8 @@ class Run(Parts):
         self.folder = folder or Path(config.output or f"runs/{date.today()}-{config.algorithm.name}")
         """The run folder."""
         self.stopping = False
+        self.rewrites = False
+        """Whether the settings differ from those in the folder's run.toml and are to be written there."""
         self._existing = folder is not None
         self._unnamed = folder is None and not config.output
         self._policy: DiffusersPolicy | None = None
@@ -132,6 +141,8 @@ class Run(Parts):
             try:
                 if not self._existing:
                     run_folder.claim(self.folder, self.config)
+                elif self.rewrites:
+                    run_folder.write_settings(self.folder, self.config)
                 run_folder.note_environment(self.folder)
             except AlignkitError as error:
                 refused = error

@@ -32,6 +32,11 @@ def claim(folder: Path, config: RunConfig) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output: {folder} cannot be made ({error.strerror})") from error
+    write_settings(folder, config)
+
+
+def write_settings(folder: Path, config: RunConfig) -> None:
+    """Write `run.toml`: the settings, every default filled in."""
     checkpoint.write_file(folder / "run.toml", to_toml(config))
 
 

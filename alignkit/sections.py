@@ -50,11 +50,8 @@ class ModelConfig:
     """Guidance while sampling, where 0 is the conditional prediction; left out: what suits the model."""
 
     def __post_init__(self) -> None:
-        _require(
-            name=(repr(self.name), bool(self.name), "a name"),
-            lora_rank=_at_least(self.lora_rank, 0),
-            guidance=_finite(self.guidance),
-        )
+        name = repr(self.name), bool(self.name), "a name"
+        _require(name=name, lora_rank=_at_least(self.lora_rank, 0), guidance=_finite(self.guidance))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,7 @@ def test_metrics_hold_each_reward_its_floor_and_its_multiplier(
 def test_one_picture_in_ten_that_is_no_number_ends_the_run_or_is_left_out(tiny_run: MakeRun, judges: Any) -> None:
     settings = {**DDPO, "reward": ["hundredth"], "train.updates": 12}
     stopped = tiny_run("stopped", settings)
-    with pytest.raises(PluginError, match=r"'hundredth' .* returned nan for picture \d+, '.*scoring\.broken = .skip"):
+    with pytest.raises(PluginError, match=r"'hundredth' .* returned nan for picture \d+, '.*scoring\.broken=skip"):
         list(stopped.train())
     assert checkpoint.latest(stopped.folder / "checkpoints") is not None
     run = tiny_run("going on", {**settings, "scoring.broken": "skip"})
@@ -219,6 +220,29 @@ def test_one_picture_in_ten_that_is_no_number_ends_the_run_or_is_left_out(tiny_r
     assert any(0 < u.metrics.get("unscored", 0) < 1 for u in updates)
     warnings = [r["warning"] for r in metrics(run.folder) if "warning" in r]
     assert sum("not finite" in text for text in warnings) == 1
+    # What the message says can be done, and leads to where the other run is.
+    go_on = ["train", "--resume", str(stopped.folder), "--set", "scoring.broken=skip", "--quiet"]
+    result = CliRunner().invoke(app, go_on)
+    assert result.exit_code == 0, result.output
+    same_run(stopped, run)
+    assert alignkit.load(resume=stopped.folder).config.scoring.broken == "skip"
+
+
+def test_a_resumed_run_takes_how_rewards_are_asked_and_nothing_else(tiny_run: MakeRun, judges: Any) -> None:
+    run = tiny_run(overrides={**DDPO, "reward": ["judge"], "train.updates": 1})
+    list(run.train())
+    written = (run.folder / "run.toml").read_text()
+    patient = {"scoring.retries": 9, "scoring.retry_seconds": 0.5, "scoring.retry_limit": 60.0}
+    resumed = alignkit.load(resume=run.folder, overrides=patient)
+    assert resumed.config.scoring.retries == 9 and (run.folder / "run.toml").read_text() == written
+    list(resumed.train())
+    again = alignkit.load(resume=run.folder).config
+    assert (again.scoring.retries, again.scoring.retry_seconds, again.scoring.retry_limit) == (9, 0.5, 60.0)
+    assert replace(again, scoring=run.config.scoring) == run.config
+    for refused in ({"train.updates": 9}, {**patient, "scoring.combine": "normalised"}, {"scoring.cache": "elsewhere"}):
+        told = r"keeps its own settings; .* but for --set of scoring\.broken, scoring\.retries, scoring\.retry_limit"
+        with pytest.raises(ConfigError, match=told):
+            alignkit.load(resume=run.folder, overrides=refused)
 
 
 def test_a_judge_that_answers_nonsense_is_named_and_the_run_can_go_on(tiny_run: MakeRun, judges: Any) -> None:
