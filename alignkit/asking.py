@@ -134,7 +134,9 @@ class AskedReward:
             found = f"shape {tuple(column.shape)}" if isinstance(column, Tensor) else type(column).__name__
             if found != f"shape ({count},)":
                 raise PluginError(f"{who} returned {label} of {found}, expected shape ({count},): one a picture")
-        valid = scores.valid.to(device=device, dtype=torch.bool)
+        if len(scores.reasons) not in (0, count):
+            raise PluginError(f"{who} returned {len(scores.reasons)} reasons for {count} pictures, expected one each")
+        reasons, valid = scores.reasons, scores.valid.to(device=device, dtype=torch.bool)
         values = scores.values.to(device).float()
         wrong = (valid & ~values.isfinite()).nonzero().flatten().tolist()
         if wrong:
@@ -147,9 +149,11 @@ class AskedReward:
             if self.asking.warn is not None:
                 self.asking.warn(f"{who} returned numbers that are not finite; such pictures are not scored")
             valid = valid & values.isfinite()
+            told = dict.fromkeys(wrong, "its score is not finite")
+            reasons = [told.get(i, reason) for i, reason in enumerate(reasons or [""] * count)]
         values = values.masked_fill(~valid, torch.nan)
         parts = {k: v.to(device).float().masked_fill(~valid, torch.nan) for k, v in scores.parts.items()}
-        return Scores(values, valid, parts)
+        return Scores(values, valid, parts, reasons)
 
 
 @contextmanager

@@ -44,6 +44,8 @@ class TrainContext(Context):
         self.pictures = 0
         """Pictures scored since `take_pictures`."""
         self.warnings: list[str] = []
+        self.reason = ""
+        """Why a picture could not be scored, of the last one of which it was told."""
         self.failed_together = False
         """Whether scoring failed, and every process knows it."""
         self._metrics: dict[str, list[float]] = defaultdict(list)
@@ -111,6 +113,7 @@ class TrainContext(Context):
                 self.log(reward=own.values[own.valid].detach().mean())
                 for name, values in own.parts.items():
                     self.log(**{f"reward/{name}": values[own.valid].detach().mean()})
+            self.reason = own.reason or self.reason
             if not bool(own.valid.all()):
                 self.log(unscored=(~own.valid).float().mean())
         return replace(scores, values=self.combination.values(scores))

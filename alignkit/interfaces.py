@@ -142,10 +142,21 @@ class Scores:
     """(N,) bool; False where the picture could not be scored."""
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     """Named sub-scores, (N,) each."""
+    reasons: Sequence[str] = ()
+    """Why a picture could not be scored, in a few words: N texts, "" where it could be; or none at all."""
 
     def select(self, rows: Tensor | slice) -> Scores:
         """Those of some rows."""
-        return Scores(self.values[rows], self.valid[rows], {name: part[rows] for name, part in self.parts.items()})
+        import torch
+
+        places = torch.arange(len(self.reasons), device=self.values.device)[rows].tolist() if self.reasons else []
+        parts = {name: part[rows] for name, part in self.parts.items()}
+        return Scores(self.values[rows], self.valid[rows], parts, [self.reasons[place] for place in places])
+
+    @property
+    def reason(self) -> str:
+        """The first of the reasons; "" where none is told."""
+        return next(filter(None, self.reasons), "")
 
 
 @dataclass(frozen=True)

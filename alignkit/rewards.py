@@ -154,13 +154,17 @@ class WeightedRewards:
         total = torch.zeros(count, device=device)
         valid = torch.ones(count, dtype=torch.bool, device=device)
         parts: dict[str, Tensor] = {}
+        reasons: list[str] = []
         for asked, scores in zip(self._asked, answers, strict=True):
             if asked.name in self._weights:
                 total = total + self._weights[asked.name] * scores.values
                 valid = valid & scores.valid
+                if scores.reason:
+                    told = [f"{asked.name}: {reason}" if reason else "" for reason in scores.reasons]
+                    reasons = [old or new for old, new in zip(reasons or told, told, strict=True)]
             parts[asked.name] = scores.values
             parts |= {f"{asked.name}/{part}": values for part, values in scores.parts.items()}
-        return Scores(total.masked_fill(~valid, torch.nan), valid, parts)
+        return Scores(total.masked_fill(~valid, torch.nan), valid, parts, reasons)
 
 
 def _refused(reward: Reward, examples: Sequence[Example]) -> Example:
@@ -183,4 +187,6 @@ def joined(scores: Sequence[Scores]) -> Scores:
     """Chunks as one; a part that a chunk lacks is NaN there."""
     names = dict.fromkeys(name for s in scores for name in s.parts)
     parts = {n: torch.cat([s.parts.get(n, torch.full_like(s.values, torch.nan)) for s in scores]) for n in names}
-    return Scores(torch.cat([s.values for s in scores]), torch.cat([s.valid for s in scores]), parts)
+    reasons = [reason for s in scores for reason in s.reasons or [""] * len(s.values)]
+    values, valid = torch.cat([s.values for s in scores]), torch.cat([s.valid for s in scores])
+    return Scores(values, valid, parts, reasons if any(reasons) else ())

@@ -6,7 +6,7 @@ and nothing that is sent can run:
     GET  /spec                                                    -> name, fingerprint, cacheable, limits, ...
     POST /check  {"items": [{"text", "metadata"}]}                -> {"problem": null or what cannot be scored}
     POST /score  {"fingerprint", "items": [{"png", "text", "metadata"}]}
-                                -> {"fingerprint", "items": [{"valid", "score", "parts"}]}, one for each, in order
+                                -> {"fingerprint", "items": [{"valid", "score", "parts", "reason"}]}, one for each, in order
 
 Refusals are {"error": one line}: 401 without the token, 409 for another protocol or fingerprint, 413 for what is too
 large, 422 where the reward cannot score it, 503 for too much at once.
@@ -194,7 +194,10 @@ class RewardServer(JsonServer):
         answers = []
         for row, (value, valid) in enumerate(zip(scores.values.tolist(), scores.valid.tolist(), strict=True)):
             own = {name: column[row] for name, column in parts.items() if math.isfinite(column[row])}
-            answers.append({"valid": valid, "score": value, "parts": own} if valid else {"valid": False})
+            reason = scores.reasons[row].removeprefix(f"{self.name}: ") if scores.reasons else ""
+            answers.append(
+                {"valid": valid, "score": value, "parts": own} if valid else {"valid": False, "reason": reason}
+            )
         return {"fingerprint": self.fingerprint, "items": answers}
 
 

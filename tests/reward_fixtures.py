@@ -61,7 +61,8 @@ ODD_REWARD_CLASSES = """
             return index < 0
 
         def __call__(self, images, examples):
-            return Scores(images.mean((1, 2, 3)), self.valid(torch.arange(len(images))))
+            valid = self.valid(torch.arange(len(images)))
+            return Scores(images.mean((1, 2, 3)), valid, {}, ["" if one else "no reader" for one in valid.tolist()])
 
 
     class EverySecond(Unscored):

@@ -118,6 +118,7 @@ def test_a_score_that_is_no_number_is_refused_or_left_out_by_choice() -> None:
         loaded(Odd(), Asking(), "odd").score(IMAGES, EXAMPLES, 6)
     scores = loaded(Odd(), Asking(broken="skip", warn=told.append), "odd").score(IMAGES, EXAMPLES, 6)
     assert scores.valid.tolist() == [True, True, False, True, True, True]
+    assert list(scores.reasons) == ["", "", "odd: its score is not finite", "", "", ""]
     assert scores.values.isnan().tolist() == (~scores.valid).tolist()
     assert len(told) == 1 and "'odd'" in told[0]
 

@@ -95,6 +95,26 @@ def test_a_row_is_valid_only_if_all_rewards_say_so_and_is_nan_where_not() -> Non
     assert scores.parts["a"].isnan().tolist() == [False, True, False, False, False]
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+def test_why_a_picture_could_not_be_scored_is_told_of_each(chunk: int) -> None:
+    def odd_ones(images: Tensor, examples: Sequence[Example]) -> Scores:
+        odd = [int(e.text.split()[1]) % 2 for e in examples]
+        return Scores(images.mean((1, 2, 3)), torch.tensor(odd) == 0, {}, [f"{i} is odd" if i else "" for i in odd])
+
+    def fourth(images: Tensor, examples: Sequence[Example]) -> Scores:
+        return Scores(images.mean((1, 2, 3)), torch.tensor(["4" not in e.text for e in examples]))
+
+    members = [("bright", 1.0, Brightness()), ("odd", 1.0, Given(odd_ones)), ("fourth", 1.0, Given(fourth))]
+    scores = WeightedRewards(members).score(IMAGES, EXAMPLES, chunk)
+    assert scores.valid.tolist() == [True, False, True, False, False]
+    assert list(scores.reasons) == ["", "odd: 1 is odd", "", "odd: 1 is odd", ""]
+    assert scores.reason == "odd: 1 is odd" and scores.select(slice(1)).reason == ""
+    assert list(scores.select(torch.tensor([3, 0])).reasons) == ["odd: 1 is odd", ""]
+    assert list(scores.select(~scores.valid).reasons) == ["odd: 1 is odd", "odd: 1 is odd", ""]
+    watched = WeightedRewards([("bright", 1.0, Brightness())], [("odd", Given(odd_ones))])
+    assert not watched.score(IMAGES, EXAMPLES, chunk).reason
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 5, 100])
 def test_chunks_give_what_the_whole_gives_in_order_without_gradient(chunk: int) -> None:
     seen: list[int] = []
@@ -128,6 +148,7 @@ def test_a_part_that_only_some_chunks_have_is_nan_elsewhere() -> None:
     [
         (torch.ones(5, 1), r"'bad' returned values of shape \(5, 1\), expected shape \(5,\)"),
         (torch.tensor(1.0), r"'bad' returned values of shape \(\), expected shape \(5,\)"),
+        (Scores(torch.ones(5), torch.ones(5) > 0, {}, ["x"]), "'bad' returned 1 reasons for 5 pictures, expected one"),
         ([1.0] * 5, r"'bad' returned list, expected a tensor \(5,\) or Scores"),
         (None, "'bad' returned NoneType"),
         (Scores(torch.ones(5), torch.ones(4)), r"'bad' returned valid of shape \(4,\)"),

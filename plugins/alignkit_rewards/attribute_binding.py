@@ -134,11 +134,15 @@ class AttributeBinding(Reward):
             values = torch.stack([yes[rows == row].prod() for row in range(len(examples))])
         else:
             values = mean(torch.ones_like(exists))
-        unread = {row for (row, _), some in zip(flat, ids, strict=True) if self._tokenizer.unk_token_id in some}
-        unread |= {row for (row, _), some in zip(flat, ids, strict=True) if len(some) > _MAX_TOKENS}
         bound = {row for row, first in flat if not first or self.questions == "by_phrase"}
-        valid = torch.tensor([row in bound - unread for row in range(len(examples))], device=images.device)
-        return Scores(values, valid, {"exists": mean(exists), "attributes": mean(~exists)})
+        reasons = ["" if row in bound else "the prompt has no attribute to bind" for row in range(len(examples))]
+        for (row, _), text, some in zip(flat, texts, ids, strict=True):
+            if self._tokenizer.unk_token_id in some:
+                reasons[row] = reasons[row] or f"the judge does not know every word of {text!r}"
+            elif len(some) > _MAX_TOKENS:
+                reasons[row] = reasons[row] or f"a question has {len(some)} tokens, the judge reads {_MAX_TOKENS}"
+        valid = torch.tensor([not reason for reason in reasons], device=images.device)
+        return Scores(values, valid, {"exists": mean(exists), "attributes": mean(~exists)}, reasons)
 
 
 def questions(things: Sequence[Phrase]) -> list[tuple[str, bool]]:

@@ -103,7 +103,8 @@ class Remote(Reward):
             name: torch.tensor([answer.get("parts", {}).get(name, math.nan) for answer in found], dtype=torch.float32)
             for name in names
         }
-        return Scores(values, valid, parts)
+        reasons = [" ".join(str(answer.get("reason", "")).split())[:300] for answer in found]
+        return Scores(values, valid, parts, reasons)
 
     def _requests(self, items: Sequence[dict[str, Any]], pixels: int) -> Iterator[list[dict[str, Any]]]:
         """The items in requests that keep the server's limits."""

@@ -167,16 +167,18 @@ class VlmJudge(Reward):
                     f"row (the last: {found}); choose another mode or model, or raise give_up_after"
                 )
         valid = torch.tensor([not isinstance(found, Unusable) for found in judged])
+        reasons = [str(found) if isinstance(found, Unusable) else "" for found in judged]
         if self.mode == "caption":
             captions = [found if isinstance(found, str) else "" for found in judged]
             compared = self._comparison(captions, examples)
-            return replace(compared, valid=compared.valid & valid.to(compared.valid.device))
+            return replace(compared, valid=compared.valid & valid.to(compared.valid.device), reasons=reasons)
         numbers = [found if isinstance(found, tuple) else (math.nan, {}) for found in judged]
         names = dict.fromkeys(name for _, parts in numbers for name in parts)
         return Scores(
             torch.tensor([value for value, _ in numbers], dtype=torch.float32),
             valid,
             {name: torch.tensor([parts.get(name, math.nan) for _, parts in numbers]) for name in names},
+            reasons,
         )
 
     def _judge(

@@ -189,6 +189,9 @@ def test_what_cannot_be_scored_is_invalid_and_leaves_the_rest_alone(judge: str, 
     texts = ["a red circle", "in front of", "a circle", "a pink circle"]
     scores = reward(images[:4], [Example(t) for t in texts])
     assert scores.valid.tolist() == [True, False, False, False]
+    unbound = "the prompt has no attribute to bind"
+    unknown = "the judge does not know every word of 'is the circle pink?'"
+    assert scores.reasons == ["", unbound, unbound, unknown]
     torch.testing.assert_close(scores.values[0], reward(images, EXAMPLES).values[0], atol=1e-5, rtol=0)
     nothing = reward(images[:1], [Example("in front of")])
     assert nothing.valid.tolist() == [False]
@@ -196,6 +199,7 @@ def test_what_cannot_be_scored_is_invalid_and_leaves_the_rest_alone(judge: str, 
     lengths = {count: [{"head": "circle", "attributes": [" ".join(["red"] * count)]}] for count in (10, 40)}
     long = reward(images[:2], [Example("many", {"phrases": phrases}) for phrases in lengths.values()])
     assert long.valid.tolist() == [True, False]
+    assert long.reasons[0] == "" and long.reasons[1].endswith("tokens, the judge reads 35")
 
 
 def test_a_prompt_without_attributes_is_refused_by_name_before_anything_loads() -> None:

@@ -68,7 +68,8 @@ class Odd(Reward):
         weights = torch.tensor([float(example.metadata.get("weight", 1)) for example in examples])
         valid = torch.tensor(["?" not in example.text for example in examples])
         some = torch.where(torch.arange(len(values)) % 2 == 0, values / 2, torch.nan)
-        return Scores(values * weights, valid, {"half": values / 2, "some": some})
+        reasons = ["" if one else "a question" for one in valid.tolist()]
+        return Scores(values * weights, valid, {"half": values / 2, "some": some}, reasons)
 
 
 def test_it_holds_the_contract(clip_folder: str, holds_the_contract: Callable[..., None]) -> None:
@@ -109,6 +110,7 @@ def test_parts_metadata_and_invalid_pictures_come_through(images: Tensor) -> Non
     with serving(Odd()) as server:
         found = WeightedRewards([("it", 1.0, client(server, pictures_per_request=2))])(images, asked)
     assert found.valid.tolist() == [True, False, True, True]
+    assert found.reasons == expected.reasons == ["", "it: a question", "", ""]
     torch.testing.assert_close(found.values, expected.values, rtol=0, atol=0, equal_nan=True)
     assert set(found.parts) == {"it", "it/half", "it/some"}
     torch.testing.assert_close(dict(found.parts), dict(expected.parts), rtol=0, atol=0, equal_nan=True)

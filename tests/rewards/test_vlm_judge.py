@@ -150,6 +150,7 @@ def test_a_picture_without_a_caption_is_invalid(
     server = endpoint(lambda light, asked: " \n" if light < darkest + 1e-4 else captioned(light, asked))
     scores = judge(server, **small)(images, examples)
     assert scores.valid.tolist() == (brightness(images) > darkest).tolist()
+    assert set(scores.reasons) == {"", "the caption is empty"}
     whole = judge(endpoint(captioned), **small)(images, examples)
     torch.testing.assert_close(scores.values[scores.valid], whole.values[scores.valid])
 
@@ -220,6 +221,10 @@ def test_one_picture_without_an_answer_is_invalid_and_the_others_count(
     server = endpoint(say)
     found = judge(server, mode=mode)(images, examples)
     assert found.valid.tolist() == [i != darkest for i in range(4)]
+    told = "it begins neither with yes nor with no, but with 'sorry'" if mode == "yes_no" else "status 400: content pol"
+    assert [reason.startswith(told) if reason else None for reason in found.reasons] == [
+        True if i == darkest else None for i in range(4)
+    ]
     kept = found.valid
     torch.testing.assert_close(found.values[kept], EXPECTED[mode](brightness(images)).float()[kept])
 
