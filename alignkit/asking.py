@@ -98,7 +98,8 @@ class AskedReward:
             except TransientError as error:
                 pause, passed = self.asking.retry_seconds * 2**attempt, monotonic() - begun
                 if attempt == self.asking.retries or passed + pause > self.asking.retry_limit:
-                    times = f"{attempt + 1} times in {passed:.0f} seconds" if attempt else "once"
+                    seconds = "1 second" if round(passed) == 1 else f"{passed:.0f} seconds"
+                    times = f"{attempt + 1} times in {seconds}" if attempt else "once"
                     raise TransientError(
                         f"{_origin(self.name, self.reward)} did not answer, asked {times}: {error}"
                     ) from error

@@ -92,6 +92,11 @@ def test_a_reward_that_hangs_is_asked_no_more_once_the_time_is_up(waits: list[fl
         loaded(Hangs(fail=range(100)), Asking(retry_limit=120)).score(IMAGES, EXAMPLES, 6)
 
 
+def test_one_second_is_told_as_one(waits: list[float]) -> None:
+    with pytest.raises(TransientError, match="did not answer, asked 2 times in 1 second: connection refused"):
+        loaded(Judge(fail=range(100)), Asking(retries=1)).score(IMAGES, EXAMPLES, 6)
+
+
 def test_what_does_not_pass_is_not_tried_again(waits: list[float]) -> None:
     class Broken(Judge):
         def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor:

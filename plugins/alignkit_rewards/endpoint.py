@@ -147,7 +147,7 @@ class Connection:
             if attempt == end.retries or late or self._stopping.wait(wait):
                 break
         tries = f"{attempt + 1} {'try' if attempt == 0 else 'tries'}"
-        raise TransientError(f"{end.reward}: no answer from {url} in {tries} ({problem}); is the server up?")
+        raise TransientError(f"{end.reward}: no answer from {url} in {tries} ({problem}); see that the server is up")
 
     def _admitted(self, answer: Answer, url: str) -> Answer:
         end = self.endpoint
