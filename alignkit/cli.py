@@ -16,6 +16,7 @@ from alignkit.errors import AlignkitError
 from alignkit.flags import Json, Model, Set
 from alignkit.plugin_commands import check_plugin, list_, new, show
 from alignkit.prompt_commands import prompts_app
+from alignkit.reward_commands import score, serve
 from alignkit.terminal import print_json, print_table
 
 
@@ -223,62 +224,8 @@ def sample(
             typer.echo(path)
 
 
-@app.command()
-def score(
-    reward: Annotated[str, typer.Argument(metavar="REWARD")],
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER")],
-    prompts: Annotated[Path, typer.Option(metavar="FILE", help="One prompt a picture, or one for all.")],
-    model: Model = None,
-    assignments: Set = None,
-    as_json: Json = False,
-) -> None:
-    """Score the pictures of a folder with a reward, as a run with this model would.
-
-    \b
-    alignkit score attribute_binding samples/ --prompts prompts.txt
-    alignkit score attribute_binding samples/ --prompts prompts.jsonl --json
-    """
-    import alignkit.run
-
-    overrides = flags.overrides(None, None, model, None, None, None, assignments)
-    records = alignkit.run.score(reward, folder, prompts, overrides)
-    if as_json:
-        return print_json(records)
-    scores = ("not scored" if r["score"] is None else f"{r['score']:.4f}" for r in records)
-    cells = ([score, r["picture"], r["prompt"]] for score, r in zip(scores, records, strict=True))
-    print_table(["score", "picture", "prompt"], cells)
-
-
-@app.command()
-def serve(
-    reward: Annotated[str, typer.Argument(metavar="REWARD")],
-    host: Annotated[str, typer.Option(help="The address to answer at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8188,
-    network: Annotated[bool, typer.Option("--network", help="Let other machines ask; needs a token.")] = False,
-    device: Annotated[str, typer.Option(help="Where to score: auto, cpu, cuda, cuda:1, ...")] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures scored at once.")] = 16,
-    model: Model = None,
-    assignments: Set = None,
-) -> None:
-    """Answer for a reward over HTTP, for the reward `remote` of runs here or on other machines.
-
-    With ALIGNKIT_TOKEN in the environment, clients must send that token. Without --network only this machine can ask.
-
-    \b
-    alignkit serve attribute_binding
-    alignkit serve image_reward --port 8190 --device cuda:1
-    ALIGNKIT_TOKEN=... alignkit serve pickscore --host 0.0.0.0 --network
-    """
-    from alignkit.serve import open_server
-
-    overrides = flags.overrides(None, None, model, None, None, None, assignments)
-    with open_server(reward, overrides, host, port, network, device, batch_size) as server:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends it as Ctrl-C does
-        typer.echo(f"{server.name} at {server.url}, fingerprint {server.fingerprint}; Ctrl-C ends it")
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            typer.echo("ended", err=True)
+app.command()(score)
+app.command()(serve)
 
 
 @app.command()

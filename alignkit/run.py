@@ -26,10 +26,10 @@ from alignkit.parts import Parts
 from alignkit.prepare import Prepared, prepare
 from alignkit.registry import whose
 from alignkit.rollout import sample_pictures
-from alignkit.score import score
+from alignkit.score import score, score_batches
 from alignkit.train import Update
 
-__all__ = ["Run", "compare_runs", "load", "open_run", "score"]
+__all__ = ["Run", "compare_runs", "load", "open_run", "score", "score_batches"]
 
 ASKING = {"scoring.retries", "scoring.retry_seconds", "scoring.retry_limit", "scoring.broken"}
 """What may change when a run is resumed: what is done about a reward that fails, and nothing of what is learned from
@@ -41,7 +41,8 @@ def load(
 ) -> Run:
     """The run that a run file and overrides describe, or, with `resume`, the one in that run folder.
 
-    A resumed run takes overrides of `ASKING` alone, and writes them into its run.toml when it trains. Raises ConfigError with a line for every mistake; loads no weights.
+    A resumed run takes overrides of `ASKING` alone, and writes them into its run.toml when it trains. Raises
+    ConfigError with a line for every mistake; loads no weights.
     """
     if resume is None:
         return Run(load_config(path, overrides))

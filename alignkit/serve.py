@@ -6,7 +6,7 @@ and nothing that is sent can run:
     GET  /spec                                                    -> name, fingerprint, cacheable, limits, ...
     POST /check  {"items": [{"text", "metadata"}]}                -> {"problem": null or what cannot be scored}
     POST /score  {"fingerprint", "items": [{"png", "text", "metadata"}]}
-                                -> {"fingerprint", "items": [{"valid", "score", "parts", "reason"}]}, one for each, in order
+                      -> {"fingerprint", "items": [{"valid", "score", "parts", "reason"}]}, one for each, in order
 
 Refusals are {"error": one line}: 401 without the token, 409 for another protocol or fingerprint, 413 for what is too
 large, 422 where the reward cannot score it, 503 for too much at once.
@@ -34,6 +34,7 @@ from alignkit import __version__
 from alignkit.asking import blaming
 from alignkit.config import RewardConfig
 from alignkit.config import load as load_config
+from alignkit.environment import find_device
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.interfaces import Example
 from alignkit.json_server import PROTOCOL, TOKEN, JsonServer, Refusal, is_loopback
@@ -74,6 +75,8 @@ def open_server(
     """
     from alignkit.parts import Parts  # brings diffusers along
 
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"--port {port}: expected a number from 1 to 65535, or 0, which takes a free port")
     token = os.environ.get(TOKEN, "").strip()
     if not is_loopback(host) and not network:
         raise ConfigError(f"--host {host}: other machines reach this address; add --network if that is what you want")
@@ -87,7 +90,7 @@ def open_server(
     rewards.check([])
     try:
         server = RewardServer(host, port, rewards, "", token, chunk, limits or Limits())
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise AlignkitError(f"--host {host} --port {port}: cannot be bound ({error}); choose another") from error
     try:
         server.load(device)
@@ -133,14 +136,7 @@ class RewardServer(JsonServer):
 
     def load(self, device: str) -> None:
         """Load the reward. Raises ConfigError for a device that is not there."""
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            self.device = torch.device(device)
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            reason = next(iter(str(error).splitlines()), "")
-            raise ConfigError(f"--device {device}: cannot be used ({reason}); expected auto, cpu or cuda:0") from error
+        self.device = find_device(device)
         self.rewards.load(self.device)
         with blaming(self.name, "in fingerprint"):
             self.own_fingerprint = self.reward.fingerprint()

@@ -164,8 +164,8 @@ class Trainer:
             return f"no picture could be scored{reason}; try the reward with alignkit score"
         some = f", but for a part of them{reason}," if "unscored" in metrics else ""
         return (
-            f"the pictures were scored{some} and no two were told apart, or none reached a threshold of the method; draw "
-            "more pictures of each prompt, or take another reward"
+            f"the pictures were scored{some} and no two were told apart, or none reached a threshold of the method; "
+            "draw more pictures of each prompt, or take another reward"
         )
 
     def _in_precision(self, updates: Iterator[RowsT]) -> Iterator[RowsT]:

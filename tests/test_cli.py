@@ -73,9 +73,11 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
         module.calls.append(("load", path, overrides, resume))
         return FakeRun(module.calls, module.interrupts)
 
-    def score(reward: str, folder: Path, prompts: Path, overrides: Any) -> list[dict[str, Any]]:
-        module.calls.append(("score", reward, folder, prompts, overrides))
-        return [{"picture": f"{x}.png", "prompt": "text", "score": x, "parts": {}} for x in (0.5, None)]
+    def score_batches(reward: str, folder: Path, prompts: Path, overrides: Any, device: str) -> Iterator[list[Any]]:
+        module.calls.append(("score", reward, folder, prompts, overrides, device))
+        parts = {"acme_red": 0.5, "acme_red/truncated": 0.0}
+        for score, own, reason in ((0.5, parts, ""), (None, {}, "no answer")):
+            yield [{"picture": f"{score}.png", "prompt": "text", "score": score, "parts": own, "reason": reason}]
 
     def compare_runs(runs: list[FakeRun], steps: Any, rewards: Any, seen: bool) -> list[Row]:
         module.calls.append(("evaluate", len(runs), steps, rewards, seen))
@@ -85,7 +87,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
         module.opened = overrides
         return FakeRun(module.calls)
 
-    module.load, module.score, module.open_run = load, score, open_run
+    module.load, module.score_batches, module.open_run = load, score_batches, open_run
     module.compare_runs = compare_runs
     monkeypatch.setitem(sys.modules, "alignkit.run", module)
     monkeypatch.setattr(alignkit, "run", module, raising=False)
@@ -280,14 +282,15 @@ def test_sample_writes_a_picture_for_each_prompt_count_and_number_of_steps(engin
     assert again.exit_code == 1 and "is there already" in again.stderr and len(engine.calls) == 2
 
 
-def test_score_prints_a_table_or_json(engine: Any) -> None:
+def test_score_prints_lines_or_json(engine: Any) -> None:
     arguments = ["score", "acme_red", "images", "--prompts", "p.txt", "--model", "m", "--set", "reward.acme_red.x=1"]
-    stdout = run(*arguments).stdout
-    assert "0.5000" in stdout and "not scored" in stdout
-    assert engine.calls == [
-        ("score", "acme_red", Path("images"), Path("p.txt"), {"model.name": "m", "reward.acme_red.x": 1})
-    ]
+    heading, *lines = run(*arguments, "--device", "cpu").stdout.splitlines()
+    assert heading == "     score  truncated  picture  prompt"
+    assert lines == ["    0.5000          0  0.5.png  text", "not scored             None.png  text  (no answer)"]
+    changes = {"model.name": "m", "reward.acme_red.x": 1}
+    assert engine.calls == [("score", "acme_red", Path("images"), Path("p.txt"), changes, "cpu")]
     assert [record["score"] for record in json.loads(run(*arguments, "--json").stdout)] == [0.5, None]
+    assert engine.calls[-1][-1] == "auto"
 
 
 def test_evaluate_prints_a_table_or_json_and_writes_csv_once(engine: Any, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import alignkit
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.loop import Loop
 from alignkit.rollout import seeded_noises
-from alignkit.run import Run, score
+from alignkit.run import Run
 
 MakeRun = Callable[..., Run]
 TEXTS = ["a red circle", "a blue square and a green cross"]
@@ -238,24 +238,6 @@ def test_a_surrogate_can_start_from_that_of_another_run(finished: Run, tiny_run:
     saved = load_file(finished.folder / "surrogate.safetensors")
     assert all(torch.equal(saved[n], t) for n, t in trainer.ctx.surrogate.module().state_dict().items())
     assert any(bool(t.any()) for n, t in saved.items() if n.startswith("head") and n.endswith("weight"))
-
-
-def test_pictures_of_a_folder_are_scored_by_name(tiny_run: MakeRun, tmp_path: Path) -> None:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for name, grey in (("b.png", 255), ("a.png", 51)):
-        Image.new("RGB", (8, 8), (grey, grey, grey)).save(folder / name)
-    prompts = tmp_path / "one.txt"
-    prompts.write_text("anything")
-    records = score("brightness", folder, prompts)
-    assert [(Path(r["picture"]).name, r["score"]) for r in records] == [
-        ("a.png", pytest.approx(0.2)), ("b.png", pytest.approx(1.0))
-    ]  # fmt: skip
-    prompts.write_text("one\ntwo\nthree")
-    with pytest.raises(ConfigError, match="3 prompts for 2 pictures"):
-        score("brightness", folder, prompts)
-    with pytest.raises(ConfigError, match="no pictures"):
-        score("brightness", tmp_path / "nowhere", prompts)
 
 
 def test_resuming_what_is_no_run_folder_is_one_clear_line(tmp_path: Path) -> None:

@@ -225,6 +225,9 @@ def test_what_cannot_be_served_is_told(server: RewardServer, monkeypatch: pytest
     monkeypatch.delenv("ALIGNKIT_TOKEN", raising=False)
     with pytest.raises(AlignkitError, match=r"--port \d+: cannot be bound .*; choose another"):
         open_server("jpeg_incompressibility", port=server.server_address[1])
+    for port in (-1, 80_000):
+        with pytest.raises(ConfigError, match=rf"^--port {port}: expected a number from 1 to 65535, or 0, which takes"):
+            open_server("jpeg_incompressibility", port=port)
     with pytest.raises(ConfigError, match=r"--device quantum: cannot be used"):
         open_server("jpeg_incompressibility", port=0, device="quantum")
     with pytest.raises(AlignkitError, match="unknown reward 'jepg_incompressibility'; did you mean jpeg_incompr"):

@@ -361,5 +361,8 @@ def test_a_cache_can_be_shared_between_runs(tiny_run: MakeRun, judges: Any, tmp_
 
 
 def test_an_error_of_the_run_itself_is_told_with_the_way_on(tiny_run: MakeRun, odd_rewards: None) -> None:
-    with pytest.raises(AlignkitError, match=r"from: no picture could be scored \(unscored: no reader\);.*go on with: alignkit train --resume"):
+    with pytest.raises(
+        AlignkitError,
+        match=r"from: no picture could be scored \(unscored: no reader\);.*go on with: alignkit train --resume",
+    ):
         list(tiny_run(overrides={**DDPO, "reward": ["unscored"]}).train())

@@ -97,7 +97,7 @@ def test_equal_rewards_and_pictures_that_could_not_be_scored_make_no_pair(make: 
     assert len(collect(make("d3po", {"reward": ["two_of_three"]}))) == 2  # one pair of four, two steps
     trainer = make("d3po", {"reward": ["constant"]})
     assert len(collect(trainer)) == 0
-    with pytest.raises(AlignkitError, match="d3po nothing to learn from: the pictures were scored and no two were told"):
+    with pytest.raises(AlignkitError, match="d3po nothing to learn from: the pictures were scored and no two"):
         for _ in range(10):
             assert list(trainer.round()) == []
 
