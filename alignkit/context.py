@@ -168,3 +168,14 @@ class TrainContext(Context):
         for name, value in gather_object(logged):
             together[name].append(value)
         return {name: sum(values) / len(values) for name, values in sorted(together.items())}
+
+    def why_idle(self) -> str:
+        """What was logged since the last update says about rounds without any, and what to do about it."""
+        metrics, reason = self.take_metrics(), f" ({self.reason})" if self.reason else ""
+        if "reward" not in metrics:
+            return f"no picture could be scored{reason}; try the reward with alignkit score"
+        some = f", but for a part of them{reason}," if "unscored" in metrics else ""
+        return (
+            f"the pictures were scored{some} and no two were told apart, or none reached a threshold of the method; "
+            "draw more pictures of each prompt, or take another reward"
+        )

@@ -2,28 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-
-def _require(**demands: tuple[Any, bool, str]) -> None:
-    """Raise ValueError with one line for each `name=(found, whether it is fine, what was expected)` that is not."""
-    wrong = [f"{name}: found {found}, expected {text}" for name, (found, fine, text) in demands.items() if not fine]
-    if wrong:
-        raise ValueError(*wrong)
-
-
-def _at_least(value: float, bound: int) -> tuple[float, bool, str]:
-    return value, bound <= value < math.inf, f"{bound} or more" + ", and finite" * (value == math.inf)
-
-
-def _above_zero(value: float) -> tuple[float, bool, str]:
-    return value, 0 < value < math.inf, "more than 0" + ", and finite" * (value == math.inf)
-
-
-def _finite(value: Any) -> tuple[Any, bool, str]:
-    return value, not isinstance(value, float) or math.isfinite(value), "a finite number"
+from alignkit.bounds import above_zero, finite, or_more, require
 
 
 @dataclass(frozen=True)
@@ -51,7 +33,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         name = repr(self.name), bool(self.name), "a name"
-        _require(name=name, lora_rank=_at_least(self.lora_rank, 0), guidance=_finite(self.guidance))
+        require(name=name, lora_rank=or_more(self.lora_rank, 0), guidance=finite(self.guidance))
 
 
 @dataclass(frozen=True)
@@ -81,7 +63,7 @@ class DataConfig:
     """Prompts of one round."""
 
     def __post_init__(self) -> None:
-        _require(batch_size=_at_least(self.batch_size, 1))
+        require(batch_size=or_more(self.batch_size, 1))
 
 
 @dataclass(frozen=True)
@@ -105,7 +87,7 @@ class RewardConfig(PluginConfig):
     Lagrange multiplier that is added to the weight."""
 
     def __post_init__(self) -> None:
-        _require(weight=_finite(self.weight), at_least=_finite(self.at_least))
+        require(weight=finite(self.weight), at_least=finite(self.at_least))
 
 
 @dataclass(frozen=True)
@@ -141,12 +123,12 @@ class ScoringConfig:
 
     def __post_init__(self) -> None:
         decay = self.statistics_decay
-        _require(
+        require(
             statistics_decay=(decay, 0 < decay <= 1, "more than 0 and at most 1"),
-            start_rounds=_at_least(self.start_rounds, 1),
-            multiplier_rate=_above_zero(self.multiplier_rate),
-            retries=_at_least(self.retries, 0),
-            retry_seconds=_at_least(self.retry_seconds, 0),
+            start_rounds=or_more(self.start_rounds, 1),
+            multiplier_rate=above_zero(self.multiplier_rate),
+            retries=or_more(self.retries, 0),
+            retry_seconds=or_more(self.retry_seconds, 0),
             retry_limit=(self.retry_limit, self.retry_limit >= 0, "0 or more"),
         )
 
@@ -167,10 +149,10 @@ class SurrogateConfig(PluginConfig):
     """Gradients are scaled down to this norm; inf: never."""
 
     def __post_init__(self) -> None:
-        _require(
-            warmup=_at_least(self.warmup, 0),
-            learning_rate=_above_zero(self.learning_rate),
-            weight_decay=_at_least(self.weight_decay, 0),
+        require(
+            warmup=or_more(self.warmup, 0),
+            learning_rate=above_zero(self.learning_rate),
+            weight_decay=or_more(self.weight_decay, 0),
             max_grad_norm=(self.max_grad_norm, self.max_grad_norm > 0, "more than 0"),  # inf: not at all
         )
 
@@ -212,17 +194,17 @@ class TrainConfig:
     """Empty: the best there is (CUDA_VISIBLE_DEVICES chooses among GPUs)."""
 
     def __post_init__(self) -> None:
-        _require(
-            updates=_at_least(self.updates, 0),
-            rows_per_update=_at_least(self.rows_per_update, 1),
-            rows_per_pass=_at_least(self.rows_per_pass, 1),
-            learning_rate=_above_zero(self.learning_rate),
-            warmup=_at_least(self.warmup, 0),
-            weight_decay=_at_least(self.weight_decay, 0),
+        require(
+            updates=or_more(self.updates, 0),
+            rows_per_update=or_more(self.rows_per_update, 1),
+            rows_per_pass=or_more(self.rows_per_pass, 1),
+            learning_rate=above_zero(self.learning_rate),
+            warmup=or_more(self.warmup, 0),
+            weight_decay=or_more(self.weight_decay, 0),
             max_grad_norm=(self.max_grad_norm, self.max_grad_norm > 0, "more than 0"),  # inf: not at all
             ema_decay=(self.ema_decay, 0 <= self.ema_decay < 1, "at least 0 and less than 1"),
-            checkpoint_every=_at_least(self.checkpoint_every, 0),
-            keep_checkpoints=_at_least(self.keep_checkpoints, 1),
+            checkpoint_every=or_more(self.checkpoint_every, 0),
+            keep_checkpoints=or_more(self.keep_checkpoints, 1),
         )
 
 
@@ -249,12 +231,12 @@ class EvaluateConfig:
     """Pictures drawn at once."""
 
     def __post_init__(self) -> None:
-        _require(
-            every=_at_least(self.every, 0),
+        require(
+            every=or_more(self.every, 0),
             steps=(self.steps, bool(self.steps) and min(self.steps) >= 1, "a list of numbers, each 1 or more"),
-            limit=_at_least(self.limit, 1),
-            samples=_at_least(self.samples, 1),
-            batch_size=_at_least(self.batch_size, 1),
+            limit=or_more(self.limit, 1),
+            samples=or_more(self.samples, 1),
+            batch_size=or_more(self.batch_size, 1),
         )
 
     def watched(self) -> dict[str, dict[str, Any]]:
@@ -282,7 +264,7 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:
-        _require(seed=_at_least(self.seed, 0))
+        require(seed=or_more(self.seed, 0))
 
 
 TOP: dict[str, type] = {"output": str, "seed": int}

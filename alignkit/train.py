@@ -154,19 +154,8 @@ class Trainer:
         if self._idle >= IDLE_ROUNDS:
             raise AlignkitError(
                 f"train: {IDLE_ROUNDS} rounds in a row gave algorithm {self.config.algorithm.name} nothing to learn "
-                f"from: {self._why_idle(ctx.take_metrics())}"
+                f"from: {ctx.why_idle()}"
             )
-
-    def _why_idle(self, metrics: Mapping[str, float]) -> str:
-        """What the metrics since the last update say about rounds without any, and what to do about it."""
-        reason = f" ({self.ctx.reason})" if self.ctx.reason else ""
-        if "reward" not in metrics:
-            return f"no picture could be scored{reason}; try the reward with alignkit score"
-        some = f", but for a part of them{reason}," if "unscored" in metrics else ""
-        return (
-            f"the pictures were scored{some} and no two were told apart, or none reached a threshold of the method; "
-            "draw more pictures of each prompt, or take another reward"
-        )
 
     def _in_precision(self, updates: Iterator[RowsT]) -> Iterator[RowsT]:
         """The updates, made in the precision of the loss: a log-probability that is kept for comparison must not
