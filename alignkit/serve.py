@@ -138,7 +138,7 @@ class RewardServer(JsonServer):
         """Load the reward. Raises ConfigError for a device that is not there."""
         self.device = find_device(device)
         self.rewards.load(self.device)
-        with blaming(self.name, "in fingerprint"):
+        with blaming(self.name, self.reward, "in fingerprint"):
             self.own_fingerprint = self.reward.fingerprint()
 
     def server_close(self) -> None:
