@@ -42,6 +42,7 @@ class DiffusersPolicy(Policy):
         unet: str = "",
         adapter: str = "",
         prediction: str = "",
+        guidance_embedding: int = 0,
         lora_rank: int = 16,
         lora_targets: Sequence[str] = (),
         trainable: bool = True,
@@ -52,13 +53,14 @@ class DiffusersPolicy(Policy):
         gradient_checkpointing: bool = False,
         rows_per_pass: int = 0,
     ) -> None:
-        """`lora_rank` 0 trains the whole UNet. `guidance` is diffusers' guidance_scale minus one. `unet`, `adapter` and
-        `prediction` are as in the section [model] of a run file, `gradient_checkpointing` as in [train]. `cache` keeps
-        what texts and pictures are encoded to; it changes no result. `rows_per_pass` is how many rows go through the
-        network at once where no gradient is asked for; 0: all."""
+        """`lora_rank` 0 trains the whole UNet. `guidance` is diffusers' guidance_scale minus one. `unet`, `adapter`,
+        `prediction` and `guidance_embedding` are as in the section [model] of a run file, `gradient_checkpointing` as
+        in [train]. `cache` keeps what texts and pictures are encoded to; it changes no result. `rows_per_pass` is how
+        many rows go through the network at once where no gradient is asked for; 0: all."""
         self.source, self.cache, self.rows_per_pass = source, cache, rows_per_pass
         self.device = torch.device(device)
-        self.pipe = load_pipeline(source, dtype, unet=unet, adapter=adapter).to(self.device)
+        parts = load_pipeline(source, dtype, unet=unet, adapter=adapter, guidance_embedding=guidance_embedding)
+        self.pipe = parts.to(self.device)
         self.unet = self.pipe.unet.requires_grad_(False).eval()
         self.vae = self.pipe.vae.requires_grad_(False).eval()
         if gradient_checkpointing:

@@ -197,6 +197,7 @@ class Parts:
             unet=model.unet,
             adapter=model.adapter,
             prediction=model.prediction,
+            guidance_embedding=model.guidance_embedding,
             lora_rank=model.lora_rank,
             lora_targets=model.lora_targets,
             guidance=model.guidance,

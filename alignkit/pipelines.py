@@ -65,9 +65,12 @@ def locate_weights(key: str, source: str) -> tuple[str, str]:
     return named[1], named[2] or ""
 
 
-def load_pipeline(source: str, dtype: torch.dtype = torch.float32, *, unet: str = "", adapter: str = "") -> Any:
-    """The pipeline at a local folder or hub id, with the UNet of `unet` in the place of its own and the LoRA of
-    `adapter` merged into it. Raises ConfigError for what is not there or does not fit."""
+def load_pipeline(
+    source: str, dtype: torch.dtype = torch.float32, *, unet: str = "", adapter: str = "", guidance_embedding: int = 0
+) -> Any:
+    """The pipeline at a local folder or hub id, with the UNet of `unet` in the place of its own, the LoRA of `adapter`
+    merged into it, and an input of this width for the guidance. Raises ConfigError for what is not there or does not
+    fit."""
     check_source(source)
     with no_progress_bars():
         folder, file = locate_weights("model.unet", unet) if unet else ("", "")
@@ -97,8 +100,25 @@ def load_pipeline(source: str, dtype: torch.dtype = torch.float32, *, unet: str 
                     raise ValueError("it names no layer of the UNet")
                 pipe.fuse_lora()
                 pipe.unload_lora_weights()
+    if guidance_embedding:
+        pipe.register_modules(unet=with_guidance(pipe.unet, guidance_embedding))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def with_guidance(unet: UNet2DConditionModel, width: int) -> UNet2DConditionModel:
+    """The same network with an input of this width for the guidance, which changes nothing before it is trained.
+
+    Raises ConfigError for one that has such an input.
+    """
+    if unet.config.time_cond_proj_dim:
+        raise ConfigError(
+            f"model.guidance_embedding: found {width} for a network that takes the guidance as it is, expected 0"
+        )
+    wide = UNet2DConditionModel.from_config(unet.config, time_cond_proj_dim=width).to(unet.device, unet.dtype)
+    wide.load_state_dict(unet.state_dict(), strict=False)
+    torch.nn.init.zeros_(wide.time_embedding.cond_proj.weight)
+    return wide
 
 
 @contextmanager

@@ -26,6 +26,9 @@ class ModelConfig:
     scheduler says."""
     lora_rank: int = 16
     """Rank of the LoRA adapter; 0 trains all weights."""
+    guidance_embedding: int = 0
+    """Width of an input for the guidance that the network is given (256 in published models), for distilling a model of
+    many steps into a latent consistency model; takes prediction = "consistency" and lora_rank = 0. 0: as it is."""
     lora_targets: list[str] = field(default_factory=list)
     """Names of the layers to adapt, as peft understands them; empty: the attention projections."""
     guidance: float | None = None
@@ -33,7 +36,14 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         name = repr(self.name), bool(self.name), "a name"
-        require(name=name, lora_rank=or_more(self.lora_rank, 0), guidance=finite(self.guidance))
+        widened = self.prediction == "consistency" and not self.lora_rank
+        expected = '0 without prediction = "consistency" and lora_rank = 0'
+        require(
+            name=name,
+            lora_rank=or_more(self.lora_rank, 0),
+            guidance_embedding=(self.guidance_embedding, widened or not self.guidance_embedding, expected),
+            guidance=finite(self.guidance),
+        )
 
 
 @dataclass(frozen=True)

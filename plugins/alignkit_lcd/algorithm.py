@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from alignkit.interfaces import Algorithm, Batch, Context, Sampler
-from alignkit_lcd.distillation import Distance, Distillation, Noised
+from alignkit_lcd.distillation import Average, Distance, Distillation, Noised
 
 
 @dataclass
 class LCD(Algorithm[Noised, Noised]):
     """Latent consistency distillation (Luo et al. 2023, arXiv 2310.04378), without any reward.
 
-    Also the control run for methods that use the same loss as a regulariser. As in LCM-LoRA, the target is the student
-    itself without gradient.
+    Also the control run for methods that use the same loss as a regulariser.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher", "pictures"})
@@ -34,12 +33,19 @@ class LCD(Algorithm[Noised, Noised]):
     distance: Distance = "huber"
     """Between prediction and target: pseudo-Huber, as in the LCM paper, or l2, the square, the default of diffusers'
     script."""
+    target_decay: float = 0.0
+    """mu, decay of the average of the student that gives the target; 0: the student itself, as for LCM-LoRA. 0.95 is
+    the LCM paper's, for a student whose weights are all trained."""
 
     def __post_init__(self) -> None:
         self._distillation = Distillation(self.ode_steps, self.w_min, self.w_max, self.huber_c, self.distance)
+        self._target = Average(self.target_decay)
 
     def check(self, sampler: Sampler) -> None:
         self._distillation.check(sampler)
+
+    def setup(self, ctx: Context) -> None:
+        self._target.start(ctx.policy)
 
     def collect(self, batch: Batch, ctx: Context) -> Noised:
         assert batch.pictures is not None  # needs "pictures"
@@ -51,5 +57,14 @@ class LCD(Algorithm[Noised, Noised]):
 
     def loss(self, rows: Noised, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
         assert ctx.teacher is not None  # needs "teacher"
-        value = self._distillation.loss(ctx.policy, ctx.teacher, rows).mean()
+        value = self._distillation.loss(ctx.policy, ctx.teacher, rows, self._target.weights).mean()
         return value, {"distillation_loss": value}
+
+    def after_update(self, ctx: Context) -> None:
+        self._target.follow(ctx.policy)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._target.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._target.load_state_dict(state)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -84,16 +86,23 @@ class Distillation:
             z_next = diffusion.add_noise(clean, noise, *teacher.schedule(t_next))
         return z, t, z_next, t_next
 
-    def loss(self, policy: Policy, teacher: Policy, rows: Noised, target: Tensor | None = None) -> Tensor:
-        """The distance (N,) between the student's prediction at t and its own, without gradient, at t'.
+    def loss(
+        self, policy: Policy, teacher: Policy, rows: Noised, average: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """The distance (N,) between the student's prediction at t and its target at t'."""
+        return self.distances(*self.predictions(policy, teacher, rows, average))
 
-        `target` (N, *S), from an average of the student, takes the place of its own prediction.
+    def predictions(
+        self, policy: Policy, teacher: Policy, rows: Noised, average: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """f_theta(z_t, t) and, without gradient, the target f_theta-(z_t', t'), (N, *S) both.
+
+        theta- are the weights of `average` by name, or where it has none the student's own.
         """
         z, t, z_next, t_next = self.solve(teacher, rows)
-        if target is None:
-            with torch.no_grad():
-                target = self.predict(policy, z_next, t_next, rows)
-        return self.distances(self.predict(policy, z, t, rows), target)
+        with torch.no_grad(), policy.using(average) if average else nullcontext():
+            target = self.predict(policy, z_next, t_next, rows)
+        return self.predict(policy, z, t, rows), target
 
     def predict(self, policy: Policy, x: Tensor, t: Tensor, rows: Noised) -> Tensor:
         """f_theta(x, t) (N, *S), at the guidance that was drawn if the student takes one.
@@ -108,6 +117,35 @@ class Distillation:
         difference = prediction - target
         each = difference**2 if self.distance == "l2" else pseudo_huber(difference, self.huber_c)
         return each.flatten(1).mean(1)
+
+
+class Average:
+    """theta-, the average of the student that gives the target (mu of Algorithm 1). Without decay there is none."""
+
+    def __init__(self, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"target_decay: found {decay}, expected at least 0 and less than 1")
+        self.decay = decay
+        self.weights: dict[str, Tensor] = {}
+
+    def start(self, policy: Policy) -> None:
+        """Begin as the student is."""
+        if self.decay:
+            self.weights = {name: p.detach().clone() for name, p in policy.weights().items()}
+
+    @torch.no_grad()
+    def follow(self, policy: Policy) -> None:
+        """theta- <- mu theta- + (1 - mu) theta."""
+        own = policy.weights()
+        for name, average in self.weights.items():
+            average.lerp_(own[name], 1 - self.decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"target": dict(self.weights)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, value in state["target"].items():
+            self.weights[name].copy_(value)
 
 
 def pseudo_huber(difference: Tensor, c: float) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Algorithm, Batch, Context, Example, Prompt, Rows, Sampler
-from alignkit_lcd.distillation import Distance, Distillation, Noised
+from alignkit_lcd.distillation import Average, Distance, Distillation, Noised
 from alignkit_rg_lcd.preference import Direction, RealPictures, margins, preference_loss, with_real_pictures
 from alignkit_rg_lcd.surrogate import LRM
 
@@ -98,14 +98,12 @@ class RGLCD(Algorithm[Collected, Noised]):
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected {low} or more")
         if self.expert_temperature <= 0:
             raise ValueError(f"expert_temperature: found {self.expert_temperature}, expected more than 0")
-        if not 0 <= self.target_decay < 1:
-            raise ValueError(f"target_decay: found {self.target_decay}, expected at least 0 and less than 1")
         if self.proxy:
             self.needs = type(self).needs | {"surrogate"}  # type: ignore[misc]
         elif self.beta:
             self.needs = type(self).needs | {"differentiable_reward"}  # type: ignore[misc]
         self._distillation = Distillation(self.ode_steps, self.w_min, self.w_max, self.huber_c, self.distance)
-        self._target: dict[str, Tensor] = {}
+        self._target = Average(self.target_decay)
 
     def check(self, sampler: Sampler) -> None:
         self._distillation.check(sampler)
@@ -115,8 +113,7 @@ class RGLCD(Algorithm[Collected, Noised]):
             raise ConfigError(
                 f"surrogate.name: found {type(ctx.surrogate).__name__}, expected lrm: the proxy is taught by its layers"
             )
-        if self.target_decay:
-            self._target = {name: p.detach().clone() for name, p in ctx.policy.weights().items()}
+        self._target.start(ctx.policy)
 
     # collect: captioned latents, noised; with the proxy, what the expert says of some of them
 
@@ -183,12 +180,9 @@ class RGLCD(Algorithm[Collected, Noised]):
             yield from collected.noised.split(ctx.rows_per_update)
 
     def _predict(self, rows: Noised, ctx: Context) -> tuple[Tensor, Tensor]:
-        """f_theta(z_t, t) and, without gradient, the target f_theta-(z_t', t'), (N, *S) both."""
+        """The student's and its target's, (N, *S) both."""
         assert ctx.teacher is not None  # needs "teacher"
-        z, t, z_next, t_next = self._distillation.solve(ctx.teacher, rows)
-        with torch.no_grad(), ctx.policy.using(self._target):
-            target = self._distillation.predict(ctx.policy, z_next, t_next, rows)
-        return self._distillation.predict(ctx.policy, z, t, rows), target
+        return self._distillation.predictions(ctx.policy, ctx.teacher, rows, self._target.weights)
 
     def loss(self, rows: Noised, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
         prediction, target = self._predict(rows, ctx)
@@ -209,20 +203,16 @@ class RGLCD(Algorithm[Collected, Noised]):
             values = values.clamp(max=self.reward_cap)
         return values.mean()
 
-    @torch.no_grad()
     def after_update(self, ctx: Context) -> None:
-        """theta- <- mu theta- + (1 - mu) theta."""
-        for name, average in self._target.items():
-            average.lerp_(ctx.policy.weights()[name], 1 - self.target_decay)
+        self._target.follow(ctx.policy)
 
     # what a resumed run needs
 
     def state_dict(self) -> dict[str, Any]:
-        return {"target": dict(self._target)}
+        return self._target.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, value in state["target"].items():
-            self._target[name].copy_(value)
+        self._target.load_state_dict(state)
 
 
 def _thrice(prompt: Prompt) -> Prompt:

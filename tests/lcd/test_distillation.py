@@ -11,13 +11,22 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    UNet2DConditionModel,
+)
 from torch import Tensor
 
 from alignkit.diffusers_policy import DiffusersPolicy
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Policy, Prompt
+from alignkit.rollout import sample
 from alignkit.run import Run
+from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint
+from alignkit.train import Trainer
 from alignkit_lasro.algorithm import LaSRO
 from alignkit_lcd.algorithm import LCD
 from alignkit_lcd.distillation import Distillation, Noised, pseudo_huber
@@ -145,9 +154,13 @@ def test_the_gradient_reaches_the_student_through_its_prediction_alone(tiny_lcm:
     prediction = student.denoise(z, t, given.prompt, given.guidance)
     pseudo_huber(prediction - target, 1e-3).mean().backward()
     assert all(torch.allclose(a, p.grad, atol=1e-7) for a, p in zip(found, student.parameters(), strict=True))
-    assert torch.equal(
-        Distillation().loss(student, teacher, given, target=target), Distillation().loss(student, teacher, given)
-    )
+    moved = {name: p.detach() + 0.1 for name, p in student.weights().items()}
+    with torch.no_grad():
+        averaged = Distillation().loss(student, teacher, given, moved)
+        with student.using(moved):
+            other = student.denoise(z_next, t_next, given.prompt, given.guidance)
+    assert torch.allclose(averaged, pseudo_huber(prediction - other, 1e-3).flatten(1).mean(1))
+    assert not torch.allclose(other, target)
 
 
 def test_levels_guidance_and_noise_are_drawn_over_their_whole_range() -> None:
@@ -207,6 +220,8 @@ def test_the_square_is_an_option_and_the_mean_over_elements_either_way() -> None
     "fields", [{"ode_steps": 0}, {"ode_steps": 30}, {"ode_steps": 2000}, {"w_min": 3.0, "w_max": 1.0}]
 )
 def test_settings_that_make_no_solver_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="target_decay"):
+        LCD(target_decay=1.0)
     for method in (LCD, LaSRO):
         with pytest.raises(ValueError, match=r"ode_steps|w_min"):
             method(**fields)
@@ -218,6 +233,57 @@ def test_a_student_that_is_no_latent_consistency_model_is_refused() -> None:
         LCD().check(DDIM())
     with pytest.raises(ConfigError, match=r"algorithm\.ode_steps: found 25, expected 50"):
         LCD(ode_steps=25).check(LCM(2))
+
+
+def test_the_average_that_gives_the_target_follows_with_its_decay_and_is_resumed(
+    make_trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    settings = {"algorithm.name": "lcd", "algorithm.target_decay": 0.75, "train.learning_rate": 1e-2}
+    trainer = make_trainer(settings)
+    first = {name: p.detach().clone() for name, p in trainer.ctx.policy.weights().items()}
+    list(trainer.round())
+    average = trainer.algorithm.state_dict()["target"]
+    for name, now in trainer.ctx.policy.weights().items():
+        assert torch.allclose(average[name], 0.75 * first[name] + 0.25 * now, atol=1e-6)
+    assert not make_trainer({"algorithm.name": "lcd"}).algorithm.state_dict()["target"]
+    assert_goes_on_from_its_checkpoint(make_trainer, settings, tmp_path)
+
+
+def test_a_model_of_many_steps_becomes_one_that_takes_the_guidance_and_that_diffusers_loads(
+    tiny_run: Callable[..., Run], tiny_teacher: Path
+) -> None:
+    run = tiny_run(overrides={
+        "algorithm.name": "lcd", "model.name": str(tiny_teacher), "model.lora_rank": 0, "model.guidance_embedding": 32,
+        "model.prediction": "consistency", "model.guidance": 3.0, "train.updates": 2, "evaluate.prompts": "",
+        "train.learning_rate": 1e-2, "algorithm.target_decay": 0.95,
+    })  # fmt: skip
+    assert [u.step for u in run.train()] == [1, 2]
+    plain = DiffusersPolicy(str(tiny_teacher))
+    pipe = LatentConsistencyModelPipeline(
+        vae=plain.pipe.vae, text_encoder=plain.pipe.text_encoder, tokenizer=plain.pipe.tokenizer,
+        unet=UNet2DConditionModel.from_pretrained(run.folder / "unet"),
+        scheduler=LCMScheduler.from_config(plain.pipe.scheduler.config),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    assert bool(pipe.unet.time_embedding.cond_proj.weight.any())  # it was learned
+    again = DiffusersPolicy(str(tiny_teacher), unet=str(run.folder / "unet"), prediction="consistency", guidance=3.0)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    theirs = pipe("a red circle", num_inference_steps=1, guidance_scale=4.0, latents=noise, output_type="latent").images
+    ours = sample(again, LCM(1), again.encode(["a red circle"]), noise[:, None].repeat(1, 2, 1, 1, 1))
+    assert torch.allclose(theirs, ours, atol=1e-4)
+
+
+def test_the_input_for_the_guidance_changes_nothing_before_it_is_trained(tiny_teacher: Path, tiny_lcm: Path) -> None:
+    plain = DiffusersPolicy(str(tiny_teacher), prediction="consistency", lora_rank=0)
+    wide = DiffusersPolicy(str(tiny_teacher), prediction="consistency", lora_rank=0, guidance_embedding=32)
+    x, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([999, 19])
+    prompt, w = plain.encode(["a red circle"] * 2), torch.tensor([1.0, 9.0])
+    with torch.no_grad():
+        assert torch.equal(wide.denoise(x, t, prompt, w), plain.denoise(x, t, prompt, torch.zeros(2)))
+    wide.denoise(x, t, prompt, w).sum().backward()
+    assert bool(wide.unet.time_embedding.cond_proj.weight.grad.any())
+    with pytest.raises(ConfigError, match=r"model\.guidance_embedding: found 32 for a network that takes the guidance"):
+        DiffusersPolicy(str(tiny_lcm), lora_rank=0, guidance_embedding=32)
 
 
 def test_the_plain_method_trains_without_scoring_a_picture(tiny_run: Callable[..., Run]) -> None:

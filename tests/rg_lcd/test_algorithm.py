@@ -183,9 +183,9 @@ def test_the_target_follows_the_student_with_its_own_decay(make_trainer: MakeTra
     method, weights = trainer.algorithm, trainer.ctx.policy.weights()
     assert isinstance(method, RGLCD)
     first = {name: p.detach().clone() for name, p in weights.items()}
-    assert all(torch.equal(method._target[name], first[name]) for name in first)
+    assert all(torch.equal(method._target.weights[name], first[name]) for name in first)
     list(trainer.round())
-    for name, average in method._target.items():
+    for name, average in method._target.weights.items():
         assert torch.allclose(average, 0.95 * first[name] + 0.05 * weights[name], atol=1e-7)
     (rows,) = updates(trainer)
     prediction, target = method._predict(rows, trainer.ctx)
@@ -194,7 +194,7 @@ def test_the_target_follows_the_student_with_its_own_decay(make_trainer: MakeTra
     z, t, z_next, t_next = Distillation().solve(trainer.ctx.teacher, rows)  # type: ignore[arg-type]
     with torch.no_grad():
         own = trainer.ctx.policy.denoise(z_next, t_next, rows.prompt, rows.guidance)
-        with trainer.ctx.policy.using(method._target):
+        with trainer.ctx.policy.using(method._target.weights):
             averaged = trainer.ctx.policy.denoise(z_next, t_next, rows.prompt, rows.guidance)
         again = trainer.ctx.policy.denoise(z, t, rows.prompt, rows.guidance)
     assert torch.equal(target, averaged) and not torch.equal(target, own) and torch.equal(prediction, again)
