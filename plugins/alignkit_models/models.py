@@ -59,9 +59,10 @@ _vega: Settings = {"surrogate": {"name": "latent_unet", "backbone": "segmind/Seg
 # steps with a likelihood, or a pair of walks. DDPO clips advantages at 10; REBEL clips no gradient.
 _rlcm = _with(_sampler("lcm", 8), _train(1e-4, max_grad_norm=5.0), {"model": {"lora_rank": 8}})
 _rlcm_ddpo = _with(_rlcm, _round(8, 8 * 7, updates=1000, samples=1, advantage_clip=10.0))
-_rlcm_rebel = _with(_rlcm, _round(8, 8, updates=1000, pairs=1), {"train": {"max_grad_norm": float("inf")}})
+_unclipped: Settings = {"train": {"max_grad_norm": float("inf")}}
+_rlcm_rebel = _with(_rlcm, _round(8, 8, updates=1000, pairs=1), _unclipped)
 # SDPO on consistency models (2411.11727, 4.4) has RLCM's walk and REBEL's rates and batches.
-_rlcm_sdpo = _with(_rlcm, _round(8, 8, pairs=1), {"evaluate": {"steps": [1, 2, 4, 8]}})
+_rlcm_sdpo = _with(_rlcm, _round(8, 8, pairs=1), _unclipped, {"evaluate": {"steps": [1, 2, 4, 8]}})
 # SDPO (2411.11727, Table 2 and its code, for the aesthetic reward) trains 50 steps and is read at few; so do the rivals
 # it is compared with. 128 pairs a round, in two updates of each step.
 _of_50_steps = _with(

@@ -95,7 +95,10 @@ def test_the_settings_of_the_papers_arrive(prompts: Path) -> None:
     assert (sdpo.sampler.name, sdpo.sampler.fields["num_steps"], sdpo.sampler.fields["eta"]) == ("ddim", 50, 1)
     assert (sdpo.data.batch_size, sdpo.algorithm.fields["pairs"], sdpo.train.rows_per_update) == (128, 1, 64)
     assert (sdpo.train.updates, sdpo.train.learning_rate, sdpo.train.weight_decay) == (100 * 100, 1e-4, 1e-4)
-    rlcm, rebel = (run(prompts, "lcm_dreamshaper", name).config for name in ("ddpo", "rebel"))
+    rlcm, rebel, paired = (run(prompts, "lcm_dreamshaper", name).config for name in ("ddpo", "rebel", "sdpo"))
+    assert paired.train.max_grad_norm == float("inf") and paired.train.rows_per_update == 8
+    assert run(prompts, "sd_turbo", "diffusion_dpo").config.train.warmup == 500
+    assert run(prompts, "sdxl", "diffusion_dpo").config.train.warmup == 200
     assert (rlcm.sampler.fields["num_steps"], rlcm.model.guidance, rlcm.model.lora_rank) == (8, 7, 8)
     assert rlcm.algorithm.fields["advantage_clip"] == 10 and rlcm.train.max_grad_norm == 5
     # All of a round is one update: walks of seven steps with a likelihood, or pairs.

@@ -89,13 +89,17 @@ def test_settings_that_cannot_learn_are_refused(fields: Mapping[str, Any]) -> No
 # the loss
 
 
-def test_without_the_reward_it_is_plain_distillation_bit_for_bit(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer({**DIRECT, "algorithm.beta": 0.0})
-    (rows,), ctx = updates(trainer), trainer.ctx
-    assert ctx.teacher is not None and len(rows) == 4
-    plain = Distillation().loss(ctx.policy, ctx.teacher, rows).mean()
-    loss, _ = trainer.algorithm.loss(rows, ctx)
-    assert torch.equal(loss, plain) and torch.equal(gradient(trainer, loss), gradient(trainer, plain))
+@pytest.mark.parametrize("decay", [0.0, 0.95])
+def test_without_the_reward_it_is_plain_distillation_bit_for_bit(make_trainer: MakeTrainer, decay: float) -> None:
+    settings = {"algorithm.target_decay": decay, "train.learning_rate": 1e-2}
+    mine = make_trainer({**DIRECT, **settings, "algorithm.beta": 0.0})
+    plain = make_trainer({**settings, "algorithm.name": "lcd"})
+    for _ in range(3):
+        for trainer in (mine, plain):
+            list(trainer.round())
+        assert all(
+            torch.equal(a, b) for a, b in zip(mine.ctx.policy.parameters(), plain.ctx.policy.parameters(), strict=True)
+        )
 
 
 def given(beta: float, cap: float | None = None) -> tuple[RGLCD, Tensor, Tensor, Any]:
