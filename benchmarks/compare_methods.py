@@ -2,7 +2,7 @@
 
     python benchmarks/compare_methods.py                         # everything: a day on one core
     python benchmarks/compare_methods.py --tables turbo --methods sdpo,ddpo --seeds 0 --cells 1
-    python benchmarks/compare_methods.py --render docs/results.md
+    python benchmarks/compare_methods.py --render
     python benchmarks/compare_methods.py --quick --out runs/quick
 
 A table is a model, a sampler, the numbers of steps it is read at, and methods. A cell is one run: a method, a learning
@@ -15,7 +15,7 @@ prompts are drawn with the same noises by every cell.
 The `result.json` of a cell in `--out` is written behind it, and a cell that has one is not run again; one that was
 interrupted goes on from its checkpoint. So the comparison can be made cell by cell, extended by seeds and methods, and
 divided among processes that have different tables or methods. `benchmarks/results`, where it goes by default, comes
-with the results that docs/results.md shows; to make them again from nothing, name another folder. `--render` makes the
+with the results that docs/results.md shows; to make them again from nothing, name another folder. `--render` prints the
 tables of what is there. Intervals are 95 % bootstraps over seeds and prompts.
 """
 
@@ -32,9 +32,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from compare_report import write_tables
-from compare_tables import TABLES, TUNING_SEED, Cell, Method, Table, quick
+from compare_report import RESULT, RESULTS, read, render, trained_mean
+from compare_tables import TABLES, Cell, Method, Table, quick, tuning_cells
 from rich.console import Console
 from torch import Tensor
 
@@ -49,8 +48,6 @@ from alignkit.run import Run
 from alignkit_shapes.models import FOLDER, WEIGHTS
 
 READING = "shapes_reading"
-RESULT = "result.json"
-RESULTS = Path(__file__).parent / "results"
 TRAIN, HELD_OUT = FOLDER / "prompts" / "train.txt", FOLDER / "prompts" / "held_out.txt"
 
 
@@ -144,10 +141,7 @@ class Comparison:
 
     def __init__(self, folder: Path, prompts: int, console: Console) -> None:
         self.folder, self.prompts, self.console = folder, prompts, console
-        self.results: dict[str, Any] = {
-            file.parent.relative_to(folder).as_posix(): json.loads(file.read_text())
-            for file in sorted(folder.rglob(RESULT))
-        }
+        self.results = read(folder)
         self._features: dict[str, dict[int, Tensor]] = {}
 
     def has(self, cell: Cell) -> bool:
@@ -208,25 +202,6 @@ class Comparison:
         cells = tuning_cells(table, method)
         return max(cells, key=lambda cell: trained_mean(self.results[cell.key])).rate
 
-    def chosen(self, tables: Sequence[Table]) -> dict[str, Any]:
-        """The results without runs at a rate that another grid had chosen."""
-        grids = {table.name: {m: [c.key for c in tuning_cells(table, m)] for m in table.methods} for table in tables}
-
-        def stands(result: Mapping[str, Any]) -> bool:
-            grid = grids.get(result["table"], {}).get(result["method"], [])
-            tuned = [self.results[key] for key in grid if key in self.results]
-            return result["tuning"] or not tuned or result["rate"] == max(tuned, key=trained_mean)["rate"]
-
-        return {key: result for key, result in self.results.items() if stands(result)}
-
-
-def trained_mean(result: Mapping[str, Any]) -> float:
-    return float(torch.tensor([v["trained"] for v in result["values"].values()]).nanmean())
-
-
-def tuning_cells(table: Table, method: str) -> list[Cell]:
-    return [Cell(table, method, rate, TUNING_SEED, table.samples, tuning=True) for rate in table.rates]
-
 
 def cells(comparison: Comparison, table: Table, methods: Sequence[str], seeds: Sequence[int]) -> Iterator[Cell]:
     """The cells of a table in order; the final ones of a method behind its tuning."""
@@ -247,12 +222,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=200, help="that are read, held out from training")
     parser.add_argument("--cells", type=int, default=0, help="stop behind so many; 0: none is left")
     parser.add_argument("--quick", action="store_true", help="a smoke test: few samples, eight prompts, one seed")
-    parser.add_argument("--render", type=Path, help="a page to write the tables of what is there into; nothing is run")
+    parser.add_argument("--render", action="store_true", help="print the tables of what is there; nothing is run")
     options = parser.parse_args(arguments)
     comparison = Comparison(options.out, 8 if options.quick else options.prompts, Console(width=100))
     tables = [quick(TABLES[name]) if options.quick else TABLES[name] for name in options.tables.split(",")]
     if options.render:
-        write_tables(comparison.chosen(tables), tables, options.render)
+        for table in tables:
+            print(f"### {table.title} ({table.paper})\n\n{render(comparison.results, table)}")
         return
     seeds = [0] if options.quick else [int(seed) for seed in options.seeds.split(",")]
     wanted = set(filter(None, options.methods.split(",")))

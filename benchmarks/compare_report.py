@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from compare_tables import Table
+from compare_tables import TABLES, Table, tuning_cells
 from torch import Tensor
 
-from alignkit.errors import ConfigError
+RESULT = "result.json"
+RESULTS = Path(__file__).parent / "results"
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What was written of each cell, by its name."""
+    return {
+        file.parent.relative_to(folder).as_posix(): json.loads(file.read_text())
+        for file in sorted(folder.rglob(RESULT))
+    }
+
+
+def trained_mean(result: Mapping[str, Any]) -> float:
+    """The trained reward, mean over prompts and steps."""
+    return float(torch.tensor([v["trained"] for v in result["values"].values()]).nanmean())
+
+
+def final(results: Mapping[str, Any], table: Table) -> list[Mapping[str, Any]]:
+    """What the tables show of one: the base, and the runs at the best rate of the grid that was tried."""
+    grids = {m: [results[c.key] for c in tuning_cells(table, m) if c.key in results] for m in table.methods}
+    best = {method: max(tried, key=trained_mean)["rate"] for method, tried in grids.items() if tried}
+    here = [r for r in results.values() if r["table"] == table.name and not r["tuning"]]
+    return [r for r in here if r["rate"] == best.get(r["method"], r["rate"])]
 
 
 def interval(values: Tensor, draws: int = 2000) -> tuple[float, float, float]:
@@ -24,33 +47,52 @@ def interval(values: Tensor, draws: int = 2000) -> tuple[float, float, float]:
     return float(values.double().nanmean()), low, high
 
 
-def render(results: Mapping[str, Any], tables: Sequence[Table]) -> str:
-    """The tables in markdown, as far as they were run."""
+def render(results: Mapping[str, Any], table: Table) -> str:
+    """A table in markdown, as far as it was run; empty if it was not."""
+    here = final(results, table)
+    base = next((r for r in here if not r["method"]), None)
+    if base is None:
+        return ""
     parts = []
-    for table in tables:
-        here = [r for r in results.values() if r["table"] == table.name and not r["tuning"]]
-        base = next((r for r in here if not r["method"]), None)
-        if base is None:
-            continue
-        parts += [f"### {table.title} ({table.paper})\n"]
-        for what, heading in (("trained", "The reward that is trained on"), ("reading", "The reading of the program")):
-            columns = [f"{k} step{'s' * (k > 1)}" for k in table.steps]
-            lines = [["method", *columns], ["---"] * (len(columns) + 1), ["base", *_cells([base], None, what, table)]]
-            lines += [[m, *_cells(found, base, what, table)] for m, found in _by_method(here, table)]
-            parts += [f"{heading}: mean, and change against the base with its interval.\n", _markdown(lines)]
-        lines = [["method", "samples", "updates", "learning rate", "seeds", "drift", "minutes a run"], ["---"] * 7]
-        for method, found in _by_method(here, table):
-            drift = sum(sum(r["drift"].values()) / len(r["drift"]) for r in found) / len(found)
-            minutes = sum(r["seconds"] for r in found) / len(found) / 60
-            rates = ", ".join(f"{rate:g}" for rate in sorted({r["rate"] for r in found}))
-            updates = sum(r["updates"] for r in found) / len(found)
-            seeds = ", ".join(str(r["seed"]) for r in found)
-            lines += [
-                [method, str(found[0]["samples"]), f"{updates:.0f}", rates, seeds, f"{drift:.3f}", f"{minutes:.1f}"]
-            ]
-        parts += ["How it was trained; drift is the kernel distance to the base's pictures, mean over steps.\n"]
-        parts += [_markdown(lines)]
+    for what, heading in (("trained", "The reward that is trained on"), ("reading", "The reading of the program")):
+        columns = [f"{k} step{'s' * (k > 1)}" for k in table.steps]
+        lines = [["method", *columns], ["---"] * (len(columns) + 1), ["base", *_cells([base], None, what, table)]]
+        lines += [[m, *_cells(found, base, what, table)] for m, found in _by_method(here, table)]
+        parts += [f"{heading}: mean, and change against the base with its interval.\n", _markdown(lines)]
+    lines = [["method", "samples", "updates", "learning rate", "seeds", "drift", "minutes a run"], ["---"] * 7]
+    for method, found in _by_method(here, table):
+        drift = sum(sum(r["drift"].values()) / len(r["drift"]) for r in found) / len(found)
+        minutes = sum(r["seconds"] for r in found) / len(found) / 60
+        updates = sum(r["updates"] for r in found) / len(found)
+        seeds = ", ".join(str(r["seed"]) for r in found)
+        lines += [
+            [method, str(found[0]["samples"]), f"{updates:.0f}", f"{found[0]['rate']:g}", seeds, f"{drift:.3f}",
+             f"{minutes:.1f}"]
+        ]  # fmt: skip
+    parts += ["How it was trained; drift is the kernel distance to the base's pictures, mean over steps.\n"]
+    parts += [_markdown(lines)]
+    commits = ", ".join(sorted({r["git"][:7] for r in here}))
+    cpus = ", ".join(sorted({r["cpu"] for r in here}))
+    torches = ", ".join(sorted({r["versions"]["torch"] for r in here}))
+    parts += [f"`python benchmarks/compare_methods.py --tables {table.name}` on {commits}; {cpus}; torch {torches}.\n"]
     return "\n".join(parts)
+
+
+def measured(results: Mapping[str, Any], algorithm: str) -> str:
+    """What the tables say of one method, a line each for its forms and numbers of steps; says so if none was run."""
+    lines = [["table", "steps", "trained reward", "change", "reading", "change"], ["---"] * 6]
+    for table in TABLES.values():
+        here = final(results, table)
+        base = next((r for r in here if not r["method"]), None)
+        for method, found in _by_method(here, table) if base is not None else ():
+            if table.methods[method].algorithm != algorithm:
+                continue
+            cells = {what: _cells(found, base, what, table) for what in ("trained", "reading")}
+            for at, k in enumerate(table.steps):
+                split = [cells[what][at].partition(" (") for what in ("trained", "reading")]
+                name = f"{table.title}: {method}" if at == 0 else ""
+                lines += [[name, str(k), *(part for mean, _, change in split for part in (mean, change[:-1]))]]
+    return _markdown(lines) if len(lines) > 2 else "It has not been run in the comparison.\n"
 
 
 def _by_method(results: Sequence[Mapping[str, Any]], table: Table) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
@@ -74,13 +116,3 @@ def _cells(found: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None, w
 
 def _markdown(lines: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def write_tables(results: Mapping[str, Any], tables: Sequence[Table], page: Path) -> None:
-    """The tables between the marks of `page`; the page keeps what stands around them."""
-    start, end = "<!-- compare_methods: start -->", "<!-- compare_methods: end -->"
-    text = page.read_text(encoding="utf-8") if page.exists() else f"# Results\n\n{start}\n{end}\n"
-    if start not in text or end not in text:
-        raise ConfigError(f"{page}: expected the lines {start} and {end}, between which the tables go")
-    before, after = text.split(start)[0], text.split(end)[1]
-    page.write_text(f"{before}{start}\n\n{render(results, tables)}\n{end}{after}", encoding="utf-8")

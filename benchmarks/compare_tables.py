@@ -175,3 +175,8 @@ class Cell:
             "train.learning_rate": self.rate, "evaluate.prompts": "",
         }  # fmt: skip
         return {**common, "algorithm.name": method.algorithm, **method.settings, **loop}
+
+
+def tuning_cells(table: Table, method: str) -> list[Cell]:
+    """The runs that choose a method's learning rate."""
+    return [Cell(table, method, rate, TUNING_SEED, table.samples, tuning=True) for rate in table.rates]

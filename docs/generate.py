@@ -1,13 +1,15 @@
 """Writes the generated parts of the docs: `python docs/generate.py`.
 
 A part stands between `<!-- generated: WHAT NAME -->` and `<!-- end -->`, where WHAT is `help` (a command's --help;
-"prompts/lint" is one of a group), `section` (a table of a section's keys) or `fields` (a table of the fields of
-"KIND/NAME"). A test compares.
+"prompts/lint" is one of a group), `section` (a table of a section's keys), `fields` (a table of the fields of
+"KIND/NAME"), `comparison` (a table of benchmarks/compare_methods.py) or `measured` (what those say of an algorithm). A
+test compares.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,10 @@ from alignkit.schema import describe as type_words
 from alignkit.sections import TOP, RunConfig
 
 DOCS = Path(__file__).parent
+sys.path.append(str(DOCS.parent / "benchmarks"))
+import compare_report  # noqa: E402  (from the line above)
+from compare_tables import TABLES  # noqa: E402
+
 PART = re.compile(r"(<!-- generated: (\w+) ?(\S*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -61,7 +67,17 @@ def _table(fields: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-WRITERS = {"help": _help, "section": _section, "fields": _fields}
+def _comparison(table: str) -> str:
+    return compare_report.render(compare_report.read(compare_report.RESULTS), TABLES[table]).rstrip()
+
+
+def _measured(algorithm: str) -> str:
+    return compare_report.measured(compare_report.read(compare_report.RESULTS), algorithm).rstrip()
+
+
+WRITERS = {
+    "help": _help, "section": _section, "fields": _fields, "comparison": _comparison, "measured": _measured,
+}  # fmt: skip
 
 if __name__ == "__main__":
     for path in sorted(DOCS.rglob("*.md")):

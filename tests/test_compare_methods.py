@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from alignkit import config
 from alignkit.errors import ConfigError
@@ -88,10 +87,15 @@ def test_an_interrupted_cell_ends_as_one_that_was_not(
 
 
 def test_the_comparison_is_made_cell_by_cell_and_rendered(
-    compare: ModuleType, small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compare: ModuleType,
+    report: ModuleType,
+    small: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(compare.TABLES, "small", small)
-    out, page = tmp_path / "out", tmp_path / "page.md"
+    out = tmp_path / "out"
     base = ["--tables", "small", "--out", str(out), "--prompts", "3", "--seeds", "0"]
     compare.main([*base, "--cells", "2"])
     results = read(out)
@@ -107,17 +111,19 @@ def test_the_comparison_is_made_cell_by_cell_and_rendered(
     compare.main(base)  # nothing is left
     assert sorted(file.stat().st_mtime_ns for file in out.rglob("result.json")) == before
     # A run at a rate that another grid would have chosen stays in the folder, and out of the tables.
-    comparison = compare.Comparison(out, 3, Console(quiet=True))
     (other,) = {1e-4, 1e-3} - {final["rate"]}
-    comparison.results["other"] = {**final, "rate": other}
-    assert set(comparison.chosen([small])) == set(results)
-    compare.main([*base, "--render", str(page)])
-    page.write_text("above\n" + page.read_text() + "below\n")
-    compare.main([*base, "--render", str(page)])
-    text = page.read_text()
-    mean = torch.tensor(final["values"]["1"]["trained"]).mean()
-    assert text.startswith("above\n# Results") and text.endswith("below\n")
-    assert text.count("### Small") == 1 and f"| DDPO | {float(mean):.3f} (" in text
+    assert len(report.final({**results, "other": {**final, "rate": other}}, small)) == 2
+    capsys.readouterr()
+    compare.main([*base, "--render"])
+    text, mean = capsys.readouterr().out, float(torch.tensor(final["values"]["1"]["trained"]).mean())
+    assert text.startswith("### Small (none)") and f"| DDPO | {mean:.3f} (" in text
+    assert f"torch {torch.__version__}." in text and final["cpu"] in text
+    # The page of a method has the same numbers, in a line for each number of steps.
+    one, two = report.measured(results, "ddpo").splitlines()[2:]
+    assert one.startswith(f"| Small: DDPO | 1 | {mean:.3f} | ") and two.startswith("|  | 2 | ")
+    change = text.split(f"| DDPO | {mean:.3f} (")[1].split(")")[0]
+    assert one.split(" | ")[3] == change
+    assert report.measured(results, "sdpo").startswith("It has not been run")
     monkeypatch.setitem(compare.TABLES, "small", replace(small, settings={**small.settings, "sampler.num_steps": 3}))
     with pytest.raises(ConfigError, match=r"small/base: was run with other settings \(sampler.num_steps\)"):
         compare.main(base)
@@ -146,11 +152,3 @@ def test_the_interval_is_that_of_seeds_and_prompts(report: ModuleType) -> None:
     gap = torch.full((1, 4), 0.5)
     gap[0, 0] = torch.nan
     assert report.interval(gap) == (0.5, 0.5, 0.5)
-
-
-def test_a_page_without_the_marks_is_left_alone(report: ModuleType, tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("# Mine\n")
-    with pytest.raises(ConfigError, match="expected the lines"):
-        report.write_tables({}, [], page)
-    assert page.read_text() == "# Mine\n"
