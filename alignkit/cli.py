@@ -282,8 +282,8 @@ def evaluate(
 ) -> None:
     """Measure the rewards before and after training, with 95 % intervals of the difference, and the drift.
 
-    On prompts that were trained on and on held-out ones. Drift is how far the pictures moved away from those of the
-    model before training: a kernel distance in that model's own features, 0 where nothing changed.
+    On prompts of the file that was trained from and on held-out ones. Drift is how far the pictures moved away from
+    those of the model before training: a kernel distance in that model's own features, 0 where nothing changed.
 
     \b
     alignkit evaluate runs/first
@@ -303,7 +303,7 @@ def evaluate(
         raise AlignkitError(f"--csv {csv}: is there already; choose another name")
     changes = flags.overrides(None, None, None, None, None, None, assignments)
     runs = [open_run(source, changes) for source in sources]
-    rows = compare_runs(runs, flags.step_list(steps), reward or (), not unseen)
+    rows = compare_runs(runs, flags.step_list(steps), reward or (), not unseen, Console(stderr=True))
     if csv is not None:
         write_file(csv, as_csv(rows))
     if as_json:

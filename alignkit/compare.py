@@ -6,8 +6,10 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from alignkit import evaluate
@@ -18,6 +20,8 @@ from alignkit.interfaces import Example
 from alignkit.rewards import WeightedRewards
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from alignkit.run import Run
 
 DRIFT = "drift"
@@ -25,19 +29,26 @@ DRIFT = "drift"
 
 
 def compare_runs(
-    runs: Sequence[Run], steps: Sequence[int] | None = None, rewards: Sequence[str] = (), seen: bool = True
+    runs: Sequence[Run],
+    steps: Sequence[int] | None = None,
+    rewards: Sequence[str] = (),
+    seen: bool = True,
+    console: Console | None = None,
 ) -> list[Row]:
     """Rows of all runs, those of one reward and number of steps beside each other.
 
     `rewards` are measured besides those that a run names. With `seen`, as many of the file that was trained from are
     measured as of the held-out ones. Runs that began as the same model and are measured alike share what came before.
+    Progress is shown on `console`.
     """
     before: dict[str, Measurement] = {}
-    rows = [
-        replace(row, run=name)
-        for run, name in zip(runs, _names(runs), strict=True)
-        for row in _rows(run, steps, rewards, seen, before)
-    ]
+    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=console is None) as progress:
+        rows = [
+            replace(row, run=name)
+            for run, name in zip(runs, _names(runs), strict=True)
+            for row in _rows(run, name, steps, rewards, seen, before, progress)
+        ]
     # Sorting is stable, so runs stay in the order given.
     names = list(dict.fromkeys(row.reward for row in rows))
     kinds = list(dict.fromkeys(row.prompts for row in rows))
@@ -52,7 +63,13 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
 
 def _rows(
-    run: Run, steps: Sequence[int] | None, extra: Sequence[str], seen: bool, before: dict[str, Measurement]
+    run: Run,
+    name: str,
+    steps: Sequence[int] | None,
+    extra: Sequence[str],
+    seen: bool,
+    before: dict[str, Measurement],
+    progress: Progress,
 ) -> list[Row]:
     config, settings = run.config, run.config.evaluate
     prompts: dict[str, list[Example]] = {"unseen": run.held_out()}
@@ -73,21 +90,27 @@ def _rows(
         if not examples:
             continue
 
-        def measure(examples: Sequence[Example] = examples, rewards: WeightedRewards = rewards) -> Measurement:
-            sampler = run.sampler()
-            return evaluate.evaluate(
-                policy, sampler, rewards, examples, chosen, settings.seed, settings.batch_size,
-                features=policy.features, samples=settings.samples,
-            )  # fmt: skip
+        def measure(
+            when: str, kind: str = kind, examples: Sequence[Example] = examples, rewards: WeightedRewards = rewards
+        ) -> Measurement:
+            passes = len(examples) * settings.samples * sum(chosen)
+            task = progress.add_task(f"{name}, {kind} prompts, {when}", total=passes)
+            try:
+                return evaluate.evaluate(
+                    policy, run.sampler(), rewards, examples, chosen, settings.seed, settings.batch_size,
+                    features=policy.features, samples=settings.samples, drawn=partial(progress.advance, task),
+                )  # fmt: skip
+            finally:
+                progress.remove_task(task)
 
         # All that the measurement before depends on; how the model is trained is left out of it.
         model = replace(config.model, teacher="", lora_rank=0, lora_targets=[])
         key = repr((model, config.sampler, config.rewards, settings, examples, chosen, extra))
         if key not in before:
             with policy.reference():
-                before[key] = measure()
+                before[key] = measure("before")
         with policy.using(run.average):
-            after = measure()
+            after = measure("after")
         found = evaluate.compare(before[key], after, rewards.watched) + drift(
             before[key].features, after.features, len(examples)
         )

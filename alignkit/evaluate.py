@@ -82,11 +82,12 @@ def evaluate(
     pictures: int = 8,
     features: Callable[[Tensor], Tensor] | None = None,
     samples: int = 1,
+    drawn: Callable[[int], None] = lambda passes: None,
 ) -> Measurement:
     """Draw every example at every number of steps, and score it; keep the first few pictures.
 
     `features` maps pictures (N, 3, H, W) in [0, 1] to what is kept of them all, (N, D). A prompt's value is the mean
-    over its `samples` pictures that could be scored.
+    over its `samples` pictures that could be scored. `drawn` is told the passes of the network behind every batch.
 
     The noise of picture j of prompt i depends on `seed + j` and i alone, so two measurements compare prompt by prompt,
     whatever the weights and the batch size.
@@ -99,7 +100,7 @@ def evaluate(
         walker = replace(sampler, num_steps=num_steps)
         kept: list[Tensor] = []
 
-        def drawn(
+        def batches(
             num_steps: int = num_steps, walker: Sampler = walker, kept: list[Tensor] = kept
         ) -> Iterator[tuple[Tensor, Sequence[Example]]]:
             for start in range(0, len(every), batch_size):
@@ -111,9 +112,10 @@ def evaluate(
                     seen.setdefault(num_steps, []).append(features(images).cpu())
                 kept.extend((images[: max(0, pictures - start)] * 255).round().byte().cpu())
                 yield images, part
+                drawn(num_steps * len(part))
 
         # Slow rewards answer while the next pictures are drawn.
-        scores = joined(rewards.score_each(drawn()))
+        scores = joined(rewards.score_each(batches()))
         for name, found in {TOTAL: scores.values, **scores.parts}.items():
             values[num_steps, name] = found.cpu().view(samples, -1).nanmean(0)
         columns.append(torch.stack(kept))

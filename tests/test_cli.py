@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import alignkit
@@ -79,7 +80,8 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
         for score, own, reason in ((0.5, parts, ""), (None, {}, "no answer")):
             yield [{"picture": f"{score}.png", "prompt": "text", "score": score, "parts": own, "reason": reason}]
 
-    def compare_runs(runs: list[FakeRun], steps: Any, rewards: Any, seen: bool) -> list[Row]:
+    def compare_runs(runs: list[FakeRun], steps: Any, rewards: Any, seen: bool, console: Console) -> list[Row]:
+        assert console.stderr  # so that what is printed can be piped
         module.calls.append(("evaluate", len(runs), steps, rewards, seen))
         return [Row("acme_red", 2, 64, 0.5, 0.75, 0.25, 0.125, 0.375)]
 

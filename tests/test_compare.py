@@ -93,6 +93,16 @@ def test_without_held_out_prompts_the_seen_ones_are_measured_or_it_is_told(tiny_
         run.evaluate([1])
 
 
+def test_progress_is_shown_of_every_measurement_and_is_gone_in_the_end(trained: list[Run]) -> None:
+    console = Console(force_terminal=True, width=100, file=io.StringIO(), record=True)
+    compare_runs(trained, steps=[1], console=console)
+    shown = console.export_text(clear=False)
+    texts = [f"{name}, {kind} prompts, {when}" for name in ("first", "second") for kind in ("unseen", "seen")
+             for when in ("before", "after")]  # fmt: skip
+    # What came before is the same for both, on the same prompts, and measured once.
+    assert [text for text in texts if text not in shown] == [text for text in texts if "before" in text][1:]
+
+
 def test_the_table_names_runs_where_they_differ_and_csv_holds_all(trained: list[Run]) -> None:
     rows = compare_runs(trained, steps=[1])
     console = Console(width=100)
