@@ -121,11 +121,12 @@ def test_every_command_and_section_is_on_its_page() -> None:
     assert [s for s in SECTIONS - {"output", "seed"} if f"<!-- generated: section {s} -->" not in run_files] == []
 
 
-def test_every_algorithm_has_a_page_with_its_fields() -> None:
+def test_every_algorithm_has_a_page_with_its_fields_and_what_was_measured() -> None:
     for row in default_registry().components("algorithm"):
         if row.plugin.startswith("alignkit_"):
             page = (ROOT / "docs" / "algorithms" / f"{row.name}.md").read_text(encoding="utf-8")
             assert f"<!-- generated: fields algorithm/{row.name} -->" in page
+            assert f"<!-- generated: measured {row.name} -->" in page
 
 
 def test_every_reward_has_a_page_with_its_fields_and_a_place_in_the_overview() -> None:
