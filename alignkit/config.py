@@ -107,12 +107,23 @@ def _living_at(source: str, registry: Registry) -> ModelBundle | None:
 
 def _suited(folder: Path) -> dict[str, Any]:
     """The sampler that a local pipeline's scheduler stands for."""
+    walk = {"name": "lcm"} if is_consistency(str(folder)) else {"name": "ddim", "num_steps": 25, "eta": 0.0}
+    return {"sampler": walk}
+
+
+def is_consistency(source: str, prediction: str = "") -> bool | None:
+    """Whether a model is a latent consistency model, as `model.prediction` or the scheduler of its folder says.
+
+    None for a hub id, which is not looked up.
+    """
+    index = Path(source) / "model_index.json"
+    if prediction or not index.is_file():
+        return prediction == "consistency" if prediction else None
     try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    consistency = isinstance(index, dict) and "LCMScheduler" in (index.get("scheduler") or ())
-    return {"sampler": {"name": "lcm"} if consistency else {"name": "ddim", "num_steps": 25, "eta": 0.0}}
+        parts = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model: {index} is no index of a diffusers pipeline ({error})") from error
+    return isinstance(parts, dict) and "LCMScheduler" in (parts.get("scheduler") or ())
 
 
 def to_toml(config: RunConfig) -> str:

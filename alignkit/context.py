@@ -45,7 +45,7 @@ class TrainContext(Context):
         """Pictures scored since `take_pictures`."""
         self.warnings: list[str] = []
         self.reason = ""
-        """Why a picture could not be scored, of the last one of which it was told."""
+        """Why a picture of this process could not be scored, of the last one of which it was told."""
         self.failed_together = False
         """Whether scoring failed, and every process knows it."""
         self._metrics: dict[str, list[float]] = defaultdict(list)
@@ -171,7 +171,8 @@ class TrainContext(Context):
 
     def why_idle(self) -> str:
         """What was logged since the last update says about rounds without any, and what to do about it."""
-        metrics, reason = self.take_metrics(), f" ({self.reason})" if self.reason else ""
+        metrics, told = self.take_metrics(), next(filter(None, gather_object([self.reason])), "")
+        reason = f" ({told})" if told else ""
         if "reward" not in metrics:
             return f"no picture could be scored{reason}; try the reward with alignkit score"
         some = f", but for a part of them{reason}," if "unscored" in metrics else ""

@@ -57,6 +57,7 @@ class Loop:
         asking = run.asking(run.folder / SCORES, lambda message: ctx.warn(message))
         self.rewards = run.with_measured(run.trained_rewards(), asking=asking)
         self.rewards.load(accelerator.device)
+        self._identities = self.rewards.identities()
         ctx = TrainContext(
             accelerator,
             policy,
@@ -145,7 +146,7 @@ class Loop:
             "before": self._before.state_dict() if self._before else None,
             "lines": report.lines,
             "unmeasured": unmeasured,
-            "rewards": self.rewards.identities(),
+            "rewards": self._identities,
         }
         self.trainer.save(self.run.folder / "checkpoints", state)
 

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from alignkit.asking import Asking
 from alignkit.cache import EncoderCache
 from alignkit.combination import Combination
-from alignkit.config import RunConfig, SurrogateConfig, find_bundle
+from alignkit.config import RunConfig, SurrogateConfig, find_bundle, is_consistency
 from alignkit.data import Pictures, read_examples
 from alignkit.diffusers_policy import DiffusersPolicy
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Algorithm, Example, Reward, Sampler, Surrogate
 from alignkit.pictures import check_pictures, open_pictures
-from alignkit.pipelines import check_source, is_consistency, locate_weights
+from alignkit.pipelines import check_source, locate_weights
 from alignkit.preference_data import Preferences, check_pairs, open_pairs
 from alignkit.registry import default_registry
 from alignkit.rewards import WeightedRewards
@@ -87,7 +87,8 @@ class Parts:
         What is broken is noted in `skipped` if that is given, else refused.
         """
         data = self.config.data
-        if not data.prompts and not self.algorithm().draws:
+        algorithm = self.algorithm()
+        if not data.prompts and ("pairs" in algorithm.needs or not algorithm.draws):
             return []
         if not data.prompts:
             raise ConfigError("data.prompts: missing; expected a .txt file with one prompt a line, or a .jsonl file")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,20 +29,6 @@ def check_source(source: str, key: str = "model") -> None:
         raise ConfigError(f"{key}: {source!r} is no folder and no hub id of the form owner/name")
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise ConfigError(f"{key}: the folder {source} holds no diffusers pipeline (model_index.json is missing)")
-
-
-def is_consistency(source: str, prediction: str = "") -> bool | None:
-    """Whether a model is a latent consistency model, as `model.prediction` or the scheduler of its folder says.
-
-    None for a hub id, which is not looked up.
-    """
-    index = Path(source) / "model_index.json"
-    if prediction or not index.is_file():
-        return prediction == "consistency" if prediction else None
-    try:
-        return bool(json.loads(index.read_text(encoding="utf-8"))["scheduler"][1] == "LCMScheduler")
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ConfigError(f"model: {index} is no index of a diffusers pipeline ({error})") from error
 
 
 def locate_weights(key: str, source: str) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from alignkit.asking import blaming
 from alignkit.config import load as load_config
 from alignkit.data import read_examples
 from alignkit.errors import ConfigError
@@ -84,12 +85,11 @@ def _problems(rewards: WeightedRewards, example: Example, loaded: bool) -> Itera
         yield "unscorable", str(error)
         return
     if not scores.valid[0]:
-        yield (
-            "unscorable",
-            f"{name}: marks a grey picture of it as one that cannot be scored; a word that it knows not?",
-        )
+        why = scores.reason.removeprefix(f"{name}: ") or "marks a grey picture of it as one that cannot be scored"
+        yield "unscorable", f"{name}: {why}"
     elif float(scores.parts.get(f"{name}/truncated", torch.zeros(1))[0]) > 0:
-        limit = reward.tokens(example)
+        with blaming(name, reward, "in tokens"):
+            limit = reward.tokens(example)
         told = f"reads {limit[0]} tokens, found {limit[1]}" if limit else "does not read all of it"
         yield "truncated", f"{name}: {told}; what stands at its end counts for nothing"
 

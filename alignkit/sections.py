@@ -36,12 +36,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         name = repr(self.name), bool(self.name), "a name"
-        widened = self.prediction == "consistency" and not self.lora_rank
-        expected = '0 without prediction = "consistency" and lora_rank = 0'
+        width, widened = self.guidance_embedding, self.prediction == "consistency" and not self.lora_rank
+        expected = '0, or with prediction = "consistency" and lora_rank = 0 an even number from 4 on'
         require(
             name=name,
             lora_rank=or_more(self.lora_rank, 0),
-            guidance_embedding=(self.guidance_embedding, widened or not self.guidance_embedding, expected),
+            guidance_embedding=(width, not width or (widened and width >= 4 and width % 2 == 0), expected),
             guidance=finite(self.guidance),
         )
 
@@ -209,7 +209,7 @@ class TrainConfig:
             rows_per_update=or_more(self.rows_per_update, 1),
             rows_per_pass=or_more(self.rows_per_pass, 1),
             learning_rate=above_zero(self.learning_rate),
-            warmup=or_more(self.warmup, 0),
+            warmup=(self.warmup, 0 <= self.warmup <= max(self.updates, 0), f"0 to updates, which is {self.updates}"),
             weight_decay=or_more(self.weight_decay, 0),
             max_grad_norm=(self.max_grad_norm, self.max_grad_norm > 0, "more than 0"),  # inf: not at all
             ema_decay=(self.ema_decay, 0 <= self.ema_decay < 1, "at least 0 and less than 1"),

@@ -15,7 +15,8 @@ prompts are drawn with the same noises by every cell.
 The `result.json` of a cell in `--out` is written behind it, and a cell that has one is not run again; one that was
 interrupted goes on from its checkpoint. So the comparison can be made cell by cell, extended by seeds and methods, and
 divided among processes that have different tables or methods. `benchmarks/results`, where it goes by default, comes
-with the results that docs/results.md shows; to make them again from nothing, name another folder. `--render` prints the
+with the results that docs/results.md shows (`make docs` writes them there); to make them again from nothing, name
+another folder. `--render` prints the
 tables of what is there. Intervals are 95 % bootstraps over seeds and prompts.
 """
 

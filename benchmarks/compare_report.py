@@ -32,8 +32,11 @@ def final(results: Mapping[str, Any], table: Table) -> list[Mapping[str, Any]]:
     """What the tables show of one: the base, and the runs at the best rate of the grid that was tried."""
     grids = {m: [results[c.key] for c in tuning_cells(table, m) if c.key in results] for m in table.methods}
     best = {method: max(tried, key=trained_mean)["rate"] for method, tried in grids.items() if tried}
-    here = [r for r in results.values() if r["table"] == table.name and not r["tuning"]]
-    return [r for r in here if r["rate"] == best.get(r["method"], r["rate"])]
+    here = {key: r for key, r in results.items() if r["table"] == table.name and not r["tuning"]}
+    return [
+        r for key, r in here.items()
+        if not r["method"] or (r["rate"] == best.get(r["method"], r["rate"]) and key.endswith(f"-{table.samples}"))
+    ]  # fmt: skip
 
 
 def interval(values: Tensor, draws: int = 2000) -> tuple[float, float, float]:
@@ -69,9 +72,9 @@ def render(results: Mapping[str, Any], table: Table) -> str:
             [method, str(found[0]["samples"]), f"{updates:.0f}", f"{found[0]['rate']:g}", seeds, f"{drift:.3f}",
              f"{minutes:.1f}"]
         ]  # fmt: skip
-    parts += ["How it was trained; drift is the kernel distance to the base's pictures, mean over steps.\n"]
+    parts += ["How it was trained; drift is the kernel distance of all pictures to the base's, mean over steps.\n"]
     parts += [_markdown(lines)]
-    commits = ", ".join(sorted({r["git"][:7] for r in here}))
+    commits = ", ".join(sorted({(r["git"] or "an unknown commit").replace("-dirty", ", changed") for r in here}))
     cpus = ", ".join(sorted({r["cpu"] for r in here}))
     torches = ", ".join(sorted({r["versions"]["torch"] for r in here}))
     parts += [f"`python benchmarks/compare_methods.py --tables {table.name}` on {commits}; {cpus}; torch {torches}.\n"]

@@ -10,6 +10,7 @@ import pytest
 
 from alignkit.config import find_bundle, load, to_toml
 from alignkit.errors import AlignkitError, ConfigError
+from alignkit.sections import ModelConfig
 
 NAN, INF = float("nan"), float("inf")
 MODEL = {"model.name": "acme_model", "algorithm.name": "acme_plain"}
@@ -69,6 +70,17 @@ rewards = ["acme_rde"]
     assert len(found) == len(expected)
 
 
+WIDTH = '0, or with prediction = "consistency" and lora_rank = 0 an even number from 4 on'
+
+
+def test_the_width_of_an_input_for_the_guidance_has_a_least() -> None:
+    student = {"prediction": "consistency", "lora_rank": 0}
+    assert ModelConfig(guidance_embedding=4, **student).guidance_embedding == 4
+    for width in (-4, 2, 5):
+        with pytest.raises(ValueError, match="from 4 on"):
+            ModelConfig(guidance_embedding=width, **student)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
@@ -85,8 +97,9 @@ rewards = ["acme_rde"]
         ("train.ema_decay", 1.0, "at least 0 and less than 1"),
         ("data.batch_size", 0, "1 or more"),
         ("model.lora_rank", -1, "0 or more"),
-        ("model.guidance_embedding", 256, '0 without prediction = "consistency" and lora_rank = 0'),
-        ("train.warmup", -1, "0 or more"),
+        ("model.guidance_embedding", 256, WIDTH),
+        ("train.warmup", -1, "0 to updates, which is 70"),
+        ("train.warmup", 201, "0 to updates, which is 70"),
         ("train.schedule", "step", '"constant" or "linear" or "cosine"'),
         ("evaluate.steps", [], "a list of numbers, each 1 or more"),
         ("evaluate.steps", [1, 0], "a list of numbers, each 1 or more"),

@@ -56,7 +56,8 @@ def check_model(name: str) -> str:
 def _settings(bundle: ModelBundle, name: str, algorithm: str) -> config.RunConfig:
     chosen = {"model.name": name, "algorithm.name": algorithm}
     if not any("sampler" in layer for layer in (bundle.defaults, bundle.algorithm_defaults.get(algorithm, {}))):
-        chosen["sampler.name"] = "lcm"  # which the user has to choose
+        # Which the user has to choose.
+        chosen["sampler.name"] = "lcm" if config.is_consistency(bundle.path) else "renoise"
     try:
         run = config.load(None, chosen)
         with tempfile.TemporaryDirectory() as folder:

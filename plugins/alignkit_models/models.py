@@ -91,7 +91,7 @@ _rg_lcd = _with(
 _dpo = _with(_train(2.05e-5, 1e-2, updates=2000, rows_per_update=2048, warmup=500), {"model": {"lora_rank": 0}})
 _dpo_of_sdxl = _with(_dpo, {"train": {"warmup": 200}})
 # Its launcher for SDXL-Turbo.
-_dpo_turbo = _with(_dpo, {"algorithm": {"grid_steps": 4, "zero_terminal_snr": True}})
+_dpo_turbo: Settings = {"algorithm": {"grid_steps": 4, "zero_terminal_snr": True}}
 
 
 def _lcm_methods(*extra: Settings) -> dict[str, Settings]:
@@ -128,7 +128,7 @@ def sd_turbo() -> ModelBundle:
             "rebel": _of_50_steps,
             "d3po": _of_50_steps,
             "pso": _pso,
-            "diffusion_dpo": _dpo_turbo,
+            "diffusion_dpo": _with(_dpo, _dpo_turbo),
         },
     )
 
@@ -141,7 +141,7 @@ def sdxl_turbo() -> ModelBundle:
             "lasro": _with(_lasro_turbo, _vega),
             "pso": _pso,
             "sdpo": _sdpo,
-            "diffusion_dpo": _dpo_turbo,
+            "diffusion_dpo": _with(_dpo_of_sdxl, _dpo_turbo),
         },
     )
 

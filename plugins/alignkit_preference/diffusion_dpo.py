@@ -36,7 +36,6 @@ class DiffusionDPO(Algorithm[LatentPairs, NoisedPairs]):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"pairs"})
-    draws: ClassVar[bool] = False
 
     beta: float = 5000.0
     """What half the difference of errors is multiplied with (the authors' code; diffusers' script has no half, and

@@ -37,7 +37,7 @@ def yes_and_no(choice: Mapping[str, Any]) -> tuple[float, float]:
         raise Unusable("the answer has no log-probabilities") from None
     broken = next((one for one in tokens if not one[1] < math.inf), None)  # -inf is a probability of 0
     if broken:
-        raise Unusable(f"the log-probability of {broken[0]!r} is not finite but {broken[1]}")
+        raise Unusable(f"the log-probability of {broken[0]!r} is {broken[1]}, expected a finite number")
     yes, no = (sum(math.exp(min(p, 0.0)) for token, p in tokens if token == word) for word in ("yes", "no"))
     if not yes + no > 0:
         likeliest = ", ".join(repr(token) for token, _ in tokens[:3])
@@ -55,14 +55,14 @@ def content(choice: Mapping[str, Any]) -> str:
 
 
 def first_object(text: str) -> dict[str, Any]:
-    """The first JSON object in an answer that is not empty, whatever stands around it. Raises Unusable where there is
-    none."""
-    for start in (at.start() for at in re.finditer("{", text)):
+    """The first JSON object in an answer that is not empty, whatever stands around it.
+
+    Raises Unusable where there is none, or where it is broken: what lies within it would be another one.
+    """
+    for start in (at.start() for at in re.finditer(r'\{(?=\s*["}])', text)):  # no brace of the prose around
         try:
             found, _ = json.JSONDecoder().raw_decode(text, start)
-        except ValueError:
-            continue  # a brace of the prose around
-        except RecursionError:
+        except (ValueError, RecursionError):
             break
         if found:
             return dict(found)

@@ -180,7 +180,7 @@ def _tokens(text: str) -> list[str]:
         words += " and ".join(parts).split() if all(map(_is_attribute, parts)) else [word]
     out: list[str] = []
     while words:
-        found, length = _behind([*words, ".", "."])
+        found, length = _behind([*words, ".", ".", "."])
         out += found or words[:1]
         words = words[length or 1 :]
     return out
@@ -191,17 +191,22 @@ def _behind(words: Sequence[str]) -> tuple[list[str], int]:
     made = _MADE_OF.match(" ".join([*words[:4], ""]))
     start = end = made[0].count(" ") if made else 1
     if made:
-        while _is_name(words[end]) and (
-            end == start or not _is_participle(words[end]) or _is_participle(words[end - 1])
+        while (words[end] == "and" and {words[end - 1], words[end + 1]} <= COLORS) or (
+            _is_name(words[end]) and (end == start or not _is_participle(words[end]) or _is_participle(words[end - 1]))
         ):
             end += 1
         verb = words[end] in _DETERMINERS and end > start + 1  # as in `_phrase`
         found = ["made of " + " ".join(words[start : end - verb])] if end > start else []
-        while found and words[end] in ("and", ",") and words[end + 1] in MATERIALS and not _is_name(words[end + 2]):
-            found.append(f"made of {words[end + 1]}")
-            end += 2
+        while found:
+            step = 2 if words[end] == "," and words[end + 1] == "and" else 1
+            if words[end] not in ("and", ",") or words[end + step] not in MATERIALS or _is_name(words[end + step + 1]):
+                break
+            found.append(f"made of {words[end + step]}")
+            end += step + 1
         return found, end
-    while words[0] == "in" and words[end] in COLORS | _SHADES | {"and"}:
+    if words[0] != "in":
+        return [], 0
+    while words[end] in COLORS | _SHADES | {"and"}:
         end += 1
     end -= words[end - 1] == "and"
     if words[end - 1] in COLORS and (not _is_name(words[end]) or _is_participle(words[end])):
@@ -231,7 +236,7 @@ def _attributes(words: Sequence[str]) -> tuple[str, ...]:
     out: list[str] = []
     for i, word in enumerate(words):
         if word in ("colored", "shaped"):
-            if i:  # "brightly colored" leaves no colour to ask about
+            if out:  # "brightly colored" leaves no colour to ask about
                 out[-1] = f"{out[-1]}-{word}"
         elif i and words[i - 1] in _SHADES and word in COLORS:
             out[-1] = f"{out[-1]} {word}"

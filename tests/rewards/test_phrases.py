@@ -65,6 +65,10 @@ QUESTIONS = {
     "a red painted chair": ["is there a chair?", "is the chair red?"],
     "a brick building": ["is there a building?", "is the building made of brick?"],
     "a red light": ["is there a light?", "is the light red?"],
+    "a cup made of blue and white porcelain": ["is there a cup?", "is the cup made of blue and white porcelain?"],
+    "a table made of wood, glass, and steel": [
+        "is there a table?", "is the table made of wood?", "is the table made of glass?", "is the table made of steel?",
+    ],
     "a cat made of glass": ["is there a cat?", "is the cat made of glass?"],
     "two statues made out of solid gold, wearing hats": [
         "are there statues?", "are the statues made of solid gold?", "are there hats?",
@@ -158,3 +162,8 @@ def test_malformed_metadata_is_refused_with_the_prompt(item: object) -> None:
 def test_metadata_that_is_no_list_of_phrases_is_refused() -> None:
     with pytest.raises(ConfigError, match="'a green car': metadata phrases: found 'bench'"):
         phrases(Example("a green car", {"phrases": "bench"}))
+
+
+def test_colors_that_are_not_asked_about_break_nothing() -> None:
+    for text in ("a pair of colored, shaped toys", "a brightly colored, shaped rug"):
+        assert all(thing.head for thing in find_phrases(text))
