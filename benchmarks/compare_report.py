@@ -74,7 +74,8 @@ def render(results: Mapping[str, Any], table: Table) -> str:
         ]  # fmt: skip
     parts += ["How it was trained; drift is the kernel distance of all pictures to the base's, mean over steps.\n"]
     parts += [_markdown(lines)]
-    commits = ", ".join(sorted({(r["git"] or "an unknown commit").replace("-dirty", ", changed") for r in here}))
+    found = {r["git"] or "unknown" for r in here}
+    commits = ", ".join(sorted(git[:7] + ", changed" * git.endswith("-dirty") for git in found))
     cpus = ", ".join(sorted({r["cpu"] for r in here}))
     torches = ", ".join(sorted({r["versions"]["torch"] for r in here}))
     parts += [f"`python benchmarks/compare_methods.py --tables {table.name}` on {commits}; {cpus}; torch {torches}.\n"]
