@@ -276,7 +276,7 @@ def test_distillation_is_refused_for_a_sampler_it_cannot_serve() -> None:
 def test_a_policy_that_restarts_leaves_surrogate_and_samples_as_they_were(
     make_trainer: Callable[..., Trainer],
 ) -> None:
-    trainer = make_trainer({"algorithm.restart_every": 2, "train.updates": 3})
+    trainer = make_trainer({"algorithm.restart_every": 2, "algorithm.replay": 9, "train.updates": 3})
     trainer.algorithm.setup(trainer.ctx)
     policy, surrogate, _ = tensors(trainer)
     seen = []
