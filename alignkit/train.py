@@ -22,7 +22,7 @@ from alignkit.data import Pictures, Stream, examples_at, slice_of
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.interfaces import Algorithm, Batch, Example, PreferencePairs, Rows
 from alignkit.preference_data import Preferences
-from alignkit.sections import TrainConfig
+from alignkit.schedule import learning_rate
 
 RowsT = TypeVar("RowsT")
 
@@ -44,14 +44,6 @@ class Update:
     """What this update logged; the first of a round, also what was seen while samples were collected."""
     reward: float = math.nan
     """Mean true reward of the samples of the round that this update learned from; NaN if none was scored."""
-
-
-def rate_factor(train: TrainConfig, done: int) -> float:
-    """What the learning rate is multiplied with behind `done` updates, as the schedules of transformers have it."""
-    if done < train.warmup:
-        return done / train.warmup
-    passed = (done - train.warmup) / max(1, train.updates - train.warmup)
-    return {"constant": 1.0, "linear": 1 - passed, "cosine": (1 + math.cos(math.pi * passed)) / 2}[train.schedule]
 
 
 class Trainer:
@@ -188,7 +180,7 @@ class Trainer:
 
     def _update_policy(self, rows: Rows) -> None:
         train = self.config.train
-        rate = train.learning_rate * rate_factor(train, self.ctx.update)
+        rate = learning_rate(train, self.ctx.update)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if train.warmup or train.schedule != "constant":
