@@ -51,11 +51,11 @@ def interval(values: Tensor, draws: int = 2000) -> tuple[float, float, float]:
 
 
 def render(results: Mapping[str, Any], table: Table) -> str:
-    """A table in markdown, as far as it was run; empty if it was not."""
+    """A table in markdown, as far as it was run; says so if no method was."""
     here = final(results, table)
     base = next((r for r in here if not r["method"]), None)
-    if base is None:
-        return ""
+    if base is None or not any(r["method"] for r in here):
+        return "It has not been run.\n"
     parts = []
     for what, heading in (("trained", "The reward that is trained on"), ("reading", "The reading of the program")):
         columns = [f"{k} step{'s' * (k > 1)}" for k in table.steps]

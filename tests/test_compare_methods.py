@@ -49,7 +49,7 @@ def read(out: Path) -> dict[str, Any]:
     return {f.parent.relative_to(out).as_posix(): json.loads(f.read_text()) for f in sorted(out.rglob("result.json"))}
 
 
-NAMES = [("lcm", 5), ("turbo", 4), ("size", 4), ("rg_lcd", 3), ("offline", 2)]
+NAMES = [("lcm", 7), ("lcm_size", 4), ("turbo", 4), ("size", 4), ("rg_lcd", 3), ("offline", 2)]
 
 
 @pytest.mark.parametrize(("name", "count"), NAMES)
@@ -100,6 +100,8 @@ def test_the_comparison_is_made_cell_by_cell_and_rendered(
     compare.main([*base, "--cells", "2"])
     results = read(out)
     assert list(results) == ["small/base", "small/ddpo/tune-0.0001-seed100-8"]
+    nothing = report.render({"small/base": results["small/base"]}, small)
+    assert nothing == report.render({}, small) == "It has not been run.\n"
     compare.main(base)
     results = read(out)
     (final,) = (r for r in results.values() if r["method"] and not r["tuning"])

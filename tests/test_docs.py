@@ -117,6 +117,8 @@ def test_every_command_and_section_is_on_its_page() -> None:
     cli = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     names = [*group.commands, *(f"prompts/{name}" for name in group.commands["prompts"].commands)]
     assert [name for name in names if f"<!-- generated: help {name} -->" not in cli] == []
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert [name for name in generator().TABLES if f"<!-- generated: comparison {name} -->" not in results] == []
     run_files = (ROOT / "docs" / "run_files.md").read_text(encoding="utf-8")
     assert [s for s in SECTIONS - {"output", "seed"} if f"<!-- generated: section {s} -->" not in run_files] == []
 
