@@ -52,6 +52,16 @@ def test_the_verdict_says_by_how_much() -> None:
     )
 
 
+def test_all_that_fell_at_a_number_of_steps_stands_behind_one_rise() -> None:
+    at_four = [replace(row, num_steps=4) for row in (ROSE, FELL)]
+    found = verdict([ROSE, FELL, replace(FELL, reward="other"), *at_four])
+    assert found is not None
+    assert found.text.endswith(
+        ": at 2 steps reward +0.250 [+0.100, +0.400], reading -0.200 [-0.300, -0.100], other -0.200 [-0.300, -0.100]; "
+        "at 4 steps reward +0.250 [+0.100, +0.400], reading -0.200 [-0.300, -0.100]"
+    )
+
+
 def test_measured_rewards_lead_to_it() -> None:
     """Drawn as two measurements: one reward goes up by its noise, one down, one stays."""
     generator = torch.Generator().manual_seed(0)
