@@ -21,7 +21,10 @@ Device = Annotated[str, typer.Option(help="Where to score: auto, cpu, cuda, cuda
 def score(
     reward: Annotated[str, typer.Argument(metavar="REWARD")],
     folder: Annotated[Path, typer.Argument(metavar="FOLDER")],
-    prompts: Annotated[Path, typer.Option(metavar="FILE", help="One prompt a picture, or one for all.")],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="One prompt a picture, or one for all; default: a.txt for a.png."),
+    ] = None,
     device: Device = "auto",
     model: Model = None,
     assignments: Set = None,
@@ -32,6 +35,7 @@ def score(
     A line for each picture, with the parts of its score, as soon as it is scored. What cannot be scored says why.
 
     \b
+    alignkit score attribute_binding captioned/
     alignkit score attribute_binding samples/ --prompts prompts.txt
     alignkit score pickscore samples/ --prompts prompts.txt --device cuda:1
     alignkit score attribute_binding samples/ --prompts prompts.jsonl --json

@@ -27,11 +27,13 @@ Asked = tuple[Path, Example, Tensor]
 def score(
     reward: str,
     folder: str | Path,
-    prompts: str | Path,
+    prompts: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
     device: str = "auto",
 ) -> list[dict[str, Any]]:
-    """Score the pictures of a folder, in the order of their names, one prompt a picture.
+    """Score the pictures of a folder, in the order of their names.
+
+    `prompts` is a file with one prompt a picture, or one for all; without it the prompt of a.png stands in a.txt.
 
     One record a picture: {"picture", "prompt", "score" (None if it could not be scored), "parts", "reason" (why it
     could not, "" where none is told)}.
@@ -42,7 +44,7 @@ def score(
 def score_batches(
     reward: str,
     folder: str | Path,
-    prompts: str | Path,
+    prompts: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
     device: str = "auto",
 ) -> Iterator[list[dict[str, Any]]]:
@@ -54,7 +56,7 @@ def score_batches(
     files = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp"})
     if not files:
         raise ConfigError(f"{folder}: no pictures here; expected .png, .jpg or .webp files")
-    examples = read_examples(prompts, config.data.prompt_column)
+    examples = _captions(files) if prompts is None else read_examples(prompts, config.data.prompt_column)
     if len(examples) == 1:
         examples = examples * len(files)
     if len(examples) != len(files):
@@ -71,6 +73,22 @@ def score_batches(
             yield _records(rewards, batch, where)
     finally:
         rewards.close()
+
+
+def _captions(files: Sequence[Path]) -> list[Example]:
+    """What stands in the text file beside each picture."""
+    found = []
+    for file in files:
+        beside = file.with_suffix(".txt")
+        try:
+            text = beside.read_text(encoding="utf-8-sig").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"{file}: its prompt {beside.name} cannot be read ({error}); expected a text file beside each picture, "
+                "or --prompts FILE"
+            ) from error
+        found.append(Example(text, place=str(beside)))
+    return found
 
 
 def _batches(files: Sequence[Path], examples: Sequence[Example], most: int) -> Iterator[list[Asked]]:

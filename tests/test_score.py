@@ -73,6 +73,21 @@ def test_pictures_of_a_folder_are_scored_by_name(brightness: None, tmp_path: Pat
         score("brightness", folder, prompts, device="quantum")
 
 
+def test_without_a_file_of_prompts_each_picture_has_its_own_beside_it(folder: Callable[..., Path]) -> None:
+    pictures = folder(8, 8)
+    (pictures / "00.txt").write_text("\ufeffa red circle\n", encoding="utf-8")
+    typed = ["score", JPEG, str(pictures), "--device", "cpu"]
+    missing = CliRunner().invoke(app, typed)
+    assert missing.exit_code == 1
+    assert (
+        f"{pictures / '01.png'}: its prompt 01.txt cannot be read" in missing.stderr and "--prompts" in missing.stderr
+    )
+    (pictures / "01.txt").write_text("a blue ring")
+    assert [r["prompt"] for r in score(JPEG, pictures, device="cpu")] == ["a red circle", "a blue ring"]
+    whole = CliRunner().invoke(app, typed)
+    assert whole.exit_code == 0 and "01.png  a blue ring" in whole.stdout
+
+
 def test_pictures_of_one_size_are_scored_together_to_the_bit_as_in_a_run(
     folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
