@@ -155,9 +155,10 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
 
     def check(self, sampler: Sampler) -> None:
         if sampler.num_steps != len(self.step_weights):
+            weights = ",".join(["1.0"] * sampler.num_steps)
             raise ConfigError(
                 f"algorithm.step_weights: found {len(self.step_weights)} weights for sampler.num_steps = "
-                f"{sampler.num_steps}; give one a step"
+                f"{sampler.num_steps}; give one a step, as --set algorithm.step_weights=[{weights}]"
             )
         if self.distillation_weight:
             self._distillation.check(sampler)

@@ -210,7 +210,7 @@ def test_settings_that_cannot_learn_are_refused(fields: dict[str, Any]) -> None:
 
 
 def test_a_number_of_weights_that_is_not_the_number_of_steps_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"found 2 weights for sampler\.num_steps = 4"):
+    with pytest.raises(ConfigError, match=r"found 2 weights for sampler\.num_steps = 4; .*=\[1\.0,1\.0,1\.0,1\.0\]"):
         LaSRO().check(LCM(4))
 
 
