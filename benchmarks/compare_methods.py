@@ -199,7 +199,9 @@ class Comparison:
         return self._features[table.name]
 
     def best_rate(self, table: Table, method: str) -> float:
-        """The rate with the best trained reward on training prompts, mean over steps."""
+        """The method's own, or that with the best trained reward on training prompts, mean over steps."""
+        if own := table.methods[method].rate:
+            return own
         cells = tuning_cells(table, method)
         return max(cells, key=lambda cell: trained_mean(self.results[cell.key])).rate
 
@@ -211,14 +213,15 @@ def cells(comparison: Comparison, table: Table, methods: Sequence[str], seeds: S
         yield from tuning_cells(table, method)
     for seed in seeds:
         for method in methods:
-            yield Cell(table, method, comparison.best_rate(table, method), seed, table.samples)
+            samples = table.methods[method].samples or table.samples
+            yield Cell(table, method, comparison.best_rate(table, method), seed, samples)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS, help="a folder for each run")
     parser.add_argument("--tables", default=",".join(TABLES))
-    parser.add_argument("--methods", default="", help="algorithms of the tables; empty: all")
+    parser.add_argument("--methods", default="", help="rows of the tables, or algorithms; empty: all")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--prompts", type=int, default=200, help="that are read, held out from training")
     parser.add_argument("--cells", type=int, default=0, help="stop behind so many; 0: none is left")
@@ -235,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wanted = set(filter(None, options.methods.split(",")))
     done = 0
     for table in tables:
-        methods = [name for name, method in table.methods.items() if not wanted or method.algorithm in wanted]
+        methods = [name for name, method in table.methods.items() if not wanted or wanted & {name, method.algorithm}]
         for cell in cells(comparison, table, methods, seeds):
             if comparison.has(cell):
                 continue

@@ -32,11 +32,16 @@ def final(results: Mapping[str, Any], table: Table) -> list[Mapping[str, Any]]:
     """What the tables show of one: the base, and the runs at the best rate of the grid that was tried."""
     grids = {m: [results[c.key] for c in tuning_cells(table, m) if c.key in results] for m in table.methods}
     best = {method: max(tried, key=trained_mean)["rate"] for method, tried in grids.items() if tried}
-    here = {key: r for key, r in results.items() if r["table"] == table.name and not r["tuning"]}
-    return [
-        r for key, r in here.items()
-        if not r["method"] or (r["rate"] == best.get(r["method"], r["rate"]) and key.endswith(f"-{table.samples}"))
-    ]  # fmt: skip
+    shown = []
+    for key, r in results.items():
+        if r["table"] != table.name or r["tuning"]:
+            continue
+        if (method := table.methods.get(r["method"])) is not None:
+            rate, samples = method.rate or best.get(r["method"], r["rate"]), method.samples or table.samples
+            if r["rate"] != rate or not key.endswith(f"-{samples}"):
+                continue
+        shown.append(r)
+    return shown
 
 
 def interval(values: Tensor, draws: int = 2000) -> tuple[float, float, float]:

@@ -49,7 +49,7 @@ def read(out: Path) -> dict[str, Any]:
     return {f.parent.relative_to(out).as_posix(): json.loads(f.read_text()) for f in sorted(out.rglob("result.json"))}
 
 
-NAMES = [("lcm", 7), ("lcm_size", 4), ("turbo", 4), ("size", 4), ("rg_lcd", 3), ("offline", 2)]
+NAMES = [("lcm", 7), ("lcm_size", 4), ("turbo", 6), ("size", 5), ("rg_lcd", 3), ("offline", 2)]
 
 
 @pytest.mark.parametrize(("name", "count"), NAMES)
@@ -60,10 +60,11 @@ def test_every_cell_is_a_run_that_check_accepts(tables: ModuleType, compare: Mod
         Run(config.load(None, tables.Cell(shown).settings())).check()
         rounds = []
         for method in shown.methods:
-            run = Run(config.load(None, tables.Cell(shown, method, 1e-4, 0, shown.samples).settings()))
+            samples = shown.methods[method].samples or shown.samples
+            run = Run(config.load(None, tables.Cell(shown, method, 1e-4, 0, samples).settings()))
             run.check()
             assert run.config.train.learning_rate == 1e-4 and run.config.train.updates == tables.NEVER
-            rounds.append(shown.samples / compare.samples_of_a_round(run, shown.methods[method]))
+            rounds.append(samples / compare.samples_of_a_round(run, shown.methods[method]))
         # A round that ends behind its share draws at most a hundredth more than it.
         assert shown is not table or all(-(-r // 1) / r < 1.01 for r in rounds)
 
@@ -115,6 +116,14 @@ def test_the_comparison_is_made_cell_by_cell_and_rendered(
     # A run at a rate that another grid would have chosen stays in the folder, and out of the tables.
     (other,) = {1e-4, 1e-3} - {final["rate"]}
     assert len(report.final({**results, "other": {**final, "rate": other}}, small)) == 2
+    # A row with a rate of its own tries none, and one with samples of its own draws as many.
+    longer = replace(small.methods["DDPO"], rate=other, samples=12)
+    monkeypatch.setitem(compare.TABLES, "small", replace(small, methods={**small.methods, "longer": longer}))
+    compare.main([*base, "--methods", "longer"])
+    (own,) = (r for r in read(out).values() if r["method"] == "longer")
+    assert (own["rate"], own["samples"], own["updates"], own["tuning"]) == (other, 12, 3, False)
+    assert own in report.final(read(out), compare.TABLES["small"])
+    monkeypatch.setitem(compare.TABLES, "small", small)
     capsys.readouterr()
     compare.main([*base, "--render"])
     text, mean = capsys.readouterr().out, float(torch.tensor(final["values"]["1"]["trained"]).mean())
@@ -136,7 +145,7 @@ def test_the_comparison_is_made_cell_by_cell_and_rendered(
 
 
 def test_the_quick_comparison_of_a_real_table_runs(compare: ModuleType, tmp_path: Path) -> None:
-    compare.main(["--quick", "--tables", "turbo", "--methods", "sdpo", "--out", str(tmp_path)])
+    compare.main(["--quick", "--tables", "turbo", "--methods", "SDPO", "--out", str(tmp_path)])
     results = read(tmp_path)
     assert {r["method"] for r in results.values()} == {"", "SDPO"} and len(results) == 4
     assert all(len(r["values"]["1"]["trained"]) == 8 for r in results.values())
