@@ -46,6 +46,9 @@ app = typer.Typer(
     add_completion=False,
 )
 
+WIDE = 110
+"""Columns of a terminal in which a table has room for every interval."""
+
 app.add_typer(prompts_app, name="prompts")
 
 Algo = Annotated[str | None, typer.Option(metavar="NAME", help="The algorithm (algorithm.name).")]
@@ -280,7 +283,9 @@ def evaluate(
     assignments: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Measure the rewards before and after training, with 95 % intervals of the difference, and the drift.
+    """Measure the rewards before and after training, with 95 % intervals, and the drift.
+
+    On terminals of 110 columns, as in JSON and CSV, means have intervals of their own beside those of the difference.
 
     On prompts of the file that was trained from and on held-out ones. Drift is how far the pictures moved away from
     those of the model before training: a kernel distance in that model's own features, 0 where nothing changed.
@@ -311,7 +316,7 @@ def evaluate(
     console = Console()
     for kind in dict.fromkeys(row.prompts for row in rows):
         of_kind = [row for row in rows if row.prompts == kind]
-        console.print(table(of_kind))
+        console.print(table(of_kind, wide=console.width >= WIDE))
         for name in dict.fromkeys(row.run for row in of_kind):
             if found := verdict([row for row in of_kind if row.run == name]):
                 console.print(f"{name}, {kind} prompts: {found.text}", markup=False, highlight=False, soft_wrap=True)

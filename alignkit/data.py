@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,6 +46,11 @@ def choose_column(names: Sequence[str], wanted: str, key: str, where: object) ->
     raise ConfigError(f"{key}: {where} has no {expected}; what is there: {', '.join(names)}")
 
 
+def text_column(record: Mapping[str, Any], wanted: str, key: str) -> str:
+    """The key of the text in an object of a .jsonl file: `wanted`, or "text", or what `choose_column` finds."""
+    return choose_column(list(record), wanted or ("text" if "text" in record else ""), key, "it")
+
+
 def read_lines(path: Path, key: str) -> list[tuple[str, str]]:
     """The lines of a text file that are not empty, each behind its place ("p.txt, line 3")."""
     try:
@@ -79,10 +84,10 @@ def read_examples(
 
     `path` may also be the name of a set that comes along (`alignkit.prompt_sets`).
 
-    `column` names the text; empty: "text" in .jsonl, the one of `COLUMNS` that is there in .parquet. What else an
-    object holds is metadata, and so are the columns of a .parquet file that hold strings, numbers or booleans. A line
-    or row without a text is refused with its place, or left out and noted in `skipped` if that is given. Messages
-    begin with `key`, which is where the file was named.
+    `column` names the text; empty: "text" in .jsonl, or else, as in .parquet, the one of `COLUMNS` that is there. What
+    else an object holds is metadata, and so are the columns of a .parquet file that hold strings, numbers or booleans.
+    A line or row without a text is refused with its place, or left out and noted in `skipped` if that is given.
+    Messages begin with `key`, which is where the file was named.
     """
     path = prompt_file(path)
     if not path.suffix and not path.exists():
@@ -100,20 +105,20 @@ def read_examples(
             else:
                 leave_out(skipped, key, f"{where}: expected a string that is not empty as {name}, found {text!r}")
     else:
-        name = column or "text"
         for where, line in read_lines(path, key):
             if path.suffix != ".jsonl":
                 examples.append(Example(line.strip(), place=where))
                 continue
             try:
                 record = json_object(line)
-                text = record.pop(name)
+                text = record.pop(text_column(record, column, "data.prompt_column"))
                 if not (isinstance(text, str) and text.strip()):
-                    raise TypeError(f"{name} is {text!r}")
+                    raise ValueError(f"the text is {text!r}")
                 examples.append(Example(text, record, where))
-            except (ValueError, KeyError, TypeError):
-                expected = f'expected a JSON object with "{name}", a string that is not empty, found {line[:60]!r}'
-                leave_out(skipped, key, f"{where}: {expected}")
+            except (ValueError, ConfigError) as error:
+                wanted = f'"{column}"' if column else '"prompt", "caption" or "text"'
+                expected = f"expected a JSON object with {wanted}, a string that is not empty, found {line[:60]!r}"
+                leave_out(skipped, key, f"{where}: {expected} ({error})")
     if not examples:
         raise ConfigError(f"{key}: {path} holds no prompt; expected at least one line of text")
     return examples
@@ -164,19 +169,27 @@ class Pictures(ABC):
         """Pictures (size, 3, H, W) float32 in [0, 1] and captions at positions start .. of the stream of `seed`."""
 
 
-def open_class(source: str, size: int, base: type[T], key: str, expected: str) -> T:
-    """What the class that `source` names as "package.module:Class" gives for pictures of `size` pixels.
+def find_class(source: str, base: type[T], key: str, expected: str) -> type[T]:
+    """The class that `source` names as "package.module:Class".
 
     Raises ConfigError with `key` and what else was `expected` there.
     """
     module, _, name = source.partition(":")
     try:
-        found = getattr(importlib.import_module(module), name)(size)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f'{key}: {source!r} is {expected}, and no "package.module:Class" ({error})') from error
-    if not isinstance(found, base):
+    if not (isinstance(found, type) and issubclass(found, base)):
         raise ConfigError(f"{key}: {source} is no {base.__module__}.{base.__qualname__}")
     return found
+
+
+def open_class(source: str, size: int, base: type[T], key: str, expected: str) -> T:
+    """What that class gives for pictures of `size` pixels. Raises ConfigError for a size that it refuses as well."""
+    try:
+        return find_class(source, base, key, expected)(size)  # type: ignore[call-arg]
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{key}: {source} does not open ({error})") from error
 
 
 def slice_of(position: int, size: int, rank: int, processes: int) -> tuple[int, int]:

@@ -24,6 +24,8 @@ V = TypeVar("V", str, Tensor)
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 """The LoRA targets of diffusers' own training scripts."""
+REMEMBERED = 256
+"""Encoded texts that are kept on the device, at most 160 MB of them for SDXL."""
 
 
 class DiffusersPolicy(Policy):
@@ -93,6 +95,7 @@ class DiffusersPolicy(Policy):
         self._start = {name: p.detach().cpu().clone() for name, p in self.weights().items()} if full else None
         self._plain = False  # whether the adapter is off
         self._null: Prompt | None = None
+        self._texts: dict[str, dict[str, Tensor]] = {}
 
     def _add_lora(self, rank: int, targets: Sequence[str]) -> LoraConfig:
         lora = LoraConfig(
@@ -136,9 +139,17 @@ class DiffusersPolicy(Policy):
         """What `encode` makes of a text or picture, on the device; from the cache if there is one."""
         with torch.autocast(self.device.type, enabled=False):
             if self.cache is None:
-                return encode(value)
+                return encode(value) if isinstance(value, Tensor) else self._remembered(value)
             found = self.cache.get(self.encoders[kind], content_of(value), lambda: encode(value))
         return {name: tensor.to(self.device) for name, tensor in found.items()}
+
+    def _remembered(self, text: str) -> dict[str, Tensor]:
+        """What a text is encoded to: the last `REMEMBERED` of them stay on the device, as rounds ask for the same."""
+        found = self._texts.pop(text, None) or self._encode_text(text)
+        self._texts[text] = found
+        if len(self._texts) > REMEMBERED:
+            del self._texts[next(iter(self._texts))]
+        return found
 
     @cached_property
     def encoders(self) -> dict[str, str]:

@@ -170,8 +170,11 @@ def compare(before: Measurement, after: Measurement | None = None, watched: Sequ
     return rows
 
 
-def table(rows: Sequence[Row], title: str = "") -> Table:
-    """Rows of one kind of prompts for the terminal. A total that equals a part is shown once, by the part's name."""
+def table(rows: Sequence[Row], title: str = "", wide: bool = False) -> Table:
+    """Rows of one kind of prompts for the terminal. A total that equals a part is shown once, by the part's name.
+
+    `wide` has room for the intervals of the means as well, some 110 columns.
+    """
     from rich import box
     from rich.table import Table
 
@@ -182,7 +185,11 @@ def table(rows: Sequence[Row], title: str = "") -> Table:
     counts = sorted({row.count for row in rows})
     which = {"unseen": "that were not trained on", "seen": "of the file that was trained from"}
     caption = f"means over {' to '.join(map(str, counts))} prompts {which[rows[0].prompts]}" if rows else None
-    # Plain enough for a terminal of 80 columns.
+
+    def mean(value: float | None, low: float | None, high: float | None) -> str:
+        return f"{value:.3f}" + (f" [{low:.3f}, {high:.3f}]" if wide and low is not None else "")
+
+    # Plain enough for a terminal of 80 columns, where it is not wide.
     shown = Table(title=title or None, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in headings:
         # Where there is no room, names go over two lines; numbers never do.
@@ -191,8 +198,16 @@ def table(rows: Sequence[Row], title: str = "") -> Table:
     for row in rows:
         if row.reward == TOTAL and any(r is not row and replace(r, reward=TOTAL) == row for r in rows):
             continue
-        cells = [str(row.num_steps), *(getattr(row, name) for name in texts), f"{row.before:.3f}"]
+        cells = [
+            str(row.num_steps),
+            *(getattr(row, name) for name in texts),
+            mean(row.before, row.before_low, row.before_high),
+        ]
         if compared:
-            cells += [f"{row.after:.3f}", f"{row.difference:+.3f}", f"[{row.low:+.3f}, {row.high:+.3f}]"]
+            cells += [
+                mean(row.after, row.after_low, row.after_high),
+                f"{row.difference:+.3f}",
+                f"[{row.low:+.3f}, {row.high:+.3f}]",
+            ]
         shown.add_row(*(cell.removeprefix("-") if cell == "-0.000" else cell for cell in cells))
     return shown

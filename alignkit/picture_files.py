@@ -47,6 +47,9 @@ def read_folder(folder: Path, skipped: list[str] | None = None) -> Iterator[Stor
         except (OSError, UnicodeDecodeError) as error:
             leave_out(skipped, KEY, f"{path}: its caption {path.stem}.txt cannot be read ({error})")
             continue
+        if not caption:
+            leave_out(skipped, KEY, f"{path}: its caption {path.stem}.txt is empty")
+            continue
         yield StoredPicture(str(path), caption, path)
     pictured = {path.with_suffix("") for path in files}
     for path in found:
@@ -123,7 +126,7 @@ def _member_caption(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], c
         return b"" if file is None else file.read()
 
     if ".txt" in members and not (column and ".json" in members):
-        return content(".txt").decode("utf-8-sig").strip()
+        return _text(content(".txt").decode("utf-8-sig").strip())
     if ".json" in members:
         return _caption(json_object(content(".json")), column)
     raise ValueError(f"expected a caption as .txt or .json, found {', '.join(members)}")
@@ -135,8 +138,12 @@ def _caption(record: dict[str, Any], column: str) -> str:
         caption = record[choose_column(list(record), column, CAPTION_KEY, "it")]
     except ConfigError as error:
         raise ValueError(str(error)) from error
-    if not isinstance(caption, str):
-        raise ValueError(f"expected the caption as a string, found {caption!r}")
+    return _text(caption)
+
+
+def _text(caption: Any) -> str:
+    if not (isinstance(caption, str) and caption.strip()):
+        raise ValueError(f"expected the caption as a string that is not empty, found {caption!r}")
     return caption
 
 

@@ -17,11 +17,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from alignkit.data import Pictures, Stream, choose_column, leave_out, open_class
+from alignkit.data import Pictures, Stream, choose_column, find_class, leave_out, open_class
 from alignkit.errors import ConfigError
 from alignkit.picture_files import CAPTION_KEY, KEY, StoredPicture, read_folder, read_shard, read_table, shards
 
 T = TypeVar("T")
+
+EXPECTED = "no folder, .jsonl or .tar file, no datasets:NAME"
 
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 """What Pillow raises for a file that is no whole picture."""
@@ -189,8 +191,8 @@ class DatasetPictures(PictureSet):
     def stored(self, index: int) -> tuple[bytes, str]:
         (row,) = self._rows[index].to_pylist()
         picture, caption = row[self._picture], row[self._text]
-        if not isinstance(caption, str):
-            raise ValueError(f"expected a string as {self._text}, found {caption!r}")
+        if not (isinstance(caption, str) and caption.strip()):
+            raise ValueError(f"expected a string that is not empty as {self._text}, found {caption!r}")
         if picture is None:
             raise ValueError("there is no picture")
         return picture["bytes"] if picture["bytes"] is not None else Path(picture["path"]).read_bytes(), caption
@@ -215,8 +217,7 @@ def open_pictures(source: str, size: int, column: str = "", skipped: list[str] |
         stored = [picture for shard in shards(source) for picture in read_shard(shard, column, skipped)]
         pictures = PictureFiles(stored, size, skipped)
     else:
-        expected = "no folder, .jsonl or .tar file, no datasets:NAME"
-        return open_class(source, size, Pictures, KEY, expected)  # type: ignore[type-abstract]
+        return open_class(source, size, Pictures, KEY, EXPECTED)  # type: ignore[type-abstract]
     if not len(pictures):
         raise ConfigError(f"{KEY}: {source} holds no captioned picture" + "".join(f"; {s}" for s in skipped or ()))
     return pictures
@@ -226,3 +227,5 @@ def check_pictures(source: str, column: str = "", skipped: list[str] | None = No
     """Raise ConfigError for what is missing, as `open_pictures` would; reads no picture, and looks nothing up."""
     if Path(source).exists() or ":" not in source:
         open_pictures(source, 1, column, skipped)
+    elif not source.startswith("datasets:"):
+        find_class(source, Pictures, KEY, EXPECTED)  # type: ignore[type-abstract]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignkit.data import json_object, leave_out, open_class, read_lines
+from alignkit.data import find_class, json_object, leave_out, open_class, read_lines, text_column
 from alignkit.errors import ConfigError
 from alignkit.interfaces import PreferencePairs
 from alignkit.pictures import UNREADABLE, Items, read_picture
@@ -19,6 +19,7 @@ from alignkit.pictures import UNREADABLE, Items, read_picture
 KEY = "data.pairs"
 TABLE = "pairs.jsonl"
 """The table of a folder of pairs."""
+EXPECTED = "no folder and no file"
 
 
 class Preferences(ABC):
@@ -96,11 +97,12 @@ class JsonPairs(PairTable):
         for where, line in read_lines(self.source, KEY):
             try:
                 record = json_object(line)
-                text, winner, loser = (record[key] for key in ("text", "winner", "loser"))
-                if not all(isinstance(value, str) for value in (text, winner, loser)):
+                names = (text_column(record, "", KEY), "winner", "loser")
+                text, winner, loser = (record[key] for key in names)
+                if not all(isinstance(value, str) and value.strip() for value in (text, winner, loser)):
                     raise ValueError
-            except (ValueError, KeyError):
-                expected = 'a JSON object with "text", "winner" and "loser", all strings'
+            except (ValueError, KeyError, ConfigError):
+                expected = 'a JSON object with "text", "winner" and "loser", strings that are not empty'
                 leave_out(self._skipped, KEY, f"{where}: expected {expected}, found {line[:60]!r}")
                 continue
             missing = [name for name in (winner, loser) if not (self.source.parent / name).is_file()]
@@ -141,8 +143,9 @@ class ParquetPairs(PairTable):
                 elif first not in (0, 1) or second not in (None, 1 - first):
                     found = f"label_0 is {first} and label_1 {second}"
                     leave_out(self._skipped, KEY, f"{where}: {found}, expected 1 and 0")
-                elif not isinstance(caption, str):
-                    leave_out(self._skipped, KEY, f"{where}: expected a string as caption, found {caption!r}")
+                elif not (isinstance(caption, str) and caption.strip()):
+                    found = f"found {caption!r}"
+                    leave_out(self._skipped, KEY, f"{where}: expected a string that is not empty as caption, {found}")
                 else:
                     names = ("jpg_0", "jpg_1") if first else ("jpg_1", "jpg_0")
                     yield Row(where, caption, *((file, group, place, name) for name in names))
@@ -206,13 +209,15 @@ def open_pairs(source: str, size: int, skipped: list[str] | None = None) -> Pref
             f"{KEY}: {source} holds no preference pairs; expected a folder with {TABLE} or .parquet files, or such "
             "a file"
         )
-    return open_class(source, size, Preferences, KEY, "no folder and no file")  # type: ignore[type-abstract]
+    return open_class(source, size, Preferences, KEY, EXPECTED)  # type: ignore[type-abstract]
 
 
 def check_pairs(source: str, skipped: list[str] | None = None) -> None:
     """Raise ConfigError for a table with broken rows or missing files, as `open_pairs` would; reads no picture."""
     if Path(source).exists() or ":" not in source:
         open_pairs(source, 1, skipped)
+    else:
+        find_class(source, Preferences, KEY, EXPECTED)  # type: ignore[type-abstract]
 
 
 def _parquet() -> Any:

@@ -55,7 +55,7 @@ class DataConfig:
     .parquet file; or a set that comes along: animals, attributes, counting or spatial, or one of these with _held_out
     behind."""
     prompt_column: str = ""
-    """Where .jsonl and .parquet files hold the prompt; empty: "text", in .parquet also "prompt" or "caption"."""
+    """Where .jsonl and .parquet files hold the prompt; empty: "text", "prompt" or "caption"."""
     pictures: str = ""
     """Captioned pictures, for algorithms that need them: a folder, a .jsonl file, .tar shards as
     "shards/{0000..0012}.tar", a data set as "datasets:owner/name", or "package.module:Class"."""

@@ -30,6 +30,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,8 @@ class Comparison:
         return True
 
     def _settings(self, cell: Cell) -> dict[str, Any]:
-        """All that the numbers of a cell depend on."""
+        """What is set for a cell. What the model and the methods bring besides is told by its commit, and written out
+        in `resolved`."""
         table = cell.table
         measured = {"steps": table.steps, "prompts": self.prompts, "pictures": table.pictures}
         return {**cell.settings(), **measured, "weights": weights()}
@@ -172,6 +174,7 @@ class Comparison:
         if cell.method:
             run, told = train(cell, self.folder / cell.key)
             run.policy()  # reads the average
+            told["resolved"] = config.to_toml(replace(run.config, output="")).replace(str(FOLDER), FOLDER.name)
         else:
             run = Run(config.load(None, cell.settings()))
         # Rates are chosen on prompts that were trained on, so that the held-out ones choose nothing.

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from alignkit_shapes.models import WIDE
+
 Settings = dict[str, Any]
 
 TUNING_SEED = 100
@@ -87,6 +89,8 @@ _tables = [
             "RLCM (ddpo)": Method("ddpo", "samples", {"algorithm.samples": 4, **_distilled}),
             "PSO": Method("pso", "2 pairs", {"algorithm.pairs": 2, **_distilled}),
             **_undistilled,
+            # LaSRO's model brings an adapter of more layers for it.
+            "RLCM, wide adapter": Method("ddpo", "samples", {"algorithm.samples": 4, "model.lora_targets": WIDE}),
             "GORS-LCM": Method("gors_lcm", "samples", {"algorithm.samples": 4}),
             # The control of all that distil beside a reward.
             "distillation alone": Method("lcd", "rows"),
@@ -150,7 +154,8 @@ _tables = [
         samples=3840,
         rates=(1e-4, 3e-4),
         methods={
-            "LCM, distilled on": Method("lcd", "rows"),
+            # With the target that RG-LCD has.
+            "LCM, distilled on": Method("lcd", "rows", {"algorithm.target_decay": 0.95}),
             "RG-LCD": Method("rg_lcd", "rows", {"algorithm.beta": 1.0}),
             "RG-LCD, proxy": Method("rg_lcd", "rows", {"algorithm.beta": 1.0, **_proxy}, free_rounds=100),
         },

@@ -58,7 +58,7 @@ def test_prompts_are_read_from_lines_and_from_objects(tmp_path: Path) -> None:
     [
         ("p.txt", "", "holds no prompt"),
         ("p.txt", "\n \n", "holds no prompt"),
-        ("p.jsonl", '{"text": "a"}\n{"prompt": "b"}', "line 2"),
+        ("p.jsonl", '{"text": "a"}\n{"ask": "b"}', "line 2"),
         ("p.jsonl", '{"text": "a"}\n\n{"text": ', "line 3"),
         ("p.jsonl", '["a"]', "line 1"),
         ("p.jsonl", '"a"', "line 1"),
@@ -92,13 +92,24 @@ def test_the_key_of_a_prompt_can_be_named(tmp_path: Path) -> None:
     assert read_examples(path, "ask") == [Example("a red circle", {"text": "OPEN"})]
 
 
+def test_without_a_name_the_key_of_a_prompt_is_one_of_the_usual_ones(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a"}\n{"caption": "b", "target": 1}\n{"text": "c", "prompt": "d"}')
+    assert [(e.text, dict(e.metadata)) for e in read_examples(path)] == [
+        ("a", {}), ("b", {"target": 1}), ("c", {"prompt": "d"}),
+    ]  # fmt: skip
+    path.write_text('{"prompt": "a", "caption": "b"}')
+    with pytest.raises(ConfigError, match=r'line 1: expected a JSON object with "prompt", .* has prompt and caption'):
+        read_examples(path)
+
+
 def test_broken_lines_are_left_out_and_named_where_that_is_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
-    path.write_text('{"text": "a"}\n{"text": \n\n{"prompt": "b"}\n{"text": "c"}')
+    path.write_text('{"text": "a"}\n{"text": \n\n{"ask": "b"}\n{"text": "c"}')
     skipped: list[str] = []
     assert [e.text for e in read_examples(path, skipped=skipped)] == ["a", "c"]
     assert [f"{path}, line {n}:" in line for n, line in zip((2, 4), skipped, strict=True)] == [True, True]
-    path.write_text('{"prompt": "b"}')
+    path.write_text('{"ask": "b"}')
     with pytest.raises(ConfigError, match="holds no prompt"):
         read_examples(path, skipped=[])
 

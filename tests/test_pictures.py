@@ -18,7 +18,7 @@ from PIL import Image
 
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.picture_files import shards
-from alignkit.pictures import PictureSet, as_rgb, open_pictures
+from alignkit.pictures import PictureSet, as_rgb, check_pictures, open_pictures
 
 COLOURS = {"a": (255, 0, 0), "b": (0, 255, 0), "c": (0, 0, 255)}
 
@@ -285,6 +285,7 @@ def test_a_missing_picture_or_table_is_refused_by_line(folder: Path) -> None:
         ('{"text": "a"}', 'line 2: expected the picture\'s path as "image" or "file_name"'),
         ('{"image": "a.png"}', "line 2: .*has no prompt, caption or text"),
         ('{"image": "a.png", "text": 5}', "line 2: expected the caption as a string"),
+        ('{"image": "a.png", "text": " "}', "line 2: expected the caption as a string that is not empty"),
     ],
 )
 def test_a_line_that_is_no_captioned_picture_is_refused_or_skipped(folder: Path, line: str, message: str) -> None:
@@ -305,6 +306,21 @@ def test_a_picture_without_a_text_is_refused_or_skipped(captioned: Path) -> None
         seen(captioned)
     skipped: list[str] = []
     assert set(seen(captioned, skipped)) == {"picture a", "picture c"} and len(skipped) == 1
+    (captioned / "b.txt").write_text("\n")
+    with pytest.raises(ConfigError, match=r"b\.png: its caption b\.txt is empty"):
+        seen(captioned)
+    assert set(seen(captioned, skipped)) == {"picture a", "picture c"} and "is empty" in skipped[1]
+
+
+def test_a_class_of_pictures_that_is_not_there_is_found_by_check() -> None:
+    check_pictures("alignkit_shapes.data:Drawings")
+    for source, message in (
+        ("alignkit_shapes.data:Nope", "no attribute 'Nope'"),
+        ("nowhere:Drawings", "No module named 'nowhere'"),
+        ("alignkit_shapes.data:DrawingPairs", "is no alignkit.data.Pictures"),
+    ):
+        with pytest.raises(ConfigError, match=f"^data.pictures: .*{message}"):
+            check_pictures(source)
 
 
 def test_a_text_without_a_picture_is_refused_or_skipped(captioned: Path) -> None:
@@ -348,7 +364,8 @@ def test_broken_samples_of_a_shard_are_named_by_member(tmp_path: Path) -> None:
     red = png(COLOURS["a"])
     members = {
         "a.png": red, "a.txt": b"picture a",
-        "lost.png": red, "bare.txt": b"no picture", "two.png": red, "two.jpg": red, "two.txt": b"which?",
+        "lost.png": red, "void.png": red, "void.txt": b" ",
+        "bare.txt": b"no picture", "two.png": red, "two.jpg": red, "two.txt": b"which?",
         "odd.png": red, "odd.json": b"[1]", "latin.png": red, "latin.txt": b"\xff\xfe",
     }  # fmt: skip
     shard = write_shard(tmp_path / "s.tar", members)
@@ -357,7 +374,8 @@ def test_broken_samples_of_a_shard_are_named_by_member(tmp_path: Path) -> None:
     skipped: list[str] = []
     assert seen(shard, skipped) == {"picture a": COLOURS["a"]}
     assert [
-        f"member {name}:" in line for name, line in zip(("lost", "bare", "two", "odd", "latin"), skipped, strict=True)
+        f"member {name}:" in line
+        for name, line in zip(("lost", "void", "bare", "two", "odd", "latin"), skipped, strict=True)
     ]
 
 

@@ -70,12 +70,26 @@ def test_a_folder_and_its_table_are_the_same_pairs_in_an_order_of_the_seed_alone
     assert list(pairs.notes) == []
 
 
+def test_the_text_of_a_pair_may_have_another_of_the_usual_names(folder: Path) -> None:
+    table = folder / "pairs.jsonl"
+    before = numbers(open_pairs(str(folder), SIZE), 0, 5)
+    table.write_text(table.read_text().replace('"text"', '"prompt"'))
+    assert numbers(open_pairs(str(folder), SIZE), 0, 5) == before
+
+
+def test_a_class_of_pairs_that_is_not_there_is_found_by_check() -> None:
+    check_pairs("alignkit_shapes.data:DrawingPairs")
+    with pytest.raises(ConfigError, match=r"^data\.pairs: .*no attribute 'Nope'"):
+        check_pairs("alignkit_shapes.data:Nope")
+
+
 BROKEN_LINES = [
     ('{"text": "a", "winner": "0_w.png"}', 'expected a JSON object with "text", "winner" and "loser"'),
     ('{"text": 3, "winner": "0_w.png", "loser": "0_l.png"}', "expected a JSON object"),
     ('["a"]', "expected a JSON object"),
     ('{"text": "a", ', "expected a JSON object"),
     ('{"text": "a", "winner": "0_w.png", "loser": "gone.png"}', r"there is no file .*gone\.png"),
+    ('{"text": "", "winner": "0_w.png", "loser": "0_l.png"}', "expected a JSON object .*not empty"),
     ('{"text": "a", "winner": "0_w.png", "loser": "0_w.png"}', "winner and loser are the same file"),
 ]
 
@@ -186,7 +200,8 @@ def test_a_folder_of_shards_is_one_set_and_pictures_may_be_as_the_datasets_libra
     [
         ({"label_0": 0.7, "label_1": 0.3}, "label_0 is 0.7"),
         ({"label_1": 1.0}, "label_0 is 1.0 and label_1 1.0"),
-        ({"caption": None}, "expected a string as caption, found None"),
+        ({"caption": None}, "expected a string that is not empty as caption, found None"),
+        ({"caption": ""}, "expected a string that is not empty as caption, found ''"),
     ],
 )
 def test_a_row_that_is_no_pair_is_refused_or_left_out_with_its_number(

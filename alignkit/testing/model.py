@@ -7,7 +7,7 @@ import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,9 +30,9 @@ T = TypeVar("T")
 def check_model(name: str) -> str:
     """Raise AssertionError, in one line, for the first promise of a registered model (`ModelBundle`) that is not kept.
 
-    Its settings make a run without mistakes under every algorithm it has some for, and the file that is written of it
-    says the same. A pipeline on this disk draws a picture of one step, and sources of pictures and pairs that the
-    settings name as "package.module:Class" are checked at its size. Returns what was checked.
+    Its settings make a run without mistakes under every algorithm (and reward) it has some for, and the file that is
+    written of it says the same. A pipeline on this disk draws a picture of one step, and sources of pictures and pairs
+    that the settings name as "package.module:Class" are checked at its size. Returns what was checked.
     """
     with about(f"model {name}"), errors_only(), torch.random.fork_rng():
         bundle: ModelBundle = default_registry().get("model", name)
@@ -46,6 +46,9 @@ def check_model(name: str) -> str:
         algorithms = sorted(known & {key.partition("/")[0] for key in bundle.algorithm_defaults})
         algorithms = algorithms or [config.DEFAULT_ALGORITHM]
         runs = [_settings(bundle, name, algorithm) for algorithm in algorithms]
+        for algorithm, _, reward in (key.partition("/") for key in bundle.algorithm_defaults):
+            if reward and algorithm in known:
+                _settings(bundle, name, algorithm, reward)
         expect(before == (bundle.defaults, bundle.algorithm_defaults), "its settings were changed by loading a run")
         checked = [f"its settings under {', '.join(algorithms)}"]
         if Path(bundle.path).is_dir():
@@ -53,8 +56,11 @@ def check_model(name: str) -> str:
         return "; ".join(checked)
 
 
-def _settings(bundle: ModelBundle, name: str, algorithm: str) -> config.RunConfig:
-    chosen = {"model.name": name, "algorithm.name": algorithm}
+def _settings(bundle: ModelBundle, name: str, algorithm: str, reward: str = "") -> config.RunConfig:
+    chosen: dict[str, Any] = {"model.name": name, "algorithm.name": algorithm} | (
+        {"reward": [reward]} if reward else {}
+    )
+    under = algorithm + (f" with {reward}" if reward else "")
     if not any("sampler" in layer for layer in (bundle.defaults, bundle.algorithm_defaults.get(algorithm, {}))):
         # Which the user has to choose.
         chosen["sampler.name"] = "lcm" if config.is_consistency(bundle.path) else "renoise"
@@ -63,9 +69,9 @@ def _settings(bundle: ModelBundle, name: str, algorithm: str) -> config.RunConfi
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "run.toml"
             file.write_text(config.to_toml(run), encoding="utf-8")
-            expect(config.load(file) == run, f"under {algorithm} the run file that is written says something else")
+            expect(config.load(file) == run, f"under {under} the run file that is written says something else")
     except ConfigError as error:
-        raise AssertionError(f"under {algorithm}: {error}") from error
+        raise AssertionError(f"under {under}: {error}") from error
     return run
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from alignkit.advantage import PromptTracker, of_terms, over_batch
 from alignkit.interfaces import Algorithm, Batch, Context, Rows
@@ -81,17 +82,27 @@ class REBEL(Algorithm[Compared, Compared]):
             return
         # Asked for again instead of kept from the walk: at the first update nothing has been added, exactly.
         with torch.no_grad():
-            old = torch.cat([log_prob(part.pairs, ctx, self.reduction).sum(2) for part in rows.even_split(size)])
+            old = torch.cat([self._log_prob(part.pairs, ctx) for part in rows.even_split(size)])
         rows = replace(rows, old_log_prob=old)
         for epoch in range(self.inner_epochs):
             yield from (rows.shuffled(ctx.generator) if epoch else rows).even_split(size)
 
     def loss(self, rows: Compared, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
         assert rows.old_log_prob is not None
-        added = log_prob(rows.pairs, ctx, self.reduction).sum(2) - rows.old_log_prob
+        added = self._log_prob(rows.pairs, ctx) - rows.old_log_prob
         loss = squares(added, rows.advantages, self.scale).mean()
         gained, worth = added[:, 0] - added[:, 1], rows.advantages[:, 0] - rows.advantages[:, 1]
         return loss, {"log_ratio_size": added.abs().mean(), "agreement": (gained * worth > 0).float().mean()}
+
+    def _log_prob(self, pairs: Pairs, ctx: Context) -> Tensor:
+        """(N, 2) of whole walks. One step after the other, each computed again for its gradient: the loss is of their
+        sum, and the graphs of all steps of 50 would not fit together."""
+        total = pairs.x.new_zeros(len(pairs), 2)
+        for at in range(pairs.k.shape[1]):
+            here = slice(at, at + 1)
+            step = replace(pairs, x=pairs.x[:, :, here], x_next=pairs.x_next[:, :, here], k=pairs.k[:, here])
+            total = total + checkpoint(log_prob, step, ctx, self.reduction, use_reentrant=False)[:, :, 0]
+        return total
 
     def state_dict(self) -> dict[str, Any]:
         return self._tracker.state_dict()

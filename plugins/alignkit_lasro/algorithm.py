@@ -69,7 +69,7 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
     pairs: Literal["extremes", "drawn"] = "extremes"
     """Which two samples of a group make a pair: best and worst, as in the paper, or any two whose rewards differ."""
     pairs_per_update: int = 64
-    """Pairs in one surrogate update."""
+    """Pairs in one surrogate update, at the most."""
     noise_correlation: float = 0.0
     """Correlation of the noises within a group, 0 for independent ones. Samples from nearly the same noises show the
     same layout and differ in what a gradient can change; between independent ones the layout hides it."""
@@ -154,14 +154,14 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
         self._agreement: float | None = None
 
     def check(self, sampler: Sampler) -> None:
+        if self.distillation_weight:
+            self._distillation.check(sampler)
         if sampler.num_steps != len(self.step_weights):
             weights = ",".join(["1.0"] * sampler.num_steps)
             raise ConfigError(
                 f"algorithm.step_weights: found {len(self.step_weights)} weights for sampler.num_steps = "
                 f"{sampler.num_steps}; give one a step, as --set algorithm.step_weights=[{weights}]"
             )
-        if self.distillation_weight:
-            self._distillation.check(sampler)
 
     def setup(self, ctx: Context) -> None:
         if self.restart_every:

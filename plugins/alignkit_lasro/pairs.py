@@ -83,10 +83,10 @@ def mixed(
     size: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, list[str]]:
-    """About `size` pairs of the newest of `rounds`, which come with their texts, and of older ones in random order.
+    """Up to `size` pairs of the newest of `rounds`, which come with their texts, and of older ones in random order.
 
-    Half of the room is for the newest; of each older one a part is drawn. Winners (N, *S), losers and their texts; N is
-    0 where no group carries a label.
+    Where there are older ones half of the room is for the newest, and of each older one a part is drawn. Winners
+    (N, *S), losers and their texts; N is 0 where no group carries a label.
     """
     winners: list[Tensor] = []
     losers: list[Tensor] = []
@@ -96,8 +96,8 @@ def mixed(
     for scored, names in [*fresh, *(kept[i] for i in order)]:
         best, worst, labelled = extremes(scored.rewards) if choice == "extremes" else drawn(scored.rewards, generator)
         rows = labelled.nonzero()[:, 0]
-        if kept:
-            room = size // 2 if not winners else size // 4
+        room = size if not kept else size // 2 if not winners else size // 4
+        if kept or len(rows) > room:
             rows = rows[torch.randperm(len(rows), generator=generator)[:room]]
         winners.append(scored.latents[rows, best[rows]])
         losers.append(scored.latents[rows, worst[rows]])

@@ -54,8 +54,9 @@ class Distillation:
         if not isinstance(sampler, LCM):
             raise ConfigError(
                 f"sampler.name: found {type(sampler).__name__}, expected lcm: only a latent consistency model has this "
-                "distillation loss. A model distilled otherwise, as SD-Turbo, has none; train it with a method that "
-                "does without (lasro with algorithm.distillation_weight = 0)"
+                "distillation loss. If the model is one, set lcm; one of many steps becomes one with lcd and "
+                'model.prediction = "consistency"; one distilled otherwise, as SD-Turbo, is trained by methods that do '
+                "without (lasro with algorithm.distillation_weight = 0)"
             )
         if sampler.original_steps != self.ode_steps:
             raise ConfigError(

@@ -57,12 +57,21 @@ _vega: Settings = {"surrogate": {"name": "latent_unet", "backbone": "segmind/Seg
 # The policy-gradient methods of RLCM (2404.03673, its code for the aesthetic reward): 8 steps, Adam without decay, LoRA
 # of rank 8. Of a round's 8 prompts (on each GPU; how many those were is not said) all is one update: a walk each of 7
 # steps with a likelihood, or a pair of walks. DDPO clips advantages at 10; REBEL clips no gradient.
-_rlcm = _with(_sampler("lcm", 8), _train(1e-4, max_grad_norm=5.0), {"model": {"lora_rank": 8}})
+_rlcm = _with(
+    _sampler("lcm", 8), _train(1e-4, max_grad_norm=5.0), {"model": {"lora_rank": 8}},
+    {"evaluate": {"steps": [1, 2, 4, 8]}},
+)  # fmt: skip
 _rlcm_ddpo = _with(_rlcm, _round(8, 8 * 7, updates=1000, samples=1, advantage_clip=10.0))
+# For the size of the file: 4 prompts, all of them an update.
+_rlcm_size: Settings = {
+    "data": {"batch_size": 4},
+    "train": {"rows_per_update": 4 * 7},
+    "algorithm": {"buffer_size": 16},
+}
 _unclipped: Settings = {"train": {"max_grad_norm": float("inf")}}
 _rlcm_rebel = _with(_rlcm, _round(8, 8, updates=1000, pairs=1), _unclipped)
 # SDPO on consistency models (2411.11727, 4.4) has RLCM's walk and REBEL's rates and batches.
-_rlcm_sdpo = _with(_rlcm, _round(8, 8, pairs=1), _unclipped, {"evaluate": {"steps": [1, 2, 4, 8]}})
+_rlcm_sdpo = _with(_rlcm, _round(8, 8, pairs=1), _unclipped)
 # SDPO (2411.11727, Table 2 and its code, for the aesthetic reward) trains 50 steps and is read at few; so do the rivals
 # it is compared with. 128 pairs a round, in two updates of each step.
 _of_50_steps = _with(
@@ -70,6 +79,13 @@ _of_50_steps = _with(
     {"evaluate": {"steps": [1, 2, 4, 8, 50]}},
 )  # fmt: skip
 _sdpo = _with(_of_50_steps, _round(128, 64, updates=10_000, pairs=1))
+# For other rewards: ImageReward and HPSv2 take all pairs of a step at once.
+_sdpo_of_people = _train(5e-5, 1e-4, rows_per_update=128)
+_sdpo_rewards = {
+    "sdpo/image_reward": _sdpo_of_people,
+    "sdpo/hpsv2": _sdpo_of_people,
+    "sdpo/pickscore": _train(6e-5, 1e-4),
+}
 # PSO (2410.03190, its code for SDXL-Turbo): 16 pairs a round, 8 an update, each with 3 steps that have a likelihood.
 _pso = _with(
     _sampler("euler_ancestral", 4, eta=1.0), _train(1e-5, 1e-6), {"model": {"lora_rank": 32}},
@@ -86,6 +102,12 @@ _rg_lcd = _with(
     _train(1e-6, updates=10_000, rows_per_update=40, ema_decay=0.95, checkpoint_every=1000),
     {"model": {"lora_rank": 0}, "surrogate": {"learning_rate": 3.3e-6, "weight_decay": 0.0}},
 )
+# Its beta is for cosines; our pickscore has the learned scale of about 100 in it. It follows ImageReward up to 2.
+_rg_lcd_rewards: dict[str, Settings] = {
+    "rg_lcd/clip_score": {"algorithm": {"beta": 5.0}},
+    "rg_lcd/pickscore": {"algorithm": {"beta": 0.05}},
+    "rg_lcd/image_reward": {"algorithm": {"reward_cap": 2.0}},
+}
 # Diffusion-DPO (2311.12908, its code): the whole UNet, 2000 updates of 2048 pairs; the rate rises over 500 of them, for
 # SDXL over 200.
 _dpo = _with(_train(2.05e-5, 1e-2, updates=2000, rows_per_update=2048, warmup=500), {"model": {"lora_rank": 0}})
@@ -98,11 +120,14 @@ def _lcm_methods(*extra: Settings) -> dict[str, Settings]:
     return {
         "lasro": _with(_lasro_lcm, *extra),
         "ddpo": _rlcm_ddpo,
+        "ddpo/jpeg_compressibility": _rlcm_size,
+        "ddpo/jpeg_incompressibility": _rlcm_size,
         "rebel": _rlcm_rebel,
         "sdpo": _rlcm_sdpo,
         "pso": _pso_lcm,
         "gors_lcm": _gors_lcm,
         "rg_lcd": _rg_lcd,
+        **_rg_lcd_rewards,
         "lcd": _lcd,
     }
 
@@ -124,6 +149,7 @@ def sd_turbo() -> ModelBundle:
         algorithm_defaults={
             "lasro": _lasro_turbo,
             "sdpo": _sdpo,
+            **_sdpo_rewards,
             "ddpo": _of_50_steps,
             "rebel": _of_50_steps,
             "d3po": _of_50_steps,
@@ -141,6 +167,7 @@ def sdxl_turbo() -> ModelBundle:
             "lasro": _with(_lasro_turbo, _vega),
             "pso": _pso,
             "sdpo": _sdpo,
+            **_sdpo_rewards,
             "diffusion_dpo": _with(_dpo_of_sdxl, _dpo_turbo),
         },
     )
@@ -221,8 +248,8 @@ def _lcm_lora(path: str, adapter: str, memory: Settings, *lasro: Settings) -> Mo
 
 def sd_1_5() -> ModelBundle:
     """As DDPO and D3PO walk it: 50 and 20 steps with noise, guidance_scale 5. DDPO (its code for eight GPUs and the
-    compressibility): 256 walks a round, 64 an update, all steps of each. D3PO (its code): 20 pairs a round, all steps
-    of one an update."""
+    compressibility): 256 walks a round, 64 an update, all steps of each; for the aesthetic reward 128 an update, and a
+    longer memory of each prompt. D3PO (its code): 20 pairs a round, all steps of one an update."""
     walk = _sampler("ddim", 50, eta=1.0, spacing="leading")
     return ModelBundle(
         path=SD,
@@ -233,6 +260,7 @@ def sd_1_5() -> ModelBundle:
                 {"model": {"lora_rank": 4}},
                 _round(256, 64 * 50, updates=400, samples=1, buffer_size=16, min_count=16),
             ),
+            "ddpo/aesthetic": {"train": {"rows_per_update": 128 * 50}, "algorithm": {"buffer_size": 32}},
             "d3po": _with(
                 _train(3e-5, 1e-4),
                 {"sampler": {"num_steps": 20}, "model": {"lora_rank": 4}},

@@ -130,7 +130,7 @@ class RGLCD(Algorithm[Collected, Noised]):
         prediction, target = self._predict(rows, ctx)
         examples = [Example(text) for text in rows.prompt.texts]
         student = ctx.score(prediction, examples)  # the reward that the run tells
-        real, average = (ctx.differentiable_score(z, examples) for z in (rows.latents, target))
+        real, average = (ctx.score(z, examples, log=False) for z in (rows.latents, target))
         compared = Compared(
             torch.stack([rows.latents, prediction, target], dim=1),
             torch.stack([s.values.masked_fill(~s.valid, torch.nan) for s in (real, student, average)], dim=1),

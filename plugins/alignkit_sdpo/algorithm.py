@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from alignkit.advantage import PromptTracker, of_terms, over_batch
-from alignkit.errors import PluginError
-from alignkit.interfaces import Algorithm, Batch, Context, Example, Prompt, Rows
+from alignkit.errors import ConfigError, PluginError
+from alignkit.interfaces import Algorithm, Batch, Context, Example, Prompt, Rows, Sampler
 from alignkit.rollout import Rollout, walk
 from alignkit_sdpo.dense import by_interpolation, by_similarity, discounted_returns, queried_steps
 
@@ -104,6 +104,19 @@ class SDPO(Algorithm[PairedSteps, PairedSteps]):
                 "a prompt would never be measured by its own returns"
             )
         self._trackers: list[PromptTracker] = []
+
+    def check(self, sampler: Sampler) -> None:
+        # Both walks of a pair have the first noise, and so the first prediction, in common.
+        if sampler.num_steps == 1:
+            raise ConfigError(
+                "sampler.num_steps: found 1, expected at least 2: the walks of a pair start from one noise and predict "
+                "the same at the first step, so at one step sdpo finds no difference"
+            )
+        if not self.discount and sampler.stochastic_steps() == 1:
+            raise ConfigError(
+                "algorithm.discount: found 0, expected more: only the first step has chance in it, and the rewards of "
+                "that step alone are the same for both walks of a pair"
+            )
 
     def setup(self, ctx: Context) -> None:
         steps = ctx.sampler.num_steps

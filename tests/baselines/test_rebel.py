@@ -13,8 +13,9 @@ import torch
 
 from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint, assert_one_pass_is_several
 from alignkit.train import Trainer
+from alignkit_baselines.pairs import log_prob
 from alignkit_baselines.rebel import REBEL, squares
-from method_checks import assert_the_true_reward_rises, updates
+from method_checks import assert_the_true_reward_rises, gradient, updates
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -57,6 +58,22 @@ def test_the_sum_over_latent_dimensions_is_an_option(make: MakeTrainer) -> None:
         (rows,) = updates(make("rebel", {"train.rows_per_update": 4, "algorithm.reduction": reduction}))
         found[reduction] = rows.old_log_prob
     assert torch.allclose(found["sum"], 256 * found["mean"], rtol=1e-4)
+
+
+def test_the_graph_of_one_step_is_held_at_a_time(make: MakeTrainer) -> None:
+    """The network sees the steps one after the other, and each once more for the gradient, which stays the same."""
+    trainer = make("rebel", {"train.rows_per_update": 4})
+    (rows,) = updates(trainer)
+    seen: list[int] = []
+    hook = trainer.ctx.policy.unet.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))  # type: ignore[attr-defined]
+    loss, _ = trainer.algorithm.loss(rows, trainer.ctx)
+    found = gradient(trainer, loss)
+    hook.remove()
+    assert seen == [2 * 4] * 2 * 2  # of three steps two have chance in them
+    assert rows.old_log_prob is not None
+    added = log_prob(rows.pairs, trainer.ctx).sum(2) - rows.old_log_prob
+    expected = gradient(trainer, squares(added, rows.advantages, 1.0).mean())
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_advantages_are_not_clamped(make: MakeTrainer) -> None:

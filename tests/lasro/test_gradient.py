@@ -54,8 +54,16 @@ def test_negatives_are_left_out_of_the_reward_that_is_shown(make_trainer: MakeTr
 
 def test_more_negatives_than_other_prompts_are_refused(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer({"algorithm.negatives": 2, "data.batch_size": 2})
-    with pytest.raises(ConfigError, match=r"algorithm\.negatives: found 2, expected less than data\.batch_size"):
+    with pytest.raises(ConfigError, match=r"algorithm\.negatives: found 2, expected less than the number of different"):
         collect(trainer)
+
+
+def test_a_prompt_that_comes_twice_in_a_round_is_no_negative_of_itself(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer({"algorithm.samples": 3, "algorithm.negatives": 1, "data.batch_size": 4})
+    batch = trainer.batch()
+    a, b = batch.examples[0], next(e for e in batch.examples if e.text != batch.examples[0].text)
+    places = trainer.algorithm._sampling._negatives(1, replace(batch, examples=[a, a, b, a]), trainer.ctx)  # type: ignore[attr-defined]
+    assert (places[0, :, 0] // 3).tolist() == [2, 2, 3, 2]
 
 
 def test_correlated_noises_are_unit_normal_and_share_what_they_should(make_trainer: MakeTrainer) -> None:

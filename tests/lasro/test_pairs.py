@@ -7,7 +7,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from alignkit_lasro.pairs import drawn, extremes, rank_correlation
+from alignkit_lasro.pairs import Scored, drawn, extremes, mixed, rank_correlation
 
 NAN = float("nan")
 
@@ -58,6 +58,18 @@ def test_every_two_samples_of_a_group_are_drawn_about_equally_often() -> None:
 
 def correlation(scores: Tensor, rewards: Tensor) -> float:
     return float(rank_correlation(scores, rewards))
+
+
+@pytest.mark.parametrize(("rounds", "found"), [(1, 64), (2, 48), (9, 64)])
+def test_no_more_pairs_are_mixed_than_asked_for(rounds: int, found: int) -> None:
+    chance = torch.Generator().manual_seed(0)
+    groups = 500
+    scored = Scored(
+        torch.randn(groups, 2, 1, generator=chance), torch.rand(groups, 2, generator=chance),
+        torch.arange(groups), torch.zeros(groups, dtype=torch.long),
+    )  # fmt: skip
+    winners, losers, texts = mixed([(scored, [str(i) for i in range(groups)])] * rounds, "extremes", 64, chance)
+    assert len(winners) == len(losers) == len(texts) == found
 
 
 def test_the_rank_correlation_is_that_of_scipy_with_ties() -> None:

@@ -61,6 +61,30 @@ def test_every_method_starts_on_every_model_for_which_it_makes_sense(prompts: Pa
         assert made.teacher_source()
 
 
+@pytest.mark.parametrize(
+    ("model", "algorithm", "reward", "section", "key", "value"),
+    [
+        ("lcm_dreamshaper", "rg_lcd", "hpsv2", "algorithm", "beta", 1.0),
+        ("lcm_dreamshaper", "rg_lcd", "clip_score", "algorithm", "beta", 5.0),
+        ("sdxl_lcm", "rg_lcd", "pickscore", "algorithm", "beta", 0.05),
+        ("sdxl_lcm", "rg_lcd", "image_reward", "algorithm", "reward_cap", 2.0),
+        ("lcm_dreamshaper", "ddpo", "aesthetic", "data", "batch_size", 8),
+        ("lcm_dreamshaper", "ddpo", "jpeg_compressibility", "data", "batch_size", 4),
+        ("sd_turbo", "sdpo", "aesthetic", "train", "learning_rate", 1e-4),
+        ("sd_turbo", "sdpo", "pickscore", "train", "learning_rate", 6e-5),
+        ("sdxl_turbo", "sdpo", "hpsv2", "train", "rows_per_update", 128),
+        ("sd_1_5", "ddpo", "aesthetic", "algorithm", "buffer_size", 32),
+        ("sd_1_5", "ddpo", "jpeg_compressibility", "algorithm", "buffer_size", 16),
+    ],
+)
+def test_a_method_has_the_settings_that_its_paper_has_for_the_reward(
+    prompts: Path, model: str, algorithm: str, reward: str, section: str, key: str, value: float
+) -> None:
+    config = run(prompts, model, algorithm, reward=[reward]).config
+    found = getattr(config, section)
+    assert (found.fields[key] if section == "algorithm" else getattr(found, key)) == value
+
+
 @pytest.mark.parametrize("algorithm", ["sdpo", "rebel", "rg_lcd"])
 @pytest.mark.parametrize("model", ["sd_turbo", "ssd_1b_lcm"])
 def test_the_settings_of_a_method_survive_their_own_run_file(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,13 @@ import torch
 from torch import Tensor
 
 from alignkit.errors import ConfigError
+from alignkit.interfaces import Sampler
 from alignkit.run import Run
+from alignkit.testing import refusal
 from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint
 from alignkit.train import Trainer
+from alignkit_samplers.ddim import DDIM
+from alignkit_samplers.lcm import LCM
 from alignkit_sdpo.algorithm import SDPO, PairedSteps
 from method_checks import assert_the_true_reward_rises, collect, gradient, toy_pictures, updates
 
@@ -176,6 +181,21 @@ def test_without_a_stochastic_step_a_run_is_refused_before_weights_load(
 ) -> None:
     with pytest.raises(ConfigError, match=r"every step of \w+ is deterministic .* algorithm sdpo"):
         tiny_run(overrides={"algorithm.name": "sdpo", "sampler.num_steps": 3} | sampler).check()
+
+
+@pytest.mark.parametrize(
+    ("fields", "sampler", "message"),
+    [
+        ({}, DDIM(1, eta=1.0), r"sampler\.num_steps: found 1, expected at least 2"),
+        ({"discount": 0.0}, LCM(2), r"algorithm\.discount: found 0, expected more"),
+        ({"discount": 0.0}, LCM(3), ""),
+        ({}, LCM(2), ""),
+    ],
+)
+def test_a_pair_whose_walks_never_differ_where_they_are_compared_is_refused(
+    fields: dict[str, Any], sampler: Sampler, message: str
+) -> None:
+    assert re.match(message, refusal(SDPO(**fields), sampler)) if message else not refusal(SDPO(**fields), sampler)
 
 
 @pytest.mark.parametrize(
