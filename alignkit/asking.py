@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from time import monotonic, sleep
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from queue import Empty, SimpleQueue
+from threading import Event, Thread
+from time import monotonic
 
 import torch
 from torch import Tensor
@@ -15,6 +19,10 @@ from alignkit.errors import AlignkitError, PluginError, TransientError
 from alignkit.interfaces import Example, Reward, Scores
 from alignkit.registry import default_registry, where
 from alignkit.score_cache import ScoreCache, keys_of
+
+PATIENCE = 5.0
+"""Seconds that the end of the process waits for an answer that nobody wants any more: torch does not like to be ended
+in the middle of a computation."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,8 @@ class AskedReward:
     def __init__(self, name: str, reward: Reward, asking: Asking) -> None:
         self.name, self.reward, self.asking = name, reward, asking
         self._fingerprint = ""
-        self._thread: ThreadPoolExecutor | None = None
+        self._thread: Worker | None = None
+        self._closed = Event()
 
     def load(self, device: torch.device) -> None:
         with blaming(self.name, self.reward, "while loading"):
@@ -53,6 +62,8 @@ class AskedReward:
     def __call__(self, images: Tensor, examples: Sequence[Example], first: int = 0) -> Scores:
         """Scores of images (N, 3, H, W) in [0, 1], float32, NaN where invalid."""
         cache, device = self.asking.cache, images.device
+        if self.reward.differentiable and images.requires_grad and torch.is_grad_enabled():
+            return self._followed(images, examples, first)
         if cache is None or not self._fingerprint:
             return self._checked(self._ask(images, examples, first), examples, device, first)
         keys = keys_of(f"{self.name} {self._fingerprint}", images, examples)
@@ -62,12 +73,21 @@ class AskedReward:
             cache.put(keys, scores)
         return scores
 
+    def _followed(self, images: Tensor, examples: Sequence[Example], first: int) -> Scores:
+        """With gradient, which a picture that is not scored has none of: masking its score alone would leave NaN."""
+        lost = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        seen = images.clone()
+        seen.register_hook(lambda gradient: gradient.masked_fill(lost.view(-1, 1, 1, 1), 0))
+        scores = self._checked(self._ask(seen, examples, first), examples, images.device, first)
+        lost |= ~scores.valid
+        return scores
+
     def begin(self, images: Tensor, examples: Sequence[Example], first: int = 0) -> Future[Scores]:
         """Ask without gradient; the answer may still be on its way. A slow reward is asked in its own thread, one call
         after another and in order, so that it gives what it would give without one."""
         if self.reward.slow and self.asking.overlap:
             if self._thread is None:
-                self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"reward {self.name}")
+                self._thread, self._closed = Worker(f"reward {self.name}"), Event()
             return self._thread.submit(self._elsewhere, images, examples, first)
         answer: Future[Scores] = Future()
         answer.set_result(self(images, examples, first))
@@ -76,7 +96,8 @@ class AskedReward:
     def close(self) -> None:
         """Ask no more; a call under way is not waited for."""
         if self._thread is not None:
-            self._thread.shutdown(wait=False, cancel_futures=True)
+            self._closed.set()
+            self._thread.close()
             self._thread = None
         if self.asking.cache is not None:
             self.asking.cache.close()
@@ -89,7 +110,7 @@ class AskedReward:
 
     def _ask(self, images: Tensor, examples: Sequence[Example], first: int) -> object:
         """The reward's answer. What may pass is tried again; at last it is a TransientError that names the reward."""
-        begun = monotonic()
+        begun, closed = monotonic(), self._closed
         for attempt in range(self.asking.retries + 1):
             try:
                 # In the precision that it was loaded in: a reward that is followed scores as when it is measured.
@@ -103,14 +124,15 @@ class AskedReward:
                     raise TransientError(
                         f"{_origin(self.name, self.reward)} did not answer, asked {times}: {error}"
                     ) from error
-                sleep(pause)
+                if wait(closed, pause):
+                    raise
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def _answer(self, images: Tensor, examples: Sequence[Example], first: int) -> object:
         """The reward's answer. Raises PluginError with the picture that it fails on, which is looked for one by one."""
         try:
             # Its own of both: what it writes into them must reach neither other rewards, nor a second try, nor a key.
-            return self.reward(images.clone(), list(examples))
+            return self.reward(images.clone(), own(examples))
         except AlignkitError:
             raise
         except Exception as error:
@@ -118,7 +140,7 @@ class AskedReward:
             for i, example in enumerate(examples):
                 try:
                     with torch.no_grad():
-                        self.reward(images[i : i + 1].clone(), [example])
+                        self.reward(images[i : i + 1].clone(), own([example]))
                 except Exception:
                     which = f"picture {first + i}, {example.text!r}"
                     break
@@ -155,6 +177,53 @@ class AskedReward:
         values = values.masked_fill(~valid, torch.nan)
         parts = {k: v.to(device).float().masked_fill(~valid, torch.nan) for k, v in scores.parts.items()}
         return Scores(values, valid, parts, reasons)
+
+
+class Worker:
+    """A thread that does one thing after another. The process does not wait for what it is at when it ends, but for
+    some seconds."""
+
+    def __init__(self, name: str) -> None:
+        self._queue: SimpleQueue[tuple[Future[Scores], Callable[..., Scores], tuple[object, ...]] | None] = (
+            SimpleQueue()
+        )
+        thread = Thread(target=self._work, name=name, daemon=True)
+        thread.start()
+        atexit.register(thread.join, PATIENCE)
+
+    def submit(self, do: Callable[..., Scores], *arguments: object) -> Future[Scores]:
+        answer: Future[Scores] = Future()
+        self._queue.put((answer, do, arguments))
+        return answer
+
+    def close(self) -> None:
+        """Begin nothing more."""
+        try:
+            while (waiting := self._queue.get_nowait()) is not None:
+                waiting[0].cancel()
+        except Empty:
+            pass
+        self._queue.put(None)
+
+    def _work(self) -> None:
+        while (task := self._queue.get()) is not None:
+            answer, do, arguments = task
+            if not answer.set_running_or_notify_cancel():
+                continue
+            try:
+                answer.set_result(do(*arguments))
+            except BaseException as error:
+                answer.set_exception(error)
+
+
+def wait(closed: Event, seconds: float) -> bool:
+    """Whether the reward was closed before the time was up."""
+    return closed.wait(seconds)
+
+
+def own(examples: Sequence[Example]) -> list[Example]:
+    """Copies, whose metadata may be written into."""
+    return [replace(e, metadata=deepcopy(dict(e.metadata))) for e in examples]
 
 
 @contextmanager

@@ -146,7 +146,8 @@ def compare(before: Measurement, after: Measurement | None = None, watched: Sequ
     """
     rows = []
     for (num_steps, name), first in before.values.items():
-        second = first if after is None else after.values[num_steps, name]
+        # A reward gives parts where it could score a picture; afterwards that may be nowhere.
+        second = first if after is None else after.values.get((num_steps, name), torch.full_like(first, torch.nan))
         scored = ~(first.isnan() | second.isnan())
         first, second = first[scored], second[scored]
         if not len(first):

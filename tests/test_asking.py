@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -48,7 +50,7 @@ class Slow(Judge):
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The pauses that were asked for, none of which is made but on the clock."""
     found: list[float] = []
-    monkeypatch.setattr("alignkit.asking.sleep", found.append)
+    monkeypatch.setattr("alignkit.asking.wait", lambda closed, seconds: found.append(seconds))
     monkeypatch.setattr("alignkit.asking.monotonic", lambda: sum(found))
     return found
 
@@ -128,7 +130,76 @@ def test_a_score_that_is_no_number_is_refused_or_left_out_by_choice() -> None:
     assert len(told) == 1 and "'odd'" in told[0]
 
 
+def test_a_picture_that_is_not_scored_has_no_gradient_and_spoils_none() -> None:
+    """The root is of a number below 0 for one picture: its score is masked, and without more its gradient is NaN."""
+
+    class Root(Reward):
+        differentiable = True
+
+        def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
+            return (images.mean((1, 2, 3)) - 2.0 * torch.tensor([e.text == "prompt 2" for e in examples])).sqrt()
+
+    images = IMAGES.clone().requires_grad_()
+    scores = loaded(Root(), Asking(broken="skip"), "root")(images, EXAMPLES)
+    scores.values[scores.valid].sum().backward()
+    assert images.grad is not None and scores.valid.tolist() == [True, True, False, True, True, True]
+    assert images.grad.flatten(1).abs().amax(1).gt(0).tolist() == scores.valid.tolist()
+    assert bool(images.grad.isfinite().all())
+
+
+def test_what_a_reward_writes_into_metadata_reaches_no_other() -> None:
+    class Counting(Judge):
+        def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor | Scores:
+            for example in examples:
+                assert "seen" not in example.metadata and example.metadata["deep"] == [1]
+                example.metadata["seen"] = True  # type: ignore[index]
+                example.metadata["deep"].append(2)
+            return super().__call__(images, examples)
+
+    rewards = WeightedRewards([("a", 1.0, Counting()), ("b", 1.0, Counting())])
+    examples = [Example("a", {"deep": [1]})] * 6
+    rewards.score(IMAGES, examples, 2)
+    assert examples[0].metadata == {"deep": [1]}
+
+
 # slow rewards
+
+
+def test_a_process_ends_while_a_slow_reward_still_answers() -> None:
+    program = """
+import time, torch
+from alignkit import asking
+from alignkit.interfaces import Example, Reward
+from alignkit.rewards import WeightedRewards
+asking.PATIENCE = 0.1
+class Slow(Reward):
+    slow = True
+    def __call__(self, images, examples):
+        time.sleep(600)
+class Broken(Reward):
+    def __call__(self, images, examples):
+        raise ValueError("no")
+WeightedRewards([("slow", 1.0, Slow()), ("broken", 1.0, Broken())]).score(torch.zeros(1, 3, 8, 8), [Example("a")], 1)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1 and "reward 'broken' failed" in ended.stderr
+
+
+def test_a_slow_reward_that_was_let_go_is_not_asked_again() -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    class Away(Slow):
+        def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor | Scores:
+            begun.set()
+            raise TransientError("connection refused")
+
+    rewards = WeightedRewards([("away", 1.0, Away())], asking=Asking(retries=3, retry_seconds=600, retry_limit=6000))
+    (asked,) = rewards._asked
+    answer = asked.begin(IMAGES, EXAMPLES)
+    answer.add_done_callback(lambda _: ended.set())
+    assert begun.wait(60)
+    rewards.close()
+    assert ended.wait(60) and isinstance(answer.exception(), TransientError)
 
 
 def test_slow_rewards_answer_while_the_next_chunk_is_made_and_while_others_answer() -> None:

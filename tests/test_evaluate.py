@@ -90,6 +90,15 @@ def measure(
     return evaluate(Toy(brightness), Noisy(), REWARDS, EXAMPLES, steps, seed, size, pictures=4, samples=samples)
 
 
+def test_a_part_that_is_given_only_before_training_is_not_compared() -> None:
+    def measured(**parts: Tensor) -> Measurement:
+        values = {(1, "reward"): torch.rand(6)} | {(1, name): part for name, part in parts.items()}
+        return Measurement(values, torch.zeros(0, 1, 3, 4, 4, dtype=torch.uint8))
+
+    rows = compare(measured(judge=torch.rand(6), yes=torch.rand(6)), measured(judge=torch.full((6,), torch.nan)))
+    assert [row.reward for row in rows] == ["reward"]
+
+
 def test_a_prompt_gets_the_same_noise_in_every_batch_size() -> None:
     one, other = measure(size=3), measure(size=7)
     assert one.values.keys() == other.values.keys() == {(k, n) for k in (1, 2, 4) for n in ("reward", "brightness")}

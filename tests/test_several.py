@@ -146,7 +146,7 @@ def test_a_server_that_is_away_for_a_moment_is_not_even_noticed(
     list(unbroken.train())
     judges.ASKED.clear()
     judges.DOWN_AFTER = 4
-    monkeypatch.setattr("alignkit.asking.sleep", lambda seconds: setattr(judges, "DOWN_AFTER", None))
+    monkeypatch.setattr("alignkit.asking.wait", lambda closed, seconds: setattr(judges, "DOWN_AFTER", None))
     list(broken.train())
     same_run(unbroken, broken)
 

@@ -32,6 +32,8 @@ FLAT = Row("reward", 2, 64, 0.5, 0.51, 0.01, -0.1, 0.12)
         ([ROSE, replace(FLAT, num_steps=4), replace(FELL, num_steps=4), HELD], "no sign"),
         ([ROSE, replace(ROSE, num_steps=4), replace(FELL, num_steps=4), HELD], "hacking"),
         ([ROSE, replace(FELL, watched=False)], None),
+        ([ROSE, HELD, replace(FELL, reward="reading/part")], "no sign"),
+        ([replace(ROSE, count=4), replace(FELL, count=4)], "no rise"),
         ([replace(ROSE, after=None, difference=None, low=None, high=None)], None),
         ([], None),
     ],
@@ -75,7 +77,7 @@ def test_measured_rewards_lead_to_it() -> None:
 
     before, after = measured(0.0), measured(0.1)
     assert [row.watched for row in compare(before, after, ["watched", "still"])] == [False, True, True, False, False]
-    for watched, outcome in ((["watched", "still"], "hacking"), (["still"], "no sign"), (["whole"], "hacking")):
+    for watched, outcome in ((["watched", "still"], "hacking"), (["still"], "no sign"), (["whole"], "no sign")):
         found = verdict(compare(before, after, watched))
         assert found is not None and found.outcome == outcome
 
