@@ -101,6 +101,8 @@ def check(
     config = run.config
     for what in skipped:
         typer.echo(f"skipped as broken: {what}")
+    if unmeasured := config.evaluate.unmeasured():
+        typer.echo(f"warning: {unmeasured}")
     what = f"{config.algorithm.name} on {config.model.name}, {' and '.join(r.name for r in config.rewards)}"
     typer.echo(f"{file or 'settings'}: no mistakes found ({what}, {config.train.updates} updates)")
 

@@ -95,7 +95,7 @@ def check(distance: float, search: str) -> None:
 
 def _gap(first: Tensor, second: Tensor) -> float:
     """1 - cosine in float64, so that the search decides which vector is nearest and nothing else."""
-    return 1 - float(first.double() @ second.double())
+    return max(0.0, 1 - float(first.double() @ second.double()))
 
 
 class Index(ABC):
@@ -184,6 +184,7 @@ class TextEmbedding:
                 self._read = network.get_text_features
             elif config.is_encoder_decoder:
                 self._read = network.get_encoder()
+            self.truncated = 0
             self(["a text"])
         except Exception as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
@@ -194,7 +195,11 @@ class TextEmbedding:
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """(N, D) float32: what CLIP projects its last token to, or else the mean over the tokens."""
+        """(N, D) float32: what CLIP projects its last token to, or else the mean over the tokens.
+
+        Texts of which it reads a part are counted in `truncated`.
+        """
+        self.truncated += sum(len(ids) > self._limit for ids in self._words(list(texts), verbose=False).input_ids)
         tokens = self._words(list(texts), padding=True, truncation=True, max_length=self._limit, return_tensors="pt")
         mask = tokens.attention_mask
         output = self._read(input_ids=tokens.input_ids, attention_mask=mask)

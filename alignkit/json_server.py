@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import urlsplit
 
 from alignkit import __version__
 from alignkit.errors import AlignkitError, PluginError, TransientError
@@ -33,6 +34,14 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _host(address: str) -> str:
+    """The name or address in what a client calls its server, "[::1]:8188"; empty where there is none."""
+    try:
+        return urlsplit(f"//{address}").hostname or ""
+    except ValueError:
+        return ""
 
 
 class Refusal(Exception):
@@ -130,7 +139,14 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, body)
 
     def _admitted(self) -> bool:
-        """Whether the token is right, if there is one; else says so."""
+        """Whether the token is right, if there is one; else says so.
+
+        Without one it must be this machine that is addressed: a page in a browser may have its own name resolved to it.
+        """
+        host = _host(self.headers.get("Host", ""))
+        if not self.server.token and not is_loopback(host):
+            self._send(403, {"error": f"found Host: {host[:80]}, expected localhost"})
+            return False
         expected = f"Bearer {self.server.token}".encode()
         if self.server.token and not hmac.compare_digest(self.headers.get("Authorization", "").encode(), expected):
             self._send(401, {"error": "the token is missing or wrong"})

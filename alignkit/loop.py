@@ -78,6 +78,8 @@ class Loop:
             skipped.clear()
         for note in pairs.notes if pairs is not None else ():
             ctx.warn(note)
+        if unmeasured := config.evaluate.unmeasured():
+            ctx.warn(unmeasured)
         self.policy = policy
         self.trainer = Trainer(config, ctx, algorithm, prompts, pictures, pairs, skipped)
         algorithm.setup(ctx)
@@ -104,12 +106,12 @@ class Loop:
                 yield from self._round(report, stopping)
                 if stopping():
                     return
+            if main:  # before what may still fail
+                run_folder.export(self.run.folder, self.policy, self.trainer.average, self.trainer.ctx.surrogate)
             if self._before is not None:
                 with self._stopping_well(None):
                     after = self._measure()
                 self._show(report, self._before, after)
-            if main:
-                run_folder.export(self.run.folder, self.policy, self.trainer.average, self.trainer.ctx.surrogate)
 
     def close(self) -> None:
         """Let go of rewards and trackers."""

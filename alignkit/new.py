@@ -35,7 +35,7 @@ def new(kind: str, name: str, folder: Path | None = None) -> Path:
     if kind not in TRAIN:
         raise AlignkitError(f"new: found {kind!r}, expected one of {', '.join(TRAIN)}{nearest(kind, TRAIN)}")
     name = normalise(name)
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
+    if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or keyword.iskeyword(name):
         raise AlignkitError(f"new {kind}: found the name {name!r}, expected snake_case, as my_{kind}")
     if taken := [row for row in default_registry().components(kind) if row.name == name and not row.broken]:
         raise AlignkitError(f"new {kind}: {name} is there already, from {taken[0].origin}; choose another name")

@@ -119,25 +119,33 @@ def curate(
 
     if out.exists():
         raise AlignkitError(f"--out {out}: is there already; choose another name")
-    config = load_config(None, _overrides(model, assignments))
+    overrides = _overrides(model, assignments)
+    config = load_config(None, overrides)
     examples = read_examples(file, config.data.prompt_column)
     if out.suffix not in (".txt", ".jsonl"):
         raise AlignkitError(f"--out {out}: expected a name that ends in .txt or .jsonl")
     if out.suffix == ".txt" and any(e.metadata or "\n" in e.text for e in examples):
         raise AlignkitError(f"--out {out}: {file} holds more than texts of one line; choose a name that ends in .jsonl")
     check(distance, search)
-    kept, dropped = curate(examples, TextEmbedding(encoder, config.model.name), distance, limit, search)
+    embedding = TextEmbedding(encoder, config.model.name)
+    kept, dropped = curate(examples, embedding, distance, limit, search)
     lines = [e.text if out.suffix == ".txt" else _line({**e.metadata, "text": e.text}) for e in kept]
     write_file(out, "\n".join(lines) + "\n")
     repeated = sum(one.repeated for one in dropped)
     if as_json:
         told = [dataclasses.asdict(one) for one in dropped]
-        return print_json({"out": str(out), "read": len(examples), "kept": len(kept), "dropped": told})
+        about = {"encoder": encoder or config.model.name, "truncated": embedding.truncated}
+        return print_json({"out": str(out), "read": len(examples), "kept": len(kept), "dropped": told, **about})
     left = len(examples) - len(kept) - len(dropped)
+    near, whose = len(dropped) - repeated, encoder or config.model.name
     typer.echo(
-        f"{out}: {len(kept)} of {len(examples)} prompts kept; {repeated} repeated, {len(dropped) - repeated} within "
-        f"{distance} of a kept one" + (f", {left} not looked at" if left else "")
+        f"{out}: {len(kept)} of {len(examples)} prompts kept; {repeated} repeated, {near} within {distance} of a kept "
+        f"one by the text encoder of {whose}" + (f", {left} not looked at" if left else "")
     )
+    if embedding.truncated:
+        typer.echo(f"warning: {embedding.truncated} prompts are longer than the encoder reads; their ends tell nothing")
+    if not encoder and "model.name" not in overrides:
+        typer.echo(f"warning: {whose} is the default model; name an --encoder that reads such prompts")
 
 
 def _line(record: dict[str, Any]) -> str:

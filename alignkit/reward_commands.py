@@ -43,6 +43,7 @@ def score(
     import alignkit.run
 
     overrides = flags.overrides(None, None, model, None, None, None, assignments)
+    _tell_whose(reward, overrides)
     records: list[dict[str, Any]] = []
     columns: list[str] | None = None
     try:
@@ -57,6 +58,21 @@ def score(
     if all(record["score"] is None for record in records):
         reason = next((record["reason"] for record in records if record["reason"]), "it does not say why")
         raise AlignkitError(f"{folder}: {reward} could score none of the {len(records)} pictures: {reason}")
+
+
+def _tell_whose(reward: str, overrides: dict[str, Any]) -> None:
+    """Settings that a reward has from a model which nobody named: an own checkpoint is not what its page tells."""
+    from alignkit.config import find_bundle
+    from alignkit.sections import ModelConfig
+
+    if "model.name" in overrides:
+        return
+    name = ModelConfig().name
+    for entry in find_bundle(name).defaults.get("reward", ()):
+        if isinstance(entry, dict) and entry["name"] == reward:
+            own = [f"{k} = {v}" for k, v in entry.items() if k != "name" and f"reward.{reward}.{k}" not in overrides]
+            if own:
+                typer.echo(f"note: {reward} is set as {name}, the default model, sets it: {', '.join(own)}", err=True)
 
 
 def _print_scores(records: Sequence[dict[str, Any]], columns: list[str] | None) -> list[str]:
@@ -102,6 +118,7 @@ def serve(
     from alignkit.serve import open_server
 
     overrides = flags.overrides(None, None, model, None, None, None, assignments)
+    _tell_whose(reward, overrides)
     with open_server(reward, overrides, host, port, network, device, batch_size) as server:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends it as Ctrl-C does
         typer.echo(f"{server.name} at {server.url}, fingerprint {server.fingerprint}; Ctrl-C ends it")

@@ -93,8 +93,8 @@ class RewardConfig(PluginConfig):
     weight: float = 1.0
     """Its factor in the sum of all rewards."""
     at_least: float | Literal["start"] | None = None
-    """What its mean must not fall below: a number, or "start" for its mean before training. It is held there by a
-    Lagrange multiplier that is added to the weight."""
+    """What its mean must not fall below: a number, or "start" for its mean in the first rounds (scoring.start_rounds).
+    It is held there by a Lagrange multiplier that is added to the weight."""
 
     def __post_init__(self) -> None:
         require(weight=finite(self.weight), at_least=finite(self.at_least))
@@ -248,6 +248,13 @@ class EvaluateConfig:
             samples=or_more(self.samples, 1),
             batch_size=or_more(self.batch_size, 1),
         )
+
+    def unmeasured(self) -> str:
+        """What to tell about `rewards` that are asked for and never measured; empty where there are none."""
+        if not self.rewards or self.prompts:
+            return ""
+        names = ", ".join(self.watched())
+        return f"evaluate.rewards: {names} is not measured, because evaluate.prompts names no held-out prompts"
 
     def watched(self) -> dict[str, dict[str, Any]]:
         """The fields of `rewards` by name."""

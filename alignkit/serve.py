@@ -153,7 +153,7 @@ class RewardServer(JsonServer):
             "fingerprint": self.fingerprint,
             "deterministic": bool(self.reward.deterministic),
             "cacheable": bool(self.reward.deterministic and self.own_fingerprint),
-            "bounds": list(self.reward.bounds),
+            "bounds": [bound if bound is not None and math.isfinite(bound) else None for bound in self.reward.bounds],
             "limits": {"items": limits.items, "bytes": limits.bytes, "pixels": limits.pixels},
         }
 

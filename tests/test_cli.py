@@ -18,6 +18,7 @@ import alignkit
 from alignkit.cli import app
 from alignkit.errors import ConfigError
 from alignkit.evaluate import Row
+from alignkit.sections import EvaluateConfig
 
 COMMANDS = ["list", "show", "check", "train", "sample", "score", "serve", "pairs", "evaluate"]
 PROMPT_COMMANDS = ["prompts lint", "prompts phrases", "prompts curate"]
@@ -33,7 +34,7 @@ class FakeRun:
     folder = Path("runs/first")
     config = SimpleNamespace(
         algorithm=SimpleNamespace(name="acme"), model=SimpleNamespace(name="tiny"), train=SimpleNamespace(updates=3),
-        rewards=[SimpleNamespace(name="shine"), SimpleNamespace(name="size")],
+        rewards=[SimpleNamespace(name="shine"), SimpleNamespace(name="size")], evaluate=EvaluateConfig(),
     )  # fmt: skip
 
     sends = signal.SIGINT
@@ -238,6 +239,13 @@ def test_a_run_that_a_scheduler_ends_is_saved(engine: Any, monkeypatch: pytest.M
 def test_check_prints_one_line_where_all_is_well(engine: Any) -> None:
     assert run("check", "run.toml").stdout == "run.toml: no mistakes found (acme on tiny, shine and size, 3 updates)\n"
     assert engine.calls[-1] == "check"
+
+
+def test_check_tells_what_is_watched_and_never_measured(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeRun.config, "evaluate", EvaluateConfig(rewards=["shine", {"name": "size"}]))
+    assert "evaluate.rewards: shine, size is not measured, because evaluate.prompts" in run("check", "run.toml").stdout
+    monkeypatch.setattr(FakeRun.config, "evaluate", EvaluateConfig(rewards=["shine"], prompts="p.txt"))
+    assert "not measured" not in run("check", "run.toml").stdout
 
 
 def test_check_names_what_will_be_skipped(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,23 @@ def test_each_passes_its_own_test_and_is_listed_in_a_process_of_its_own(
     assert done.returncode == 0 and "10 passed" in done.stdout, done.stdout
 
 
+@pytest.mark.slow
+def test_a_distribution_installs_with_pip(tmp_path: Path) -> None:
+    folder, target = new("reward", "glow", tmp_path / "alignkit-glow"), tmp_path / "site"
+    options = ["--quiet", "--no-deps", "--disable-pip-version-check", "--retries", "0"]
+    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(target), str(folder)]
+    installed = subprocess.run(command, capture_output=True, text=True)
+    if "hatchling" in installed.stderr.rpartition("ERROR: ")[2]:
+        pytest.skip("what it is built with, hatchling, cannot be fetched here")
+    assert installed.returncode == 0, installed.stderr
+    ours = {**os.environ, "PYTHONPATH": os.pathsep.join([str(target), *sys.path])}
+    listed = subprocess.run(
+        [sys.executable, "-m", "alignkit", "list", "--json"], env=ours, cwd=tmp_path, capture_output=True, check=True
+    )
+    rows = {row["name"]: row for row in json.loads(listed.stdout) if row["kind"] == "reward"}
+    assert rows["glow"]["distribution"] == "alignkit-glow" and not rows["glow"]["broken"]
+
+
 def test_a_method_of_others_is_checked_trains_and_resumes(projects: dict[str, Path], tiny_run: Any) -> None:
     settings = {
         "algorithm.name": "my_method", "algorithm.samples": 3, "sampler.name": "my_walk", "sampler.num_steps": 2,
@@ -84,6 +101,8 @@ def test_what_a_plugin_raises_while_training_is_noted_with_its_origin(
         ("judge", "sharpness", "new: found 'judge', expected one of reward, algorithm, sampler"),
         ("reward", "Sharp ness", "new reward: found the name 'Sharp ness', expected snake_case, as my_reward"),
         ("reward", "2sharp", "expected snake_case"),
+        ("reward", "sharp_", "expected snake_case"),
+        ("reward", "sharp__ness", "expected snake_case"),
         ("sampler", "class", "expected snake_case"),
         ("reward", "clip-score", "new reward: clip_score is there already, from plugin alignkit_rewards of"),
         ("reward", "rewards", "the package alignkit_rewards is installed already; choose another name"),

@@ -303,6 +303,12 @@ def test_the_command_writes_what_is_kept_with_its_metadata(tmp_path: Path) -> No
     assert read_examples(tmp_path / "kept.jsonl") == [Example("a red circle", {"n": 1}), Example("a cat")]
     result = run("curate", "attributes", "--out", str(tmp_path / "kept.txt"), "--limit", "5")
     assert " of 300 prompts kept; 0 repeated, " in result.stdout and "not looked at" in result.stdout
+    assert "by the text encoder of shapes_lcm" in result.stdout
+    assert "warning: shapes_lcm is the default model; name an --encoder that reads such prompts" in result.stdout
+    file = write(tmp_path / "long.txt", "red " * 200 + "circle", "red " * 200 + "square")
+    result = run("curate", file, "--out", str(tmp_path / "short.txt"), "--model", "shapes_lcm")
+    assert "warning: 2 prompts are longer than the encoder reads" in result.stdout
+    assert "default model" not in result.stdout
     assert len(read_examples(tmp_path / "kept.txt")) == 5
 
 

@@ -178,6 +178,24 @@ def test_a_client_that_goes_away_takes_nothing_along(server: RewardServer, ask: 
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_without_a_token_nothing_is_answered_under_another_name_than_that_of_this_machine() -> None:
+    with serving(Red()) as server, httpx2.Client(base_url=server.url, trust_env=False) as client:
+        for host, status in (("evil.example", 403), ("evil.example:8188", 403), ("[oh", 403), ("localhost:1", 200)):
+            assert client.get("/spec", headers={"Host": host}).status_code == status
+        assert client.get("/spec", headers={"Host": "[::1]:8188"}).status_code == 200
+    with serving(Red(), token="s3cret") as server, httpx2.Client(base_url=server.url, trust_env=False) as client:
+        headers = {"Host": "judge.example", "Authorization": "Bearer s3cret"}
+        assert client.get("/spec", headers=headers).status_code == 200
+
+
+def test_bounds_that_are_not_finite_are_none() -> None:
+    class Open(Red):
+        bounds = (0.0, float("inf"))
+
+    with serving(Open()) as server, httpx2.Client(base_url=server.url, trust_env=False) as client:
+        assert client.get("/spec").json()["bounds"] == [0.0, None]
+
+
 def test_nothing_is_answered_without_the_token() -> None:
     with serving(Red(), token="s3cret") as server, httpx2.Client(base_url=server.url, trust_env=False) as client:
         for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "s3cret"}):

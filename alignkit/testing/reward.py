@@ -48,6 +48,8 @@ def check_reward(
         again = reward.fingerprint()
         expect(again == mark, f"fingerprint(): found {again!r} behind two calls, {mark!r} before; kept scores are lost")
         _the_bounds_hold(reward, whole)
+        for grey in (0.0, 1.0):
+            _the_bounds_hold(reward, _score(scoring, torch.full_like(images[:1], grey), given[:1]).values)
         _odd_prompts(scoring, reward, images[:1])
         _odd_sizes(scoring, given[:2], images.device)
         _the_gradient_is_true(scoring, reward, images, given, within)
@@ -63,7 +65,8 @@ def _scores_alone_are_scores_together(
 ) -> Tensor:
     told = copy.deepcopy(examples)
     with global_chance_untouched("while scoring"):
-        whole = _score(scoring, images, examples).values
+        scores = _score(scoring, images, examples)
+    whole = scores.values
     # Past `scoring`, which hands out copies.
     images = quantize(images)
     handed, listed = images.clone(), list(examples)
@@ -80,8 +83,11 @@ def _scores_alone_are_scores_together(
     )
     count = len(examples)
     for i in range(count):
-        alone = _score(scoring, images[i : i + 1], examples[i : i + 1]).values
-        same(alone, whole[i : i + 1], f"picture {i} alone against in a batch of {count}")
+        alone = _score(scoring, images[i : i + 1], examples[i : i + 1])
+        same(alone.values, whole[i : i + 1], f"picture {i} alone against in a batch of {count}")
+        for part in alone.parts.keys() & scores.parts.keys():
+            what = f"the part {part.removeprefix('it/')!r} of picture {i} alone against in a batch of {count}"
+            same(alone.parts[part], scores.parts[part][i : i + 1], what)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     order = order if order != sorted(order) else order[::-1]
     mixed = _score(scoring, images[order], [examples[i] for i in order]).values

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Example, Reward, Scores
@@ -83,7 +84,13 @@ class AttributeBinding(Reward):
     def check(self, examples: Iterable[Example]) -> None:
         check_local("attribute_binding", "judge", self.judge)
         for example in examples:
-            if not any(phrase.attributes for phrase in phrases(example)):
+            if self.questions == "by_phrase":  # which asks about things without attributes as well
+                if not phrases(example):
+                    raise ConfigError(
+                        f"attribute_binding: the prompt {example.text!r} names no thing to ask about; expected one, as "
+                        '"a chair" (or "phrases" in its metadata); change the prompt or leave it out'
+                    )
+            elif not any(phrase.attributes for phrase in phrases(example)):
                 raise ConfigError(
                     f"attribute_binding: the prompt {example.text!r} has no attribute to bind; expected a thing with "
                     'an attribute, as "a red chair" (or "phrases" in its metadata); change the prompt or leave it out'
@@ -102,12 +109,16 @@ class AttributeBinding(Reward):
         if self._model is None:
             self._model, self._tokenizer = load_judge(self.judge or DEFAULT_JUDGE)
             self._choice = yes_no(self._tokenizer)
+        # Not rounded on the way, and no longer the same numbers as the word embeddings, where the checkpoint ties them.
+        last = self._model.text_decoder.cls.predictions.decoder
+        weight, bias = last.weight.detach().clone(), last.bias.detach().clone()
         self._model.to(device, backbone_dtype(self.precision, device))
+        last.weight, last.bias = (Parameter(value.to(device), requires_grad=False) for value in (weight, bias))
 
     def ask(self, images: Tensor, rows: Tensor, ids: Sequence[Sequence[int]]) -> Tensor:
         """Logits (Q, 2) of yes and no to the questions `ids` (see `encode`) about the pictures `rows` (Q,)."""
         size = self._model.config.vision_config.image_size
-        pixels = normalize(resize(images, size, size), CLIP_MEAN, CLIP_STD).to(self._model.dtype)
+        pixels = normalize(resize(images, size, size), CLIP_MEAN, CLIP_STD).to(self._model.vision_model.dtype)
         features = self._model.vision_model(pixel_values=pixels).last_hidden_state
         return answers(self._model, self._choice, features, rows, ids, self.questions_per_pass)
 

@@ -54,9 +54,9 @@ class ClipPictures(Reward):
 
             self._model = load_model(self.name, "checkpoint", self.folder(), CLIPModel)
             self._logit_scale = float(self._model.logit_scale.exp())
-        self._model.to(device, backbone_dtype(self.precision, device))
-        self._model.visual_projection.float()
-        self._model.text_projection.float()
+        self._model.to(device)
+        for tower in (self._model.vision_model, self._model.text_model):
+            tower.to(backbone_dtype(self.precision, device))
 
     def folder(self) -> str:
         """Where the CLIPModel lies, in transformers' layout."""
@@ -69,7 +69,7 @@ class ClipPictures(Reward):
 
     def image_features(self, images: Tensor) -> Tensor:
         """Unit vectors (N, D) float32, with gradient to the pixels."""
-        pixels = self.pixels(images).to(self._model.dtype)
+        pixels = self.pixels(images).to(self._model.vision_model.dtype)
         pooled = self._model.vision_model(pixel_values=pixels).pooler_output
         return unit(self._model.visual_projection(pooled.float()), dim=-1)
 

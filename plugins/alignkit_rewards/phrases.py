@@ -77,7 +77,7 @@ _NOUNS = _words(
 """Words that end like a participle or adverb and are none."""
 _COLLECTIONS = _words(
     "pair group bunch piece set lot couple pile stack row photo photograph picture image illustration drawing painting "
-    "rendering sketch type kind slice"
+    "rendering render sketch portrait close-up closeup type kind slice"
 )
 """Not the thing itself when "of" follows."""
 _PLACES = _words("top side front back middle center centre bottom foreground background corner edge end")
@@ -87,15 +87,17 @@ _ALSO_NOUNS = SHAPES | MATERIALS.keys() | _words("orange light rainbow lime peac
 _SINGULARS = _words("lens gas canvas atlas christmas")
 
 
-BEHIND = ("made of ", "in ")
-"""How attributes begin that stand behind their noun: "a cat made of glass", "a sign in red"."""
+BEHIND = ("made of ", "in ", "painted ")
+"""How attributes begin that stand behind their noun: "a cat made of glass", "a sign in red", "a car painted red"."""
+_OF_A_PART = re.compile(r"[a-z]+(-[a-z]+)*-[a-z]+ed")
+"""What a thing has: "red-haired", "one-eyed"."""
 _MADE_OF = re.compile(r"made (?:\w+ly )?(?:out )?(?:of|from) ")
 _QUOTED = re.compile(r"""(?<!\w)"[^"]*"|“[^”]*”|(?<!\w)'[^']*'(?!\w)|\d+\"""")
 """And inches."""
 
 
 def _is_attribute(word: str) -> bool:
-    return all(part in ATTRIBUTES for part in word.split("-")) or word.endswith(("-colored", "-shaped"))
+    return all(part in ATTRIBUTES for part in word.split("-")) or bool(_OF_A_PART.fullmatch(word))
 
 
 def _is_participle(word: str) -> bool:
@@ -131,7 +133,8 @@ def find_phrases(text: str) -> list[Phrase]:
     A phrase is a run of words up to punctuation or a stop (preposition, verb, pronoun). Up to its last known attribute,
     short of its last word, the run counts as attributes ("a strange red fire hydrant"); the rest is the head.
     "black and white cat" and "big, red ball" are one phrase, "the car is red" gives the car its colour, "a cat made of
-    glass" and "a sign in red" what stands behind them. What is quoted is written in the picture, and no phrase.
+    glass", "a sign in red" and "a car painted red" what stands behind them. What is quoted is written in the
+    picture, and no phrase.
     """
     tokens = _tokens(text)
     found: list[Phrase] = []
@@ -204,7 +207,7 @@ def _behind(words: Sequence[str]) -> tuple[list[str], int]:
             found.append(f"made of {words[end + step]}")
             end += step + 1
         return found, end
-    if words[0] != "in":
+    if words[0] not in ("in", "painted"):
         return [], 0
     while words[end] in COLORS | _SHADES | {"and"}:
         end += 1

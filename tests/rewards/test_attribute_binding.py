@@ -144,7 +144,11 @@ def test_half_precision_is_the_towers_alone(judge: str, images: torch.Tensor) ->
     half = AttributeBinding(judge=judge, mode="soft", precision="bf16")
     half.load(CPU)
     found, whole = half(images, EXAMPLES).values, _loaded(judge)(images, EXAMPLES).values
-    assert half._model.dtype == torch.bfloat16 and found.dtype == torch.float32
+    assert half._model.text_encoder.dtype == torch.bfloat16 and found.dtype == torch.float32
+    published = BlipForQuestionAnswering.from_pretrained(judge).text_decoder.cls.predictions.decoder
+    half.load(CPU)  # a second time rounds nothing more
+    last = half._model.text_decoder.cls.predictions.decoder
+    assert torch.equal(last.weight, published.weight) and torch.equal(last.bias, published.bias)
     torch.testing.assert_close(found, whole, atol=0.05, rtol=0)
     assert not torch.equal(found, found.bfloat16().float())
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize as unit
+from transformers import CLIPModel
 
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Example, Reward
@@ -117,7 +118,11 @@ def test_half_precision_is_the_towers_alone(
     reward = loaded(PickScore(checkpoint=clip_folder, precision=precision))  # type: ignore[arg-type]
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     assert reward._model.vision_model.encoder.layers[0].mlp.fc1.weight.dtype == half
-    assert reward._model.visual_projection.weight.dtype == torch.float32
+    published = CLIPModel.from_pretrained(clip_folder)
+    for name in ("visual_projection", "text_projection"):
+        assert torch.equal(getattr(reward._model, name).weight, getattr(published, name).weight)
+    reward.load(torch.device("cpu"))  # a second time rounds nothing more
+    assert torch.equal(reward._model.visual_projection.weight, published.visual_projection.weight)
     scores = reward(images, examples)
     assert scores.values.dtype == torch.float32
     assert scores.values.unique().numel() == len(examples)

@@ -33,6 +33,14 @@ QUESTIONS = {
     "three old men in a yellow boat": [
         "are there men?", "are the men old?", "is there a boat?", "is the boat yellow?",
     ],
+    "a red-haired girl with a one-eyed green monster": [
+        "is there a girl?", "is the girl red-haired?",
+        "is there a monster?", "is the monster one-eyed?", "is the monster green?",
+    ],
+    "a car painted red beside a painted chair": [
+        "is there a car?", "is the car painted red?", "is there a chair?",
+    ],
+    "a 3d render of a golden dragon": ["is there a dragon?", "is the dragon golden?"],
     "a blue bus": ["is there a bus?", "is the bus blue?"],
     "a yellow umbrella": ["is there an umbrella?", "is the umbrella yellow?"],
     "a white unicorn": ["is there a unicorn?", "is the unicorn white?"],

@@ -38,7 +38,7 @@ WITH_DEFAULTS = {
     (
         "lasro",
         "shapes_teacher",
-    ): r"algorithm\.step_weights: found 2 weights for sampler\.num_steps = 25",
+    ): "sampler.name: found DDIM, expected lcm: .* of many steps becomes one with lcd",
     ("gors_lcm", "shapes_lcm"): FINE,
     ("gors_lcm", "shapes_turbo"): NOT_LCM,
     ("gors_lcm", "shapes_teacher"): NOT_LCM,

@@ -28,6 +28,16 @@ class LooksAtItsNeighbours(Brightness):
         return brightness(images) - brightness(images).mean().detach()
 
 
+class TellsOfItsNeighbours(Brightness):
+    def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:  # type: ignore[override]
+        values = brightness(images)
+        return Scores(values, torch.ones(len(values), dtype=torch.bool), {"rank": values.argsort().argsort().float()})
+
+
+class LeavesItsBoundsOnWhite(Brightness):
+    bounds = (0.0, 0.99)
+
+
 class Restless(Brightness):
     calls = 0
 
@@ -135,6 +145,8 @@ class OneTooMany(Brightness):
     ("reward", "message"),
     [
         (LooksAtItsNeighbours, "picture 0 alone against in a batch of 4: found a difference of"),
+        (TellsOfItsNeighbours, "the part 'rank' of picture [0-9] alone against in a batch of 4: found a difference"),
+        (LeavesItsBoundsOnWhite, r"found a score of 1, expected it within bounds = \(0.0, 0.99\)"),
         (Restless, "the same call twice: found other scores, expected the same, or deterministic = False"),
         (ForgetsWhatItIs, r"fingerprint\(\): found 'call 2' behind two calls, 'call 0' before"),
         (DrawsGlobally, "while scoring the global random generator of torch was used"),
