@@ -37,6 +37,8 @@ def new(kind: str, name: str, folder: Path | None = None) -> Path:
     name = normalise(name)
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or keyword.iskeyword(name):
         raise AlignkitError(f"new {kind}: found the name {name!r}, expected snake_case, as my_{kind}")
+    if name in ("reward", "algorithm", "sampler"):  # "reward" is the sum of all in what a run tells
+        raise AlignkitError(f"new {kind}: found the name {name!r}, which is that of its kind; choose another name")
     if taken := [row for row in default_registry().components(kind) if row.name == name and not row.broken]:
         raise AlignkitError(f"new {kind}: {name} is there already, from {taken[0].origin}; choose another name")
     package = f"alignkit_{name}"

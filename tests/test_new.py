@@ -102,6 +102,7 @@ def test_what_a_plugin_raises_while_training_is_noted_with_its_origin(
         ("reward", "Sharp ness", "new reward: found the name 'Sharp ness', expected snake_case, as my_reward"),
         ("reward", "2sharp", "expected snake_case"),
         ("reward", "sharp_", "expected snake_case"),
+        ("reward", "reward", "found the name 'reward', which is that of its kind; choose another name"),
         ("reward", "sharp__ness", "expected snake_case"),
         ("sampler", "class", "expected snake_case"),
         ("reward", "clip-score", "new reward: clip_score is there already, from plugin alignkit_rewards of"),

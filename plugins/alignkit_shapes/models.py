@@ -119,7 +119,11 @@ def shapes_turbo() -> ModelBundle:
         algorithm_defaults={
             **_likelihoods(_walk("ddim", 8, [1, 2, 4, 8], eta=1.0)),
             "pso": _walk("euler_ancestral", 4, [1, 2, 4], eta=1.0),
-            "lasro": {**_walk("renoise", 2, [1, 2, 4]), "algorithm": {"distillation_weight": 0.0, **_often}},
+            "lasro": {
+                **_walk("renoise", 2, [1, 2, 4]),
+                "algorithm": {"distillation_weight": 0.0, **_often},
+                "train": {"learning_rate": 3e-5},  # as the bundles of models that were distilled so have it
+            },
             "diffusion_dpo": on_grid,
         },
     )

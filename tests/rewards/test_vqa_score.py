@@ -12,7 +12,7 @@ from torch import Tensor
 
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Example
-from alignkit_rewards.vqa_score import VqaScore, fitting_size
+from alignkit_rewards.vqa_score import FAMILIES, VqaScore, fitting_size
 
 CPU = torch.device("cpu")
 SPECIAL = ["[PAD]", "[UNK]", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
@@ -24,7 +24,7 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl"])
+@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def folder(request: Any, tmp_path_factory: pytest.TempPathFactory, randomized: Callable[..., Any]) -> str:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
@@ -39,6 +39,9 @@ def folder(request: Any, tmp_path_factory: pytest.TempPathFactory, randomized: C
     vision: dict[str, Any] = {"depth": 2, "num_heads": 2, "patch_size": 8, "spatial_merge_size": 2}
     if request.param == "qwen2_vl":
         vision |= {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}
+    elif request.param == "qwen3_vl":
+        vision |= {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 32, "num_position_embeddings": 64,
+                   "deepstack_visual_indexes": [0]}  # fmt: skip
     else:
         vision |= {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 32, "window_size": 32,
                    "fullatt_block_indexes": [1]}  # fmt: skip
@@ -73,7 +76,10 @@ def test_it_is_the_probability_that_the_whole_model_gives_the_answer(
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     reward = loaded(folder)
-    processor = Qwen2VLImageProcessorPil(patch_size=8, size={"shortest_edge": 56 * 56, "longest_edge": 12_845_056})
+    mean, std, fewest = FAMILIES[reward._model.config.model_type]
+    processor = Qwen2VLImageProcessorPil(
+        patch_size=8, size={"shortest_edge": fewest, "longest_edge": 12_845_056}, image_mean=mean, image_std=std
+    )
     expected = []
     for image, example in zip(images, examples, strict=True):
         levels = np.rint(image.permute(1, 2, 0).numpy() * 255).astype(np.uint8)

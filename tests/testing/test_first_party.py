@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 import alignkit
-from alignkit.interfaces import Algorithm, Reward
+from alignkit.interfaces import Algorithm, Reward, Sampler
 from alignkit.pictures import open_pictures
 from alignkit.preference_data import open_pairs
 from alignkit.registry import default_registry
@@ -29,6 +30,8 @@ from alignkit.testing import (
 )
 from alignkit.testing.algorithm import tiny_trainer
 from alignkit.testing.world import Form, TinyPairs, TinyPictures
+from alignkit_lasro.algorithm import LaSRO
+from alignkit_models import MODELS
 from alignkit_rewards.attribute_binding import Asked, Mode
 from alignkit_shapes.models import WEIGHTS
 
@@ -160,6 +163,38 @@ def test_algorithms_with_what_an_embedded_model_brings(name: str, model: str) ->
         algorithm, replace(sampler, num_steps=min(3, sampler.num_steps)), form=EMBEDDED[model],
         surrogate=get("surrogate", surrogate.name, **surrogate.fields) if surrogate else None,
     )  # fmt: skip
+
+
+def published() -> dict[str, tuple[Form, Algorithm[Any, Any], Sampler]]:
+    """What the models of alignkit_models bring for the methods, each setting once, by "model-method"."""
+    found: dict[str, tuple[Form, Algorithm[Any, Any], Sampler]] = {}
+    for model, name in itertools.product(MODELS, names("algorithm")):
+        settings = {
+            "model.name": model,
+            "algorithm.name": name,
+            "reward": ["shapes_reading"],
+            "data.prompts": "animals",
+        }
+        run = alignkit.load(None, settings)
+        algorithm, sampler = run.algorithm(), run.sampler()
+        # The walks of many steps are tried at three.
+        short = replace(sampler, num_steps=min(3, sampler.num_steps))
+        form: Form = "lcm" if sampler.consistency else "teacher" if model in ("sd_1_5", "sdxl") else "turbo"
+        if not refusal(algorithm, sampler) and (form, algorithm, short) not in found.values():
+            found[f"{model}-{name}"] = form, algorithm, short
+    return found
+
+
+PUBLISHED = published()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", PUBLISHED)
+def test_algorithms_with_what_a_published_model_brings(key: str) -> None:
+    form, algorithm, sampler = PUBLISHED[key]
+    if isinstance(algorithm, LaSRO):  # which has a weight for each step
+        algorithm = replace(algorithm, step_weights=algorithm.step_weights[: sampler.num_steps])
+    check_algorithm(algorithm, sampler, form=form)
 
 
 @pytest.mark.parametrize(
