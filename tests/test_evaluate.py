@@ -186,10 +186,10 @@ def test_the_bootstrap_repeats_and_touches_no_global_chance() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def printed(*measurements: Measurement) -> str:
-    console = Console(width=100)
+def printed(*measurements: Measurement, wide: bool = False) -> str:
+    console = Console(width=110 if wide else 100)
     with console.capture() as capture:
-        console.print(table(compare(*measurements)))
+        console.print(table(compare(*measurements), wide=wide))
     return capture.get()
 
 
@@ -198,6 +198,9 @@ def test_the_table_shows_every_reward_with_its_interval() -> None:
     row = compare(measure(), measure(brightness=0.2))[0]
     assert f"{row.before:.3f}" in text and f"{row.difference:+.3f}" in text and f"[{row.low:+.3f}, " in text
     assert text.count("brightness") == 3 and text.count("95 % interval") == 1
+    means = f"{row.before:.3f} [{row.before_low:.3f}, {row.before_high:.3f}]"
+    assert means not in text and means in printed(measure(), measure(brightness=0.2), wide=True)
+    assert f"{row.after:.3f} [{row.after_low:.3f}, " in printed(measure(), measure(brightness=0.2), wide=True)
 
 
 def test_the_table_before_training_has_no_difference() -> None:
