@@ -192,9 +192,11 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
 
     def _contrastable(self, texts: Sequence[str]) -> None:
         if self.contrast and len(set(texts)) < 2:
+            alone = len(texts) == 1
+            remedy = "raise data.batch_size" if alone else "train on more prompts, or set algorithm.contrast = 0"
             raise ConfigError(
                 f"algorithm.contrast: found one text in the batch, {texts[0]!r}, expected two or more to contrast; "
-                "raise data.batch_size"
+                f"{remedy}"
             )
 
     def _noised(self, pictures: Tensor, captions: Prompt, ctx: Context) -> States:

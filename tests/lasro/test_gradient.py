@@ -110,8 +110,12 @@ def test_what_scores_alike_under_every_prompt_cancels_in_the_contrast(make_train
 
 def test_a_contrast_without_another_prompt_is_refused(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer({"algorithm.contrast": 1.0, "data.batch_size": 1})
-    with pytest.raises(ConfigError, match=r"algorithm\.contrast: found one text in the batch"):
+    with pytest.raises(
+        ConfigError, match=r"algorithm\.contrast: found one text in the batch, .*raise data\.batch_size"
+    ):
         collect(trainer)
+    with pytest.raises(ConfigError, match="train on more prompts"):
+        trainer.algorithm._contrastable(["a red circle"] * 3)  # type: ignore[attr-defined]
 
 
 def test_the_score_is_the_mean_over_draws(make_trainer: MakeTrainer) -> None:
