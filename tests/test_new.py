@@ -130,5 +130,5 @@ def test_a_folder_that_is_there_is_refused_and_left_alone(tmp_path: Path, monkey
 
 
 def test_a_name_of_the_interface_makes_a_class_beside_it(tmp_path: Path) -> None:
-    folder = new("reward", "reward", tmp_path / "new")
-    assert "class RewardReward(Reward):" in (folder / "alignkit_reward" / "reward.py").read_text(encoding="utf-8")
+    folder = new("reward", "scores", tmp_path / "new")
+    assert "class ScoresReward(Reward):" in (folder / "alignkit_scores" / "reward.py").read_text(encoding="utf-8")

@@ -83,13 +83,15 @@ class Sampling:
         """At each step, for each of B texts, which samples (K, B, negatives) of the texts behind it join its group."""
         texts = [e.text for e in batch.examples]
         count = len(texts)
-        if self.negatives >= len(set(texts)):
+        if self.negatives >= count:
             raise ConfigError(
-                f"algorithm.negatives: found {self.negatives}, expected less than the number of different prompts in a "
-                f"round, {len(set(texts))} of {count} (data.batch_size): each comes from another prompt"
+                f"algorithm.negatives: found {self.negatives}, expected less than data.batch_size, which is {count}: "
+                "each comes from another prompt"
             )
-        behind = [[j % count for j in range(i + 1, i + count) if texts[j % count] != texts[i]] for i in range(count)]
-        other = torch.tensor([places[: self.negatives] for places in behind], dtype=torch.long).view(count, -1)
+        behind = [[j % count for j in range(i + 1, i + count)] for i in range(count)]
+        # Those of its own text last: a short list of prompts may come round twice.
+        ordered = [sorted(places, key=lambda j: texts[j] == texts[i]) for i, places in enumerate(behind)]
+        other = torch.tensor([places[: self.negatives] for places in ordered], dtype=torch.long).view(count, -1)
         return other * self.samples + torch.randint(self.samples, (num_steps, *other.shape), generator=ctx.generator)
 
     def _scored(self, clean: Tensor, negatives: Tensor, batch: Batch, ctx: Context) -> tuple[Tensor, Tensor]:

@@ -53,6 +53,7 @@ def judge(server: Endpoint, **fields: Any) -> VlmJudge:
 
 def logit(p: float) -> dict[str, float]:
     """What a model says that is `p` sure of yes, and .1 of something else."""
+    p = min(max(p, 1e-9), 1 - 1e-9)  # of black and white pictures
     return {" Yes": math.log(0.7 * p), "yes": math.log(0.2 * p), "No": math.log(0.9 * (1 - p)), "It": math.log(0.1)}
 
 

@@ -213,13 +213,15 @@ def test_the_expert_sees_each_picture_under_its_own_caption(make_trainer: MakeTr
     assert batch.pictures is not None
     seen: list[tuple[Tensor, list[str]]] = []
     plain = ctx.score
-    ctx.score = lambda x, e: seen.append((x, [one.text for one in e])) or plain(x, e)  # type: ignore[method-assign, func-returns-value]
+    ctx.score = lambda x, e, log=True: seen.append((x, [one.text for one in e])) or plain(x, e, log)  # type: ignore[method-assign, misc, func-returns-value]
     rows = collect(trainer).lesson
-    assert isinstance(rows, Compared) and rows.latents.shape == (5, 3, 4, 8, 8) and len(seen) == 1
+    assert isinstance(rows, Compared) and rows.latents.shape == (5, 3, 4, 8, 8) and len(seen) == 3
     real = ctx.policy.encode_images(batch.pictures)
     where = [next(i for i in range(6) if torch.allclose(real[i], z, atol=1e-5)) for z in rows.latents[:, 0]]
     texts = [batch.captions[i] for i in where]
-    assert texts == rows.prompt.texts == seen[0][1] and torch.equal(seen[0][0], rows.latents[:, 1])
+    # The prediction first, which is the reward that the run tells, then the real picture and the target.
+    for place, (latents, asked) in zip((1, 0, 2), seen, strict=True):
+        assert texts == rows.prompt.texts == asked and torch.equal(latents, rows.latents[:, place])
     for place in range(3):
         expected = ctx.policy.decode(rows.latents[:, place]).mean((1, 2, 3))
         assert torch.allclose(rows.expert[:, place], expected, atol=3e-3)  # of 8-bit pictures

@@ -38,7 +38,7 @@ BUNDLES = """
         ("lost", "model: '/nowhere/at/all' is no folder and no hub id"),
         ("teacherless", "model: 'x' is no folder and no hub id"),
         ("wrong", 'under ddpo: model wrong: algorithm.samples: found "two", expected integer'),
-        ("pictures", "data.pictures: 'bundles.models:Drawn' gives no source at 64 pixels: Drawn() takes no arguments"),
+        ("pictures", "data.pictures: 'bundles.models:Drawn' gives no source at 64 pixels: data.pictures: bundles"),
     ],
 )
 def test_a_model(plugins: PluginFolder, name: str, message: str) -> None:
