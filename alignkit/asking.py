@@ -47,7 +47,6 @@ class AskedReward:
         self.name, self.reward, self.asking = name, reward, asking
         self._fingerprint = ""
         self._thread: Worker | None = None
-        self._closed = Event()
 
     def load(self, device: torch.device) -> None:
         with blaming(self.name, self.reward, "while loading"):
@@ -59,17 +58,20 @@ class AskedReward:
         with blaming(self.name, self.reward, "in identity"):
             return self.reward.identity()
 
-    def __call__(self, images: Tensor, examples: Sequence[Example], first: int = 0) -> Scores:
-        """Scores of images (N, 3, H, W) in [0, 1], float32, NaN where invalid."""
+    def __call__(
+        self, images: Tensor, examples: Sequence[Example], first: int = 0, closed: Event | None = None
+    ) -> Scores:
+        """Scores of images (N, 3, H, W) in [0, 1], float32, NaN where invalid. Once `closed` is set nothing is tried
+        again."""
         cache, device = self.asking.cache, images.device
         if self.reward.differentiable and images.requires_grad and torch.is_grad_enabled():
             return self._followed(images, examples, first)
         if cache is None or not self._fingerprint:
-            return self._checked(self._ask(images, examples, first), examples, device, first)
+            return self._checked(self._ask(images, examples, first, closed), examples, device, first)
         keys = keys_of(f"{self.name} {self._fingerprint}", images, examples)
         scores = cache.get(keys, device)
         if scores is None:
-            scores = self._checked(self._ask(images, examples, first), examples, device, first)
+            scores = self._checked(self._ask(images, examples, first, closed), examples, device, first)
             cache.put(keys, scores)
         return scores
 
@@ -87,8 +89,8 @@ class AskedReward:
         after another and in order, so that it gives what it would give without one."""
         if self.reward.slow and self.asking.overlap:
             if self._thread is None:
-                self._thread, self._closed = Worker(f"reward {self.name}"), Event()
-            return self._thread.submit(self._elsewhere, images, examples, first)
+                self._thread = Worker(f"reward {self.name}")
+            return self._thread.submit(self._elsewhere, images, examples, first, self._thread.closed)
         answer: Future[Scores] = Future()
         answer.set_result(self(images, examples, first))
         return answer
@@ -96,21 +98,20 @@ class AskedReward:
     def close(self) -> None:
         """Ask no more; a call under way is not waited for."""
         if self._thread is not None:
-            self._closed.set()
             self._thread.close()
             self._thread = None
         if self.asking.cache is not None:
             self.asking.cache.close()
 
-    def _elsewhere(self, images: Tensor, examples: Sequence[Example], first: int) -> Scores:
+    def _elsewhere(self, images: Tensor, examples: Sequence[Example], first: int, closed: Event) -> Scores:
         # What torch keeps for each thread: gradient mode, autocast (off in a new one) and the device.
         cuda = torch.cuda.device(images.device) if images.device.type == "cuda" else nullcontext()
         with torch.no_grad(), cuda:
-            return self(images, examples, first)
+            return self(images, examples, first, closed)
 
-    def _ask(self, images: Tensor, examples: Sequence[Example], first: int) -> object:
+    def _ask(self, images: Tensor, examples: Sequence[Example], first: int, closed: Event | None = None) -> object:
         """The reward's answer. What may pass is tried again; at last it is a TransientError that names the reward."""
-        begun, closed = monotonic(), self._closed
+        begun = monotonic()
         for attempt in range(self.asking.retries + 1):
             try:
                 # In the precision that it was loaded in: a reward that is followed scores as when it is measured.
@@ -124,7 +125,7 @@ class AskedReward:
                     raise TransientError(
                         f"{_origin(self.name, self.reward)} did not answer, asked {times}: {error}"
                     ) from error
-                if wait(closed, pause):
+                if wait(closed or Event(), pause):
                     raise
         raise AssertionError("unreachable: the last attempt returns or raises")
 
@@ -184,12 +185,13 @@ class Worker:
     some seconds."""
 
     def __init__(self, name: str) -> None:
+        self.closed = Event()
         self._queue: SimpleQueue[tuple[Future[Scores], Callable[..., Scores], tuple[object, ...]] | None] = (
             SimpleQueue()
         )
-        thread = Thread(target=self._work, name=name, daemon=True)
-        thread.start()
-        atexit.register(thread.join, PATIENCE)
+        self._thread = Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+        atexit.register(self._end)
 
     def submit(self, do: Callable[..., Scores], *arguments: object) -> Future[Scores]:
         answer: Future[Scores] = Future()
@@ -198,6 +200,7 @@ class Worker:
 
     def close(self) -> None:
         """Begin nothing more."""
+        self.closed.set()
         try:
             while (waiting := self._queue.get_nowait()) is not None:
                 waiting[0].cancel()
@@ -205,15 +208,20 @@ class Worker:
             pass
         self._queue.put(None)
 
+    def _end(self) -> None:
+        self.close()
+        self._thread.join(PATIENCE)
+
     def _work(self) -> None:
         while (task := self._queue.get()) is not None:
             answer, do, arguments = task
-            if not answer.set_running_or_notify_cancel():
-                continue
-            try:
-                answer.set_result(do(*arguments))
-            except BaseException as error:
-                answer.set_exception(error)
+            if answer.set_running_or_notify_cancel():
+                try:
+                    answer.set_result(do(*arguments))
+                except BaseException as error:
+                    answer.set_exception(error)
+            del task, answer, do, arguments  # pictures among them, which nobody needs while it waits
+        atexit.unregister(self._end)
 
 
 def wait(closed: Event, seconds: float) -> bool:

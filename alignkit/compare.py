@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -80,42 +81,41 @@ def _rows(
     chosen = list(steps or settings.steps)
     for number in chosen:
         run.sampler(number)
-    rewards = run.with_measured(run.trained_rewards(), extra, run.asking())
-    for examples in prompts.values():
-        rewards.check(examples)
-    policy = run.policy()
-    rewards.load(policy.device)
-    rows: list[Row] = []
-    for kind, examples in prompts.items():
-        if not examples:
-            continue
+    with closing(run.with_measured(run.trained_rewards(), extra, run.asking())) as rewards:
+        for examples in prompts.values():
+            rewards.check(examples)
+        policy = run.policy()
+        rewards.load(policy.device)
+        rows: list[Row] = []
+        for kind, examples in prompts.items():
+            if not examples:
+                continue
 
-        def measure(
-            when: str, kind: str = kind, examples: Sequence[Example] = examples, rewards: WeightedRewards = rewards
-        ) -> Measurement:
-            passes = len(examples) * settings.samples * sum(chosen)
-            task = progress.add_task(f"{name}, {kind} prompts, {when}", total=passes)
-            try:
-                return evaluate.evaluate(
-                    policy, run.sampler(), rewards, examples, chosen, settings.seed, settings.batch_size,
-                    features=policy.features, samples=settings.samples, drawn=partial(progress.advance, task),
-                )  # fmt: skip
-            finally:
-                progress.remove_task(task)
+            def measure(
+                when: str, kind: str = kind, examples: Sequence[Example] = examples, rewards: WeightedRewards = rewards
+            ) -> Measurement:
+                passes = len(examples) * settings.samples * sum(chosen)
+                task = progress.add_task(f"{name}, {kind} prompts, {when}", total=passes)
+                try:
+                    return evaluate.evaluate(
+                        policy, run.sampler(), rewards, examples, chosen, settings.seed, settings.batch_size,
+                        features=policy.features, samples=settings.samples, drawn=partial(progress.advance, task),
+                    )  # fmt: skip
+                finally:
+                    progress.remove_task(task)
 
-        # All that the measurement before depends on; how the model is trained is left out of it.
-        model = replace(config.model, teacher="", lora_rank=0, lora_targets=[])
-        key = repr((model, config.sampler, config.rewards, settings, examples, chosen, extra))
-        if key not in before:
-            with policy.reference():
-                before[key] = measure("before")
-        with policy.using(run.average):
-            after = measure("after")
-        found = evaluate.compare(before[key], after, rewards.watched) + drift(
-            before[key].features, after.features, len(examples)
-        )
-        rows += [replace(row, prompts=kind) for row in found]
-    rewards.close()
+            # All that the measurement before depends on; how the model is trained is left out of it.
+            model = replace(config.model, teacher="", lora_rank=0, lora_targets=[])
+            key = repr((model, config.sampler, config.rewards, settings, examples, chosen, extra))
+            if key not in before:
+                with policy.reference():
+                    before[key] = measure("before")
+            with policy.using(run.average):
+                after = measure("after")
+            found = evaluate.compare(before[key], after, rewards.watched) + drift(
+                before[key].features, after.features, len(examples)
+            )
+            rows += [replace(row, prompts=kind) for row in found]
     return rows
 
 

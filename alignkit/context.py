@@ -112,8 +112,9 @@ class TrainContext(Context):
             if bool(own.valid.any()):
                 self.log(reward=own.values[own.valid].detach().mean())
                 for name, values in own.parts.items():  # a part may be of some pictures alone
-                    if bool((known := values[own.valid].detach()).isfinite().any()):
-                        self.log(**{f"reward/{name}": known.nanmean()})
+                    known = values[own.valid & values.isfinite()].detach()
+                    if len(known):
+                        self.log(**{f"reward/{name}": known.mean()})
             self.reason = own.reason or self.reason
             if not bool(own.valid.all()):
                 self.log(unscored=(~own.valid).float().mean())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -169,27 +169,31 @@ class Pictures(ABC):
         """Pictures (size, 3, H, W) float32 in [0, 1] and captions at positions start .. of the stream of `seed`."""
 
 
-def find_class(source: str, base: type[T], key: str, expected: str) -> type[T]:
-    """The class that `source` names as "package.module:Class".
+def find_class(source: str, base: type[T], key: str, expected: str) -> Callable[[int], T]:
+    """The class that `source` names as "package.module:Class", or a function there that gives one of its kind.
 
     Raises ConfigError with `key` and what else was `expected` there.
     """
     module, _, name = source.partition(":")
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        found: Any = getattr(importlib.import_module(module), name)
+    except Exception as error:  # a module of the user's may raise anything
         raise ConfigError(f'{key}: {source!r} is {expected}, and no "package.module:Class" ({error})') from error
-    if not (isinstance(found, type) and issubclass(found, base)):
+    if not (issubclass(found, base) if isinstance(found, type) else callable(found)):
         raise ConfigError(f"{key}: {source} is no {base.__module__}.{base.__qualname__}")
-    return found
+    chosen: Callable[[int], T] = found
+    return chosen
 
 
 def open_class(source: str, size: int, base: type[T], key: str, expected: str) -> T:
     """What that class gives for pictures of `size` pixels. Raises ConfigError for a size that it refuses as well."""
     try:
-        return find_class(source, base, key, expected)(size)  # type: ignore[call-arg]
+        found = find_class(source, base, key, expected)(size)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{key}: {source} does not open ({error})") from error
+    if not isinstance(found, base):
+        raise ConfigError(f"{key}: {source} gives no {base.__module__}.{base.__qualname__}")
+    return found
 
 
 def slice_of(position: int, size: int, rank: int, processes: int) -> tuple[int, int]:

@@ -37,11 +37,11 @@ def is_loopback(host: str) -> bool:
 
 
 def _host(address: str) -> str:
-    """The name or address in what a client calls its server, "[::1]:8188"; empty where there is none."""
+    """The name or address in what a client calls its server, "[::1]:8188"; empty where it does not."""
     try:
-        return urlsplit(f"//{address}").hostname or ""
+        return (urlsplit(f"//{address}").hostname or "").removesuffix(".")
     except ValueError:
-        return ""
+        return address
 
 
 class Refusal(Exception):
@@ -144,8 +144,9 @@ class _Handler(BaseHTTPRequestHandler):
         Without one it must be this machine that is addressed: a page in a browser may have its own name resolved to it.
         """
         host = _host(self.headers.get("Host", ""))
-        if not self.server.token and not is_loopback(host):
-            self._send(403, {"error": f"found Host: {host[:80]}, expected localhost"})
+        if host and not self.server.token and not is_loopback(host):  # a browser always names its host
+            told = f"found Host: {host[:80]}, expected localhost; a server with a token ({TOKEN}) takes any"
+            self._send(403, {"error": told})
             return False
         expected = f"Bearer {self.server.token}".encode()
         if self.server.token and not hmac.compare_digest(self.headers.get("Authorization", "").encode(), expected):

@@ -106,8 +106,9 @@ class Loop:
                 yield from self._round(report, stopping)
                 if stopping():
                     return
-            if main:  # before what may still fail
-                run_folder.export(self.run.folder, self.policy, self.trainer.average, self.trainer.ctx.surrogate)
+            with self._stopping_well(None):  # before what else may fail
+                if main:
+                    run_folder.export(self.run.folder, self.policy, self.trainer.average, self.trainer.ctx.surrogate)
             if self._before is not None:
                 with self._stopping_well(None):
                     after = self._measure()

@@ -101,9 +101,10 @@ class JsonPairs(PairTable):
                 text, winner, loser = (record[key] for key in names)
                 if not all(isinstance(value, str) and value.strip() for value in (text, winner, loser)):
                     raise ValueError
-            except (ValueError, KeyError, ConfigError):
+            except (ValueError, KeyError, ConfigError) as error:
                 expected = 'a JSON object with "text", "winner" and "loser", strings that are not empty'
-                leave_out(self._skipped, KEY, f"{where}: expected {expected}, found {line[:60]!r}")
+                why = f" ({error})" if isinstance(error, ConfigError) else ""
+                leave_out(self._skipped, KEY, f"{where}: expected {expected}, found {line[:60]!r}{why}")
                 continue
             missing = [name for name in (winner, loser) if not (self.source.parent / name).is_file()]
             if missing:

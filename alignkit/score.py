@@ -87,6 +87,8 @@ def _captions(files: Sequence[Path]) -> list[Example]:
                 f"{file}: its prompt {beside.name} cannot be read ({error}); expected a text file beside each picture, "
                 "or --prompts FILE"
             ) from error
+        if not text:
+            raise ConfigError(f"{beside}: is empty, expected the prompt of {file.name}, or --prompts FILE")
         found.append(Example(text, place=str(beside)))
     return found
 

@@ -254,7 +254,7 @@ class EvaluateConfig:
         if not self.rewards or self.prompts:
             return ""
         names = ", ".join(self.watched())
-        return f"evaluate.rewards: {names} is not measured, because evaluate.prompts names no held-out prompts"
+        return f"evaluate.rewards: not measured ({names}), because evaluate.prompts names no held-out prompts"
 
     def watched(self) -> dict[str, dict[str, Any]]:
         """The fields of `rewards` by name."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -183,6 +185,47 @@ WeightedRewards([("slow", 1.0, Slow()), ("broken", 1.0, Broken())]).score(torch.
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1 and "reward 'broken' failed" in ended.stderr
+
+
+def test_a_process_does_not_wait_for_a_slow_reward_that_rests() -> None:
+    """Never closed, it waits for its next call when the process ends, which must not cost `PATIENCE`."""
+    program = """
+import atexit, time, torch
+ends = []
+atexit.register(lambda: print(time.monotonic() - ends[0] < 30))  # runs last
+from alignkit import asking
+from alignkit.interfaces import Example, Reward
+from alignkit.rewards import WeightedRewards
+asking.PATIENCE = 60
+class Slow(Reward):
+    slow = True
+    def __call__(self, images, examples):
+        return images.mean((1, 2, 3))
+WeightedRewards([("slow", 1.0, Slow())]).score(torch.zeros(1, 3, 8, 8), [Example("a")], 1)
+ends.append(time.monotonic())
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert ended.stdout == "True\n", ended.stderr
+
+
+def test_pictures_are_let_go_once_they_are_scored_and_a_closed_reward_is_opened_again() -> None:
+    rewards = loaded(Slow(fail=[2]), Asking(retry_seconds=0.01))
+    pictures = IMAGES.clone()
+    (asked,) = rewards._asked
+    held = weakref.ref(pictures)
+    asked.begin(pictures, EXAMPLES).result()
+    del pictures
+    for _ in range(100):
+        gc.collect()
+        if held() is None:
+            break
+        time.sleep(0.05)
+    assert held() is None
+    rewards.close()
+    # Asked where one stands, it is tried again as if it had never been closed; and so it is in a thread anew.
+    assert asked(IMAGES, EXAMPLES).valid.all()
+    assert asked.begin(IMAGES, EXAMPLES).result().valid.all()
+    rewards.close()
 
 
 def test_a_slow_reward_that_was_let_go_is_not_asked_again() -> None:

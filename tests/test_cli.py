@@ -243,7 +243,7 @@ def test_check_prints_one_line_where_all_is_well(engine: Any) -> None:
 
 def test_check_tells_what_is_watched_and_never_measured(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeRun.config, "evaluate", EvaluateConfig(rewards=["shine", {"name": "size"}]))
-    assert "evaluate.rewards: shine, size is not measured, because evaluate.prompts" in run("check", "run.toml").stdout
+    assert "evaluate.rewards: not measured (shine, size), because evaluate.prompts" in run("check", "run.toml").stdout
     monkeypatch.setattr(FakeRun.config, "evaluate", EvaluateConfig(rewards=["shine"], prompts="p.txt"))
     assert "not measured" not in run("check", "run.toml").stdout
 

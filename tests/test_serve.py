@@ -182,6 +182,7 @@ def test_without_a_token_nothing_is_answered_under_another_name_than_that_of_thi
     with serving(Red()) as server, httpx2.Client(base_url=server.url, trust_env=False) as client:
         for host, status in (("evil.example", 403), ("evil.example:8188", 403), ("[oh", 403), ("localhost:1", 200)):
             assert client.get("/spec", headers={"Host": host}).status_code == status
+        assert "ALIGNKIT_TOKEN" in client.get("/spec", headers={"Host": "evil.example"}).json()["error"]
         assert client.get("/spec", headers={"Host": "[::1]:8188"}).status_code == 200
     with serving(Red(), token="s3cret") as server, httpx2.Client(base_url=server.url, trust_env=False) as client:
         headers = {"Host": "judge.example", "Authorization": "Bearer s3cret"}

@@ -85,6 +85,11 @@ def _scores_alone_are_scores_together(
     for i in range(count):
         alone = _score(scoring, images[i : i + 1], examples[i : i + 1])
         same(alone.values, whole[i : i + 1], f"picture {i} alone against in a batch of {count}")
+        known = bool(scores.valid.all())
+        expect(
+            not known or alone.parts.keys() == scores.parts.keys(),
+            f"picture {i} alone has the parts {', '.join(alone.parts)}, in a batch {', '.join(scores.parts)}",
+        )
         for part in alone.parts.keys() & scores.parts.keys():
             what = f"the part {part.removeprefix('it/')!r} of picture {i} alone against in a batch of {count}"
             same(alone.parts[part], scores.parts[part][i : i + 1], what)

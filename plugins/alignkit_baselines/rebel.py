@@ -97,11 +97,18 @@ class REBEL(Algorithm[Compared, Compared]):
     def _log_prob(self, pairs: Pairs, ctx: Context) -> Tensor:
         """(N, 2) of whole walks. One step after the other, each computed again for its gradient: the loss is of their
         sum, and the graphs of all steps of 50 would not fit together."""
+        count = pairs.k.shape[1]
+        if count == 1:
+            return log_prob(pairs, ctx, self.reduction)[:, :, 0]
+
+        def of_step(x: Tensor, x_next: Tensor, k: Tensor) -> Tensor:
+            return log_prob(replace(pairs, x=x, x_next=x_next, k=k), ctx, self.reduction)[:, :, 0]
+
         total = pairs.x.new_zeros(len(pairs), 2)
-        for at in range(pairs.k.shape[1]):
+        for at in range(count):
             here = slice(at, at + 1)
-            step = replace(pairs, x=pairs.x[:, :, here], x_next=pairs.x_next[:, :, here], k=pairs.k[:, here])
-            total = total + checkpoint(log_prob, step, ctx, self.reduction, use_reentrant=False)[:, :, 0]
+            step = pairs.x[:, :, here], pairs.x_next[:, :, here], pairs.k[:, here]
+            total = total + checkpoint(of_step, *step, use_reentrant=False)
         return total
 
     def state_dict(self) -> dict[str, Any]:

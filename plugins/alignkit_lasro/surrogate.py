@@ -89,11 +89,10 @@ class LatentUNet(PairwiseSurrogate):
                 f"surrogate.backbone: {source} reads {unet.config.in_channels} latent channels, the model has "
                 f"{policy.latent_shape[0]}"
             )
-        wide = policy.encode([""]).features.shape[-1]
-        if unet.config.cross_attention_dim != wide:
+        wide, reads = policy.encode([""]).features.shape[-1], unet.config.cross_attention_dim
+        if isinstance(reads, int) and unet.config.encoder_hid_dim is None and reads != wide:
             raise ConfigError(
-                f"surrogate.backbone: {source} reads text features of {unet.config.cross_attention_dim} numbers, the "
-                f"model has {wide}"
+                f"surrogate.backbone: {source} reads text features of {reads} numbers, the model has {wide}"
             )
         spatial = policy.latent_shape[1] // 2 ** (len(unet.config.block_out_channels) - 1)
         self._network = EncoderWithHead(unet, spatial, getattr(policy, "image_size", 0)).to(policy.device)

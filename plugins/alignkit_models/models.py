@@ -102,10 +102,10 @@ _rg_lcd = _with(
     _train(1e-6, updates=10_000, rows_per_update=40, ema_decay=0.95, checkpoint_every=1000),
     {"model": {"lora_rank": 0}, "surrogate": {"learning_rate": 3.3e-6, "weight_decay": 0.0}},
 )
-# Its beta is for cosines; our pickscore has the learned scale of about 100 in it. It follows ImageReward up to 2.
+# Its scores are cosines, without the scale that pickscore learned. It follows ImageReward up to 2.
 _rg_lcd_rewards: dict[str, Settings] = {
     "rg_lcd/clip_score": {"algorithm": {"beta": 5.0}},
-    "rg_lcd/pickscore": {"algorithm": {"beta": 0.05}},
+    "rg_lcd/pickscore": {"algorithm": {"beta": 5.0}, "reward": [{"name": "pickscore", "variant": "cosine"}]},
     "rg_lcd/image_reward": {"algorithm": {"reward_cap": 2.0}},
 }
 # Diffusion-DPO (2311.12908, its code): the whole UNet, 2000 updates of 2048 pairs; the rate rises over 500 of them, for

@@ -89,6 +89,7 @@ _SINGULARS = _words("lens gas canvas atlas christmas")
 
 BEHIND = ("made of ", "in ", "painted ")
 """How attributes begin that stand behind their noun: "a cat made of glass", "a sign in red", "a car painted red"."""
+_HYPHENED = ("-colored", "-shaped")
 _OF_A_PART = re.compile(r"[a-z]+(-[a-z]+)*-[a-z]+ed")
 """What a thing has: "red-haired", "one-eyed"."""
 _MADE_OF = re.compile(r"made (?:\w+ly )?(?:out )?(?:of|from) ")
@@ -97,11 +98,13 @@ _QUOTED = re.compile(r"""(?<!\w)"[^"]*"|“[^”]*”|(?<!\w)'[^']*'(?!\w)|\d+\"
 
 
 def _is_attribute(word: str) -> bool:
-    return all(part in ATTRIBUTES for part in word.split("-")) or bool(_OF_A_PART.fullmatch(word))
+    of_a_part = _OF_A_PART.fullmatch(word) and word.rpartition("-")[2] not in _NOUNS
+    return all(part in ATTRIBUTES for part in word.split("-")) or word.endswith(_HYPHENED) or bool(of_a_part)
 
 
 def _is_participle(word: str) -> bool:
-    return bool(_PARTICIPLE.fullmatch(word)) and word not in _NOUNS and not _is_attribute(word)
+    noun = word.rpartition("-")[2] in _NOUNS  # "a sofa-bed"
+    return bool(_PARTICIPLE.fullmatch(word)) and not noun and not _is_attribute(word)
 
 
 def _is_name(word: str) -> bool:
@@ -183,14 +186,15 @@ def _tokens(text: str) -> list[str]:
         words += " and ".join(parts).split() if all(map(_is_attribute, parts)) else [word]
     out: list[str] = []
     while words:
-        found, length = _behind([*words, ".", ".", "."])
+        found, length = _behind(out[-1] if out else ".", [*words, ".", ".", "."])
         out += found or words[:1]
         words = words[length or 1 :]
     return out
 
 
-def _behind(words: Sequence[str]) -> tuple[list[str], int]:
-    """Attributes behind a noun with which `words` begin, and how many of the words they take."""
+def _behind(before: str, words: Sequence[str]) -> tuple[list[str], int]:
+    """Attributes behind a noun with which `words` begin, and how many of the words they take; `before` stands before
+    them."""
     made = _MADE_OF.match(" ".join([*words[:4], ""]))
     start = end = made[0].count(" ") if made else 1
     if made:
@@ -207,7 +211,9 @@ def _behind(words: Sequence[str]) -> tuple[list[str], int]:
             found.append(f"made of {words[end + step]}")
             end += step + 1
         return found, end
-    if words[0] not in ("in", "painted"):
+    # "a car painted red", and not "a painted red car", "a newly painted red car".
+    noun = _is_name(before) and not _is_attribute(before) and not before.endswith("ly")
+    if words[0] != "in" and not (words[0] == "painted" and noun):
         return [], 0
     while words[end] in COLORS | _SHADES | {"and"}:
         end += 1

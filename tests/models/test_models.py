@@ -66,7 +66,7 @@ def test_every_method_starts_on_every_model_for_which_it_makes_sense(prompts: Pa
     [
         ("lcm_dreamshaper", "rg_lcd", "hpsv2", "algorithm", "beta", 1.0),
         ("lcm_dreamshaper", "rg_lcd", "clip_score", "algorithm", "beta", 5.0),
-        ("sdxl_lcm", "rg_lcd", "pickscore", "algorithm", "beta", 0.05),
+        ("sdxl_lcm", "rg_lcd", "pickscore", "algorithm", "beta", 5.0),
         ("sdxl_lcm", "rg_lcd", "image_reward", "algorithm", "reward_cap", 2.0),
         ("lcm_dreamshaper", "ddpo", "aesthetic", "data", "batch_size", 8),
         ("lcm_dreamshaper", "ddpo", "jpeg_compressibility", "data", "batch_size", 4),
@@ -82,6 +82,8 @@ def test_a_method_has_the_settings_that_its_paper_has_for_the_reward(
 ) -> None:
     config = run(prompts, model, algorithm, reward=[reward]).config
     found = getattr(config, section)
+    if (algorithm, reward) == ("rg_lcd", "pickscore"):  # whose beta is that of cosines
+        assert config.rewards[0].fields["variant"] == "cosine"
     assert (found.fields[key] if section == "algorithm" else getattr(found, key)) == value
 
 

@@ -40,6 +40,17 @@ QUESTIONS = {
     "a car painted red beside a painted chair": [
         "is there a car?", "is the car painted red?", "is there a chair?",
     ],
+    "a dog and a painted red, white and blue fence": [
+        "is there a dog?", "is there a fence?", "is the fence red?", "is the fence white?", "is the fence blue?",
+    ],
+    "a cat next to a painted orange": ["is there a cat?", "is there an orange?"],
+    "a dog next to a painted red and a green chair": ["is there a dog?", "is there a chair?", "is the chair green?"],
+    "a newly painted red, shiny car": ["is there a car?", "is the car red?", "is the car shiny?"],
+    "the door is painted green": ["is there a door?", "is the door green?"],
+    "a wooden dog-sled and a red sofa-bed": [
+        "is there a dog-sled?", "is the dog-sled made of wood?", "is there a sofa-bed?", "is the sofa-bed red?",
+    ],
+    "a 50s-colored car": ["is there a car?", "is the car 50s-colored?"],
     "a 3d render of a golden dragon": ["is there a dragon?", "is the dragon golden?"],
     "a blue bus": ["is there a bus?", "is the bus blue?"],
     "a yellow umbrella": ["is there an umbrella?", "is the umbrella yellow?"],
