@@ -60,6 +60,7 @@ _undistilled = {
     "RLCM, no distillation": Method("ddpo", "samples", {"algorithm.samples": 4}),
     "PSO, no distillation": Method("pso", "2 pairs", {"algorithm.pairs": 2}),
 }
+_gors_lcm = Method("gors_lcm", "samples", {"algorithm.samples": 4})
 # 40 rounds, some more than the 32 that the model brings; its batch sets the number of samples for all.
 _lasro = Method("lasro", "samples", {
     "data.batch_size": 48, "train.rows_per_update": 96, "train.rows_per_pass": 48, "train.ema_decay": 0.96,
@@ -91,7 +92,7 @@ _tables = [
             **_undistilled,
             # LaSRO's model brings an adapter of more layers for it.
             "RLCM, wide adapter": Method("ddpo", "samples", {"algorithm.samples": 4, "model.lora_targets": WIDE}),
-            "GORS-LCM": Method("gors_lcm", "samples", {"algorithm.samples": 4}),
+            "GORS-LCM": _gors_lcm,
             # The control of all that distil beside a reward.
             "distillation alone": Method("lcd", "rows"),
             "LaSRO": _lasro,
@@ -109,7 +110,7 @@ _tables = [
         # The surrogate that the model brings knows another reward; LaSRO teaches one from nothing, within its samples.
         methods={
             **_undistilled,
-            "GORS-LCM": Method("gors_lcm", "samples", {"algorithm.samples": 4}),
+            "GORS-LCM": _gors_lcm,
             "LaSRO": _lasro,
         },
         pictures=3,

@@ -49,8 +49,8 @@ def resize(images: Tensor, height: int, width: int, levels: bool = True) -> Tens
     """(N, 3, H, W) in [0, 1] to float32 (N, 3, height, width) in [0, 1], as Pillow's `resize(..., BICUBIC)` would.
 
     Equal to Pillow for 8-bit pictures: across first, then down, each pass rounded. (For some pictures that lose height
-    Pillow 13 goes down first: rounding and clamping between the passes then differ, by up to 2 levels on smooth
-    pictures and up to 28 on noise. Older ones never do.) All sums are exact in float64, so they agree on every device;
+    Pillow 13 goes down first: rounding and clamping between the passes then differ, by 2 levels on smooth pictures
+    and up to 25 on noise. Older ones never do.) All sums are exact in float64, so they agree on every device;
     differentiable, the rounding counting as the identity. Without `levels` nothing is rounded or clamped, as in
     torch's antialiased bicubic resize of a tensor; values may then leave [0, 1] a little.
     """
