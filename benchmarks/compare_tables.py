@@ -77,6 +77,14 @@ _by_likelihood = {
     "SDPO": Method("sdpo", "2 pairs", {"algorithm.pairs": 2, "train.rows_per_pass": 64}),
 }
 
+
+def _longer(name: str, **fields: Any) -> Method:
+    """A method of these with four times the samples, and other fields."""
+    method = _by_likelihood[name]
+    settings = {**method.settings, **{f"algorithm.{field}": value for field, value in fields.items()}}
+    return replace(method, samples=10240, rate=3e-4, settings=settings)
+
+
 _tables = [
     Table(
         "lcm",
@@ -127,8 +135,11 @@ _tables = [
         methods={
             **_by_likelihood,
             # Whether samples are what is missing.
-            "DDPO for longer": replace(_by_likelihood["DDPO"], samples=10240, rate=3e-4),
-            "SDPO for longer": replace(_by_likelihood["SDPO"], samples=10240, rate=3e-4),
+            "DDPO for longer": _longer("DDPO"),
+            "SDPO for longer": _longer("SDPO"),
+            # Whether it is the rewards of a walk's predictions, or what stands between those that are asked for.
+            "SDPO for longer, last reward": _longer("SDPO", queries="one"),
+            "SDPO for longer, every reward": _longer("SDPO", queries="all"),
         },
     ),
     Table(
@@ -175,6 +186,10 @@ _tables = [
         rates=(3e-5, 1e-4, 3e-4),
         methods={
             "Diffusion-DPO": Method("diffusion_dpo", "rows"),
+            # Whether it is the first time, where noise alone tells no picture from another, that takes the damage.
+            "Diffusion-DPO, velocity": Method(
+                "diffusion_dpo", "rows", {"algorithm.space": "velocity", "algorithm.zero_terminal_snr": False}
+            ),
             "PSO, offline": Method("pso", "rows", {"algorithm.mode": "offline"}),
         },
     ),
