@@ -26,6 +26,7 @@ import argparse
 import functools
 import hashlib
 import json
+import re
 import shutil
 import sys
 import time
@@ -224,7 +225,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS, help="a folder for each run")
     parser.add_argument("--tables", default=",".join(TABLES))
-    parser.add_argument("--methods", default="", help="rows of the tables, or algorithms; empty: all")
+    parser.add_argument(
+        "--methods", default="", help="rows of the tables, or algorithms, with commas and no spaces between; empty: all"
+    )
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--prompts", type=int, default=200, help="that are read, held out from training")
     parser.add_argument("--cells", type=int, default=0, help="stop behind so many; 0: none is left")
@@ -238,7 +241,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"### {table.title} ({table.paper})\n\n{render(comparison.results, table)}")
         return
     seeds = [0] if options.quick else [int(seed) for seed in options.seeds.split(",")]
-    wanted = set(filter(None, options.methods.split(",")))
+    wanted = set(filter(None, re.split(r",(?! )", options.methods)))  # names of rows have commas with a space behind
+    known = {n for table in tables for name, method in table.methods.items() for n in (name, method.algorithm)}
+    if unknown := sorted(wanted - known):
+        raise ConfigError(f"--methods: found {unknown[0]!r}, expected one or more of {', '.join(sorted(known))}")
     done = 0
     for table in tables:
         methods = [name for name, method in table.methods.items() if not wanted or wanted & {name, method.algorithm}]

@@ -110,6 +110,8 @@ def test_the_comparison_is_made_cell_by_cell_and_rendered(
     assert len(results) == 4 and tuned[final["rate"]] == max(tuned.values())
     assert final["samples"] == 8 and final["updates"] == 2 and set(final["drift"]) == {"1", "2"}
     assert len(final["values"]["2"]["reading"]) == 3
+    with pytest.raises(ConfigError, match=r"--methods: found 'dddpo', expected one or more of DDPO, ddpo$"):
+        compare.main([*base, "--methods", "ddpo,dddpo"])
     before = sorted(file.stat().st_mtime_ns for file in out.rglob("result.json"))
     compare.main(base)  # nothing is left
     assert sorted(file.stat().st_mtime_ns for file in out.rglob("result.json")) == before
@@ -118,9 +120,9 @@ def test_the_comparison_is_made_cell_by_cell_and_rendered(
     assert len(report.final({**results, "other": {**final, "rate": other}}, small)) == 2
     # A row with a rate of its own tries none, and one with samples of its own draws as many.
     longer = replace(small.methods["DDPO"], rate=other, samples=12)
-    monkeypatch.setitem(compare.TABLES, "small", replace(small, methods={**small.methods, "longer": longer}))
-    compare.main([*base, "--methods", "longer"])
-    (own,) = (r for r in read(out).values() if r["method"] == "longer")
+    monkeypatch.setitem(compare.TABLES, "small", replace(small, methods={**small.methods, "DDPO, longer": longer}))
+    compare.main([*base, "--methods", "DDPO, longer"])
+    (own,) = (r for r in read(out).values() if r["method"] == "DDPO, longer")
     assert (own["rate"], own["samples"], own["updates"], own["tuning"]) == (other, 12, 3, False)
     assert own in report.final(read(out), compare.TABLES["small"])
     monkeypatch.setitem(compare.TABLES, "small", small)
