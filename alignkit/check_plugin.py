@@ -133,7 +133,7 @@ def _check_algorithm(
 ) -> str:
     """On each form of model with the first sampler that it accepts."""
     surrogate = None
-    if "surrogate" in algorithm.needs and (own := getattr(algorithm, "default_surrogate", "")):
+    if "surrogate" in algorithm.needs and (own := algorithm.default_surrogate):
         surrogate = _built(registry, "surrogate", normalise(own), given)
     checked, reasons = [], []
     for form, names in WALKS.items():

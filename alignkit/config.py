@@ -231,7 +231,7 @@ class _Loader:
             return None
         cls = self.registry.get("algorithm", algorithm.name)
         if "surrogate" in cls(**algorithm.fields).needs:
-            return self._plugin("surrogate", self.layers.name("surrogate") or getattr(cls, "default_surrogate", ""))
+            return self._plugin("surrogate", self.layers.name("surrogate") or cls.default_surrogate)
         file, overrides = self.file.tree if self.file else {}, self.layers.layers[-1].tree
         if "surrogate" in overrides or ("surrogate" in file and "name" not in overrides.get("algorithm", {})):
             self.layers.problem("surrogate", "", f"algorithm {algorithm.name} uses none; remove this section")

@@ -432,6 +432,12 @@ class Algorithm(ABC, Generic[C, R]):
     What depends on the fields is set on the instance, in `__post_init__`.
     """
 
+    default_surrogate: ClassVar[str] = ""
+    """Name of the surrogate that it takes where none is named."""
+
+    surrogate_type: ClassVar[type] = Surrogate
+    """What its surrogate must be an instance of; checked by the core before any weight loads."""
+
     draws: ClassVar[bool] = True
     """Whether it draws pictures of prompts; what learns from given pictures or pairs alone runs without any."""
 

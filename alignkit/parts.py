@@ -142,6 +142,7 @@ class Parts:
                 f"model.teacher: missing; algorithm {self.config.algorithm.name} needs the model that "
                 f"{self.config.model.name} was distilled from"
             )
+        self._check_surrogate(algorithm)
         if self.config.surrogate and self.config.surrogate.init and not surrogate_file(self.config.surrogate).is_file():
             raise ConfigError(
                 f"surrogate.init: there is no {surrogate_file(self.config.surrogate)}; "
@@ -175,6 +176,16 @@ class Parts:
         if held_out := self.held_out():
             self.with_measured(self.trained_rewards()).check(held_out)
         return skipped or []
+
+    def _check_surrogate(self, algorithm: Algorithm[Any, Any]) -> None:
+        """Raise ConfigError for a surrogate that the algorithm cannot teach."""
+        config, wanted = self.config.surrogate, algorithm.surrogate_type
+        if config is None or issubclass(default_registry().get("surrogate", config.name), wanted):
+            return
+        raise ConfigError(
+            f"surrogate.name: found {config.name}, expected {algorithm.default_surrogate or 'one'}, or another that is "
+            f"derived from {wanted.__name__}, which algorithm {self.config.algorithm.name} teaches"
+        )
 
     def _check_walk(self, consistency: bool | None) -> None:
         """Raise ConfigError for the walk of consistency models on one that is none; `consistency` None: unknown yet."""

@@ -117,7 +117,7 @@ def tiny_trainer(
     settings = None
     policy = tiny_policy(form)
     if "surrogate" in algorithm.needs:
-        own = getattr(algorithm, "default_surrogate", "")
+        own = algorithm.default_surrogate
         if surrogate is None and not own:
             raise ConfigError(
                 "the algorithm needs a surrogate and has no default_surrogate; hand one to check_algorithm"

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from alignkit.errors import ConfigError
 from alignkit.interfaces import Algorithm, Batch, Context, Example, Prompt, Rows, Sampler
 from alignkit_lcd.distillation import Average, Distance, Distillation, Noised
 from alignkit_rg_lcd.preference import Direction, RealPictures, margins, preference_loss, with_real_pictures
@@ -57,6 +56,7 @@ class RGLCD(Algorithm[Collected, Noised]):
     needs: ClassVar[frozenset[str]] = frozenset({"teacher", "pictures"})
     draws: ClassVar[bool] = False
     default_surrogate: ClassVar[str] = "lrm"
+    surrogate_type: ClassVar[type] = LRM
 
     beta: float = 1.0
     """Weight of the reward. The paper has 5 for CLIPScore and PickScore, 1 for ImageReward and HPSv2.1; 0 is plain
@@ -109,10 +109,6 @@ class RGLCD(Algorithm[Collected, Noised]):
         self._distillation.check(sampler)
 
     def setup(self, ctx: Context) -> None:
-        if self.proxy and not isinstance(ctx.surrogate, LRM):
-            raise ConfigError(
-                f"surrogate.name: found {type(ctx.surrogate).__name__}, expected lrm: the proxy is taught by its layers"
-            )
         self._target.start(ctx.policy)
 
     # collect: captioned latents, noised; with the proxy, what the expert says of some of them

@@ -73,9 +73,9 @@ def test_a_student_that_is_no_latent_consistency_model_is_refused(tiny_run: Make
         RGLCD().check(DDIM())
 
 
-def test_a_surrogate_of_another_kind_is_refused(make_trainer: MakeTrainer) -> None:
-    with pytest.raises(ConfigError, match=r"surrogate\.name: found LatentUNet, expected lrm"):
-        make_trainer({**DIRECT, "algorithm.proxy": True, "surrogate.name": "latent_unet"})
+def test_a_surrogate_of_another_kind_is_refused(tiny_run: MakeRun) -> None:
+    with pytest.raises(ConfigError, match=r"surrogate\.name: found latent_unet, expected lrm, or another that is derived from LRM"):
+        tiny_run(overrides={**DIRECT, "algorithm.proxy": True, "surrogate.name": "latent_unet"}).check()
 
 
 @pytest.mark.parametrize(
