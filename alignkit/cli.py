@@ -103,7 +103,8 @@ def check(
         typer.echo(f"skipped as broken: {what}")
     if unmeasured := config.evaluate.unmeasured():
         typer.echo(f"warning: {unmeasured}")
-    what = f"{config.algorithm.name} on {config.model.name}, {' and '.join(r.name for r in config.rewards)}"
+    rewards = " and ".join(r.name for r in config.rewards) or "no reward"
+    what = f"{config.algorithm.name} on {config.model.name}, {rewards}"
     typer.echo(f"{file or 'settings'}: no mistakes found ({what}, {config.train.updates} updates)")
 
 

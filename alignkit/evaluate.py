@@ -116,7 +116,8 @@ def evaluate(
 
         # Slow rewards answer while the next pictures are drawn.
         scores = joined(rewards.score_each(batches()))
-        for name, found in {TOTAL: scores.values, **scores.parts}.items():
+        total = {TOTAL: scores.values} if rewards.rewards else {}  # where all are watched there is nothing to sum
+        for name, found in {**total, **scores.parts}.items():
             values[num_steps, name] = found.cpu().view(samples, -1).nanmean(0)
         columns.append(torch.stack(kept))
     return Measurement(values, torch.stack(columns, dim=1), {k: torch.cat(parts) for k, parts in seen.items()})

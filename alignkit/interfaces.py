@@ -441,6 +441,9 @@ class Algorithm(ABC, Generic[C, R]):
     draws: ClassVar[bool] = True
     """Whether it draws pictures of prompts; what learns from given pictures or pairs alone runs without any."""
 
+    asks_rewards: ClassVar[bool] = True
+    """Whether it learns from rewards. One that does not runs without any; those that are named are only measured."""
+
     takes_advantages: ClassVar[bool] = False
     """Whether it learns from advantages, and takes them by `alignkit.advantage.of_terms`, so that those of several
     rewards can be taken apart (`scoring.combine = "advantage"`)."""

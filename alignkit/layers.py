@@ -104,8 +104,7 @@ class Layers:
     def wanted(self, section: str) -> list[str]:
         """The names in the last list that was given in a section of `LISTS`."""
         given = [entries for x in self if (entries := value_at(x.tree, section)) is not None]
-        # Without rewards to train on there is no run, so an empty list leaves those of the model.
-        last: list[Any] = next((e for e in reversed(given) if e or section != "reward"), [])
+        last: list[Any] = given[-1] if given else []
         return [normalise(entry if isinstance(entry, str) else entry["name"]) for entry in last]
 
     def listed(self, section: str, where: str, twice: str) -> Iterator[tuple[int, str, dict[str, Any]]]:

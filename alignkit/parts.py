@@ -67,7 +67,7 @@ class Parts:
         fields = self.config.evaluate.watched()
         names = [name for name in dict.fromkeys([*fields, *further]) if name not in kept]
         watched = [(name, default_registry().get("reward", name)(**fields.get(name, {}))) for name in names]
-        return WeightedRewards(trained, watched, asking)
+        return WeightedRewards(trained, watched, asking, needed=self.algorithm().asks_rewards)
 
     def asking(self, cache: str | Path = "", warn: Callable[[str], None] | None = None) -> Asking:
         """How rewards are asked, as `[scoring]` says; `cache` is where scores are kept if that names no file."""
@@ -164,7 +164,7 @@ class Parts:
         Combination.check(
             self.config.rewards, self.config.scoring, algorithm.takes_advantages, self.config.algorithm.name
         )
-        rewards = WeightedRewards(self.trained_rewards())
+        rewards = WeightedRewards(self.trained_rewards(), needed=algorithm.asks_rewards)
         if "differentiable_reward" in algorithm.needs and not rewards.differentiable:
             boxes = " and ".join(name for name, _, reward in rewards.rewards if not reward.differentiable)
             raise ConfigError(

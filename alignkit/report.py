@@ -97,7 +97,10 @@ class Report:
         self._print(Text(f"warning: {message}", style="yellow"))
 
     def evaluation(self, step: int, rows: Sequence[Row]) -> None:
-        """Record and show an evaluation, and what it says of reward hacking where a reward is watched."""
+        """Record and show an evaluation, and what it says of reward hacking where a reward is watched. Without rows
+        nothing was measured, and nothing is said."""
+        if not rows:
+            return
         self._append({"step": step, "evaluation": [asdict(row) for row in rows]})
         self._print(table(rows, title=f"after {step} of {self.total} updates" if step else "before training"))
         if (found := verdict(rows)) is not None:

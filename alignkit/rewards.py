@@ -48,11 +48,12 @@ class WeightedRewards:
         rewards: Sequence[tuple[str, float, Reward]],
         watched: Sequence[tuple[str, Reward]] = (),
         asking: Asking | None = None,
+        needed: bool = True,
     ) -> None:
         """`rewards` are (name, weight, reward); `watched` are (name, reward), which are scored and have no part in the
-        sum. Raises ConfigError for an empty list and for a name used twice."""
+        sum. Raises ConfigError for a name used twice, and where one is `needed` and there is none."""
         names = [name for name, _, _ in rewards] + [name for name, _ in watched]
-        if not names:
+        if needed and not names:
             raise ConfigError("reward: none is given; expected at least one, as --reward attribute_binding")
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:

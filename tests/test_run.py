@@ -19,7 +19,7 @@ import alignkit
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.loop import Loop
 from alignkit.rollout import seeded_noises
-from alignkit.run import Run
+from alignkit.run import Run, open_run
 
 MakeRun = Callable[..., Run]
 TEXTS = ["a red circle", "a blue square and a green cross"]
@@ -229,6 +229,35 @@ def test_a_run_of_no_updates_measures_the_model_as_it_is(tiny_run: MakeRun) -> N
     assert list(run.train()) == []
     last = records_of(run.folder)[-1]["evaluation"]
     assert all(row["before"] == row["after"] for row in last)
+
+
+NO_REWARD: dict[str, dict[str, Any]] = {
+    "lcd": {},
+    "diffusion_dpo": {"data.pairs": "alignkit_shapes.data:DrawingPairs"},
+    "pso": {"data.pairs": "alignkit_shapes.data:DrawingPairs", "algorithm.mode": "offline"},
+    "rg_lcd": {"algorithm.beta": 0.0},
+}
+
+
+@pytest.mark.parametrize("algorithm", NO_REWARD)
+def test_what_asks_no_reward_runs_without_one_and_measures_what_is_named(algorithm: str, tiny_run: MakeRun) -> None:
+    settings = {"algorithm.name": algorithm, "reward": [], "train.updates": 2, **NO_REWARD[algorithm]}
+    run = tiny_run(overrides=settings)
+    assert len(list(run.train())) == 2 and run.config.rewards == []
+    assert not any("evaluation" in record for record in records_of(run.folder))
+    assert (run.folder / "samples" / "000002.png").is_file()
+    again = open_run(run.folder)
+    assert again.config.rewards == []
+    assert {row.reward for row in again.evaluate()} == {"drift"}
+    named = again.evaluate(rewards=["brightness"])
+    assert {row.reward for row in named} == {"brightness", "drift"}
+    assert all(row.watched for row in named if row.reward == "brightness")
+
+
+@pytest.mark.parametrize("algorithm", ["ddpo", "lasro", "pso", "rg_lcd"])
+def test_what_learns_from_rewards_needs_one(algorithm: str, tiny_run: MakeRun) -> None:
+    with pytest.raises(ConfigError, match=r"^reward: none is given; expected at least one"):
+        tiny_run(overrides={"algorithm.name": algorithm, "sampler.num_steps": 2, "reward": []}).check()
 
 
 def test_a_surrogate_can_start_from_that_of_another_run(finished: Run, tiny_run: MakeRun, tmp_path: Path) -> None:

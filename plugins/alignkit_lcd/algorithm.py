@@ -21,6 +21,7 @@ class LCD(Algorithm[Noised, Noised]):
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher", "pictures"})
     draws: ClassVar[bool] = False
+    asks_rewards: ClassVar[bool] = False
 
     ode_steps: int = 50
     """Solver steps; must be what the student's sampler counts as original steps."""

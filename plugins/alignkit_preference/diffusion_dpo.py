@@ -36,6 +36,7 @@ class DiffusionDPO(Algorithm[LatentPairs, NoisedPairs]):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"pairs"})
+    asks_rewards: ClassVar[bool] = False
 
     beta: float = 5000.0
     """What half the difference of errors is multiplied with (the authors' code; diffusers' script has no half, and

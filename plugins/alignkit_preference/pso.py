@@ -95,6 +95,7 @@ class PSO(Algorithm[Collected, PairRows]):
         if self.distillation_weight:
             needs |= {"teacher", "pictures"}
         self.needs = frozenset(needs)  # type: ignore[misc]
+        self.asks_rewards = self.mode == "online"  # type: ignore[misc]
         self._beta = self.beta if self.beta is not None else {"online": 50.0, "offline": 5.0}[self.mode]
         self._distillation = Distillation(self.ode_steps, self.w_min, self.w_max)
 

@@ -102,6 +102,8 @@ class RGLCD(Algorithm[Collected, Noised]):
             self.needs = type(self).needs | {"surrogate"}  # type: ignore[misc]
         elif self.beta:
             self.needs = type(self).needs | {"differentiable_reward"}  # type: ignore[misc]
+        else:
+            self.asks_rewards = False  # type: ignore[misc]
         self._distillation = Distillation(self.ode_steps, self.w_min, self.w_max, self.huber_c, self.distance)
         self._target = Average(self.target_decay)
 
