@@ -1,20 +1,22 @@
 """Where the gradient of a surrogate leads: samples of a model moved along it, judged and read off.
 
-    python benchmarks/gradient.py [--run RUN]
+    python benchmarks/gradient.py [--run RUN] [--surrogate RUN]
 
 A learned reward may rank samples well and still point nowhere useful. Here no policy is trained: the clean latents of
 `--prompts` training prompts take four steps along the gradient of the shipped surrogate, less its score under another
 prompt (`algorithm.contrast`), and for comparison along that of the judge itself through the decoder; each as it is and
 through the teacher (`algorithm.purify`). The gradient is the mean over four draws of noise (`algorithm.smoothing`),
-scaled to a root mean square over all samples of `distance`, in units of a latent's spread. `score` is what the
-surrogate makes of them, less that under the other prompt. With a run of `lasro` on shapes_lcm its policy answers the
-same noises: how far it moves the samples (root mean square), and how far the mean of all.
+scaled to a root mean square over all samples of `distance`, in units of a latent's spread. With `--surrogate` it is
+that of a run, lasro's or the proxy of rg_lcd. `score` is what the surrogate makes of them, less that under the other
+prompt. With `--run`, a run of `lasro` on shapes_lcm, its policy answers the same noises: how far it moves the samples
+(root mean square), and how far the mean of all.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -48,11 +50,15 @@ def main() -> None:
     parser.add_argument("--smoothing", type=float, default=0.3)
     parser.add_argument("--purify", type=int, default=250)
     parser.add_argument("--run", help="a run folder of lasro on shapes_lcm")
+    parser.add_argument("--surrogate", metavar="RUN", help="a run folder on shapes_lcm whose surrogate is followed")
     arguments = parser.parse_args()
     run = alignkit.load(None, {"algorithm.name": "lasro"})
     policy, sampler, examples = run.policy(), run.sampler(2), run.prompts()[: arguments.prompts]
-    surrogate = run.load_surrogate(policy)
-    assert surrogate is not None
+    source = arguments.surrogate
+    learned = alignkit.load(Path(source, "run.toml"), {"surrogate.init": source}) if source else run
+    surrogate = learned.load_surrogate(policy)
+    if surrogate is None:
+        parser.error(f"--surrogate {source}: found a run without a surrogate")
     prompt = policy.encode([e.text for e in examples])
     judges = [AttributeBinding(judge=str(WEIGHTS / "judge"), mode=mode) for mode in ("hard", "soft")]
     for judge in judges:

@@ -1,0 +1,47 @@
+"""Where on a walk a training moved the model: how far its predictions are from those of the model before.
+
+    python benchmarks/movement.py RUN [RUN ...] [--steps 4] [--prompts 200]
+
+The model before training walks `--steps` steps of each of the first training prompts; at every latent on the way both
+predict. Root mean squares over all numbers, of the noise and of the clean latent: an error of the noise weighs sigma /
+alpha in the clean latent, most where a walk begins. The average weights of a run are taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from rich.console import Console
+from rich.table import Column, Table
+
+from alignkit import diffusion
+from alignkit.rollout import seeded_noises, walk
+from alignkit.run import open_run
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("runs", nargs="+", metavar="RUN", help="a folder")
+parser.add_argument("--steps", type=int, default=4)
+parser.add_argument("--prompts", type=int, default=200)
+options = parser.parse_args()
+table = Table(Column("run", overflow="fold"), "time", "sigma / alpha", "noise moved", "clean latent moved")
+for folder in options.runs:
+    run = open_run(folder)
+    policy, sampler = run.policy(), run.sampler(options.steps)
+    prompt = policy.encode([example.text for example in run.prompts()[: options.prompts]])
+    noises = seeded_noises(policy.latent_shape, options.steps, [(0, i) for i in range(len(prompt))])
+    with torch.no_grad():
+        with policy.reference():
+            rollout = walk(policy, sampler, prompt, noises)
+        for k, time in enumerate(sampler.grid(policy).tolist()):
+            x, t = rollout.states[:, k], torch.full((len(prompt),), time)
+            alpha, sigma = policy.schedule(t)
+            with policy.reference():
+                before = policy.denoise(x, t, prompt)
+            with policy.using(run.average):
+                now = policy.denoise(x, t, prompt)
+            moved = now - before
+            noise = diffusion.to_noise(now, x, alpha, sigma) - diffusion.to_noise(before, x, alpha, sigma)
+            sizes = [f"{float(d.square().mean().sqrt()):.4f}" for d in (noise, moved)]
+            table.add_row(folder if k == 0 else "", str(time), f"{float(sigma[0] / alpha[0]):.1f}", *sizes)
+Console().print(table)
