@@ -22,6 +22,7 @@ from alignkit_preference.noised import (
     margin,
     metrics,
     noised,
+    rescaled,
 )
 from alignkit_samplers.lcm import LCM
 
@@ -88,7 +89,14 @@ class DiffusionDPO(Algorithm[LatentPairs, NoisedPairs]):
 
     def setup(self, ctx: Context) -> None:
         times = self.times(ctx).to(ctx.policy.device)
-        if self.grid_steps and self.space == "noise" and bool((ctx.policy.schedule(times)[0] == 0).any()):
+        if not self.grid_steps or self.space != "noise":
+            return
+        if self.zero_terminal_snr and bool((rescaled(ctx.policy, times)[0] == 0).all()):
+            raise ConfigError(
+                f"algorithm.grid_steps: found {self.grid_steps}, expected more with zero_terminal_snr: at the one time "
+                "that is learned at both pictures are the same noise, and nothing tells them apart"
+            )
+        if bool((ctx.policy.schedule(times)[0] == 0).any()):
             ctx.warn(
                 "at the first of algorithm.grid_steps the model begins with pure noise, which needs no telling: set "
                 'algorithm.space = "velocity" to learn there too'

@@ -196,6 +196,20 @@ def test_settings_that_cannot_learn_are_refused(fields: dict[str, Any]) -> None:
         DiffusionDPO(**fields)
 
 
+def test_pure_noise_alone_teaches_nothing_and_is_refused(make: MakeTrainer) -> None:
+    fields = {"algorithm.grid_steps": 1, "algorithm.zero_terminal_snr": True}
+    with pytest.raises(ConfigError, match=r"^algorithm\.grid_steps: found 1, expected more with zero_terminal_snr"):
+        make("diffusion_dpo", fields)
+    # Of two times the last one is pure noise, which has no part in the gradient.
+    trainer = make("diffusion_dpo", {**fields, "algorithm.grid_steps": 2})
+    rows = update_rows(trainer)
+    for time, learns in ((499, True), (999, False)):
+        loss, _ = trainer.algorithm.loss(replace(rows, t=torch.full_like(rows.t, time)), trainer.ctx)
+        grads = torch.autograd.grad(loss, trainer.ctx.policy.parameters(), allow_unused=True)
+        largest = max(float(g.abs().max()) for g in grads if g is not None)
+        assert (largest > 1e-3) == learns
+
+
 @pytest.mark.parametrize("ddim", [False, True])
 def test_the_preferred_side_becomes_more_likely_beside_the_other(make: MakeTrainer, seen: Any, ddim: bool) -> None:
     trainer = make("diffusion_dpo", {
