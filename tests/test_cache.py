@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from alignkit import diffusers_policy
 from alignkit.cache import EncoderCache, content_of, fingerprint, tokenizer_state
 from alignkit.diffusers_policy import DiffusersPolicy
 from alignkit.errors import AlignkitError
@@ -50,6 +51,26 @@ def test_another_encoder_or_another_content_finds_nothing(tmp_path: Path) -> Non
         for i, key in enumerate((("e", "ab"), ("f", "ab"), ("e", "ac")))
     }
     assert [int(found["x"]) for found in values.values()] == [0, 1, 2] and cache.made == 3
+
+
+def test_without_a_cache_the_texts_that_were_asked_for_last_stay_encoded(
+    tiny_lcm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = DiffusersPolicy(str(tiny_lcm), trainable=False)
+    encoded: list[str] = []
+    encode = policy._encode_text
+    monkeypatch.setattr(policy, "_encode_text", lambda text: encoded.append(text) or encode(text))
+    first = policy.encode(["a", "b", "c", "a"])
+    again = policy.encode(["c", "a", "b"])
+    assert encoded == ["a", "b", "c"]
+    assert torch.equal(first.features, again.select(torch.tensor([1, 2, 0, 1])).features)
+    # Room for three, of which b was asked for last and c first.
+    monkeypatch.setattr(diffusers_policy, "REMEMBERED", 3 * first.features[0].nbytes)
+    policy.encode(["d"])
+    policy.encode(["b", "a", "d"])
+    assert encoded == ["a", "b", "c", "d"]
+    policy.encode(["c"])
+    assert encoded == ["a", "b", "c", "d", "c"]
 
 
 @pytest.mark.parametrize("kept", [0, 7, 60, -1])
