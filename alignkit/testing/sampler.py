@@ -21,7 +21,8 @@ def check_sampler(sampler: Sampler, policy: Policy | None = None) -> None:
     """Raise AssertionError, in one line, for the first promise of `alignkit.interfaces.Sampler` that is not kept.
 
     It walks with its own `num_steps` and with 1, 2 and 4 where its fields allow these, through `policy` if that is
-    given, else through an untrained consistency model and an untrained model that predicts the noise.
+    given, else through an untrained consistency model and an untrained model that predicts the noise; through these it
+    takes a step of wide latents too.
     """
     samplers = {sampler.num_steps: sampler}
     for num_steps in STEPS:
@@ -33,6 +34,8 @@ def check_sampler(sampler: Sampler, policy: Policy | None = None) -> None:
         for num_steps, wanted in sorted(samplers.items()):
             with about(f"sampler {type(sampler).__name__} with num_steps = {num_steps}"), torch.random.fork_rng():
                 _check(wanted, one)
+                if policy is None:
+                    _any_size_will_do(wanted, one)
 
 
 def _check(sampler: Sampler, policy: Policy) -> None:
@@ -97,6 +100,14 @@ def _transition(sampler: Sampler, policy: Policy, x: Tensor, k: Tensor, prompt: 
     expect(step.mean.dtype == step.std.dtype == torch.float32, f"transition: found {step.mean.dtype}, expected float32")
     expect(bool((step.std >= 0).all()), f"transition: found std {float(step.std.min())}, expected 0 or more")
     return step
+
+
+def _any_size_will_do(sampler: Sampler, policy: Policy) -> None:
+    channels, height, width = policy.latent_shape
+    x = torch.randn((1, channels, height, 2 * width), generator=torch.Generator().manual_seed(2))
+    x = x * sampler.initial_scale(policy)
+    with about(f"latents of {channels} x {height} x {2 * width}"):
+        _transition(sampler, policy, x, torch.zeros(1, dtype=torch.long), policy.encode(PROMPTS[:1]))
 
 
 def _rows_stand_alone(sampler: Sampler, policy: Policy, prompt: Prompt, x: Tensor, num_steps: int) -> None:

@@ -56,6 +56,12 @@ class Detached(DDIM):
         return replace(step, mean=step.mean.detach())
 
 
+class Square(DDIM):
+    def transition(self, policy: Policy, x: Tensor, k: Tensor, prompt: Prompt) -> Transition:
+        step = super().transition(policy, x, k, prompt)
+        return replace(step, mean=step.mean + 0 * torch.ones(policy.latent_shape))
+
+
 @pytest.mark.parametrize(
     ("sampler", "message"),
     [
@@ -64,6 +70,7 @@ class Detached(DDIM):
         (Draws, "during a walk the global random generator of torch was used"),
         (OneStepForAll, "mean of row . alone against in a batch: found a difference"),
         (EndsInNoise, "the last step ends .* away from the clean latent it predicts"),
+        (Square, "latents of 4 x 8 x 16: raised RuntimeError: The size of tensor a"),
         (Detached, "the mean has no gradient, expected one to the weights of the policy"),
     ],
 )
