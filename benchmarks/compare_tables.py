@@ -66,6 +66,11 @@ _lasro = Method("lasro", "samples", {
     "data.batch_size": 48, "train.rows_per_update": 96, "train.rows_per_pass": 48, "train.ema_decay": 0.96,
 })  # fmt: skip
 _proxy: Settings = {"algorithm.proxy": True, "surrogate.warmup": 100}
+_taught_first: Settings = {
+    "algorithm.proxy": True, "algorithm.beta": 3.0, "algorithm.pretraining": 800, "algorithm.proxy_rows": 32,
+    "algorithm.expert_temperature": 0.2, "surrogate.warmup": 1200, "surrogate.learning_rate": 3e-4,
+    "surrogate.latent_groups": 5,
+}  # fmt: skip
 _eight_steps: Settings = {
     "model.name": "shapes_turbo", "sampler.name": "ddim", "sampler.eta": 1.0, "sampler.num_steps": 8,
     "data.batch_size": 16, **_rows,
@@ -174,6 +179,10 @@ _tables = [
             "LCM, distilled on": Method("lcd", "rows", {"algorithm.target_decay": 0.95}),
             "RG-LCD": Method("rg_lcd", "rows", {"algorithm.beta": 1.0}),
             "RG-LCD, proxy": Method("rg_lcd", "rows", {"algorithm.beta": 1.0, **_proxy}, free_rounds=100),
+            # 400 rounds in which the expert teaches it before the policy follows.
+            "RG-LCD, proxy taught first": Method(
+                "rg_lcd", "rows", _taught_first, free_rounds=800, samples=3840 + 400 * 32, rate=3e-4
+            ),
         },
     ),
     Table(

@@ -49,7 +49,7 @@ def read(out: Path) -> dict[str, Any]:
     return {f.parent.relative_to(out).as_posix(): json.loads(f.read_text()) for f in sorted(out.rglob("result.json"))}
 
 
-NAMES = [("lcm", 8), ("lcm_size", 4), ("turbo", 8), ("size", 6), ("rg_lcd", 3), ("offline", 3)]
+NAMES = [("lcm", 8), ("lcm_size", 4), ("turbo", 8), ("size", 6), ("rg_lcd", 4), ("offline", 3)]
 
 
 @pytest.mark.parametrize(("name", "count"), NAMES)

@@ -64,6 +64,9 @@ class RGLCD(Algorithm[Collected, Noised]):
     proxy: bool = False
     """Follow the latent proxy (surrogate lrm) in the place of the reward itself. Rounds of surrogate.warmup are its
     pre-training, with CLIP's loss on captioned pictures."""
+    pretraining: int | None = None
+    """Rounds of surrogate.warmup that are the pre-training; in those behind them the expert teaches the proxy while the
+    policy waits. Left out: all of them, and both learn from the first round on, as in the paper."""
     reward_cap: float | None = None
     """Rewards above this pull no more, without the proxy. The released code has 2 for ImageReward."""
     kl: Direction = "forward"
@@ -93,8 +96,8 @@ class RGLCD(Algorithm[Collected, Noised]):
     script."""
 
     def __post_init__(self) -> None:
-        for name, low in (("beta", 0), ("proxy_rows", 1)):
-            if getattr(self, name) < low:
+        for name, low in (("beta", 0), ("proxy_rows", 1), ("pretraining", 0)):
+            if getattr(self, name) is not None and getattr(self, name) < low:
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected {low} or more")
         if self.expert_temperature <= 0:
             raise ValueError(f"expert_temperature: found {self.expert_temperature}, expected more than 0")
@@ -106,6 +109,7 @@ class RGLCD(Algorithm[Collected, Noised]):
             self.asks_rewards = False  # type: ignore[misc]
         self._distillation = Distillation(self.ode_steps, self.w_min, self.w_max, self.huber_c, self.distance)
         self._target = Average(self.target_decay)
+        self._pretrained = 0
 
     def check(self, sampler: Sampler) -> None:
         self._distillation.check(sampler)
@@ -118,10 +122,11 @@ class RGLCD(Algorithm[Collected, Noised]):
     def collect(self, batch: Batch, ctx: Context) -> Collected:
         assert batch.pictures is not None  # needs "pictures"
         latents, prompt = ctx.policy.encode_images(batch.pictures), ctx.policy.encode(batch.captions)
-        if ctx.warming_up:
+        if ctx.warming_up and (self.pretraining is None or self._pretrained < self.pretraining):
+            self._pretrained += 1
             return Collected(None, Contrast(latents[None], replace(prompt, index=prompt.index[None])))
         noised = self._distillation.draw(latents, prompt, ctx)
-        return Collected(noised, self._compare(noised, ctx) if self.proxy else None)
+        return Collected(None if ctx.warming_up else noised, self._compare(noised, ctx) if self.proxy else None)
 
     def _compare(self, noised: Noised, ctx: Context) -> Compared:
         rows = noised.select(torch.randperm(len(noised), generator=ctx.generator)[: self.proxy_rows])
@@ -153,7 +158,7 @@ class RGLCD(Algorithm[Collected, Noised]):
     # the proxy
 
     def surrogate_updates(self, collected: Collected, ctx: Context) -> Iterator[Contrast | Compared]:
-        """One update: of CLIP's loss in the warm-up, towards the expert (Eq. 12) after it."""
+        """One update: of CLIP's loss in the pre-training, towards the expert (Eq. 12) after it."""
         if collected.lesson is not None:
             yield collected.lesson
 
@@ -207,10 +212,11 @@ class RGLCD(Algorithm[Collected, Noised]):
     # what a resumed run needs
 
     def state_dict(self) -> dict[str, Any]:
-        return self._target.state_dict()
+        return {**self._target.state_dict(), "pretrained": self._pretrained}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._target.load_state_dict(state)
+        self._pretrained = state["pretrained"]
 
 
 def _thrice(prompt: Prompt) -> Prompt:

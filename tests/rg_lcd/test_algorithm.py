@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -79,7 +80,15 @@ def test_a_surrogate_of_another_kind_is_refused(tiny_run: MakeRun) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"beta": -1.0}, {"proxy_rows": 0}, {"expert_temperature": 0.0}, {"target_decay": 1.0}, {"ode_steps": 30}]
+    "fields",
+    [
+        {"beta": -1.0},
+        {"proxy_rows": 0},
+        {"pretraining": -1},
+        {"expert_temperature": 0.0},
+        {"target_decay": 1.0},
+        {"ode_steps": 30},
+    ],
 )
 def test_settings_that_cannot_learn_are_refused(fields: Mapping[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected"):
@@ -279,3 +288,26 @@ def test_the_warm_up_is_the_pre_training_and_one_batch_however_it_is_split(make_
     assert update.step == 0 and "reward" not in update.metrics  # no picture is scored
     assert 0 < update.metrics["surrogate_loss"] < 10 and equal(policy, copies(trainer.ctx.policy.parameters()))
     assert not trainer.warming_up and isinstance(collect(trainer).lesson, Compared)
+
+
+def test_behind_the_pre_training_the_expert_may_teach_while_the_policy_waits(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    settings = {**PROXY, "surrogate.warmup": 3, "algorithm.pretraining": 1}
+    trainer = make_trainer(settings)
+    policy, proxy = (copies(p) for p in (trainer.ctx.policy.parameters(), trainer.ctx.surrogate.module().parameters()))
+    (first,) = trainer.round()
+    assert "reward" not in first.metrics
+    trainer.save(tmp_path, {})
+    (second,) = trainer.round()
+    assert "reward" in second.metrics and "pair_accuracy" in second.metrics and second.step == 0
+    assert equal(policy, copies(trainer.ctx.policy.parameters()))
+    assert not equal(proxy, copies(trainer.ctx.surrogate.module().parameters()))
+    # One that goes on from the pre-training does not begin it again.
+    resumed = make_trainer(settings)
+    resumed.restore(tmp_path / "000000")
+    (again,) = resumed.round()
+    assert again.metrics["surrogate_loss"] == second.metrics["surrogate_loss"] and "reward" in again.metrics
+    (third,) = trainer.round()
+    assert third.step == 0 and not trainer.warming_up
+    assert next(iter(trainer.round())).step == 1 and not equal(policy, copies(trainer.ctx.policy.parameters()))
