@@ -76,12 +76,12 @@ def _rows(
     prompts: dict[str, list[Example]] = {"unseen": run.held_out()}
     if seen:
         prompts["seen"] = run.prompts(run.skipped())[: settings.limit]
-    elif not prompts["unseen"]:
+    if not any(prompts.values()):
         raise ConfigError("evaluate.prompts: missing; expected a file of prompts that are not trained on")
     chosen = list(steps or settings.steps)
     for number in chosen:
         run.sampler(number)
-    with closing(run.with_measured(run.trained_rewards(), extra, run.asking())) as rewards:
+    with closing(run.with_measured(extra, run.asking())) as rewards:
         for examples in prompts.values():
             rewards.check(examples)
         policy = run.policy()

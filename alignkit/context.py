@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from alignkit.combination import Combination
-from alignkit.errors import AlignkitError
+from alignkit.errors import AlignkitError, PluginError
 from alignkit.interfaces import Context, Example, Policy, Sampler, Scores, Surrogate
 from alignkit.rewards import WeightedRewards, joined
 
@@ -61,6 +61,7 @@ class TrainContext(Context):
         log: bool = True,
         others: Sequence[tuple[int, Example]] = (),
     ) -> Scores:
+        self._there_are_rewards()
         if wrong := [row for row, _ in others if row not in range(len(latents))]:
             raise IndexError(f"others: row {wrong[0]} of {len(latents)} latents")
         places: list[int] = []
@@ -96,7 +97,12 @@ class TrainContext(Context):
                 places += at
                 yield pictures[[r - start for r in row]], asked
 
+    def _there_are_rewards(self) -> None:
+        if not self._rewards.names:
+            raise PluginError("the algorithm asks for scores and says asks_rewards = False, so there is no reward")
+
     def differentiable_score(self, latents: Tensor, examples: Sequence[Example], log: bool = False) -> Scores:
+        self._there_are_rewards()
         # As in `score`: what is followed is what is measured, and decoders of SDXL overflow in half precision.
         with torch.autocast(self.policy.device.type, enabled=False):
             scores = self._rewards(self.policy.decode(latents), examples)

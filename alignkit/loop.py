@@ -55,7 +55,7 @@ class Loop:
         teacher = run.load_teacher(accelerator.device)
         surrogate = run.load_surrogate(policy)
         asking = run.asking(run.folder / SCORES, lambda message: ctx.warn(message))
-        self.rewards = run.with_measured(run.trained_rewards(), asking=asking)
+        self.rewards = run.with_measured(asking=asking)
         self.rewards.load(accelerator.device)
         self._identities = self.rewards.identities()
         ctx = TrainContext(
@@ -176,17 +176,19 @@ class Loop:
     def _measure(self) -> evaluate.Measurement:
         """What the average weights score on the held-out prompts."""
         settings = self.config.evaluate
+        # Where nothing is scored, only the pictures of the grid are drawn.
+        examples, samples = (self.examples, settings.samples) if self.rewards.names else (self.examples[:GRID], 1)
         with self.policy.using(self.trainer.average):
             return evaluate.evaluate(
                 self.policy,
                 self.run.sampler(),
                 self.rewards,
-                self.examples,
+                examples,
                 settings.steps,
                 settings.seed,
                 settings.batch_size,
                 GRID,
-                samples=settings.samples,
+                samples=samples,
             )
 
     def _show(self, report: Report, before: evaluate.Measurement, after: evaluate.Measurement) -> None:

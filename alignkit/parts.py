@@ -53,21 +53,17 @@ class Parts:
         return algorithm
 
     def trained_rewards(self) -> list[tuple[str, float, Reward]]:
-        """(name, weight, reward) of those that are trained on."""
+        """(name, weight, reward) of those that a run names to be trained on."""
         return [(r.name, r.weight, self._plugin("reward", r)) for r in self.config.rewards]
 
-    def with_measured(
-        self,
-        trained: list[tuple[str, float, Reward]],
-        further: Sequence[str] = (),
-        asking: Asking | None = None,
-    ) -> WeightedRewards:
-        """These rewards that are trained on and those that are only watched."""
-        kept = {name for name, _, _ in trained}
-        fields = self.config.evaluate.watched()
+    def with_measured(self, further: Sequence[str] = (), asking: Asking | None = None) -> WeightedRewards:
+        """The rewards that are trained on and those that are only watched: all, where the algorithm asks none."""
+        named, asks = self.trained_rewards(), self.algorithm().asks_rewards
+        fields, kept = self.config.evaluate.watched(), {name for name, _, _ in named}
         names = [name for name in dict.fromkeys([*fields, *further]) if name not in kept]
-        watched = [(name, default_registry().get("reward", name)(**fields.get(name, {}))) for name in names]
-        return WeightedRewards(trained, watched, asking, needed=self.algorithm().asks_rewards)
+        watched = [] if asks else [(name, reward) for name, _, reward in named]
+        watched += [(name, default_registry().get("reward", name)(**fields.get(name, {}))) for name in names]
+        return WeightedRewards(named if asks else [], watched, asking, needed=asks)
 
     def asking(self, cache: str | Path = "", warn: Callable[[str], None] | None = None) -> Asking:
         """How rewards are asked, as `[scoring]` says; `cache` is where scores are kept if that names no file."""
@@ -164,7 +160,7 @@ class Parts:
         Combination.check(
             self.config.rewards, self.config.scoring, algorithm.takes_advantages, self.config.algorithm.name
         )
-        rewards = WeightedRewards(self.trained_rewards(), needed=algorithm.asks_rewards)
+        rewards = self.with_measured().without_watched()
         if "differentiable_reward" in algorithm.needs and not rewards.differentiable:
             boxes = " and ".join(name for name, _, reward in rewards.rewards if not reward.differentiable)
             raise ConfigError(
@@ -174,7 +170,7 @@ class Parts:
             )
         rewards.check(self.prompts(skipped))
         if held_out := self.held_out():
-            self.with_measured(self.trained_rewards()).check(held_out)
+            self.with_measured().check(held_out)
         return skipped or []
 
     def _check_surrogate(self, algorithm: Algorithm[Any, Any]) -> None:
@@ -182,9 +178,10 @@ class Parts:
         config, wanted = self.config.surrogate, algorithm.surrogate_type
         if config is None or issubclass(default_registry().get("surrogate", config.name), wanted):
             return
+        known = f"{algorithm.default_surrogate} or another" if algorithm.default_surrogate else "one"
         raise ConfigError(
-            f"surrogate.name: found {config.name}, expected {algorithm.default_surrogate or 'one'}, or another that is "
-            f"derived from {wanted.__name__}, which algorithm {self.config.algorithm.name} teaches"
+            f"surrogate.name: found {config.name}, expected {known} that is derived from {wanted.__name__}, which "
+            f"algorithm {self.config.algorithm.name} teaches"
         )
 
     def _check_walk(self, consistency: bool | None) -> None:

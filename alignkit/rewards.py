@@ -65,6 +65,11 @@ class WeightedRewards:
         self._asked = [AskedReward(name, reward, asking or Asking()) for name, reward in members]
 
     @property
+    def names(self) -> list[str]:
+        """Of all that are asked."""
+        return [asked.name for asked in self._asked]
+
+    @property
     def differentiable(self) -> bool:
         """Whether every member of the sum is."""
         return all(reward.differentiable for _, _, reward in self.rewards)

@@ -45,7 +45,7 @@ from alignkit.data import read_examples
 from alignkit.drift import kernel_distance
 from alignkit.environment import environment
 from alignkit.errors import ConfigError
-from alignkit.evaluate import TOTAL, evaluate
+from alignkit.evaluate import evaluate
 from alignkit.interfaces import Algorithm, Batch, Context
 from alignkit.run import Run
 from alignkit_shapes.models import FOLDER, WEIGHTS
@@ -119,7 +119,7 @@ def train(cell: Cell, folder: Path) -> tuple[Run, dict[str, Any]]:
 def measure(run: Run, table: Table, prompts: Path, limit: int, average: Mapping[str, Tensor]) -> dict[str, Any]:
     """By number of steps: trained reward and reading of every prompt, and features of the pictures."""
     policy, examples = run.policy(), read_examples(prompts)[:limit]
-    rewards = run.with_measured(run.trained_rewards(), [READING])
+    rewards, ((trained, _, _),) = run.with_measured([READING]), run.trained_rewards()
     rewards.load(policy.device)
     with policy.using(average):
         found = evaluate(
@@ -128,7 +128,7 @@ def measure(run: Run, table: Table, prompts: Path, limit: int, average: Mapping[
         )  # fmt: skip
     values = {
         str(k): {
-            "trained": [round(v, 4) for v in found.values[k, TOTAL].tolist()],
+            "trained": [round(v, 4) for v in found.values[k, trained].tolist()],
             "reading": [round(v, 4) for v in found.values[k, READING].tolist()],
         }
         for k in table.steps
@@ -244,7 +244,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wanted = set(filter(None, re.split(r",(?! )", options.methods)))  # names of rows have commas with a space behind
     known = {n for table in tables for name, method in table.methods.items() for n in (name, method.algorithm)}
     if unknown := sorted(wanted - known):
-        raise ConfigError(f"--methods: found {unknown[0]!r}, expected one or more of {', '.join(sorted(known))}")
+        raise ConfigError(
+            f"--methods: found {unknown[0]!r}, expected one or more of {', '.join(map(repr, sorted(known)))}"
+        )
     done = 0
     for table in tables:
         methods = [name for name, method in table.methods.items() if not wanted or wanted & {name, method.algorithm}]

@@ -54,11 +54,13 @@ def main() -> None:
     arguments = parser.parse_args()
     run = alignkit.load(None, {"algorithm.name": "lasro"})
     policy, sampler, examples = run.policy(), run.sampler(2), run.prompts()[: arguments.prompts]
-    source = arguments.surrogate
-    learned = alignkit.load(Path(source, "run.toml"), {"surrogate.init": source}) if source else run
+    learned = run
+    if source := arguments.surrogate:
+        if open_run(source).config.surrogate is None:
+            parser.error(f"--surrogate {source}: found a run without a surrogate")
+        learned = alignkit.load(Path(source, "run.toml"), {"surrogate.init": source})
     surrogate = learned.load_surrogate(policy)
-    if surrogate is None:
-        parser.error(f"--surrogate {source}: found a run without a surrogate")
+    assert surrogate is not None
     prompt = policy.encode([e.text for e in examples])
     judges = [AttributeBinding(judge=str(WEIGHTS / "judge"), mode=mode) for mode in ("hard", "soft")]
     for judge in judges:

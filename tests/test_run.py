@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import alignkit
+from alignkit.compare import compare_runs
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.loop import Loop
 from alignkit.rollout import seeded_noises
@@ -252,6 +254,26 @@ def test_what_asks_no_reward_runs_without_one_and_measures_what_is_named(algorit
     named = again.evaluate(rewards=["brightness"])
     assert {row.reward for row in named} == {"brightness", "drift"}
     assert all(row.watched for row in named if row.reward == "brightness")
+
+
+def test_what_is_named_for_a_method_that_asks_no_reward_is_measured_and_not_called_trained(tiny_run: MakeRun) -> None:
+    run = tiny_run(
+        overrides={"algorithm.name": "lcd", "train.updates": 2, "evaluate.rewards": ["jpeg_compressibility"]}
+    )
+    updates = list(run.train())
+    assert all(math.isnan(update.reward) for update in updates)
+    records = records_of(run.folder)
+    rows = [row for record in records for row in record.get("evaluation", [])]
+    assert {row["reward"] for row in rows} == {"brightness", "jpeg_compressibility"}
+    assert all(row["watched"] for row in rows) and not any("verdict" in record for record in records)
+
+
+def test_without_prompts_there_is_nothing_to_evaluate_on(tiny_run: MakeRun) -> None:
+    none = {"reward": [], "data.prompts": "", "evaluate.prompts": ""}
+    run = tiny_run(overrides={"algorithm.name": "lcd", "train.updates": 1, **none})
+    assert len(list(run.train())) == 1
+    with pytest.raises(ConfigError, match=r"^evaluate\.prompts: missing"):
+        compare_runs([run])
 
 
 @pytest.mark.parametrize("algorithm", ["ddpo", "lasro", "pso", "rg_lcd"])

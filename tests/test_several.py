@@ -325,7 +325,7 @@ def test_a_floor_is_a_number_or_the_start(tiny_run: MakeRun, judges: Any) -> Non
 def test_a_watched_reward_is_built_with_its_fields(tiny_run: MakeRun) -> None:
     watched: list[Any] = [{"name": "jpeg_compressibility", "quality": 50}, "jpeg_incompressibility"]
     run = tiny_run("fields", {"reward": ["jpeg_incompressibility"], "evaluate.rewards": watched})
-    rewards = run.with_measured(run.trained_rewards())
+    rewards = run.with_measured()
     picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     found = rewards(picture, [Example("noise")]).parts
     expected = JpegCompressibility(quality=50)(picture, [Example("noise")])

@@ -124,6 +124,8 @@ def tiny_trainer(
             )
         surrogate = copy.deepcopy(surrogate) if surrogate is not None else default_registry().get("surrogate", own)()
         assert surrogate is not None
+        wanted, found = algorithm.surrogate_type.__name__, type(surrogate).__name__
+        expect(isinstance(surrogate, algorithm.surrogate_type), f"surrogate: found {found}, expected one of {wanted}")
         surrogate.load(policy)
         settings = SurrogateConfig(name=own, warmup=1)
     name = type(algorithm).__name__
@@ -136,7 +138,8 @@ def tiny_trainer(
         train=TrainConfig(updates=10**6, rows_per_update=4, rows_per_pass=4, learning_rate=1e-3),
     )
     AcceleratorState._reset_state()
-    rewards = WeightedRewards([("the reward", 1.0, reward or Brightness())])
+    asked = [("the reward", 1.0, reward or Brightness())] if algorithm.asks_rewards else []
+    rewards = WeightedRewards(asked, needed=False)
     rewards.load(policy.device)
     combination = Combination(config.rewards, config.scoring)
     teacher = tiny_policy("teacher", trainable=False) if "teacher" in algorithm.needs else None

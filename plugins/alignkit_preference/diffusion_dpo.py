@@ -91,12 +91,13 @@ class DiffusionDPO(Algorithm[LatentPairs, NoisedPairs]):
         times = self.times(ctx).to(ctx.policy.device)
         if not self.grid_steps or self.space != "noise":
             return
-        if self.zero_terminal_snr and bool((rescaled(ctx.policy, times)[0] == 0).all()):
+        alpha = (rescaled(ctx.policy, times) if self.zero_terminal_snr else ctx.policy.schedule(times))[0]
+        if bool((alpha == 0).all()):
             raise ConfigError(
-                f"algorithm.grid_steps: found {self.grid_steps}, expected more with zero_terminal_snr: at the one time "
-                "that is learned at both pictures are the same noise, and nothing tells them apart"
+                f"algorithm.grid_steps: found {self.grid_steps}, expected more: at the one time that is learned at, "
+                "both pictures are the same noise, and nothing tells them apart"
             )
-        if bool((ctx.policy.schedule(times)[0] == 0).any()):
+        if not self.zero_terminal_snr and bool((alpha == 0).any()):
             ctx.warn(
                 "at the first of algorithm.grid_steps the model begins with pure noise, which needs no telling: set "
                 'algorithm.space = "velocity" to learn there too'

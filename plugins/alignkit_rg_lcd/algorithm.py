@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from alignkit.errors import ConfigError
 from alignkit.interfaces import Algorithm, Batch, Context, Example, Prompt, Rows, Sampler
 from alignkit_lcd.distillation import Average, Distance, Distillation, Noised
 from alignkit_rg_lcd.preference import Direction, RealPictures, margins, preference_loss, with_real_pictures
@@ -101,6 +102,8 @@ class RGLCD(Algorithm[Collected, Noised]):
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected {low} or more")
         if self.expert_temperature <= 0:
             raise ValueError(f"expert_temperature: found {self.expert_temperature}, expected more than 0")
+        if self.pretraining is not None and not self.proxy:
+            raise ValueError("pretraining: found without proxy, which it is of; expected none, or proxy = true")
         if self.proxy:
             self.needs = type(self).needs | {"surrogate"}  # type: ignore[misc]
         elif self.beta:
@@ -125,6 +128,11 @@ class RGLCD(Algorithm[Collected, Noised]):
         if ctx.warming_up and (self.pretraining is None or self._pretrained < self.pretraining):
             self._pretrained += 1
             return Collected(None, Contrast(latents[None], replace(prompt, index=prompt.index[None])))
+        if self._pretrained < (self.pretraining or 0):
+            raise ConfigError(
+                f"algorithm.pretraining: found {self.pretraining}, expected at most surrogate.warmup, which is "
+                f"{self._pretrained}"
+            )
         noised = self._distillation.draw(latents, prompt, ctx)
         return Collected(None if ctx.warming_up else noised, self._compare(noised, ctx) if self.proxy else None)
 

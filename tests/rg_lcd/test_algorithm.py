@@ -75,7 +75,9 @@ def test_a_student_that_is_no_latent_consistency_model_is_refused(tiny_run: Make
 
 
 def test_a_surrogate_of_another_kind_is_refused(tiny_run: MakeRun) -> None:
-    with pytest.raises(ConfigError, match=r"surrogate\.name: found latent_unet, expected lrm, .* derived from LRM"):
+    with pytest.raises(
+        ConfigError, match=r"surrogate\.name: found latent_unet, expected lrm or another .* derived from LRM"
+    ):
         tiny_run(overrides={**DIRECT, "algorithm.proxy": True, "surrogate.name": "latent_unet"}).check()
 
 
@@ -84,7 +86,7 @@ def test_a_surrogate_of_another_kind_is_refused(tiny_run: MakeRun) -> None:
     [
         {"beta": -1.0},
         {"proxy_rows": 0},
-        {"pretraining": -1},
+        {"proxy": True, "pretraining": -1},
         {"expert_temperature": 0.0},
         {"target_decay": 1.0},
         {"ode_steps": 30},
@@ -311,3 +313,14 @@ def test_behind_the_pre_training_the_expert_may_teach_while_the_policy_waits(
     (third,) = trainer.round()
     assert third.step == 0 and not trainer.warming_up
     assert next(iter(trainer.round())).step == 1 and not equal(policy, copies(trainer.ctx.policy.parameters()))
+
+
+def test_a_pre_training_beyond_the_warm_up_is_refused(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer({**PROXY, "surrogate.warmup": 1, "algorithm.pretraining": 2})
+    list(trainer.round())
+    with pytest.raises(
+        ConfigError, match=r"^algorithm\.pretraining: found 2, expected at most surrogate\.warmup, .* 1$"
+    ):
+        list(trainer.round())
+    with pytest.raises(ValueError, match="pretraining: found without proxy"):
+        RGLCD(pretraining=2)

@@ -20,6 +20,7 @@ from alignkit.testing import (
 from alignkit_baselines.d3po import D3PO
 from alignkit_baselines.pairs import Pairs
 from alignkit_lasro.surrogate import LatentUNet
+from alignkit_rg_lcd.algorithm import RGLCD
 from alignkit_samplers.ddim import DDIM
 
 
@@ -164,9 +165,15 @@ class YieldsLists(D3PO):
         yield [collected]
 
 
+@dataclass
+class AsksAllTheSame(D3PO):
+    asks_rewards = False
+
+
 @pytest.mark.parametrize(
     ("algorithm", "message"),
     [
+        (AsksAllTheSame, "the algorithm asks for scores and says asks_rewards = False"),
         (SumOverRows, "loss: found .* in one pass and .* in several, expected a mean over rows"),
         (DrawsInTheLoss, "loss drew from ctx.generator; draw in updates, into the rows"),
         (CollectsGlobally, "in collect the global random generator of torch was used"),
@@ -179,6 +186,11 @@ class YieldsLists(D3PO):
 def test_an_algorithm(algorithm: type[D3PO], message: str) -> None:
     with pytest.raises(AssertionError, match=rf"^algorithm {algorithm.__name__} with sampler LCM on lcm: {message}"):
         check_algorithm(algorithm())
+
+
+def test_a_surrogate_of_a_kind_that_the_algorithm_cannot_teach() -> None:
+    with pytest.raises(AssertionError, match=r"^algorithm RGLCD .*: surrogate: found LatentUNet, expected one of LRM$"):
+        check_algorithm(RGLCD(proxy=True), surrogate=LatentUNet())
 
 
 def test_an_algorithm_that_refuses_the_sampler_is_no_failure_but_the_users_choice() -> None:
