@@ -160,7 +160,8 @@ class Parts:
         Combination.check(
             self.config.rewards, self.config.scoring, algorithm.takes_advantages, self.config.algorithm.name
         )
-        rewards = self.with_measured().without_watched()
+        asks = algorithm.asks_rewards
+        rewards = WeightedRewards(self.trained_rewards() if asks else [], needed=asks)  # those watched do not do
         if "differentiable_reward" in algorithm.needs and not rewards.differentiable:
             boxes = " and ".join(name for name, _, reward in rewards.rewards if not reward.differentiable)
             raise ConfigError(

@@ -279,7 +279,9 @@ def test_without_prompts_there_is_nothing_to_evaluate_on(tiny_run: MakeRun) -> N
 @pytest.mark.parametrize("algorithm", ["ddpo", "lasro", "pso", "rg_lcd"])
 def test_what_learns_from_rewards_needs_one(algorithm: str, tiny_run: MakeRun) -> None:
     with pytest.raises(ConfigError, match=r"^reward: none is given; expected at least one"):
-        tiny_run(overrides={"algorithm.name": algorithm, "sampler.num_steps": 2, "reward": []}).check()
+        tiny_run(
+            overrides={"algorithm.name": algorithm, "reward": [], "evaluate.rewards": ["jpeg_compressibility"]}
+        ).check()
 
 
 def test_a_surrogate_can_start_from_that_of_another_run(finished: Run, tiny_run: MakeRun, tmp_path: Path) -> None:
