@@ -4,5 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-pytest_plugins = ["plugin_fixtures", "reward_fixtures", "model_fixtures", "run_fixtures", "asking_fixtures"]
+pytest_plugins = [
+    "plugin_fixtures", "reward_fixtures", "model_fixtures", "run_fixtures", "asking_fixtures", "picture_fixtures",
+]  # fmt: skip
 pytest.register_assert_rewrite("method_checks", "families")

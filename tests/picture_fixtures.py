@@ -1,0 +1,83 @@
+"""Small sets of captioned pictures: a folder, shards, a data set; and what is seen of one."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from alignkit.pictures import PictureSet, open_pictures
+
+COLOURS = {"a": (255, 0, 0), "b": (0, 255, 0), "c": (0, 0, 255)}
+
+
+def png(colour: tuple[int, int, int], size: tuple[int, int] = (8, 8)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "png")
+    return file.getvalue()
+
+
+def seen(source: str | Path, skipped: list[str] | None = None, column: str = "") -> dict[str, tuple[int, ...]]:
+    """The caption of every picture of a set, and the picture's colour."""
+    pictures = open_pictures(str(source), 4, column, skipped)
+    assert isinstance(pictures, PictureSet)
+    found = [pictures.read(index) for index in range(len(pictures))]
+    return {one[1]: tuple((255 * one[0][:, 0, 0]).round().int().tolist()) for one in found if one is not None}
+
+
+EXPECTED = {f"picture {name}": colour for name, colour in COLOURS.items()}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three pictures, `metadata.jsonl` among them."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, colour in COLOURS.items():
+        (folder / f"{name}.png").write_bytes(png(colour))
+    records = [{"file_name": f"{n}.png", "text": f"picture {n}"} for n in COLOURS]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return folder
+
+
+@pytest.fixture
+def captioned(folder: Path) -> Path:
+    """The same with a text beside each picture, one of them in a folder of its own."""
+    (folder / "metadata.jsonl").unlink()
+    (folder / "more").mkdir()
+    (folder / "c.png").rename(folder / "more" / "c.png")
+    for name, place in (("a", folder), ("b", folder), ("c", folder / "more")):
+        (place / f"{name}.txt").write_text(f"picture {name}\n")
+    return folder
+
+
+def write_shard(path: Path, members: Mapping[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Path:
+    """a and b in the first shard, c in the second; captions as .txt and as .json."""
+    first = {"x/a.png": png(COLOURS["a"]), "x/a.txt": b"picture a\n", "b.json": b'{"caption": "picture b", "n": 1}'}
+    write_shard(tmp_path / "s-00.tar", {**first, "b.png": png(COLOURS["b"])})
+    return write_shard(tmp_path / "s-01.tar", {"c.txt": b"picture c", "c.PNG": png(COLOURS["c"]), "c.cls": b"3"})
+
+
+def dataset(path: Path, **more: list[Any]) -> Any:
+    datasets = pytest.importorskip("datasets", reason="needs the extra datasets")
+    rows = {"image": [{"bytes": png(c), "path": None} for c in COLOURS.values()], "text": list(EXPECTED)} | more
+    features = {"image": datasets.Image()} | {name: datasets.Value("string") for name in rows if name != "image"}
+    table = importlib.import_module("pyarrow").table(rows, schema=datasets.Features(features).arrow_schema)
+    return datasets.Dataset(table, fingerprint="test")
