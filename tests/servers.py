@@ -7,17 +7,20 @@ import io
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from alignkit.asking import Asking
-from alignkit.interfaces import Reward
+from alignkit.errors import ConfigError, TransientError
+from alignkit.interfaces import Example, Reward, Scores
 from alignkit.rewards import WeightedRewards
 from alignkit.serve import Limits, RewardServer
 
@@ -131,3 +134,33 @@ class _Chat(BaseHTTPRequestHandler):
 def brightness(images: torch.Tensor) -> torch.Tensor:
     """(N, 3, H, W) to (N,), as the endpoint sees it: the mean of the 8-bit levels."""
     return (images * 255).round().double().mean((1, 2, 3)) / 255
+
+
+@dataclass
+class Odd(Reward):
+    """The brightness, where it can be scored, with a part; what `wrong` says instead."""
+
+    wrong: str = ""
+    calls: int = 0
+
+    bounds = (0.0, 1.0)
+
+    def check(self, examples: Any) -> None:
+        for example in examples:
+            if "unscorable" in example.text:
+                raise ConfigError(f"odd: the prompt {example.text!r} cannot be scored")
+
+    def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
+        self.calls += 1
+        if self.wrong == "busy" and self.calls < 3:
+            raise TransientError("odd: come again")
+        if self.wrong == "bug":
+            raise KeyError("target")
+        values = images.mean((1, 2, 3))
+        if self.wrong == "nan":
+            values[0] = torch.nan
+        weights = torch.tensor([float(example.metadata.get("weight", 1)) for example in examples])
+        valid = torch.tensor(["?" not in example.text for example in examples])
+        some = torch.where(torch.arange(len(values)) % 2 == 0, values / 2, torch.nan)
+        reasons = ["" if one else "a question" for one in valid.tolist()]
+        return Scores(values * weights, valid, {"half": values / 2, "some": some}, reasons)

@@ -1,30 +1,25 @@
+"""A reward behind HTTP: what is sent, and what becomes of answers that fail."""
+
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import alignkit
 import servers
-from alignkit import checkpoint
 from alignkit.errors import ConfigError, PluginError, TransientError
-from alignkit.interfaces import Example, Reward, Scores
+from alignkit.interfaces import Example, Reward
 from alignkit.json_server import JsonServer
 from alignkit.rewards import WeightedRewards
 from alignkit.serve import Limits, RewardServer
-from alignkit.testing.expect import differences
 from alignkit_rewards.clip_score import ClipScore
 from alignkit_rewards.jpeg import JpegIncompressibility
 from alignkit_rewards.remote import Remote
-from servers import serving
+from servers import Odd, serving
 
 CPU = torch.device("cpu")
 
@@ -40,36 +35,6 @@ def client(server: RewardServer, **fields: Any) -> Remote:
     reward.check([Example("a red circle")])
     reward.load(CPU)
     return reward
-
-
-@dataclass
-class Odd(Reward):
-    """The brightness, where it can be scored, with a part; what `wrong` says instead."""
-
-    wrong: str = ""
-    calls: int = 0
-
-    bounds = (0.0, 1.0)
-
-    def check(self, examples: Any) -> None:
-        for example in examples:
-            if "unscorable" in example.text:
-                raise ConfigError(f"odd: the prompt {example.text!r} cannot be scored")
-
-    def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
-        self.calls += 1
-        if self.wrong == "busy" and self.calls < 3:
-            raise TransientError("odd: come again")
-        if self.wrong == "bug":
-            raise KeyError("target")
-        values = images.mean((1, 2, 3))
-        if self.wrong == "nan":
-            values[0] = torch.nan
-        weights = torch.tensor([float(example.metadata.get("weight", 1)) for example in examples])
-        valid = torch.tensor(["?" not in example.text for example in examples])
-        some = torch.where(torch.arange(len(values)) % 2 == 0, values / 2, torch.nan)
-        reasons = ["" if one else "a question" for one in valid.tolist()]
-        return Scores(values * weights, valid, {"half": values / 2, "some": some}, reasons)
 
 
 def test_it_holds_the_contract(clip_folder: str, holds_the_contract: Callable[..., None]) -> None:
@@ -348,82 +313,3 @@ def test_a_field_that_cannot_work_is_refused(field: str, value: object, told: st
     with pytest.raises(ConfigError, match=f"remote: {told}") as caught:
         Remote(**{field: value})  # type: ignore[arg-type]
     assert "hunter2" not in str(caught.value) and "sk-123" not in str(caught.value)
-
-
-def test_a_resumed_run_is_held_to_what_was_served_when_it_began(tiny_run: Callable[..., Any]) -> None:
-    few = {"evaluate.prompts": "", "train.updates": 2, "train.checkpoint_every": 1}
-    with serving(Odd(), fingerprint="first") as server:
-        port = server.server_address[1]
-        run = tiny_run("held", {"reward": [{"name": "remote", "url": server.url}], **few})
-        for _ in run.train():
-            run.stop()
-    saved = checkpoint.latest(run.folder / "checkpoints")
-    assert saved is not None and saved.name == "000001"
-    assert checkpoint.load(saved)["run"]["rewards"] == {
-        "remote": f"served of alignkit {alignkit.__version__} with fingerprint first"
-    }
-    before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*") if path.name != "environment.json"}
-    with serving(Odd(), fingerprint="second", port=port), pytest.raises(ConfigError) as caught:
-        list(alignkit.load(resume=run.folder).train())
-    assert str(caught.value) == (
-        f"reward remote: found served of alignkit {alignkit.__version__} with fingerprint second, expected served of "
-        f"alignkit {alignkit.__version__} with fingerprint first, as when {saved} was saved; serve that again, with "
-        "the settings and versions of then"
-    )
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    with serving(Odd(), fingerprint="first", port=port):
-        assert [update.step for update in alignkit.load(resume=run.folder).train()] == [2]
-
-
-def test_a_run_whose_reward_tells_no_more_who_answers_is_refused() -> None:
-    rewards = WeightedRewards([("odd", 1.0, Odd())])
-    rewards.hold_to({}, "it was saved")
-    with pytest.raises(ConfigError, match=r"^reward odd: found nothing that tells what it is, expected a, as when it"):
-        rewards.hold_to({"odd": "a"}, "it was saved")
-
-
-@contextmanager
-def another_process(port: int = 0, reward: str = "jpeg_incompressibility") -> Iterator[str]:
-    """The url of an `alignkit serve` that is killed at the end, without a chance to say goodbye."""
-    command = [sys.executable, "-m", "alignkit", "serve", reward, "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        yield process.stdout.readline().split()[2].rstrip(",")
-    finally:
-        process.kill()
-        process.communicate()
-
-
-@pytest.mark.slow
-def test_a_run_whose_server_is_killed_stops_in_one_line_and_goes_on_as_if_it_had_not(
-    tiny_run: Callable[..., Any],
-) -> None:
-    few: dict[str, Any] = {"evaluate.prompts": ""}
-    for _ in (local := tiny_run("local", {"reward": ["jpeg_incompressibility"], **few})).train():
-        pass
-    with another_process() as url:
-        run = tiny_run("remote", {"reward": [{"name": "remote", "url": url, "retries": 1}], **few})
-        updates = run.train()
-        while next(updates).step < 3:
-            pass
-    with pytest.raises(TransientError, match=r"remote: no answer from .*/score in 2 tries") as caught:
-        list(updates)
-    assert "\n" not in str(caught.value)
-    saved = checkpoint.latest(run.folder / "checkpoints")
-    assert saved is not None and saved.name.endswith("3")
-    with pytest.raises(TransientError, match=r"refused\); see that the server is up$"):
-        list(alignkit.load(resume=run.folder).train())
-    port = int(url.rpartition(":")[2])
-    told = "found jpeg_compressibility of .*, expected jpeg_incompressibility of"
-    with another_process(port, "jpeg_compressibility"), pytest.raises(ConfigError, match=told):
-        list(alignkit.load(resume=run.folder).train())
-    with another_process(port):
-        for _ in alignkit.load(resume=run.folder).train():
-            pass
-    states = []
-    for folder in (local.folder, run.folder):
-        newest = checkpoint.latest(folder / "checkpoints")
-        assert newest is not None
-        states.append(checkpoint.load(newest)["trainer"])
-    assert not differences(states[0], states[1])
