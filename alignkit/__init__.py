@@ -4,33 +4,65 @@ run = alignkit.load("run.toml", overrides={"algorithm.name": "lasro"})
 for update in run.train():
     print(update.reward)
 images = run.sample(["a red circle and a blue square"], steps=2)
+
+The names below are the public ones, together with the modules `alignkit.testing`, `alignkit.rollout`,
+`alignkit.advantage`, `alignkit.diffusion` and `alignkit.errors`. Importing them does not import torch.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from alignkit.hookspecs import hookimpl
+from alignkit.hookspecs import Register, hookimpl
+from alignkit.interfaces import Algorithm, Context, ModelBundle, Policy, Reward, Sampler, Surrogate
+from alignkit.records import Batch, Example, Prompt, Rows, Scores, Transition
 
 if TYPE_CHECKING:
-    from alignkit.functions import reward
-    from alignkit.run import load
+    from alignkit.commands.evaluate import evaluate
+    from alignkit.rewards.functions import reward
+    from alignkit.runs.run import Run, load
+    from alignkit.training.trainer import Update
 
-__all__ = ["__version__", "hookimpl", "load", "reward"]
+__all__ = [
+    "Algorithm",
+    "Batch",
+    "Context",
+    "Example",
+    "ModelBundle",
+    "Policy",
+    "Prompt",
+    "Register",
+    "Reward",
+    "Rows",
+    "Run",
+    "Sampler",
+    "Scores",
+    "Surrogate",
+    "Transition",
+    "Update",
+    "__version__",
+    "evaluate",
+    "hookimpl",
+    "load",
+    "reward",
+]
 __version__ = "0.1.0"
+
+_LAZY = {
+    "Run": "alignkit.runs.run",
+    "Update": "alignkit.training.trainer",
+    "evaluate": "alignkit.commands.evaluate",
+    "load": "alignkit.runs.run",
+    "reward": "alignkit.rewards.functions",
+}
+"""Names whose modules import torch, which plugins and the command line must not wait for."""
 
 
 def __getattr__(name: str) -> Any:
-    # `load` brings torch along, which plugins and the command line must not wait for.
-    if name == "load":
-        from alignkit.run import load
-
-        return load
-    if name == "reward":
-        from alignkit.functions import reward
-
-        return reward
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
 
 
 def __dir__() -> list[str]:

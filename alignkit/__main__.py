@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from alignkit.cli import app
+from alignkit.cli.app import app
 
 if __name__ == "__main__":
     app(prog_name="alignkit")

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignkit.interfaces import Context, Scores
+from alignkit.interfaces import Context
+from alignkit.records import Scores
 
 
 def standardised(rewards: Tensor, others: Tensor, eps: float) -> Tensor:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alignkit.interfaces import Policy, Prompt, Sampler
+from alignkit.interfaces import Policy, Sampler
+from alignkit.records import Prompt
 
 
 @dataclass(frozen=True)

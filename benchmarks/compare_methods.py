@@ -40,14 +40,17 @@ from compare_tables import TABLES, Cell, Method, Table, quick, tuning_cells
 from rich.console import Console
 from torch import Tensor
 
-from alignkit import checkpoint, config
-from alignkit.data import read_examples
-from alignkit.drift import kernel_distance
-from alignkit.environment import environment
+from alignkit.config import load as config
+from alignkit.data.prompts import read_examples
 from alignkit.errors import ConfigError
-from alignkit.evaluate import evaluate
-from alignkit.interfaces import Algorithm, Batch, Context
-from alignkit.run import Run
+from alignkit.evaluation import measure as evaluation
+from alignkit.evaluation.statistics import kernel_distance
+from alignkit.files import write_file
+from alignkit.interfaces import Algorithm, Context
+from alignkit.records import Batch
+from alignkit.runs.folder import environment
+from alignkit.runs.run import Run
+from alignkit.training import checkpoint
 from alignkit_shapes.models import FOLDER, WEIGHTS
 
 READING = "shapes_reading"
@@ -122,7 +125,7 @@ def measure(run: Run, table: Table, prompts: Path, limit: int, average: Mapping[
     rewards, ((trained, _, _),) = run.with_measured([READING]), run.trained_rewards()
     rewards.load(policy.device)
     with policy.using(average):
-        found = evaluate(
+        found = evaluation.measure(
             policy, run.sampler(), rewards, examples, table.steps, run.config.evaluate.seed,
             run.config.evaluate.batch_size, pictures=1, features=policy.features, samples=table.pictures,
         )  # fmt: skip
@@ -191,7 +194,7 @@ class Comparison:
             **told, "values": found["values"], "drift": drift, **where(), "settings": self._settings(cell),
         }  # fmt: skip
         (self.folder / cell.key).mkdir(parents=True, exist_ok=True)
-        checkpoint.write_file(self.folder / cell.key / RESULT, json.dumps(self.results[cell.key]))
+        write_file(self.folder / cell.key / RESULT, json.dumps(self.results[cell.key]))
         for k, values in found["values"].items():
             means = "  ".join(f"{name} {sum(v) / len(v):.3f}" for name, v in values.items())
             self.console.print(f"  {k} steps: {means}")

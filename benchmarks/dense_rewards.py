@@ -24,7 +24,7 @@ from torch import Tensor
 
 import alignkit
 from alignkit.interfaces import Reward
-from alignkit.rewards import quantize
+from alignkit.rewards.weighted import quantize
 from alignkit.rollout import walk
 from alignkit_rewards.attribute_binding import AttributeBinding
 from alignkit_rewards.jpeg import JpegCompressibility

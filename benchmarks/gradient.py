@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 import alignkit
-from alignkit.diffusers_policy import DiffusersPolicy
 from alignkit.diffusion import add_noise
-from alignkit.rewards import quantize
+from alignkit.models.diffusers_policy import DiffusersPolicy
+from alignkit.rewards.weighted import quantize
 from alignkit.rollout import seeded_noises, walk
-from alignkit.run import open_run
+from alignkit.runs.run import open_run
 from alignkit_rewards.attribute_binding import AttributeBinding
 from alignkit_shapes.models import WEIGHTS
 from alignkit_shapes.reward import ShapesReading

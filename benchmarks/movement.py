@@ -17,7 +17,7 @@ from rich.table import Column, Table
 
 from alignkit import diffusion
 from alignkit.rollout import seeded_noises, walk
-from alignkit.run import open_run
+from alignkit.runs.run import open_run
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("runs", nargs="+", metavar="RUN", help="a folder")

@@ -25,10 +25,10 @@ from rich.console import Console
 from rich.table import Table
 
 import alignkit
-from alignkit.asking import AskedReward
-from alignkit.diffusers_policy import DiffusersPolicy
+from alignkit.config.toml import parse_assignment
+from alignkit.models.diffusers_policy import DiffusersPolicy
 from alignkit.registry import default_registry
-from alignkit.toml import parse_assignment
+from alignkit.rewards.checked import AskedReward
 
 LIMIT = 0.05
 BOOKKEEPING = "bookkeeping"

@@ -15,11 +15,11 @@ from typing import Any
 
 from typer.testing import CliRunner
 
-from alignkit import describe
-from alignkit.cli import app
+from alignkit.cli.app import app
+from alignkit.config import reference as describe
+from alignkit.config.schema import describe as type_words
+from alignkit.config.sections import TOP, RunConfig
 from alignkit.registry import default_registry
-from alignkit.schema import describe as type_words
-from alignkit.sections import TOP, RunConfig
 
 DOCS = Path(__file__).parent
 sys.path.append(str(DOCS.parent / "benchmarks"))

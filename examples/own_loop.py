@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 
 from alignkit import diffusion
-from alignkit.data import Stream, examples_at, read_examples
-from alignkit.diffusers_policy import DiffusersPolicy
-from alignkit.rewards import WeightedRewards
+from alignkit.data.prompts import read_examples
+from alignkit.data.stream import Stream, examples_at
+from alignkit.models.diffusers_policy import DiffusersPolicy
+from alignkit.rewards.weighted import WeightedRewards
 from alignkit.rollout import walk
 from alignkit_rewards.attribute_binding import AttributeBinding
 from alignkit_samplers.lcm import LCM

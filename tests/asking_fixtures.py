@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignkit.asking import Asking
 from alignkit.errors import TransientError
-from alignkit.interfaces import Example, Reward, Scores
-from alignkit.rewards import WeightedRewards
+from alignkit.interfaces import Reward
+from alignkit.records import Example, Scores
+from alignkit.rewards.checked import Asking
+from alignkit.rewards.weighted import WeightedRewards
 
 EXAMPLES = [Example(f"prompt {i}") for i in range(6)]
 IMAGES = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -42,8 +43,8 @@ class Slow(Judge):
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The pauses that were asked for, none of which is made but on the clock."""
     found: list[float] = []
-    monkeypatch.setattr("alignkit.asking.wait", lambda closed, seconds: found.append(seconds))
-    monkeypatch.setattr("alignkit.asking.monotonic", lambda: sum(found))
+    monkeypatch.setattr("alignkit.rewards.checked.wait", lambda closed, seconds: found.append(seconds))
+    monkeypatch.setattr("alignkit.rewards.checked.monotonic", lambda: sum(found))
     return found
 
 

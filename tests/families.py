@@ -17,8 +17,8 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from alignkit.diffusers_policy import DiffusersPolicy
 from alignkit.interfaces import Sampler
+from alignkit.models.diffusers_policy import DiffusersPolicy
 from alignkit.rollout import sample
 from alignkit.testing.world import tiny_vae
 from alignkit_shapes.build.text import tokenizer

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import alignkit
-from alignkit.train import Trainer
+from alignkit.training.trainer import Trainer
 
 
 def collect(trainer: Trainer) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from alignkit.pictures import PictureSet, open_pictures
+from alignkit.data.images import PictureSet, open_pictures
 
 COLOURS = {"a": (255, 0, 0), "b": (0, 255, 0), "c": (0, 0, 255)}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from alignkit.config import RunConfig, load
+from alignkit.config.load import RunConfig, load
 from alignkit.registry import GROUP, Registry, default_registry
 
 

@@ -48,7 +48,8 @@ ODD_REWARDS = """
 
 ODD_REWARD_CLASSES = """
     import torch
-    from alignkit.interfaces import Reward, Scores
+    from alignkit.interfaces import Reward
+    from alignkit.records import Scores
 
 
     class Constant(Reward):

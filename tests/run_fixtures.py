@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from alignkit.testing.expect import differences
+from alignkit.training import checkpoint
+
 if TYPE_CHECKING:
-    from alignkit.run import Run
-    from alignkit.train import Trainer
+    from alignkit.runs.run import Run
+    from alignkit.training.trainer import Trainer
 
 PROMPTS = ["a red circle", "a blue square and a green star", "a white ring", "a black heart", "an orange diamond"]
 
@@ -46,11 +50,45 @@ def make_trainer(tiny_run: Callable[..., Run], tiny_teacher: Path) -> Callable[.
     """The built trainer of a tiny run, before its first round; with `ddim=True` on the teacher, with chance at every
     one of its steps."""
 
-    from alignkit.loop import Loop
+    from alignkit.runs.loop import Loop
 
     def make(overrides: Mapping[str, Any] | None = None, ddim: bool = False) -> Trainer:
         model = {"model.name": str(tiny_teacher), "sampler.name": "ddim", "sampler.eta": 1.0, "evaluate.steps": [3]}
         run = tiny_run(overrides=(model if ddim else {}) | dict(overrides or {}))
-        return Loop(run, run.accelerator()).trainer
+        return Loop(run, run.folder, run.accelerator()).trainer
 
     return make
+
+
+def final_state(folder: Path) -> dict[str, Any]:
+    saved = checkpoint.latest(folder / "checkpoints")
+    assert saved is not None
+    return checkpoint.load(saved)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records, without what is measured in seconds."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What a finished run leaves to be taken away."""
+    paths = [*folder.glob("*.safetensors"), *folder.glob("samples/*.png")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def assert_same(folder: Path, other: Path) -> None:
+    assert_same_state(folder, other)
+    assert metrics(folder) == metrics(other)
+    assert files(folder) == files(other)
+
+
+def assert_same_state(folder: Path, other: Path, but: str = "nothing") -> None:
+    assert not {name for name in differences(final_state(folder), final_state(other)) if but not in name}
+
+
+def assert_same_but_surroundings(folder: Path, other: Path) -> None:
+    """Of the global generators, which are kept for the sake of third parties, the runs may find different states."""
+    assert_same_state(folder, other, but=".rng.")
+    assert metrics(folder) == metrics(other) and files(folder) == files(other)

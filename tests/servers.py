@@ -18,11 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from alignkit.asking import Asking
 from alignkit.errors import ConfigError, TransientError
-from alignkit.interfaces import Example, Reward, Scores
-from alignkit.rewards import WeightedRewards
-from alignkit.serve import Limits, RewardServer
+from alignkit.interfaces import Reward
+from alignkit.records import Example, Scores
+from alignkit.rewards.checked import Asking
+from alignkit.rewards.weighted import WeightedRewards
+from alignkit.serving.server import Limits, RewardServer
 
 MARK = "0123456789abcdef"
 

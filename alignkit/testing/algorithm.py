@@ -15,9 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from alignkit import checkpoint
-from alignkit.combination import Combination
-from alignkit.config import (
+from alignkit.config.load import (
     DataConfig,
     PluginConfig,
     RewardConfig,
@@ -25,12 +23,13 @@ from alignkit.config import (
     SurrogateConfig,
     TrainConfig,
 )
-from alignkit.context import TrainContext
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Algorithm, Example, Reward, Rows, Sampler, Surrogate
-from alignkit.loading import errors_only
+from alignkit.interfaces import Algorithm, Reward, Sampler, Surrogate
+from alignkit.models.quiet import errors_only
+from alignkit.records import Example, Rows
 from alignkit.registry import default_registry
-from alignkit.rewards import WeightedRewards
+from alignkit.rewards.combine import Combination
+from alignkit.rewards.weighted import WeightedRewards
 from alignkit.testing.expect import about, differences, expect, global_chance_untouched, leaves
 from alignkit.testing.world import (
     ODD_PROMPTS,
@@ -44,7 +43,9 @@ from alignkit.testing.world import (
     Unscored,
     tiny_policy,
 )
-from alignkit.train import Trainer
+from alignkit.training import checkpoint
+from alignkit.training.context import TrainContext
+from alignkit.training.trainer import Trainer
 
 NEEDS = {"surrogate", "teacher", "pictures", "pairs", "stochastic_steps", "differentiable_reward"}
 

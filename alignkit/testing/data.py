@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignkit.data import Pictures
-from alignkit.preference_data import Preferences
+from alignkit.data.sources import Pictures, Preferences
 from alignkit.testing.expect import about, expect, global_chance_untouched
 
 COUNT, FAR = 6, 1_000_000
@@ -20,7 +19,7 @@ Read = Callable[[int, int, int], Columns]
 
 
 def check_pictures(source: Pictures, size: int | None = None) -> None:
-    """Raise AssertionError, in one line, for the first promise of `alignkit.data.Pictures` that is not kept.
+    """Raise AssertionError, in one line, for the first promise of `alignkit.data.sources.Pictures` that is not kept.
 
     `size` is the height and width in pixels that the source was made for, if that is to be checked. A ConfigError
     passes: a file or an extra is missing.
@@ -35,7 +34,7 @@ def check_pictures(source: Pictures, size: int | None = None) -> None:
 
 
 def check_pairs(source: Preferences, size: int | None = None) -> None:
-    """Raise AssertionError, in one line, for the first promise of `alignkit.preference_data.Preferences` that is not
+    """Raise AssertionError, in one line, for the first promise of `alignkit.data.sources.Preferences` that is not
     kept; `size` and ConfigError as for `check_pictures`."""
 
     def read(start: int, count: int, seed: int) -> Columns:

@@ -11,16 +11,16 @@ from typing import Any, TypeVar
 
 import torch
 
-from alignkit import config
-from alignkit.data import Pictures, open_class
+from alignkit.config import load as config
+from alignkit.config.bundles import is_consistency
+from alignkit.data.sources import Pictures, Preferences, open_class
 from alignkit.errors import ConfigError
 from alignkit.interfaces import ModelBundle
-from alignkit.loading import errors_only
-from alignkit.parts import Parts
-from alignkit.pipelines import check_source
-from alignkit.preference_data import Preferences
+from alignkit.models.pipelines import check_source
+from alignkit.models.quiet import errors_only
 from alignkit.registry import default_registry
 from alignkit.rollout import sample_pictures
+from alignkit.runs.build import Parts
 from alignkit.testing.data import check_pairs, check_pictures
 from alignkit.testing.expect import about, expect
 
@@ -63,7 +63,7 @@ def _settings(bundle: ModelBundle, name: str, algorithm: str, reward: str = "") 
     under = algorithm + (f" with {reward}" if reward else "")
     if not any("sampler" in layer for layer in (bundle.defaults, bundle.algorithm_defaults.get(algorithm, {}))):
         # Which the user has to choose.
-        chosen["sampler.name"] = "lcm" if config.is_consistency(bundle.path) else "renoise"
+        chosen["sampler.name"] = "lcm" if is_consistency(bundle.path) else "renoise"
     try:
         run = config.load(None, chosen)
         with tempfile.TemporaryDirectory() as folder:

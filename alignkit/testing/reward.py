@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Example, Reward, Scores
-from alignkit.loading import errors_only
-from alignkit.rewards import WeightedRewards, quantize
+from alignkit.interfaces import Reward
+from alignkit.models.quiet import errors_only
+from alignkit.records import Example, Scores
+from alignkit.rewards.weighted import WeightedRewards, quantize
 from alignkit.testing.expect import about, all_finite, expect, global_chance_untouched, same
 from alignkit.testing.world import ODD_PROMPTS, PROMPTS, coarse_pictures
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from alignkit.errors import AlignkitError
-from alignkit.interfaces import Policy, Prompt, Sampler, Transition
+from alignkit.interfaces import Policy, Sampler
+from alignkit.records import Prompt, Transition
 from alignkit.rollout import walk
 from alignkit.testing.expect import about, all_finite, expect, global_chance_untouched, same
 from alignkit.testing.world import FORMS, PROMPTS, tiny_policy

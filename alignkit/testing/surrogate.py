@@ -7,7 +7,8 @@ import copy
 import torch
 from torch import Tensor
 
-from alignkit.interfaces import Policy, Prompt, Surrogate
+from alignkit.interfaces import Policy, Surrogate
+from alignkit.records import Prompt
 from alignkit.testing.expect import about, all_finite, expect, global_chance_untouched, same
 from alignkit.testing.world import PROMPTS, tiny_policy
 

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from alignkit.interfaces import Example, PreferencePairs, Reward, Scores
+from alignkit.interfaces import Reward
+from alignkit.records import Example, PreferencePairs, Scores
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTokenizer
 
-    from alignkit.diffusers_policy import DiffusersPolicy
+    from alignkit.models.diffusers_policy import DiffusersPolicy
 
 Form = Literal["lcm", "teacher", "turbo"]
 """A latent consistency model whose network takes the guidance; a model that predicts the noise, under guidance; and one
@@ -74,7 +75,7 @@ def save_pipeline(folder: Path, form: Form, words: CLIPTokenizer | None = None) 
     import diffusers
     from transformers import CLIPTextModel
 
-    from alignkit.loading import no_progress_bars
+    from alignkit.models.quiet import no_progress_bars
 
     words = words or byte_tokenizer()
     schedule = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -123,7 +124,7 @@ def tiny_policy(form: Form = "lcm", trainable: bool = True) -> DiffusersPolicy:
 
 @functools.cache
 def _policy(form: Form, trainable: bool) -> DiffusersPolicy:
-    from alignkit.diffusers_policy import DiffusersPolicy
+    from alignkit.models.diffusers_policy import DiffusersPolicy
 
     guidance = 1.0 if form == "teacher" and trainable else None
     with torch.random.fork_rng():
@@ -138,7 +139,7 @@ def coarse_pictures(count: int = 4, height: int = SIZE, width: int = SIZE, seed:
 
 
 class TinyPictures:
-    """Captioned pictures, as `alignkit.data.Pictures` hands them out."""
+    """Captioned pictures, as `alignkit.data.sources.Pictures` hands them out."""
 
     def batch(self, start: int, size: int, seed: int) -> tuple[Tensor, list[str]]:
         """Always the same at the same place."""
@@ -147,7 +148,7 @@ class TinyPictures:
 
 
 class TinyPairs:
-    """Preference pairs, as `alignkit.preference_data.Preferences` hands them out: the brighter picture is preferred."""
+    """Preference pairs, as `alignkit.data.sources.Preferences` hands them out: the brighter picture is preferred."""
 
     notes: Sequence[str] = ()
 

@@ -9,7 +9,8 @@ from typing import ClassVar, Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignkit.interfaces import Algorithm, Batch, Context
+from alignkit.interfaces import Algorithm, Context
+from alignkit.records import Batch
 from alignkit_baselines.pairs import Pairs, collect_pairs, log_prob
 
 

@@ -9,7 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from alignkit.interfaces import Algorithm, Batch, Context, Prompt, Rows, Sampler
+from alignkit.interfaces import Algorithm, Context, Sampler
+from alignkit.records import Batch, Prompt, Rows
 from alignkit.rollout import walk
 from alignkit_lcd.distillation import Distillation, Noised
 

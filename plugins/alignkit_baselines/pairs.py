@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from alignkit.errors import PluginError
-from alignkit.interfaces import Batch, Context, Prompt, Rows, Scores
+from alignkit.interfaces import Context
+from alignkit.records import Batch, Prompt, Rows, Scores
 from alignkit.rollout import walk
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from alignkit.advantage import PromptTracker, of_terms, over_batch
-from alignkit.interfaces import Algorithm, Batch, Context, Rows
+from alignkit.interfaces import Algorithm, Context
+from alignkit.records import Batch, Rows
 from alignkit_baselines.pairs import Pairs, log_prob, scored_pairs
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from alignkit import diffusion
 from alignkit.advantage import PromptTracker, of_terms, over_batch
 from alignkit.errors import ConfigError, PluginError
-from alignkit.interfaces import Algorithm, Batch, Context, Prompt, Rows, Sampler, Transition
+from alignkit.interfaces import Algorithm, Context, Sampler
+from alignkit.records import Batch, Prompt, Rows, Transition
 from alignkit.rollout import Rollout, walk
 from alignkit_lcd.distillation import Distillation, Noised
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Algorithm, Batch, Context, Prompt, Sampler
+from alignkit.interfaces import Algorithm, Context, Sampler
+from alignkit.records import Batch, Prompt
 from alignkit_lasro.critic import Critic, GradientOf, PolicyRows
 from alignkit_lasro.measure import measure_rewards, measure_surrogate
 from alignkit_lasro.memory import Memory

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from alignkit.diffusion import add_noise
-from alignkit.interfaces import Context, Example, Prompt, Rows
+from alignkit.interfaces import Context
+from alignkit.records import Example, Prompt, Rows
 from alignkit_lasro.sampling import States
 from alignkit_lcd.distillation import Noised
 

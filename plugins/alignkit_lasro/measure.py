@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from alignkit.interfaces import Context, Prompt
+from alignkit.interfaces import Context
+from alignkit.records import Prompt
 from alignkit_lasro.pairs import Scored, counterparts, extremes, rank_correlation
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from alignkit.interfaces import Prompt, Rows
+from alignkit.records import Prompt, Rows
 
 
 @dataclass(frozen=True)

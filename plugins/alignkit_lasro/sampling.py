@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Batch, Context, Prompt, Rows
+from alignkit.interfaces import Context
+from alignkit.records import Batch, Prompt, Rows
 from alignkit.rollout import walk
 from alignkit_lasro.pairs import Scored
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Policy, Prompt, Surrogate
+from alignkit.interfaces import Policy, Surrogate
+from alignkit.records import Prompt
 
 
 class EncoderWithHead(nn.Module):

@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Policy, Prompt
-from alignkit.loading import errors_only, no_progress_bars
+from alignkit.interfaces import Policy
+from alignkit.models.quiet import errors_only, no_progress_bars
+from alignkit.records import Prompt
 from alignkit_lasro.surrogate import PairwiseSurrogate
 
 GRID = 16

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from alignkit.interfaces import Algorithm, Batch, Context, Sampler
+from alignkit.interfaces import Algorithm, Context, Sampler
+from alignkit.records import Batch
 from alignkit_lcd.distillation import Average, Distance, Distillation, Noised
 
 

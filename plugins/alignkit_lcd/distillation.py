@@ -12,7 +12,8 @@ from torch import Tensor
 
 from alignkit import diffusion
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Context, Policy, Prompt, Rows, Sampler
+from alignkit.interfaces import Context, Policy, Sampler
+from alignkit.records import Prompt, Rows
 from alignkit_samplers.lcm import LCM
 
 Distance = Literal["huber", "l2"]

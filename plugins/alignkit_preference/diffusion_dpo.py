@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Algorithm, Batch, Context, Sampler
+from alignkit.interfaces import Algorithm, Context, Sampler
+from alignkit.records import Batch
 from alignkit_preference.noised import (
     TIMES,
     LatentPairs,

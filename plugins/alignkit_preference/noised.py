@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from alignkit import diffusion
-from alignkit.interfaces import Context, Policy, PreferencePairs, Prompt, Rows
+from alignkit.interfaces import Context, Policy
+from alignkit.records import PreferencePairs, Prompt, Rows
 
 Space = Literal["noise", "velocity", "clean"]
 TIMES = 1000

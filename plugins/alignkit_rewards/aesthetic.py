@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Example
+from alignkit.records import Example
 from alignkit_rewards.checkpoints import check_local, locate_file
 from alignkit_rewards.clip import ClipPictures
 from alignkit_rewards.linear import fold

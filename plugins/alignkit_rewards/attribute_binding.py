@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Example, Reward, Scores
+from alignkit.interfaces import Reward
+from alignkit.records import Example, Scores
 from alignkit_rewards import blip
 from alignkit_rewards.checkpoints import (
     Precision,

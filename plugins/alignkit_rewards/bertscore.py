@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize as unit
 
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Example, Scores
+from alignkit.records import Example, Scores
 from alignkit_rewards.checkpoints import (
     Precision,
     backbone_dtype,

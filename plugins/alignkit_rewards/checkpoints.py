@@ -14,9 +14,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from alignkit.cache import fingerprint, tokenizer_state
 from alignkit.errors import ConfigError
-from alignkit.loading import errors_only, no_progress_bars
+from alignkit.models.encoder_cache import fingerprint, tokenizer_state
+from alignkit.models.quiet import errors_only, no_progress_bars
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 

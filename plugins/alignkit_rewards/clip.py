@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize as unit
 
-from alignkit.interfaces import Example, Reward
+from alignkit.interfaces import Reward
+from alignkit.records import Example
 from alignkit_rewards.checkpoints import (
     Precision,
     backbone_dtype,

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from alignkit.errors import ConfigError, TransientError
-from alignkit.json_server import is_loopback
+from alignkit.serving.http import is_loopback
 
 A = TypeVar("A")
 B = TypeVar("B")

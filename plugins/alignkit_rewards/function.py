@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from alignkit.errors import ConfigError
-from alignkit.functions import answer_of
-from alignkit.interfaces import Example, Reward, Scores
+from alignkit.interfaces import Reward
+from alignkit.records import Example, Scores
+from alignkit.rewards.functions import answer_of
 
 
 @dataclass

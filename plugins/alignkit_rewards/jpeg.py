@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Example, Reward
+from alignkit.interfaces import Reward
+from alignkit.records import Example
 
 
 @dataclass

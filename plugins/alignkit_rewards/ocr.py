@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Example, Reward, Scores
+from alignkit.interfaces import Reward
+from alignkit.records import Example, Scores
 from alignkit_rewards.checkpoints import (
     Precision,
     backbone_dtype,

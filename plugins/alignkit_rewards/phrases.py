@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Example
+from alignkit.records import Example
 
 
 @dataclass(frozen=True)

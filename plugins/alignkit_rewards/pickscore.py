@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Example, Scores
+from alignkit.records import Example, Scores
 from alignkit_rewards.clip import ClipReward
 
 Variant = Literal["logit", "cosine"]

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from alignkit.errors import ConfigError, PluginError
-from alignkit.interfaces import Example, Reward, Scores
-from alignkit.json_server import PROTOCOL, TOKEN
+from alignkit.interfaces import Reward
+from alignkit.records import Example, Scores
+from alignkit.serving.http import PROTOCOL, TOKEN
 from alignkit_rewards.endpoint import Connection, Endpoint, as_png
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Example, Reward, Scores
+from alignkit.interfaces import Reward
+from alignkit.records import Example, Scores
 from alignkit_rewards.bertscore import Comparison, Measure
 from alignkit_rewards.checkpoints import (
     Precision,

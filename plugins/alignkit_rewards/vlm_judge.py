@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from alignkit.errors import AlignkitError, ConfigError
-from alignkit.interfaces import Example, Reward, Scores
+from alignkit.interfaces import Reward
+from alignkit.records import Example, Scores
 from alignkit_rewards.answers import Unusable, content, first_choice, first_object, grades, scores, viescore, yes_and_no
 from alignkit_rewards.bertscore import Comparison, Measure
 from alignkit_rewards.checkpoints import Precision

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Example, Reward
+from alignkit.interfaces import Reward
+from alignkit.records import Example
 from alignkit_rewards.checkpoints import (
     Precision,
     backbone_dtype,

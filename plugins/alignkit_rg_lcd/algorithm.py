@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Algorithm, Batch, Context, Example, Prompt, Rows, Sampler
+from alignkit.interfaces import Algorithm, Context, Sampler
+from alignkit.records import Batch, Example, Prompt, Rows
 from alignkit_lcd.distillation import Average, Distance, Distillation, Noised
 from alignkit_rg_lcd.preference import Direction, RealPictures, margins, preference_loss, with_real_pictures
 from alignkit_rg_lcd.surrogate import LRM

@@ -14,8 +14,9 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionC
 from transformers.utils import logging
 
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Policy, Prompt, Surrogate
-from alignkit.loading import no_progress_bars
+from alignkit.interfaces import Policy, Surrogate
+from alignkit.models.quiet import no_progress_bars
+from alignkit.records import Prompt
 
 
 class LatentCLIP(nn.Module):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from alignkit import diffusion
-from alignkit.interfaces import Policy, Prompt, Sampler, Transition
+from alignkit.interfaces import Policy, Sampler
+from alignkit.records import Prompt, Transition
 from alignkit_samplers.schedule import Spacing, check_spaced, next_level, spaced_times
 
 

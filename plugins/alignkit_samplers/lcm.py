@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alignkit.interfaces import Policy, Prompt, Sampler, Transition
+from alignkit.interfaces import Policy, Sampler
+from alignkit.records import Prompt, Transition
 from alignkit_samplers.renoise import renoise
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from alignkit.advantage import PromptTracker, of_terms, over_batch
 from alignkit.errors import ConfigError, PluginError
-from alignkit.interfaces import Algorithm, Batch, Context, Example, Prompt, Rows, Sampler
+from alignkit.interfaces import Algorithm, Context, Sampler
+from alignkit.records import Batch, Example, Prompt, Rows
 from alignkit.rollout import Rollout, walk
 from alignkit_sdpo.dense import by_interpolation, by_similarity, discounted_returns, queried_steps
 

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alignkit.data import Pictures
-from alignkit.interfaces import PreferencePairs
-from alignkit.preference_data import Preferences
+from alignkit.data.sources import Pictures, Preferences
+from alignkit.records import PreferencePairs
 from alignkit_shapes.build.questions import spoiled
 from alignkit_shapes.scenes import SIZE, Scene, caption, draw, sample_scene
 

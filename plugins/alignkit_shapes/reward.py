@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Example, Reward, Scores
+from alignkit.interfaces import Reward
+from alignkit.records import Example, Scores
 from alignkit_shapes.reading import answers, exact, read
 from alignkit_shapes.scenes import COLORS, SHAPES, SIZE, Thing
 

@@ -21,8 +21,8 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from transformers import BertTokenizer, BlipConfig, BlipForQuestionAnswering
 
-from alignkit.diffusers_policy import DiffusersPolicy
 from alignkit.diffusion import add_noise
+from alignkit.models.diffusers_policy import DiffusersPolicy
 from alignkit_rewards.attribute_binding import answers, encode, yes_no
 from alignkit_shapes.build.questions import labels, pixels, question, spoiled
 from alignkit_shapes.reading import Region, read

@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from alignkit.data import read_examples
-from alignkit.interfaces import Example
-from alignkit.rewards import quantize
+from alignkit.data.prompts import read_examples
+from alignkit.records import Example
+from alignkit.rewards.weighted import quantize
 from alignkit.rollout import sample_pictures
-from alignkit.run import open_run
+from alignkit.runs.run import open_run
 from alignkit_rewards.attribute_binding import AttributeBinding
 from alignkit_rewards.attribute_binding import questions as asked_by
 from alignkit_rewards.phrases import phrases

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignkit import diffusion
-from alignkit.diffusers_policy import DiffusersPolicy
-from alignkit.interfaces import Prompt
+from alignkit.models.diffusers_policy import DiffusersPolicy
+from alignkit.records import Prompt
 from alignkit.rollout import walk
 from alignkit_lcd.distillation import pseudo_huber
 from alignkit_samplers.ddim import DDIM

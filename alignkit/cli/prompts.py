@@ -1,0 +1,156 @@
+"""`alignkit prompts ...`: parse, call, print."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from alignkit.cli import options
+from alignkit.cli.options import Json, Model, Set
+from alignkit.cli.output import print_json
+from alignkit.errors import AlignkitError
+
+prompts_app = typer.Typer(
+    help="Look at prompts before a run: which cannot be scored, what is asked about them, which say the same.\n\n"
+    "FILE is a .txt, .jsonl or .parquet file, or a set that comes along: animals, attributes, counting or spatial, or "
+    "one of these with _held_out behind.\n\n"
+    "\b\nalignkit prompts lint prompts.txt --reward attribute_binding\nalignkit prompts phrases attributes\n"
+    "alignkit prompts curate prompts.txt --out kept.txt",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+File = Annotated[str, typer.Argument(metavar="FILE")]
+
+
+@prompts_app.command()
+def lint(
+    file: File,
+    reward: Annotated[str, typer.Option(metavar="NAME", help="The reward that is to score them.")],
+    load: Annotated[
+        bool, typer.Option("--load", help="Load the reward and try each prompt on a grey picture.")
+    ] = False,
+    model: Model = None,
+    assignments: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Tell which prompts a reward cannot score and why; repeated and broken ones as well.
+
+    Without --load no weights are needed, and what only they can tell is left out: words that the reward does not know,
+    and prompts that are too long for it. Exits with 1 if a prompt is broken or cannot be scored.
+
+    \b
+    alignkit prompts lint attributes --reward attribute_binding
+    alignkit prompts lint prompts.txt --reward clip_score --load
+    alignkit prompts lint prompts.jsonl --reward ocr --json
+    """
+    from alignkit.commands.lint import lint
+
+    count, findings = lint(file, reward, _overrides(model, assignments), load)
+    if as_json:
+        print_json({"prompts": count, "findings": [dataclasses.asdict(finding) for finding in findings]})
+    else:
+        for finding in findings:
+            place = f"prompt {finding.number}: {finding.prompt}" if finding.number else "a prompt"
+            typer.echo(f"{finding.problem} {place}\n  {finding.why}")
+        typer.echo(f"{file}: {count} prompts, {len(findings)} problems")
+    if any(finding.problem in ("broken", "unscorable") for finding in findings):
+        raise typer.Exit(1)
+
+
+@prompts_app.command()
+def phrases(
+    file: Annotated[str, typer.Argument(metavar="FILE_OR_PROMPT")],
+    reward: Annotated[str, typer.Option(metavar="NAME", help="The reward that asks.")] = "attribute_binding",
+    model: Model = None,
+    assignments: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Show what attribute_binding, or another reward that asks questions, will ask about each prompt.
+
+    \b
+    alignkit prompts phrases "a red chair and a blue wooden cup"
+    alignkit prompts phrases prompts.txt --json
+    alignkit prompts phrases prompts.jsonl --reward ocr
+    """
+    from alignkit.commands.lint import ask
+
+    asked = ask(file, reward, _overrides(model, assignments))
+    if as_json:
+        return print_json([dataclasses.asdict(one) for one in asked])
+    for one in asked:
+        typer.echo(one.prompt)
+        for line in one.questions:
+            typer.echo(f"  {line}")
+        if one.refused:
+            typer.secho(f"  refused: {one.refused}", fg="yellow")
+
+
+@prompts_app.command()
+def curate(
+    file: File,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the kept prompts go; a new .txt or .jsonl file.")],
+    distance: Annotated[float, typer.Option(help="Nearest kept prompt must be farther away: 1 - cosine.")] = 0.1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Stop when so many are kept.")] = None,
+    encoder: Annotated[str, typer.Option(metavar="NAME", help="Hub id or folder; else the model's own.")] = "",
+    search: Annotated[str, typer.Option(metavar="HOW", help="faiss, torch, or auto: faiss where installed.")] = "auto",
+    model: Model = None,
+    assignments: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Keep prompts that differ: leave out repeated ones, and those too near to one that is kept (LaSRO's selection).
+
+    Goes through the file from its top. How near two prompts are says a text encoder: CLIP, BERT, T5 or a sentence
+    encoder, or the text encoder of the diffusion model. Distances differ from one encoder to the next: try some.
+
+    \b
+    alignkit prompts curate prompts.txt --out kept.txt
+    alignkit prompts curate prompts.jsonl --out kept.jsonl --distance 0.2 --limit 2000 --json
+    alignkit prompts curate prompts.txt --out kept.txt --encoder openai/clip-vit-large-patch14
+    """
+    from alignkit.commands.curate import TextEmbedding, check, curate
+    from alignkit.config.load import load as load_config
+    from alignkit.data.prompts import read_examples
+    from alignkit.files import write_file
+
+    if out.exists():
+        raise AlignkitError(f"--out {out}: is there already; choose another name")
+    overrides = _overrides(model, assignments)
+    config = load_config(None, overrides)
+    examples = read_examples(file, config.data.prompt_column)
+    if out.suffix not in (".txt", ".jsonl"):
+        raise AlignkitError(f"--out {out}: expected a name that ends in .txt or .jsonl")
+    if out.suffix == ".txt" and any(e.metadata or "\n" in e.text for e in examples):
+        raise AlignkitError(f"--out {out}: {file} holds more than texts of one line; choose a name that ends in .jsonl")
+    check(distance, search)
+    embedding = TextEmbedding(encoder, config.model.name)
+    kept, dropped = curate(examples, embedding, distance, limit, search)
+    lines = [e.text if out.suffix == ".txt" else _line({**e.metadata, "text": e.text}) for e in kept]
+    write_file(out, "\n".join(lines) + "\n")
+    repeated = sum(one.repeated for one in dropped)
+    if as_json:
+        told = [dataclasses.asdict(one) for one in dropped]
+        about = {"encoder": encoder or config.model.name, "truncated": embedding.truncated}
+        return print_json({"out": str(out), "read": len(examples), "kept": len(kept), "dropped": told, **about})
+    left = len(examples) - len(kept) - len(dropped)
+    near, whose = len(dropped) - repeated, encoder or config.model.name
+    typer.echo(
+        f"{out}: {len(kept)} of {len(examples)} prompts kept; {repeated} repeated, {near} within {distance} of a kept "
+        f"one by the text encoder of {whose}" + (f", {left} not looked at" if left else "")
+    )
+    if embedding.truncated:
+        typer.echo(f"warning: {embedding.truncated} prompts are longer than the encoder reads; their ends tell nothing")
+    if not encoder and "model.name" not in overrides:
+        typer.echo(f"warning: {whose} is the default model; name an --encoder that reads such prompts")
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False)
+
+
+def _overrides(model: str | None, assignments: list[str] | None) -> dict[str, Any]:
+    return options.overrides(None, None, model, None, None, None, assignments)

@@ -1,0 +1,128 @@
+"""The commands about one reward, `score` and `serve`: parse, call, print."""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from alignkit.cli import options
+from alignkit.cli.options import Json, Model, Set
+from alignkit.cli.output import print_json
+from alignkit.errors import AlignkitError
+
+Device = Annotated[str, typer.Option(help="Where to score: auto, cpu, cuda, cuda:1, ...")]
+
+
+def score(
+    reward: Annotated[str, typer.Argument(metavar="REWARD")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER")],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="One prompt a picture, or one for all; default: a.txt for a.png."),
+    ] = None,
+    device: Device = "auto",
+    model: Model = None,
+    assignments: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Score the pictures of a folder with a reward, as a run with this model would.
+
+    A line for each picture, with the parts of its score, as soon as it is scored. What cannot be scored says why.
+
+    \b
+    alignkit score attribute_binding captioned/
+    alignkit score attribute_binding samples/ --prompts prompts.txt
+    alignkit score pickscore samples/ --prompts prompts.txt --device cuda:1
+    alignkit score attribute_binding samples/ --prompts prompts.jsonl --json
+    """
+    from alignkit.commands.score import score_batches
+
+    overrides = options.overrides(None, None, model, None, None, None, assignments)
+    _tell_whose(reward, overrides)
+    records: list[dict[str, Any]] = []
+    columns: list[str] | None = None
+    try:
+        for batch in score_batches(reward, folder, prompts, overrides, device):
+            records += batch
+            if not as_json:
+                columns = _print_scores(batch, columns)
+    finally:
+        # Also where a later picture, or the reward, ends it.
+        if as_json and records:
+            print_json(records)
+    if all(record["score"] is None for record in records):
+        reason = next((record["reason"] for record in records if record["reason"]), "it does not say why")
+        raise AlignkitError(f"{folder}: {reward} could score none of the {len(records)} pictures: {reason}")
+
+
+def _tell_whose(reward: str, overrides: dict[str, Any]) -> None:
+    """Settings that a reward has from a model which nobody named: an own checkpoint is not what its page tells."""
+    from alignkit.config.bundles import find_bundle
+    from alignkit.config.sections import ModelConfig
+
+    if "model.name" in overrides:
+        return
+    name = ModelConfig().name
+    for entry in find_bundle(name).defaults.get("reward", ()):
+        if isinstance(entry, dict) and entry["name"] == reward:
+            own = [f"{k} = {v}" for k, v in entry.items() if k != "name" and f"reward.{reward}.{k}" not in overrides]
+            if own:
+                typer.echo(f"note: {reward} is set as {name}, the default model, sets it: {', '.join(own)}", err=True)
+
+
+def _print_scores(records: Sequence[dict[str, Any]], columns: list[str] | None) -> list[str]:
+    """Print a line for each record, beneath a heading where these have parts that `columns` lack; returns the columns.
+    The reward's own value, which stands under its bare name, is the score."""
+    found = dict.fromkeys(part for record in records for part in record["parts"] if "/" in part)
+    if columns is None or found.keys() - columns:
+        columns = list(found)
+        names = [part.partition("/")[2] for part in columns]
+        typer.echo("  ".join([f"{'score':>10}", *(f"{name:>8}" for name in names), "picture  prompt"]))
+    for record in records:
+        score = "not scored" if record["score"] is None else f"{record['score']:.4f}"
+        cells = [f"{score:>10}", *_cells(record["parts"], columns), record["picture"], record["prompt"]]
+        typer.echo("  ".join([*cells, *([f"({record['reason']})"] if record["reason"] else [])]))
+    return columns
+
+
+def _cells(parts: dict[str, float], columns: Sequence[str]) -> Iterator[str]:
+    for part in columns:
+        width, value = max(8, len(part.partition("/")[2])), parts.get(part, math.nan)
+        yield f"{'' if math.isnan(value) else f'{value:.4g}':>{width}}"
+
+
+def serve(
+    reward: Annotated[str, typer.Argument(metavar="REWARD")],
+    host: Annotated[str, typer.Option(help="The address to answer at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port; 0 takes a free one.")] = 8188,
+    network: Annotated[bool, typer.Option("--network", help="Let other machines ask; needs a token.")] = False,
+    device: Device = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures scored at once.")] = 16,
+    model: Model = None,
+    assignments: Set = None,
+) -> None:
+    """Answer for a reward over HTTP, for the reward `remote` of runs here or on other machines.
+
+    With ALIGNKIT_TOKEN in the environment, clients must send that token. Without --network only this machine can ask.
+
+    \b
+    alignkit serve attribute_binding
+    alignkit serve image_reward --port 8190 --device cuda:1
+    ALIGNKIT_TOKEN=... alignkit serve pickscore --host 0.0.0.0 --network
+    """
+    from alignkit.serving.server import open_server
+
+    overrides = options.overrides(None, None, model, None, None, None, assignments)
+    _tell_whose(reward, overrides)
+    with open_server(reward, overrides, host, port, network, device, batch_size) as server:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends it as Ctrl-C does
+        typer.echo(f"{server.name} at {server.url}, fingerprint {server.fingerprint}; Ctrl-C ends it")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            typer.echo("ended", err=True)

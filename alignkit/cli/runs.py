@@ -1,0 +1,256 @@
+"""The commands about runs: check, train, prepare, sample, pairs and evaluate."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from alignkit.cli.options import Algo, Json, Model, Out, Rewards, Seed, Set, StepList, Steps, overrides, step_list
+from alignkit.cli.output import print_json, print_table
+from alignkit.errors import AlignkitError
+
+WIDE = 110
+"""Columns of a terminal in which a table has room for every interval."""
+
+
+def check(
+    file: Annotated[Path | None, typer.Argument(metavar="FILE")] = None,
+    algo: Algo = None,
+    reward: Rewards = None,
+    model: Model = None,
+    steps: Steps = None,
+    out: Out = None,
+    seed: Seed = None,
+    assignments: Set = None,
+) -> None:
+    """Find every mistake in a run file before any weight loads.
+
+    \b
+    alignkit check run.toml
+    alignkit check run.toml --algo lasro --set train.updates=500
+    """
+    from alignkit.runs.run import load
+
+    run = load(file, overrides(algo, reward, model, steps, out, seed, assignments))
+    skipped = run.check()
+    config = run.config
+    for what in skipped:
+        typer.echo(f"skipped as broken: {what}")
+    if unmeasured := config.evaluate.unmeasured():
+        typer.echo(f"warning: {unmeasured}")
+    rewards = " and ".join(r.name for r in config.rewards) or "no reward"
+    what = f"{config.algorithm.name} on {config.model.name}, {rewards}"
+    typer.echo(f"{file or 'settings'}: no mistakes found ({what}, {config.train.updates} updates)")
+
+
+def train(
+    file: Annotated[Path | None, typer.Argument(metavar="FILE")] = None,
+    algo: Algo = None,
+    reward: Rewards = None,
+    model: Model = None,
+    steps: Steps = None,
+    out: Out = None,
+    seed: Seed = None,
+    assignments: Set = None,
+    resume: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Go on with an interrupted run.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the run folder alone.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Print lines, no live table.")] = False,
+) -> None:
+    """Train a model, from a run file, from flags, or both; flags win.
+
+    \b
+    alignkit train --algo lasro --reward attribute_binding
+    alignkit train run.toml --set train.learning_rate=1e-5
+    alignkit train --model my/pipeline --reward attribute_binding=0.8 --reward other=0.2
+    alignkit train --resume runs/first
+    alignkit train --resume runs/first --set scoring.broken=skip
+    """
+    from rich.console import Console
+
+    from alignkit.runs.run import load
+
+    run = load(file, overrides(algo, reward, model, steps, out, seed, assignments), resume=resume)
+    console = None if quiet else Console(force_terminal=False if plain else None)
+
+    received = signal.SIGINT
+
+    def stop(number: int, _: object) -> None:
+        nonlocal received
+        received = signal.Signals(number)
+        signal.signal(number, before[received])  # a second one ends the run at once
+        typer.echo("stopping behind this update; press Ctrl-C again to stop at once", err=True)
+        run.stop()
+
+    # SIGTERM is what schedulers of clusters send before they kill.
+    before = {one: signal.signal(one, stop) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for _ in run.train(console=console):
+            continue
+    except KeyboardInterrupt:
+        run.stop()
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+    if run.stopping:
+        typer.echo(f"stopped; go on with: alignkit train --resume {run.folder}", err=True)
+        raise typer.Exit(128 + received)
+    typer.echo(run.folder)
+
+
+def prepare_(
+    file: Annotated[Path | None, typer.Argument(metavar="FILE")] = None,
+    algo: Algo = None,
+    model: Model = None,
+    cache: Annotated[str | None, typer.Option(metavar="FOLDER", help="Where to keep it (data.cache).")] = None,
+    assignments: Set = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Encode a run's prompts and pictures ahead of time; `train` with the same cache reads what is there.
+
+    Can be interrupted and called again: what is there is not encoded twice.
+
+    \b
+    alignkit prepare run.toml --cache cache
+    alignkit prepare --algo ddpo --model shapes_lcm --cache cache --set data.prompts=prompts.txt
+    """
+    from rich.console import Console
+    from rich.filesize import decimal
+
+    from alignkit.commands.prepare import prepare
+    from alignkit.runs.run import load
+
+    changes = overrides(algo, None, model, None, None, None, assignments)
+    run = load(file, changes | ({"data.cache": cache} if cache is not None else {}))
+    prepared, notes = prepare(run, None if quiet or as_json else Console(stderr=True))
+    for note in notes:
+        typer.echo(note, err=True)
+    if as_json:
+        return print_json([dataclasses.asdict(row) for row in prepared])
+    cells = ([p.what, f"{p.read:,}", f"{p.encoded:,}", f"{p.entries:,}", decimal(p.bytes)] for p in prepared)
+    print_table(["what", "in the run", "new", "in the cache", "on disk"], cells)
+    typer.echo(run.config.data.cache)
+
+
+def sample(
+    source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL")],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...")],
+    steps: StepList = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the pictures go.")] = Path("samples"),
+) -> None:
+    """Draw pictures with a run's trained weights, or with a model as it is.
+
+    \b
+    alignkit sample runs/first "a red circle and a blue square"
+    alignkit sample shapes_lcm "a green heart" --steps 1,2,4 --count 3 --out pictures
+    """
+    from alignkit.runs.run import open_run
+
+    pictures = [(prompt, copy) for prompt in range(len(prompts)) for copy in range(count)]
+    plan: list[tuple[int | None, list[Path]]] = [(None, [out / f"{p:03d}_{c}.png" for p, c in pictures])]
+    if numbers := step_list(steps):
+        plan = [(n, [out / f"{p:03d}_{n}steps_{c}.png" for p, c in pictures]) for n in numbers]
+    for path in (path for _, paths in plan for path in paths):
+        if path.exists():
+            raise AlignkitError(f"--out {out}: {path.name} is there already; choose another folder")
+    run = open_run(source)
+    out.mkdir(parents=True, exist_ok=True)
+    for step, paths in plan:
+        for path, image in zip(paths, run.sample(prompts, steps=step, seed=seed, count=count), strict=True):
+            image.save(path)
+            typer.echo(path)
+
+
+def pairs(
+    source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the pairs go; a new or empty folder.")],
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="Texts; else the training prompts.")] = None,
+    reward: Rewards = None,
+    count: Annotated[int, typer.Option(min=2, help="Pictures of each prompt.")] = 4,
+    every: Annotated[bool, typer.Option("--every", help="All two that differ, not the best and worst alone.")] = False,
+    margin: Annotated[float, typer.Option(min=0, help="Scores must differ by more than this.")] = 0.0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts used, from the top of the file.")] = None,
+    steps: Steps = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    assignments: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Make preference pairs: draw several pictures of each prompt, score them, keep the better and the worse.
+
+    The folder holds the pictures and pairs.jsonl, a line for each pair with text, files, scores and seed. It is what
+    data.pairs names in a run file, for diffusion_dpo and for pso in its offline mode.
+
+    \b
+    alignkit pairs shapes_lcm --out my/pairs
+    alignkit pairs runs/first --prompts my/prompts.txt --count 8 --out my/other
+    alignkit train --algo diffusion_dpo --set data.pairs=my/pairs
+    """
+    from alignkit.commands.pairs import make_pairs
+    from alignkit.data.prompt_sets import prompt_file
+    from alignkit.runs.run import open_run
+
+    changes = overrides(None, reward, None, None, None, None, assignments)
+    if prompts is not None:
+        changes["data.prompts"] = str(prompt_file(prompts).resolve())
+    run = open_run(source, changes)
+    made = make_pairs(run, out, count=count, limit=limit, steps=steps, seed=seed, every=every, margin=margin)
+    for what in made.skipped:
+        typer.echo(f"skipped as broken: {what}", err=True)
+    if as_json:
+        return print_json(dataclasses.asdict(made))
+    without = f"; {made.undecided} without a preference" if made.undecided else ""
+    typer.echo(f"{made.folder}: {made.pairs} pairs of {made.prompts} prompts{without}")
+
+
+def evaluate_(
+    sources: Annotated[list[str], typer.Argument(metavar="RUN...")],
+    steps: StepList = None,
+    reward: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A further reward; repeatable.")] = None,
+    unseen: Annotated[bool, typer.Option("--unseen", help="Held-out prompts alone.")] = False,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the rows as CSV.")] = None,
+    assignments: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the rewards before and after training, with 95 % intervals, and the drift.
+
+    On terminals of 110 columns, as in JSON and CSV, means have intervals of their own beside those of the difference.
+
+    On prompts of the file that was trained from and on held-out ones. Drift is how far the pictures moved away from
+    those of the model before training: a kernel distance in that model's own features, 0 where nothing changed.
+
+    \b
+    alignkit evaluate runs/first
+    alignkit evaluate runs/first runs/control --steps 1,2,4,8 --csv table.csv
+    alignkit evaluate runs/first --unseen --json
+    alignkit evaluate runs/first --set 'evaluate.rewards=[{name = "clip_score", checkpoint = "my/clip"}]'
+    """
+    from rich.console import Console
+
+    from alignkit.commands.evaluate import as_csv, evaluate
+    from alignkit.evaluation.hacking import verdict
+    from alignkit.evaluation.table import table
+    from alignkit.files import write_file
+    from alignkit.runs.run import open_run
+
+    if csv is not None and csv.exists():
+        raise AlignkitError(f"--csv {csv}: is there already; choose another name")
+    changes = overrides(None, None, None, None, None, None, assignments)
+    runs = [open_run(source, changes) for source in sources]
+    rows = evaluate(runs, step_list(steps), reward or (), not unseen, Console(stderr=True))
+    if csv is not None:
+        write_file(csv, as_csv(rows))
+    if as_json:
+        return print_json([dataclasses.asdict(row) for row in rows])
+    console = Console()
+    for kind in dict.fromkeys(row.prompts for row in rows):
+        of_kind = [row for row in rows if row.prompts == kind]
+        console.print(table(of_kind, wide=console.width >= WIDE))
+        for name in dict.fromkeys(row.run for row in of_kind):
+            if found := verdict([row for row in of_kind if row.run == name]):
+                console.print(f"{name}, {kind} prompts: {found.text}", markup=False, highlight=False, soft_wrap=True)

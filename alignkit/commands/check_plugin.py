@@ -1,0 +1,151 @@
+"""The checks of `alignkit.testing`, run on all that an installed plugin brings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from alignkit.config import schema
+from alignkit.errors import AlignkitError, ConfigError, PluginError
+from alignkit.interfaces import Algorithm
+from alignkit.records import Example
+from alignkit.registry import Component, Registry, default_registry, nearest, normalise
+from alignkit.testing import check_algorithm, check_model, check_reward, check_sampler, check_surrogate, refusal
+from alignkit.testing.world import Form
+
+WALKS: dict[Form, tuple[str, ...]] = {"lcm": ("lcm",), "teacher": ("ddim", "euler_ancestral", "renoise")}
+"""The forms of models that an algorithm is checked on, and the samplers of which it takes the first it accepts."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one component."""
+
+    kind: str
+    name: str
+    status: str
+    """"passed", "failed" or "skipped"."""
+    detail: str
+    """What failed, why it was skipped, or what it was checked with."""
+    seconds: float
+
+
+class _Skipped(Exception):
+    """A component that cannot be checked here."""
+
+
+def members(registry: Registry, package: str) -> list[Component]:
+    """All that a distribution, an entry point or a package of this name registers. Raises AlignkitError for none."""
+    rows = registry.components()
+    wanted = normalise(package).lower()
+    found = [row for row in rows if wanted in (normalise(name).lower() for name in _names(row))]
+    if not found:
+        names = sorted({name for row in rows for name in _names(row)})
+        raise AlignkitError(
+            f"check-plugin: no plugin {package!r} is installed{nearest(package, names)}; expected the name of a "
+            "distribution, of an entry point or of a package (`alignkit list` shows what is there)"
+        )
+    return found
+
+
+def _names(row: Component) -> tuple[str, str, str]:
+    return row.distribution, row.plugin, row.target.partition(":")[0].partition(".")[0]
+
+
+def check_plugin(
+    package: str, settings: Mapping[str, Any] | None = None, examples: Sequence[Example] | None = None
+) -> Iterator[Verdict]:
+    """Check every component of a plugin, one after another.
+
+    `settings` are fields by "KIND.NAME.FIELD", for checkpoints that are elsewhere and for towers that should be
+    smaller. `examples` are what rewards are asked to score. Raises AlignkitError for a plugin or a setting that is not
+    there.
+    """
+    registry = default_registry()
+    rows = members(registry, package)
+    given = _by_component(registry, settings or {})
+    for row in rows:
+        start = time.perf_counter()
+        try:
+            status, detail = "passed", _check(registry, row, given, examples)
+        except (AssertionError, PluginError) as error:
+            status, detail = "failed", str(error)
+        except (_Skipped, AlignkitError) as error:
+            status, detail = "skipped", str(error)
+        yield Verdict(row.kind, row.name, status, " ".join(detail.split()), time.perf_counter() - start)
+
+
+def _by_component(registry: Registry, settings: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    """{"reward.clip_score.model": ...} as {("reward", "clip_score"): {"model": ...}}, with the types of the fields."""
+    given: dict[tuple[str, str], dict[str, Any]] = {}
+    for path, value in settings.items():
+        kind, _, rest = path.partition(".")
+        name, _, field = rest.rpartition(".")
+        if kind not in ("algorithm", "reward", "sampler", "surrogate") or not name:
+            raise ConfigError(f"--set {path}: expected KIND.NAME.FIELD=VALUE, as reward.clip_score.checkpoint=my/clip")
+        types = schema.field_types(registry.get(kind, name))
+        if field not in types:
+            raise ConfigError(f"--set {path}: unknown key{nearest(field, types)} (`alignkit show {name}` lists all)")
+        try:
+            given.setdefault((kind, normalise(name)), {})[field] = schema.convert(value, types[field])
+        except TypeError as error:
+            raise ConfigError(f"--set {path}: {error}") from None
+    return given
+
+
+def _check(registry: Registry, row: Component, given: Mapping[tuple[str, str], dict[str, Any]], examples: Any) -> str:
+    """What it was checked with. Raises AssertionError or PluginError for a failure, else what says why it was not."""
+    if row.broken:
+        raise AssertionError(f"{row.origin} is broken: {row.broken}")
+    if row.kind == "model":
+        return check_model(row.name)
+    component = _built(registry, row.kind, row.name, given)
+    if row.kind == "reward":
+        check_reward(component, examples=examples)
+    elif row.kind == "sampler":
+        check_sampler(component)
+    elif row.kind == "surrogate":
+        check_surrogate(component)
+    else:
+        return _check_algorithm(registry, component, given)
+    return ", ".join(f"{key} = {value}" for key, value in given.get((row.kind, row.name), {}).items())
+
+
+def _built(registry: Registry, kind: str, name: str, given: Mapping[tuple[str, str], dict[str, Any]]) -> Any:
+    cls = registry.get(kind, name)
+    fields = given.get((kind, name), {})
+    missing = schema.field_types(cls).keys() - schema.defaults(cls).keys() - fields.keys()
+    if missing:
+        raise _Skipped(
+            f"{sorted(missing)[0]} has no default; hand it over with --set {kind}.{name}.{sorted(missing)[0]}="
+        )
+    try:
+        return cls(**fields)
+    except ValueError as error:
+        if fields:
+            raise ConfigError(f"{kind} {name}: {error}") from error
+        raise AssertionError(f"{kind} {name} refuses its own defaults: {error}") from error
+
+
+def _check_algorithm(
+    registry: Registry, algorithm: Algorithm[Any, Any], given: Mapping[tuple[str, str], dict[str, Any]]
+) -> str:
+    """On each form of model with the first sampler that it accepts."""
+    surrogate = None
+    if "surrogate" in algorithm.needs and (own := algorithm.default_surrogate):
+        surrogate = _built(registry, "surrogate", normalise(own), given)
+    checked, reasons = [], []
+    for form, names in WALKS.items():
+        for name in names:
+            sampler = registry.get("sampler", name)(num_steps=2)
+            if reason := refusal(algorithm, sampler):
+                reasons.append(reason)
+                continue
+            check_algorithm(algorithm, sampler, form=form, surrogate=surrogate)
+            checked.append(f"{name} on {form}")
+            break
+    if not checked:
+        raise _Skipped(reasons[0])
+    return ", ".join(checked)

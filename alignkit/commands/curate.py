@@ -1,0 +1,209 @@
+"""A smaller set of prompts that says as much: no repetition, and none too near to another in a text embedding.
+
+The selection of prompts in LaSRO ("Reward fine-tuning two-step diffusion models via learning differentiable
+latent-space surrogate reward"); the encoder, the distance and the order are ours.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize as unit
+
+from alignkit.commands.lint import same
+from alignkit.config.bundles import find_bundle
+from alignkit.errors import ConfigError
+from alignkit.models.quiet import no_progress_bars
+from alignkit.records import Example
+
+Search = Literal["auto", "faiss", "torch"]
+BLOCK = 256
+"""Prompts that are embedded and looked up together."""
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A prompt that was left out."""
+
+    prompt: str
+    near: str
+    """The kept prompt that it repeats or is too near to."""
+    distance: float
+    """1 - cosine; 0 for a repetition."""
+    repeated: bool
+    """Whether it has the text of an earlier one."""
+
+
+def curate(
+    examples: Sequence[Example],
+    embed: Callable[[Sequence[str]], Tensor],
+    distance: float = 0.1,
+    limit: int | None = None,
+    search: str = "auto",
+) -> tuple[list[Example], list[Dropped]]:
+    """The examples to keep, in their order, and those left out, up to the one where `limit` was reached.
+
+    An example is kept if no earlier one that was kept has its text (but for case, blanks and points at the end), and
+    if the nearest of them in `embed`, texts to unit vectors (N, D), is farther than `distance` away: 1 - cosine.
+    """
+    check(distance, search)
+    first: dict[str, str] = {}
+    kept: list[Example] = []
+    vectors: list[Tensor] = []
+    dropped: list[Dropped] = []
+    index: Index | None = None
+    for start in range(0, len(examples), BLOCK):
+        block = examples[start : start + BLOCK]
+        found = embed([example.text for example in block]).cpu().float()
+        index = index or open_index(search, found.shape[1])
+        before = len(kept)
+        nearest = index.nearest(found) if before else []
+        for row, (example, vector) in enumerate(zip(block, found, strict=True)):
+            if (known := same(example.text)) in first:
+                dropped.append(Dropped(example.text, first[known], 0.0, True))
+                continue
+            places = [nearest[row]] if before else []
+            if fresh := vectors[before:]:  # those of this block, which the index does not know yet
+                places.append(before + int((torch.stack(fresh) @ vector).argmax()))
+            gap, place = min(((_gap(vectors[place], vector), place) for place in places), default=(2.0, -1))
+            first[known] = example.text if gap > distance else kept[place].text
+            if gap <= distance:
+                dropped.append(Dropped(example.text, kept[place].text, gap, False))
+                continue
+            kept.append(example)
+            vectors.append(vector)
+            if len(kept) == limit:
+                return kept, dropped
+        if fresh := vectors[before:]:
+            index.add(torch.stack(fresh))
+    return kept, dropped
+
+
+def check(distance: float, search: str) -> None:
+    """Raise ConfigError for what `curate` cannot work with."""
+    if not 0 <= distance < 2:
+        raise ConfigError(f"distance: found {distance}, expected 0 or more and less than 2")
+    if search not in get_args(Search):
+        raise ConfigError(f"search: found {search!r}, expected one of {', '.join(get_args(Search))}")
+    open_index(search, 1)
+
+
+def _gap(first: Tensor, second: Tensor) -> float:
+    """1 - cosine in float64, so that the search decides which vector is nearest and nothing else."""
+    return max(0.0, 1 - float(first.double() @ second.double()))
+
+
+class Index(ABC):
+    """Unit vectors, and which of them are nearest to others. All are looked at, so the answer is exact."""
+
+    @abstractmethod
+    def add(self, vectors: Tensor) -> None:
+        """Remember `vectors` (M, D) float32."""
+
+    @abstractmethod
+    def nearest(self, vectors: Tensor) -> list[int]:
+        """For each of `vectors` (N, D) which of those added, 0 the first, has the largest cosine."""
+
+
+class TorchIndex(Index):
+    """By torch, a block of those added at a time."""
+
+    def __init__(self) -> None:
+        self._blocks: list[Tensor] = []
+
+    def add(self, vectors: Tensor) -> None:
+        self._blocks.append(vectors)
+
+    def nearest(self, vectors: Tensor) -> list[int]:
+        start, best, places = 0, torch.full((len(vectors),), -torch.inf), torch.zeros(len(vectors), dtype=torch.long)
+        for block in self._blocks:
+            value, place = (vectors @ block.T).max(1)
+            places = torch.where(value > best, place + start, places)
+            best, start = torch.maximum(best, value), start + len(block)
+        return places.tolist()
+
+
+class FaissIndex(Index):
+    """By FAISS: the same, quicker where there are many."""
+
+    def __init__(self, width: int) -> None:
+        from faiss import IndexFlatIP
+
+        self._index = IndexFlatIP(width)
+
+    def add(self, vectors: Tensor) -> None:
+        self._index.add(vectors.contiguous().numpy())
+
+    def nearest(self, vectors: Tensor) -> list[int]:
+        _, places = self._index.search(vectors.contiguous().numpy(), 1)
+        return [int(place) for place in places[:, 0]]
+
+
+def open_index(search: str, width: int) -> Index:
+    """An empty index; "auto" is FAISS where it is installed. Raises ConfigError where it is asked for and is not."""
+    if search == "torch":
+        return TorchIndex()
+    try:
+        return FaissIndex(width)
+    except ImportError:
+        if search == "faiss":
+            raise ConfigError("search: faiss is not installed; pip install 'alignkit[faiss]', or use torch") from None
+        return TorchIndex()
+
+
+class TextEmbedding:
+    """A text encoder of transformers, frozen, on the CPU: texts to unit vectors."""
+
+    def __init__(self, encoder: str = "", model: str = "") -> None:
+        """`encoder` is a hub id or a folder; if empty, the text encoder of the diffusion pipeline `model` is taken.
+
+        Raises ConfigError for what cannot be loaded.
+        """
+        from transformers import AutoModel, AutoTokenizer
+
+        source = encoder or find_bundle(model).path
+        inner = ({}, {}) if encoder else ({"subfolder": "text_encoder"}, {"subfolder": "tokenizer"})
+        wanted = "expected a hub id or a folder of a CLIP, BERT, T5 or sentence encoder with its tokenizer"
+        try:
+            with no_progress_bars():
+                network, report = AutoModel.from_pretrained(
+                    source, dtype=torch.float32, output_loading_info=True, **inner[0]
+                )
+                self._words: Any = AutoTokenizer.from_pretrained(source, **inner[1])
+            config = network.config
+            most = getattr(getattr(config, "text_config", config), "max_position_embeddings", 512)
+            self._limit = min(self._words.model_max_length, most)
+            self._pooled = config.model_type.startswith("clip")
+            self._read: Any = network.eval().requires_grad_(False)
+            if config.model_type == "clip":
+                self._read = network.get_text_features
+            elif config.is_encoder_decoder:
+                self._read = network.get_encoder()
+            self.truncated = 0
+            self(["a text"])
+        except Exception as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+            raise ConfigError(f"encoder: {source!r} cannot be used: {reason}; {wanted}") from error
+        unused = ("pooler.", "decoder.") if config.is_encoder_decoder else ("pooler.",)
+        if missing := [name for name in report["missing_keys"] if not name.startswith(unused)]:
+            raise ConfigError(f"encoder: {source!r} lacks {missing[0]} and {len(missing) - 1} more; {wanted}")
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """(N, D) float32: what CLIP projects its last token to, or else the mean over the tokens.
+
+        Texts of which it reads a part are counted in `truncated`.
+        """
+        self.truncated += sum(len(ids) > self._limit for ids in self._words(list(texts), verbose=False).input_ids)
+        tokens = self._words(list(texts), padding=True, truncation=True, max_length=self._limit, return_tensors="pt")
+        mask = tokens.attention_mask
+        output = self._read(input_ids=tokens.input_ids, attention_mask=mask)
+        if self._pooled:
+            return unit(output.pooler_output, dim=-1)
+        weights = mask[:, :, None].float()
+        return unit((output.last_hidden_state * weights).sum(1) / weights.sum(1), dim=-1)

@@ -1,0 +1,140 @@
+"""Runs side by side: every reward before and after, on prompts seen and unseen, and how far the pictures drifted."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, fields, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from alignkit.errors import ConfigError
+from alignkit.evaluation.measure import Measurement, compare, measure
+from alignkit.evaluation.rows import Row
+from alignkit.evaluation.statistics import kernel_distance
+from alignkit.records import Example
+from alignkit.rewards.weighted import WeightedRewards
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from alignkit.runs.run import Run
+
+DRIFT = "drift"
+"""The row that holds the kernel distance to the base model's pictures."""
+
+
+def evaluate(
+    runs: Sequence[Run],
+    steps: Sequence[int] | None = None,
+    rewards: Sequence[str] = (),
+    seen: bool = True,
+    console: Console | None = None,
+) -> list[Row]:
+    """Rows of all runs, those of one reward and number of steps beside each other.
+
+    `rewards` are measured besides those that a run names. With `seen`, as many of the file that was trained from are
+    measured as of the held-out ones. Runs that began as the same model and are measured alike share what came before.
+    Progress is shown on `console`.
+    """
+    before: dict[str, Measurement] = {}
+    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=console is None) as progress:
+        rows = [
+            replace(row, run=name)
+            for run, name in zip(runs, _names(runs), strict=True)
+            for row in _rows(run, name, steps, rewards, seen, before, progress)
+        ]
+    # Sorting is stable, so runs stay in the order given.
+    names = list(dict.fromkeys(row.reward for row in rows))
+    kinds = list(dict.fromkeys(row.prompts for row in rows))
+    return sorted(rows, key=lambda row: (kinds.index(row.prompts), row.num_steps, names.index(row.reward)))
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """What tables call them: run folders of one name by their paths."""
+    names = [run.name for run in runs]
+    alike = [name == run.folder.name and names.count(name) > 1 for run, name in zip(runs, names, strict=True)]
+    return [str(run.folder) if same else name for run, name, same in zip(runs, names, alike, strict=True)]
+
+
+def _rows(
+    run: Run,
+    name: str,
+    steps: Sequence[int] | None,
+    extra: Sequence[str],
+    seen: bool,
+    before: dict[str, Measurement],
+    progress: Progress,
+) -> list[Row]:
+    config, settings = run.config, run.config.evaluate
+    prompts: dict[str, list[Example]] = {"unseen": run.held_out()}
+    if seen:
+        prompts["seen"] = run.prompts(run.skipped())[: settings.limit]
+    if not any(prompts.values()):
+        raise ConfigError("evaluate.prompts: missing; expected a file of prompts that are not trained on")
+    chosen = list(steps or settings.steps)
+    for number in chosen:
+        run.sampler(number)
+    with closing(run.with_measured(extra, run.asking())) as rewards:
+        for examples in prompts.values():
+            rewards.check(examples)
+        policy = run.policy()
+        rewards.load(policy.device)
+        rows: list[Row] = []
+        for kind, examples in prompts.items():
+            if not examples:
+                continue
+
+            def measured(
+                when: str, kind: str = kind, examples: Sequence[Example] = examples, rewards: WeightedRewards = rewards
+            ) -> Measurement:
+                passes = len(examples) * settings.samples * sum(chosen)
+                task = progress.add_task(f"{name}, {kind} prompts, {when}", total=passes)
+                try:
+                    return measure(
+                        policy, run.sampler(), rewards, examples, chosen, settings.seed, settings.batch_size,
+                        features=policy.features, samples=settings.samples, drawn=partial(progress.advance, task),
+                    )  # fmt: skip
+                finally:
+                    progress.remove_task(task)
+
+            # All that the measurement before depends on; how the model is trained is left out of it.
+            model = replace(config.model, teacher="", lora_rank=0, lora_targets=[])
+            key = repr((model, config.sampler, config.rewards, settings, examples, chosen, extra))
+            if key not in before:
+                with policy.reference():
+                    before[key] = measured("before")
+            with policy.using(run.average):
+                after = measured("after")
+            found = compare(before[key], after, rewards.watched) + drift(
+                before[key].features, after.features, len(examples)
+            )
+            rows += [replace(row, prompts=kind) for row in found]
+    return rows
+
+
+def drift(before: Mapping[int, Tensor], after: Mapping[int, Tensor], prompts: int) -> list[Row]:
+    """A row for each number of steps: the kernel distance between the features (N, D) of the pictures of `prompts`
+    texts."""
+    rows = []
+    for num_steps, features in before.items():
+        if prompts < 2:
+            continue
+        distance, low, high = kernel_distance(features, after[num_steps], prompts)
+        rows.append(Row(DRIFT, num_steps, prompts, 0.0, distance, distance, low, high))
+    return rows
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """The rows with a line of headings."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    return text.getvalue()

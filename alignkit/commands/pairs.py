@@ -1,0 +1,141 @@
+"""Preference pairs from a model and a reward, in the form that `[data] pairs` reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from alignkit.data.preferences import TABLE
+from alignkit.errors import AlignkitError, ConfigError
+from alignkit.records import Example
+from alignkit.rewards.weighted import WeightedRewards
+from alignkit.rollout import sample_pictures
+
+if TYPE_CHECKING:
+    from alignkit.runs.run import Run
+
+PICTURES = "pictures"
+
+
+@dataclass(frozen=True)
+class Made:
+    """What came of it."""
+
+    folder: str
+    prompts: int
+    pairs: int
+    undecided: int
+    """Prompts without a pair: equal scores, or fewer than two pictures that could be scored."""
+    skipped: tuple[str, ...] = ()
+    """Prompts that are broken, if the run skips such."""
+
+
+def make_pairs(
+    run: Run,
+    out: Path,
+    *,
+    count: int = 4,
+    limit: int | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    every: bool = False,
+    margin: float = 0.0,
+) -> Made:
+    """Draw `count` pictures of each training prompt, score them by the run's rewards, write pairs into a new folder.
+
+    `limit` is how many prompts are used, from the top; `steps` those of the sampler, if others than the run's.
+    Of each text the best and the worst make a pair; with `every`, all two whose scores differ do. Scores must differ by
+    more than `margin`. `pairs.jsonl` grows as it goes, each line behind the pictures that it names, so what an
+    interrupted call has written can be read. Picture i of prompt p has the noise of (seed, p * count + i), whatever the
+    batch. Raises ConfigError if `out` holds anything.
+    """
+    if count < 2:
+        raise ConfigError(f"count: found {count}, expected 2 or more pictures of each prompt")
+    if margin < 0:
+        raise ConfigError(f"margin: found {margin}, expected 0 or more")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {out}: is there already; choose another folder")
+    skipped = run.skipped()
+    examples, rewards = run.prompts(skipped)[:limit], WeightedRewards(run.trained_rewards(), asking=run.asking())
+    sampler = run.sampler(steps)
+    if not examples:
+        raise ConfigError("data.prompts: missing; say with --prompts what to draw")
+    rewards.check(examples)
+    policy = run.policy()
+    rewards.load(policy.device)
+    size = max(1, run.config.evaluate.batch_size // count)
+    made = undecided = 0
+    try:
+        (out / PICTURES).mkdir(parents=True, exist_ok=True)
+        with (out / TABLE).open("x", encoding="utf-8") as table:
+            for start in range(0, len(examples), size):
+                repeated = [e for e in examples[start : start + size] for _ in range(count)]
+                seeds = [(seed, start * count + i) for i in range(len(repeated))]
+                with torch.no_grad(), policy.using(run.average):
+                    images = sample_pictures(policy, sampler, [e.text for e in repeated], seeds)
+                scores = rewards.score(images, repeated, len(repeated))
+                values = scores.values.masked_fill(~scores.valid, torch.nan).view(-1, count)
+                pixels = (images.view(-1, count, *images.shape[1:]) * 255).round().byte().cpu()
+                for place, row in enumerate(values.tolist()):
+                    origin = {"seed": seed, "steps": sampler.num_steps, "model": run.name}
+                    chosen = list(preferred(row, every, margin))
+                    lines = _lines(examples[start + place], start + place, row, chosen, origin)
+                    for index in sorted({index for pair in chosen for index in pair}):
+                        _save(pixels[place, index], out / _name(start + place, index))
+                    table.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                    table.flush()
+                    made, undecided = made + len(chosen), undecided + (not chosen)
+    except OSError as error:
+        raise AlignkitError(f"--out {out}: cannot be written ({error.strerror or error})") from error
+    if not made:
+        raise AlignkitError(
+            f"{out}: of none of {len(examples)} prompts the scores told two pictures apart; draw more of each "
+            "(--count), lower --margin, or try the reward with alignkit score"
+        )
+    return Made(str(out), len(examples), made, undecided, tuple(skipped or ()))
+
+
+def preferred(scores: Sequence[float], every: bool = False, margin: float = 0.0) -> Iterator[tuple[int, int]]:
+    """(winner, loser) as places in the scores of one text's pictures; NaN is one that could not be scored.
+
+    The best and the worst, the first of equal ones; or with `every` all two, by falling score of the winner.
+    """
+    order = sorted((i for i, score in enumerate(scores) if score == score), key=lambda i: -scores[i])
+    if not every and order:
+        worst = min(order, key=lambda i: scores[i])
+        order = [order[0], worst] if order[0] != worst else []
+    for winner, loser in combinations(order, 2):
+        if scores[winner] - scores[loser] > margin:
+            yield winner, loser
+
+
+def _lines(
+    example: Example, number: int, scores: Sequence[float], chosen: Sequence[tuple[int, int]], origin: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    for winner, loser in chosen:
+        line = {
+            "text": example.text,
+            "winner": _name(number, winner),
+            "loser": _name(number, loser),
+            "winner_score": scores[winner],
+            "loser_score": scores[loser],
+            **origin,
+        }
+        yield line | ({"metadata": dict(example.metadata)} if example.metadata else {})
+
+
+def _name(prompt: int, index: int) -> str:
+    return f"{PICTURES}/{prompt:06d}_{index}.png"
+
+
+def _save(pixels: Tensor, path: Path) -> None:
+    """(3, H, W) bytes as a file."""
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)

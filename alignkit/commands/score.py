@@ -1,0 +1,139 @@
+"""Scoring pictures that are files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from alignkit.config.load import load as load_config
+from alignkit.data.decode import UNREADABLE, as_rgb
+from alignkit.data.prompts import read_examples
+from alignkit.errors import AlignkitError, ConfigError
+from alignkit.models.device import find_device
+from alignkit.records import Example
+from alignkit.rewards.weighted import WeightedRewards
+from alignkit.runs.build import Parts
+
+Asked = tuple[Path, Example, Tensor]
+
+
+def score(
+    reward: str,
+    folder: str | Path,
+    prompts: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    device: str = "auto",
+) -> list[dict[str, Any]]:
+    """Score the pictures of a folder, in the order of their names.
+
+    `prompts` is a file with one prompt a picture, or one for all; without it the prompt of a.png stands in a.txt.
+
+    One record a picture: {"picture", "prompt", "score" (None if it could not be scored), "parts", "reason" (why it
+    could not, "" where none is told)}.
+    """
+    return [record for batch in score_batches(reward, folder, prompts, overrides, device) for record in batch]
+
+
+def score_batches(
+    reward: str,
+    folder: str | Path,
+    prompts: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    device: str = "auto",
+) -> Iterator[list[dict[str, Any]]]:
+    """The records of `score` as they come. What is wrong with a picture is raised behind the records of those before.
+
+    Pictures are scored `evaluate.batch_size` at a time, as in a run, where they are of one size.
+    """
+    config = load_config(None, {**(overrides or {}), "reward": [reward]})
+    files = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp"})
+    if not files:
+        raise ConfigError(f"{folder}: no pictures here; expected .png, .jpg or .webp files")
+    examples = _captions(files) if prompts is None else read_examples(prompts, config.data.prompt_column)
+    if len(examples) == 1:
+        examples = examples * len(files)
+    if len(examples) != len(files):
+        raise ConfigError(
+            f"{prompts}: {len(examples)} prompts for {len(files)} pictures in {folder}; "
+            "expected one a picture, or one for all"
+        )
+    rewards = WeightedRewards(Parts(config).trained_rewards(), asking=Parts(config).asking())
+    try:
+        rewards.check(examples)
+        where = find_device(device)
+        rewards.load(where)
+        for batch in _batches(files, examples, config.evaluate.batch_size):
+            yield _records(rewards, batch, where)
+    finally:
+        rewards.close()
+
+
+def _captions(files: Sequence[Path]) -> list[Example]:
+    """What stands in the text file beside each picture."""
+    found = []
+    for file in files:
+        beside = file.with_suffix(".txt")
+        try:
+            text = beside.read_text(encoding="utf-8-sig").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"{file}: its prompt {beside.name} cannot be read ({error}); expected a text file beside each picture, "
+                "or --prompts FILE"
+            ) from error
+        if not text:
+            raise ConfigError(f"{beside}: is empty, expected the prompt of {file.name}, or --prompts FILE")
+        found.append(Example(text, place=str(beside)))
+    return found
+
+
+def _batches(files: Sequence[Path], examples: Sequence[Example], most: int) -> Iterator[list[Asked]]:
+    """Up to `most` pictures in a row of one size. One that cannot be read is raised behind those before it."""
+    batch: list[Asked] = []
+    for file, example in zip(files, examples, strict=True):
+        try:
+            picture = _read(file)
+        except AlignkitError:
+            if batch:
+                yield batch
+            raise
+        if batch and (len(batch) == most or batch[0][2].shape != picture.shape):
+            yield batch
+            batch = []
+        batch.append((file, example, picture))
+    yield batch
+
+
+def _read(file: Path) -> Tensor:
+    """(3, H, W) uint8."""
+    try:
+        with Image.open(file) as opened:
+            return torch.from_numpy(np.array(as_rgb(opened))).permute(2, 0, 1).contiguous()
+    except UNREADABLE as error:
+        raise AlignkitError(f"{file}: cannot be read as a picture ({error})") from error
+
+
+def _records(rewards: WeightedRewards, batch: Sequence[Asked], device: torch.device) -> list[dict[str, Any]]:
+    files, examples, pictures = zip(*batch, strict=True)
+    scores = rewards.score(torch.stack(pictures).to(device).float() / 255, examples, len(batch))
+    ((name, _, _),) = rewards.rewards
+    parts = {part: values.tolist() for part, values in scores.parts.items()}
+    reasons = scores.reasons or [""] * len(batch)
+    return [
+        {
+            "picture": str(file),
+            "prompt": example.text,
+            "score": value if valid else None,
+            "parts": {part: column[i] for part, column in parts.items() if valid and math.isfinite(column[i])},
+            "reason": "" if valid else reasons[i].removeprefix(f"{name}: "),
+        }
+        for i, (file, example, value, valid) in enumerate(
+            zip(files, examples, scores.values.tolist(), scores.valid.tolist(), strict=True)
+        )
+    ]

@@ -1,0 +1,266 @@
+"""A run file and overrides to a RunConfig, strictly.
+
+Later wins: the defaults of the dataclasses, what suits the model, what suits the model under this algorithm and with
+this reward, the run file, the overrides. Every mistake is collected, so that one look mends them all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from alignkit.config import schema, toml
+from alignkit.config.bundles import find_bundle
+from alignkit.config.sections import (
+    PLAIN,
+    PLUGINS,
+    TOP,
+    DataConfig,
+    EvaluateConfig,
+    ModelConfig,
+    PluginConfig,
+    RewardConfig,
+    RunConfig,
+    SurrogateConfig,
+    TrainConfig,
+)
+from alignkit.config.sources import LISTS, Layer, Layers, RunFile, nest
+from alignkit.data.prompt_sets import prompt_file
+from alignkit.errors import AlignkitError, ConfigError
+from alignkit.interfaces import ModelBundle
+from alignkit.registry import Registry, default_registry, nearest, normalise
+
+__all__ = [
+    "DataConfig",
+    "EvaluateConfig",
+    "ModelConfig",
+    "PluginConfig",
+    "RewardConfig",
+    "RunConfig",
+    "SurrogateConfig",
+    "TrainConfig",
+    "find_bundle",
+    "load",
+    "to_toml",
+]
+
+DEFAULT_ALGORITHM = "lasro"
+PATHS = {
+    "data.prompts", "data.pictures", "data.pairs", "data.cache", "evaluate.prompts", "surrogate.init", "scoring.cache",
+    "model.name", "model.teacher", "model.unet", "model.adapter",
+}  # fmt: skip
+
+
+def load(
+    path: str | Path | None = None, overrides: Mapping[str, Any] | None = None, registry: Registry | None = None
+) -> RunConfig:
+    """The run described by the run file at `path` (None: defaults alone) and by `overrides`.
+
+    Keys of `overrides` are dotted ("train.updates", "reward.clip_score.weight"); "reward" is a list of names or
+    tables and replaces the list of the file. Raises ConfigError with one line for each mistake.
+    """
+    registry = registry or default_registry()
+    file = RunFile(Path(path)) if path else None
+    changes = nest(overrides or {})
+    trees = [file.tree if file else {}, changes]
+    named = [m["name"] for t in trees if isinstance(m := t.get("model"), Mapping) and isinstance(m.get("name"), str)]
+    model = named[-1] if named else ModelConfig().name
+    beside = file.beside(model) if file else Path(model)
+    registered = any(row.kind == "model" for row in registry.named(model))
+    bundle = find_bundle(model if registered or not beside.is_dir() else str(beside), registry)
+    return _Loader(registry, model, bundle, file, changes).run()
+
+
+def to_toml(config: RunConfig) -> str:
+    """The resolved run file: loading it gives an equal RunConfig, wherever it lies."""
+    tree = {key: getattr(config, key) for key in TOP}
+    tree |= {section: asdict(getattr(config, section)) for section in PLAIN}
+    tree |= {"sampler": _table(config.sampler), "reward": [_table(reward) for reward in config.rewards]}
+    tree |= {"surrogate": _table(config.surrogate)} if config.surrogate else {}
+    return toml.format_file(tree | {"algorithm": _table(config.algorithm)})
+
+
+def _table(plugin: PluginConfig) -> dict[str, Any]:
+    table = asdict(plugin)
+    return {"name": table.pop("name"), **{k: v for k, v in table.items() if k != "fields"}, **table["fields"]}
+
+
+class _Loader:
+    def __init__(
+        self, registry: Registry, model: str, bundle: ModelBundle, file: RunFile | None, changes: dict[str, Any]
+    ) -> None:
+        self.registry, self.file = registry, file
+        label = f"model {model}: "
+        user = [Layer("", file.tree)] if file else []
+        self.layers = Layers([Layer(label, bundle.defaults, ours=True), *user, Layer("", changes)], file)
+        self.layers.check_shape()
+        self.algorithm = self.layers.name("algorithm") or DEFAULT_ALGORITHM
+        suited: dict[str, Any] = dict(bundle.algorithm_defaults.get(self.algorithm, {}))
+        suited["algorithm"] = {**suited.get("algorithm", {}), "name": self.algorithm}
+        wanted = self.layers.wanted("reward")
+        closely = bundle.algorithm_defaults.get(f"{self.algorithm}/{wanted[0]}", {}) if len(wanted) == 1 else {}
+        self.layers.layers[1:1] = [Layer(label, suited, ours=True), Layer(label, closely, ours=True)]
+
+    def run(self) -> RunConfig:
+        values = {k: self._value(k, hint) for k, hint in TOP.items() if any(k in layer.tree for layer in self.layers)}
+        plain = {section: self._plain(section, cls) for section, cls in PLAIN.items()}
+        algorithm = self._plugin("algorithm", self.algorithm)
+        sampler = self._plugin("sampler", self.layers.name("sampler"))
+        rewards = list(self._rewards())
+        watched = list(self._watched({reward.name: reward for reward in rewards}))
+        surrogate = self._surrogate(algorithm)
+        self.layers.raise_problems()
+        plain["evaluate"] = replace(plain["evaluate"], rewards=watched)
+        config: dict[str, Any] = {"sampler": sampler, "algorithm": algorithm, "surrogate": surrogate}
+        try:
+            return RunConfig(**config, rewards=rewards, **values, **plain)
+        except ValueError as error:
+            raise ConfigError("\n".join(map(str, error.args))) from error
+
+    def _value(self, key: str, hint: type) -> Any:
+        value = next(layer.tree[key] for layer in reversed(self.layers.layers) if key in layer.tree)
+        try:
+            return schema.convert(value, hint)
+        except TypeError as error:
+            self.layers.problem(key, "", str(error))
+
+    def _plain(self, section: str, cls: type) -> Any:
+        values: dict[str, Any] = {}
+        for layer in self.layers:
+            values |= layer.tree.get(section, {})
+        count = len(self.layers.problems)
+        good = self._convert(section, schema.field_types(cls), values, section)
+        built = self._build(section, cls, good)  # in any case: the bounds of what has the right type are told as well
+        return built if len(self.layers.problems) == count else None
+
+    def _plugin(self, section: str, name: str) -> Any:
+        """The section's config from the fields that were given for the plugin `name`."""
+        if not name:
+            self.layers.problem(section, "name", f"missing; say which (`alignkit list {section}s`)")
+            return None
+        values: dict[str, Any] = {}
+        inherited = ""
+        for layer in self.layers:
+            table = dict(layer.tree.get(section, {}))
+            # Fields without a name suit what the model named before; those of the user suit whatever plugin is used.
+            meant = normalise(str(table.pop("name", inherited if layer.ours else "")))
+            inherited = meant if layer.ours else inherited
+            if meant in ("", name):
+                values |= table
+        return self._check_plugin(section, name, values)
+
+    def _rewards(self) -> Iterator[RewardConfig]:
+        """Those that are trained on."""
+        for entry, name, values in self.layers.listed("reward", "one of this run's rewards", "add the weights up"):
+            if config := self._check_plugin("reward", name, values, entry):
+                yield config
+
+    def _watched(self, trained: Mapping[str, RewardConfig]) -> Iterator[dict[str, Any]]:
+        """Tables with every field; one that is trained on too is measured as it is there, and keeps its name alone."""
+        section = "evaluate.rewards"
+        for entry, name, values in self.layers.listed(section, f"in {section}", "remove one of them"):
+            if name in trained and not values:
+                yield {"name": name}
+            elif (config := self._check_plugin(section, name, values, entry)) and name not in trained:
+                yield {"name": name, **config.fields}
+            elif config and config.fields == trained[name].fields:
+                yield {"name": name}
+            elif config:
+                told = f"{name} is trained on with other settings, and is in a run once; leave the settings out here"
+                self.layers.problem(section, "name", told, entry)
+
+    def _surrogate(self, algorithm: PluginConfig | None) -> Any:
+        """The surrogate if the algorithm needs one. A section that it has no use for is a mistake, unless it came
+        with the model, or with a run file whose algorithm an override has replaced."""
+        if algorithm is None:
+            return None
+        cls = self.registry.get("algorithm", algorithm.name)
+        if "surrogate" in cls(**algorithm.fields).needs:
+            return self._plugin("surrogate", self.layers.name("surrogate") or cls.default_surrogate)
+        file, overrides = self.file.tree if self.file else {}, self.layers.layers[-1].tree
+        if "surrogate" in overrides or ("surrogate" in file and "name" not in overrides.get("algorithm", {})):
+            self.layers.problem("surrogate", "", f"algorithm {algorithm.name} uses none; remove this section")
+        return None
+
+    def _check_plugin(self, section: str, name: str, values: dict[str, Any], entry: int = 0) -> Any:
+        kind = "reward" if section in LISTS else section
+        try:
+            cls = self.registry.get(kind, name)
+            types = schema.field_types(cls)
+        except AlignkitError as error:
+            self.layers.problem(section, "name", str(error), entry)
+            return None
+        holder = PLUGINS.get(section, PluginConfig)  # what is only watched has no weight
+        own = {key: hint for key, hint in schema.field_types(holder).items() if key not in ("name", "fields")}
+        count = len(self.layers.problems)
+        checked = self._convert(section, types | own, values, name, entry)
+        for key in types.keys() - schema.defaults(cls).keys() - values.keys():
+            self.layers.problem(section, key, f"missing; expected {schema.describe(types[key])}", entry)
+        if section == "sampler" and checked.get("num_steps", 1) < 1:
+            self.layers.problem(section, "num_steps", f"found {checked['num_steps']}, expected 1 or more", entry)
+        if len(self.layers.problems) > count:
+            return None
+        plugin = {key: value for key, value in checked.items() if key in types and key not in own}
+        if self._build(section, cls, plugin, entry) is None:
+            return None
+        core = {key: value for key, value in checked.items() if key in own}
+        fields = {key: value for key, value in (schema.defaults(cls) | plugin).items() if key not in own}
+        return self._build(section, holder, {"name": name, "fields": fields, **core}, entry)
+
+    def _convert(
+        self, section: str, types: Mapping[str, Any], values: dict[str, Any], docs: str, entry: int = 0
+    ) -> dict[str, Any]:
+        """The values that have a field and its type; each other one becomes a problem."""
+        checked: dict[str, Any] = {}
+        for key, value in values.items():
+            if key not in types:
+                hint = self._suggest(section, key, types)
+                self.layers.problem(section, key, f"unknown key{hint} (`alignkit show {docs}` lists all)", entry)
+                continue
+            try:
+                checked[key] = self._resolve(section, key, schema.convert(value, types[key]))
+            except (TypeError, AlignkitError) as error:
+                self.layers.problem(section, key, str(error), entry)
+        return checked
+
+    def _suggest(self, section: str, key: str, types: Mapping[str, Any]) -> str:
+        """The key as it is called in another section, else the nearest name in this one, else in another."""
+        elsewhere = {k: f"{s}.{k}" for s, cls in PLAIN.items() if s != section for k in schema.field_types(cls)}
+        for other in ("algorithm", "sampler", "surrogate"):
+            name = self.algorithm if other == "algorithm" else self.layers.name(other)
+            try:
+                found = schema.field_types(self.registry.get(other, name)) if other != section else {}
+            except AlignkitError:
+                continue  # a section that is not there, or has a mistake of its own, has no names to offer
+            elsewhere |= {k: f"{other}.{k}" for k in found}
+        if key in elsewhere:
+            return f"; did you mean {elsewhere[key]}?"
+        return nearest(key, types) or nearest(f"{section}.{key}", elsewhere.values())
+
+    def _resolve(self, section: str, key: str, value: Any) -> Any:
+        """A path as absolute: from the folder of the run file if it is there, else from the working directory."""
+        if f"{section}.{key}" not in PATHS or not value or re.fullmatch(r"[A-Za-z_][\w.]*:\w+|datasets:.+", value):
+            return value
+        if section == "model" and any(row.kind == "model" for row in self.registry.named(value)):
+            return normalise(value)
+        beside = self.file.beside(value) if self.file else Path(value)
+        # Of a pattern (shards/{0000..0012}.tar) the folder before its first sign is looked for.
+        fixed = next(p for p in (Path(value), *Path(value).parents) if not re.search(r"[*?{[]", str(p)))
+        there = beside.exists() or (self.file is not None and self.file.beside(str(fixed)).exists())
+        path = beside if there else prompt_file(value) if key == "prompts" else Path(value)
+        # What is nowhere may be the hub id of a model; of anything else the run says that it is missing.
+        return value if section == "model" and not path.exists() else str(path.resolve())
+
+    def _build(self, section: str, cls: type, values: dict[str, Any], entry: int = 0) -> Any:
+        """An instance; what its __post_init__ refuses becomes a problem of the section."""
+        try:
+            return cls(**values)
+        except (ValueError, AlignkitError) as error:
+            for text in map(str, error.args):
+                key, colon, rest = text.partition(": ")
+                named = bool(colon) and key in schema.field_types(cls)
+                self.layers.problem(section, key if named else "", rest if named else text, entry)
+            return None

@@ -1,0 +1,175 @@
+"""Where the values of a run come from (the model, the run file, the overrides), and whom a mistake is blamed on."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignkit.config import toml
+from alignkit.config.sections import PLAIN, PLUGINS, TOP
+from alignkit.errors import ConfigError
+from alignkit.registry import nearest, normalise
+
+LISTS = ("reward", "evaluate.rewards")
+"""Where rewards are listed, by name or by table. Single fields of theirs, in overrides, stand under this and a dot."""
+
+
+class RunFile:
+    """A run file that has been read; knows the line of each key."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.text = path.read_text(encoding="utf-8-sig")
+            self.tree = tomllib.loads(self.text)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{path}: not valid TOML: {error}") from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: not UTF-8 text: {error}") from None
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read as a run file: {error.strerror}") from None
+
+    def where(self, section: str, key: str, entry: int) -> str:
+        line = toml.line_of(self.text, section, key, entry)
+        outer, _, inner = section.partition(".")
+        if not line and inner:  # entries of a list that stand on its line
+            line = toml.line_of(self.text, outer, inner)
+        return f"{self.path}:{line}: " if line else f"{self.path}: "
+
+    def beside(self, name: str) -> Path:
+        """`name` as seen from the folder of this file."""
+        return self.path.parent / name
+
+
+def nest(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """{"train.updates": 3} as {"train": {"updates": 3}}; "reward.NAME.key" as {"reward.": {NAME: {key: ...}}}, and
+    "evaluate.rewards.NAME.key" likewise."""
+    tree: dict[str, Any] = {}
+    for path, value in overrides.items():
+        if value is None:
+            raise ConfigError(f"{path}: found None, expected a value; leave the key out for its default")
+        listed = next((f"{name}." for name in LISTS if path.startswith(f"{name}.")), "")
+        section, *keys = [listed, *path[len(listed) :].split(".")] if listed else path.split(".")
+        if len(keys) != (2 if listed else 1) and not (not keys and (section in TOP or section in LISTS)):
+            raise ConfigError(f"{path}: expected section.key, as train.updates, or reward.NAME.key")
+        if not keys:
+            tree[section] = value
+            continue
+        table = tree.setdefault(section, {})
+        for key in keys[:-1]:
+            table = table.setdefault(normalise(key), {})
+        table[keys[-1]] = value
+    return tree
+
+
+@dataclass
+class Layer:
+    label: str
+    tree: Mapping[str, Any]
+    ours: bool = False
+    """Whether it comes with the model and not from the user."""
+
+
+class Layers:
+    """The layers, the earliest first, and the mistakes found in them. The last one holds the overrides."""
+
+    def __init__(self, layers: list[Layer], file: RunFile | None) -> None:
+        self.layers, self.file = layers, file
+        self.problems: list[str] = []
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.layers)
+
+    def name(self, section: str) -> str:
+        """The plugin that the last layer with an opinion names, or ""."""
+        named = [t["name"] for x in self if isinstance(t := x.tree.get(section), Mapping) and "name" in t]
+        return normalise(str(named[-1])) if named else ""
+
+    def problem(self, section: str, key: str, text: str, entry: int = 0) -> None:
+        """Note a mistake under the layer that the value comes from; `entry` counts the tables of a list."""
+        source = next((x for x in reversed(self.layers) if _holds(value_at(x.tree, section), key)), None)
+        where = source.label if source else ""
+        if self.file and (source is None or source.tree is self.file.tree):
+            where = self.file.where(section, key, entry)
+        self.problems.append(f"{where}{f'{section}.{key}' if key else section}: {text}")
+
+    def raise_problems(self) -> None:
+        """Raise ConfigError, one line for each mistake, where there is one."""
+        if self.problems:
+            raise ConfigError("\n".join(self.problems))
+
+    def wanted(self, section: str) -> list[str]:
+        """The names in the last list that was given in a section of `LISTS`."""
+        given = [entries for x in self if (entries := value_at(x.tree, section)) is not None]
+        last: list[Any] = given[-1] if given else []
+        return [normalise(entry if isinstance(entry, str) else entry["name"]) for entry in last]
+
+    def listed(self, section: str, where: str, twice: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
+        """(place, name, fields) of each entry of the last list that was given in a section of `LISTS`. Fields of the
+        same reward in earlier lists still hold, and single fields of the overrides win. `where` and `twice` end the
+        messages about a single field of a reward that is not listed, and about one that is listed twice."""
+        given = [value_at(x.tree, section) or () for x in self]
+        lists = [[{"name": entry} if isinstance(entry, str) else entry for entry in entries] for entries in given]
+        wanted = self.wanted(section)
+        changes = self.layers[-1].tree.get(f"{section}.", {})
+        for name in changes.keys() - set(wanted):
+            self.problems.append(f"{section}.{name}: not {where} ({', '.join(wanted) or 'which is empty'})")
+        for entry, name in enumerate(wanted):
+            if name in wanted[:entry]:
+                self.problem(section, "name", f"{name} is there twice; {twice}", entry)
+                continue
+            values: dict[str, Any] = {}
+            for one in (e for entries in lists for e in entries if normalise(e["name"]) == name):
+                values |= {key: value for key, value in one.items() if key != "name"}
+            yield entry, name, values | changes.get(name, {})
+
+    def check_shape(self) -> None:
+        """Only known sections, each a table; [[reward]] a list of names or tables. Raises ConfigError for what cannot
+        be read any further; an unknown section is noted."""
+        sections = [*TOP, *PLAIN, *PLUGINS]
+        single = [f"{name}." for name in LISTS]
+        unknown = 0
+        for section, value in ((section, value) for layer in self for section, value in layer.tree.items()):
+            if section in (*LISTS, *single):
+                continue
+            if section not in sections:
+                what = "section" if isinstance(value, Mapping | list) else "key"
+                self.problem(
+                    section, "", f"unknown {what}{nearest(section, sections)} (there are {', '.join(sections)})"
+                )
+                unknown += 1
+            elif section not in TOP and not isinstance(value, Mapping):
+                self.problem(section, "", f"found {toml.format_value(value)}, expected a table [{section}]")
+        for section, layer in ((section, layer) for section in LISTS for layer in self):
+            entries = value_at(layer.tree, section)
+            good = isinstance(entries, Sequence) and not isinstance(entries, str)
+            if entries is not None and not (good and all(map(_names_a_reward, entries))):
+                what = "[[reward]] tables" if section == "reward" else "a list of names or of tables"
+                self.problem(section, "", f"expected {what}{', each' if section == 'reward' else ''} with a name")
+        if len(self.problems) > unknown:
+            self.raise_problems()
+
+
+def value_at(tree: Mapping[str, Any], section: str) -> Any:
+    """What a tree holds under "section" or "section.key"; None where there is nothing."""
+    outer, _, key = section.partition(".") if section in LISTS else (section, "", "")
+    table = tree.get(outer)
+    return (table.get(key) if isinstance(table, Mapping) else None) if key else table
+
+
+def _names_a_reward(entry: Any) -> bool:
+    return isinstance(entry, str) or (isinstance(entry, Mapping) and isinstance(entry.get("name"), str))
+
+
+def _holds(table: Any, key: str) -> bool:
+    """Whether a section (a table, or a list of tables or of names) has this key; without a key, that it is there."""
+    if table is None:
+        return False
+    if not key or (key == "name" and isinstance(table, str)):
+        return True
+    if isinstance(table, list | tuple):
+        return any(_holds(item, key) for item in table)
+    return isinstance(table, Mapping) and key in table

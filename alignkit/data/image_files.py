@@ -1,0 +1,171 @@
+"""Where captioned pictures lie that are files or parts of files: folders, tables, tar shards in WebDataset's form.
+
+What is missing is found here; no picture is opened.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alignkit.data.text import choose_column, json_object, leave_out, read_lines
+from alignkit.errors import ConfigError
+
+KEY = "data.pictures"
+CAPTION_KEY = "data.caption_column"
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPicture:
+    """A captioned picture: the bytes start .. start + length of a file, or all of it."""
+
+    name: str
+    caption: str
+    path: Path
+    start: int = 0
+    length: int | None = None
+
+
+def read_folder(folder: Path, skipped: list[str] | None = None) -> Iterator[StoredPicture]:
+    """Every picture below a folder with the .txt file of its name beside it, in the order of their paths."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = [path for path in found if path.suffix.lower() in SUFFIXES]
+    if not any(path.with_suffix(".txt").is_file() for path in files):
+        raise ConfigError(
+            f'{KEY}: {folder / "metadata.jsonl"} is missing; expected one JSON object a line with "file_name" and '
+            '"text", or beside each picture a .txt file of its name'
+        )
+    for path in files:
+        try:
+            caption = path.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            leave_out(skipped, KEY, f"{path}: its caption {path.stem}.txt cannot be read ({error})")
+            continue
+        if not caption:
+            leave_out(skipped, KEY, f"{path}: its caption {path.stem}.txt is empty")
+            continue
+        yield StoredPicture(str(path), caption, path)
+    pictured = {path.with_suffix("") for path in files}
+    for path in found:
+        if path.suffix == ".txt" and path.with_suffix("") not in pictured:
+            leave_out(skipped, KEY, f"{path}: there is no picture of that name, expected {', '.join(sorted(SUFFIXES))}")
+
+
+def read_table(table: Path, column: str = "", skipped: list[str] | None = None) -> Iterator[StoredPicture]:
+    """One JSON object a line: the picture as "image" or "file_name", seen from the table's folder, and its caption."""
+    for where, line in read_lines(table, KEY):
+        try:
+            record = json_object(line)
+            name = record.get("image", record.get("file_name"))
+            if not isinstance(name, str):
+                raise ValueError(f'expected the picture\'s path as "image" or "file_name", found {line[:60]!r}')
+            caption = _caption(record, column)
+        except ValueError as error:
+            leave_out(skipped, KEY, f"{where}: {error}")
+            continue
+        if (table.parent / name).is_file():
+            yield StoredPicture(f"{where}: {name}", caption, table.parent / name)
+        else:
+            leave_out(skipped, KEY, f"{where}: there is no file {table.parent / name}")
+
+
+def read_shard(shard: Path, column: str = "", skipped: list[str] | None = None) -> Iterator[StoredPicture]:
+    """A tar file in WebDataset's form: members of one name up to the first dot are one picture and its caption.
+
+    The caption is a .txt member, or a key of a .json one. Only headers and captions are read.
+    """
+    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            fault = ""
+            try:
+                for member in tar:
+                    folder, slash, name = member.name.rpartition("/")
+                    key, _, suffix = name.partition(".")
+                    members = samples.setdefault(folder + slash + key, {}) if member.isfile() else {}
+                    if "." + suffix.lower() in members:
+                        leave_out(skipped, KEY, f"{shard}, member {member.name}: a second one of this name")
+                    elif member.isfile():
+                        members["." + suffix.lower()] = member
+                # The module ends silently at a header that it cannot read; a whole archive ends with zeros.
+                assert tar.fileobj is not None
+                tar.fileobj.seek(tar.offset)
+                end = tar.fileobj.read(tarfile.BLOCKSIZE)
+                fault = "" if len(end) == tarfile.BLOCKSIZE and not any(end) else "it has no end"
+            except (tarfile.TarError, OSError) as error:
+                fault = str(error)
+            if fault:
+                last = f"behind member {next(reversed(samples))}" if samples else "from its start"
+                leave_out(skipped, KEY, f"{shard}: cut short or damaged {last} ({fault})")
+            for key, members in samples.items():
+                try:
+                    found = [suffix for suffix in members if suffix in SUFFIXES]
+                    if len(found) != 1:
+                        raise ValueError(f"expected one picture, found {', '.join(members)}")
+                    caption = _member_caption(tar, members, column)
+                except (ValueError, tarfile.TarError, OSError) as error:
+                    leave_out(skipped, KEY, f"{shard}, member {key}: {error}")
+                    continue
+                picture = members[found[0]]
+                yield StoredPicture(
+                    f"{shard}, member {picture.name}", caption, shard, picture.offset_data, picture.size
+                )
+    except (tarfile.TarError, OSError) as error:
+        leave_out(skipped, KEY, f"{shard} cannot be read as an uncompressed tar file ({error})")
+
+
+def _member_caption(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], column: str) -> str:
+    def content(suffix: str) -> bytes:
+        file = tar.extractfile(members[suffix])
+        return b"" if file is None else file.read()
+
+    if ".txt" in members and not (column and ".json" in members):
+        return _text(content(".txt").decode("utf-8-sig").strip())
+    if ".json" in members:
+        return _caption(json_object(content(".json")), column)
+    raise ValueError(f"expected a caption as .txt or .json, found {', '.join(members)}")
+
+
+def _caption(record: dict[str, Any], column: str) -> str:
+    """Raises ValueError if it is missing, no string, or if it is not clear which one it is."""
+    try:
+        caption = record[choose_column(list(record), column, CAPTION_KEY, "it")]
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    return _text(caption)
+
+
+def _text(caption: Any) -> str:
+    if not (isinstance(caption, str) and caption.strip()):
+        raise ValueError(f"expected the caption as a string that is not empty, found {caption!r}")
+    return caption
+
+
+def shards(pattern: str) -> list[Path]:
+    """The files of `pattern`, which may hold `{0000..0012}`, `{a,b}`, `*`, `?` and `[...]`, in order of expansion."""
+    if Path(pattern).is_file():
+        return [Path(pattern)]
+    found = []
+    for name in _braces(pattern):
+        found += sorted(glob.glob(name)) if re.search(r"[*?[]", name) else [name]
+    return [Path(name) for name in found]
+
+
+def _braces(pattern: str) -> Iterator[str]:
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*))\}", pattern)
+    if match is None:
+        yield pattern
+        return
+    first, last, names = match.groups()
+    if first is not None:
+        parts = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    else:
+        parts = names.split(",")
+    for part in parts:
+        yield from _braces(pattern[: match.start()] + part + pattern[match.end() :])

@@ -1,0 +1,222 @@
+"""Preference pairs as data: two pictures of one text each, the preferred one first."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignkit.data.decode import UNREADABLE, read_picture
+from alignkit.data.items import Items
+from alignkit.data.sources import Preferences, find_class, open_class
+from alignkit.data.text import json_object, leave_out, read_lines, text_column
+from alignkit.errors import ConfigError
+from alignkit.records import PreferencePairs
+
+KEY = "data.pairs"
+TABLE = "pairs.jsonl"
+"""The table of a folder of pairs."""
+EXPECTED = "no folder and no file"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Where a pair stands; small, for there may be a million."""
+
+    name: str
+    """File and line, or row."""
+    caption: str
+    winner: Any
+    """Where in or beside the file the picture is, as the table understands it."""
+    loser: Any
+
+
+class PairTable(Items[tuple[Tensor, Tensor, str]], Preferences):
+    """Pairs of a table that fits into memory, without the pictures; those are read when their turn comes.
+
+    Pictures are cropped to the middle square and resized to `size` pixels. What is broken is left out of the table, or
+    when its turn comes replaced by the next row, and noted in `skipped`; or refused if that is not given.
+    """
+
+    key = KEY
+
+    def __init__(self, source: Path, size: int, skipped: list[str] | None = None) -> None:
+        super().__init__(skipped)
+        self.source, self.size = source, size
+        self.rows = list(self._read_table())
+        if not self.rows:
+            raise ConfigError(f"{KEY}: {source} holds no pair of which one picture is preferred and can be read")
+
+    @abstractmethod
+    def _read_table(self) -> Iterator[Row]:
+        """Every row that is whole."""
+
+    @abstractmethod
+    def _stored(self, found: Any) -> bytes:
+        """The file of the picture that a row calls `found`. Raises OSError or ValueError."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        return self.rows[index].name
+
+    def load(self, index: int) -> tuple[Tensor, Tensor, str]:
+        row = self.rows[index]
+        return self._picture(row.winner), self._picture(row.loser), row.caption
+
+    def _picture(self, found: Any) -> Tensor:
+        try:
+            return read_picture(self._stored(found), self.size)
+        except UNREADABLE as error:
+            raise ValueError(f"{found if isinstance(found, str) else found[-1]}: {error}") from error
+
+    def batch(self, start: int, size: int, seed: int) -> PreferencePairs:
+        winners, losers, captions = zip(*self.at(start, size, seed), strict=True)
+        return PreferencePairs(torch.stack(winners), torch.stack(losers), captions)
+
+
+class JsonPairs(PairTable):
+    """A .jsonl file, one object a line: "text", and "winner" and "loser", files named from where it lies."""
+
+    def _read_table(self) -> Iterator[Row]:
+        for where, line in read_lines(self.source, KEY):
+            try:
+                record = json_object(line)
+                names = (text_column(record, "", KEY), "winner", "loser")
+                text, winner, loser = (record[key] for key in names)
+                if not all(isinstance(value, str) and value.strip() for value in (text, winner, loser)):
+                    raise ValueError
+            except (ValueError, KeyError, ConfigError) as error:
+                expected = 'a JSON object with "text", "winner" and "loser", strings that are not empty'
+                why = f" ({error})" if isinstance(error, ConfigError) else ""
+                leave_out(self._skipped, KEY, f"{where}: expected {expected}, found {line[:60]!r}{why}")
+                continue
+            missing = [name for name in (winner, loser) if not (self.source.parent / name).is_file()]
+            if missing:
+                leave_out(self._skipped, KEY, f"{where}: there is no file {self.source.parent / missing[0]}")
+            elif winner == loser:
+                leave_out(self._skipped, KEY, f"{where}: winner and loser are the same file, {winner}")
+            else:
+                yield Row(where, text, winner, loser)
+
+    def _stored(self, found: Any) -> bytes:
+        return (self.source.parent / str(found)).read_bytes()
+
+
+class ParquetPairs(PairTable):
+    """Parquet in the columns of Pick-a-Pic: caption, jpg_0, jpg_1 (a file's bytes), label_0 of 1 or 0, maybe label_1.
+
+    A label of .5, and none at all, prefers neither picture: such rows are left out, as Diffusion-DPO does, and counted
+    in `notes`. Pictures are read a row group at a time; small row groups make for quick reading in random order.
+    """
+
+    def __init__(self, source: Path, size: int, skipped: list[str] | None = None) -> None:
+        self._parquet = _parquet()
+        self._group: tuple[tuple[Path, int], Any] | None = None
+        super().__init__(source, size, skipped)
+
+    def _read_table(self) -> Iterator[Row]:
+        files = [self.source] if self.source.is_file() else sorted(self.source.glob("*.parquet"))
+        count = undecided = 0
+        for file in files:
+            for number, (group, place, record) in enumerate(self._records(file)):
+                count += 1
+                where = f"{file}, row {number}"
+                caption, first, second = (record.get(name) for name in ("caption", "label_0", "label_1"))
+                # A row that nobody labelled has no label, or one that is not a number.
+                if record.get("has_label") is False or first is None or first != first or first == 0.5:
+                    undecided += 1
+                elif first not in (0, 1) or second not in (None, 1 - first):
+                    found = f"label_0 is {first} and label_1 {second}"
+                    leave_out(self._skipped, KEY, f"{where}: {found}, expected 1 and 0")
+                elif not (isinstance(caption, str) and caption.strip()):
+                    found = f"found {caption!r}"
+                    leave_out(self._skipped, KEY, f"{where}: expected a string that is not empty as caption, {found}")
+                else:
+                    names = ("jpg_0", "jpg_1") if first else ("jpg_1", "jpg_0")
+                    yield Row(where, caption, *((file, group, place, name) for name in names))
+        if undecided:
+            self.notes = [
+                f"{KEY}: {undecided} of {count} rows of {self.source} prefer neither picture and are left out"
+            ]
+
+    def _records(self, file: Path) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
+        """Row group, place in it, and values of each row, the pictures left out."""
+        with self._opened(file) as opened:
+            names = set(opened.schema_arrow.names)
+            if missing := {"caption", "jpg_0", "jpg_1", "label_0"} - names:
+                raise ConfigError(
+                    f"{KEY}: {file} has no column {', '.join(sorted(missing))}; expected caption, jpg_0, jpg_1 "
+                    "and label_0, as Pick-a-Pic has them"
+                )
+            columns = sorted(names & {"caption", "label_0", "label_1", "has_label"})
+            for group in range(opened.num_row_groups):
+                try:
+                    table = opened.read_row_group(group, columns=columns)
+                except (OSError, ValueError) as error:
+                    raise ConfigError(f"{KEY}: {file} is damaged ({error})") from error
+                for place, record in enumerate(table.to_pylist()):
+                    yield group, place, record
+
+    def _opened(self, file: Path) -> Any:
+        try:
+            return self._parquet.ParquetFile(file)
+        except (OSError, ValueError) as error:  # pyarrow's own errors are of these
+            raise ConfigError(f"{KEY}: {file} cannot be read as parquet ({error})") from error
+
+    def _stored(self, found: Any) -> bytes:
+        file, group, place, column = found
+        if self._group is None or self._group[0] != (file, group):
+            with self._opened(file) as opened:
+                self._group = (file, group), opened.read_row_group(group, columns=["jpg_0", "jpg_1"])
+        value = self._group[1].column(column)[place].as_py()
+        # The datasets library keeps a picture as its bytes beside the path that it had.
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(data, bytes):
+            raise ValueError(f"found {type(data).__name__}, expected the bytes of a file")
+        return data
+
+
+def open_pairs(source: str, size: int, skipped: list[str] | None = None) -> Preferences:
+    """What `[data] pairs` names, at `size` pixels.
+
+    What is broken is a ConfigError, or, given a list `skipped`, left out and noted there: what is missing now, and
+    what cannot be read when it comes up.
+    """
+    path = Path(source)
+    if path.is_file() and path.suffix == ".jsonl":
+        return JsonPairs(path, size, skipped)
+    if path.is_dir() and (path / TABLE).is_file():
+        return JsonPairs(path / TABLE, size, skipped)
+    if (path.is_file() and path.suffix == ".parquet") or (path.is_dir() and any(path.glob("*.parquet"))):
+        return ParquetPairs(path, size, skipped)
+    if path.exists():
+        raise ConfigError(
+            f"{KEY}: {source} holds no preference pairs; expected a folder with {TABLE} or .parquet files, or such "
+            "a file"
+        )
+    return open_class(source, size, Preferences, KEY, EXPECTED)  # type: ignore[type-abstract]
+
+
+def check_pairs(source: str, skipped: list[str] | None = None) -> None:
+    """Raise ConfigError for a table with broken rows or missing files, as `open_pairs` would; reads no picture."""
+    if Path(source).exists() or ":" not in source:
+        open_pairs(source, 1, skipped)
+    else:
+        find_class(source, Preferences, KEY, EXPECTED)  # type: ignore[type-abstract]
+
+
+def _parquet() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ConfigError(
+            'data.pairs: reading .parquet needs pyarrow, which is not installed: pip install "alignkit[parquet]"'
+        ) from error
+    return pyarrow.parquet

@@ -1,0 +1,78 @@
+"""Read prompts from .txt, .jsonl and .parquet files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from alignkit.data.prompt_sets import PROMPT_SETS, prompt_file
+from alignkit.data.text import choose_column, json_object, leave_out, read_lines, text_column
+from alignkit.errors import ConfigError
+from alignkit.records import Example
+from alignkit.registry import nearest
+
+
+def read_examples(
+    path: str | Path, column: str = "", skipped: list[str] | None = None, key: str = "prompts"
+) -> list[Example]:
+    """The prompts of a file: one a line (.txt), one JSON object a line (.jsonl), or one a row (.parquet).
+
+    `path` may also be the name of a set that comes along (`alignkit.data.prompt_sets`).
+
+    `column` names the text; empty: "text" in .jsonl, or else, as in .parquet, the one of `COLUMNS` that is there. What
+    else an object holds is metadata, and so are the columns of a .parquet file that hold strings, numbers or booleans.
+    A line or row without a text is refused with its place, or left out and noted in `skipped` if that is given.
+    Messages begin with `key`, which is where the file was named.
+    """
+    path = prompt_file(path)
+    if not path.suffix and not path.exists():
+        hint = nearest(path.name, PROMPT_SETS)
+        raise ConfigError(f"{key}: there is no file {path}, and no prompt set {path.name}{hint}")
+    if path.suffix in (".csv", ".tsv", ".json"):
+        raise ConfigError(f"{key}: {path} is a {path.suffix} file, expected .txt, .jsonl or .parquet")
+    examples = []
+    if path.suffix == ".parquet":
+        name, rows = _read_parquet(path, column, key)
+        for number, row in enumerate(rows):
+            where = f"{path}, row {number}"
+            if isinstance(text := row.pop(name), str) and text.strip():
+                examples.append(Example(text, row, where))
+            else:
+                leave_out(skipped, key, f"{where}: expected a string that is not empty as {name}, found {text!r}")
+    else:
+        for where, line in read_lines(path, key):
+            if path.suffix != ".jsonl":
+                examples.append(Example(line.strip(), place=where))
+                continue
+            try:
+                record = json_object(line)
+                text = record.pop(text_column(record, column, "data.prompt_column"))
+                if not (isinstance(text, str) and text.strip()):
+                    raise ValueError(f"the text is {text!r}")
+                examples.append(Example(text, record, where))
+            except (ValueError, ConfigError) as error:
+                wanted = f'"{column}"' if column else '"prompt", "caption" or "text"'
+                expected = f"expected a JSON object with {wanted}, a string that is not empty, found {line[:60]!r}"
+                leave_out(skipped, key, f"{where}: {expected} ({error})")
+    if not examples:
+        raise ConfigError(f"{key}: {path} holds no prompt; expected at least one line of text")
+    return examples
+
+
+def _read_parquet(path: Path, column: str, key: str) -> tuple[str, list[dict[str, Any]]]:
+    """The name of the text column, and the rows with what can be metadata."""
+    try:
+        from pyarrow import ArrowException, parquet, types
+    except ImportError:
+        raise ConfigError(f"{key}: {path}: .parquet is read by pyarrow; pip install 'alignkit[parquet]'") from None
+    try:
+        file = parquet.ParquetFile(path)
+        schema = file.schema_arrow
+        name = choose_column(schema.names, column, "data.prompt_column", path)
+        # Pictures and lists, which such files often hold as well, are not read at all.
+        plain = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
+        kept = [field.name for field in schema if any(is_kind(field.type) for is_kind in plain)]
+        return name, file.read(columns=list(dict.fromkeys([name, *kept]))).to_pylist()
+    except (OSError, ArrowException) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{key}: {path} cannot be read ({reason})") from error

@@ -1,0 +1,60 @@
+"""How far a trained model's pictures lie from those of the model it started as."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def kernel_distance(
+    first: Tensor, second: Tensor, prompts: int = 0, samples: int = 500, seed: int = 0
+) -> tuple[float, float, float]:
+    """Squared maximum mean discrepancy between features (N, D) of two sets, and its 95 % bootstrap interval.
+
+    Row i of both belongs to the same prompt and noise, and so do rows i, i + `prompts`, i + 2 `prompts`, ... to the
+    same prompt; 0: every row has its own. Pairs of one prompt are left out of every term, so the estimate has mean 0
+    where nothing changed (the U-statistic of Gretton et al. 2012, Lemma 6), and may be a little below; the interval
+    draws prompts anew, with all of their pictures. The kernel is that of KID, (x y / D + 1)^3 (Binkowski et al. 2018),
+    on features measured from the first set's mean in units of its spread over all D. Raises ValueError below two
+    prompts.
+    """
+    prompts = prompts or len(first)
+    if prompts < 2 or first.shape != second.shape or len(first) % prompts:
+        raise ValueError(
+            f"kernel_distance: found {tuple(first.shape)} and {tuple(second.shape)} of {prompts} prompts, expected the "
+            "same shape with as many rows for each of two prompts or more"
+        )
+    center = first.double().mean(0)
+    scale = (first.double() - center).square().mean().sqrt().clamp(min=1e-6)
+    x, y = (first.double() - center) / scale, (second.double() - center) / scale
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    cross = kernel(x, y)
+    terms = (kernel(x, x) + kernel(y, y) - cross - cross.T).view(-1, prompts, len(x) // prompts, prompts).mean((0, 2))
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.arange(prompts)]
+    drawn += [torch.randint(prompts, (prompts,), generator=generator) for _ in range(samples)]
+    means = []
+    for rows in drawn:
+        other = rows[:, None] != rows[None, :]  # a prompt that was drawn twice is no second one
+        means.append((terms[rows][:, rows] * other).sum() / other.sum().clamp(min=1))
+    low, high = torch.stack(means[1:]).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(means[0]), low, high
+
+
+def bootstrap(before: Tensor, after: Tensor, samples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of after - before (P,), and its 95 % interval: percentiles over prompts drawn anew with replacement.
+
+    Paired: a prompt keeps its two values together, so what makes prompts easy or hard cancels.
+    """
+    return interval(after.double() - before.double(), samples, seed)
+
+
+def interval(values: Tensor, samples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of `values` (P,), and its 95 % interval as percentiles of the means of resampled values."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(values), (samples, len(values)), generator=generator)
+    low, high = values.double()[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(values.double().mean()), low, high

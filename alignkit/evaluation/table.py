@@ -1,0 +1,53 @@
+"""Evaluation rows as a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rich.table import Table
+
+from alignkit.evaluation.rows import TOTAL, Row
+
+
+def table(rows: Sequence[Row], title: str = "", wide: bool = False) -> Table:
+    """Rows of one kind of prompts for the terminal. A total that equals a part is shown once, by the part's name.
+
+    `wide` has room for the intervals of the means as well, some 110 columns.
+    """
+    from rich import box
+    from rich.table import Table
+
+    compared = any(row.after is not None for row in rows)
+    several = len({row.run for row in rows}) > 1
+    texts = ["reward", *(["run"] if several else [])]
+    headings = ["steps", *texts, "before", *(["after", "change", "95 % interval"] if compared else [])]
+    counts = sorted({row.count for row in rows})
+    which = {"unseen": "that were not trained on", "seen": "of the file that was trained from"}
+    caption = f"means over {' to '.join(map(str, counts))} prompts {which[rows[0].prompts]}" if rows else None
+
+    def mean(value: float | None, low: float | None, high: float | None) -> str:
+        return f"{value:.3f}" + (f" [{low:.3f}, {high:.3f}]" if wide and low is not None else "")
+
+    # Plain enough for a terminal of 80 columns, where it is not wide.
+    shown = Table(title=title or None, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in headings:
+        # Where there is no room, names go over two lines; numbers never do.
+        is_text = heading in texts
+        shown.add_column(heading, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
+    for row in rows:
+        if row.reward == TOTAL and any(r is not row and replace(r, reward=TOTAL) == row for r in rows):
+            continue
+        cells = [
+            str(row.num_steps),
+            *(getattr(row, name) for name in texts),
+            mean(row.before, row.before_low, row.before_high),
+        ]
+        if compared:
+            cells += [
+                mean(row.after, row.after_low, row.after_high),
+                f"{row.difference:+.3f}",
+                f"[{row.low:+.3f}, {row.high:+.3f}]",
+            ]
+        shown.add_row(*(cell.removeprefix("-") if cell == "-0.000" else cell for cell in cells))
+    return shown

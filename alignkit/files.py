@@ -1,0 +1,37 @@
+"""Write files whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+from alignkit.errors import AlignkitError
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file under a temporary name, sync and rename it: a reader sees the old content or the new.
+
+    Makes the folder if need be; several processes may write the same file. Raises AlignkitError if the disk refuses,
+    with the old content untouched.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        _sync(partial)
+        partial.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        if path.parent.is_dir():
+            partial.unlink(missing_ok=True)
+        raise AlignkitError(f"{path}: could not be written ({error.strerror}); what was there is untouched") from error
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold what was written to a file, or to a folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

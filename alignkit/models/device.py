@@ -1,0 +1,20 @@
+"""The device that `--device` names."""
+
+from __future__ import annotations
+
+import torch
+
+from alignkit.errors import ConfigError
+
+
+def find_device(name: str) -> torch.device:
+    """The device that `--device` names; "auto" is CUDA where it is there. Raises ConfigError for one that is not."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise ConfigError(f"--device {name}: cannot be used ({reason}); expected auto, cpu or cuda:0") from error
+    return device

@@ -1,0 +1,303 @@
+"""A diffusers pipeline as a `Policy`; the only home of peft in the core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from diffusers import DDPMScheduler, LCMScheduler
+from peft import LoraConfig, get_peft_model_state_dict
+from torch import Tensor
+
+from alignkit import diffusion
+from alignkit.errors import ConfigError
+from alignkit.interfaces import Policy
+from alignkit.models.encoder_cache import EncoderCache, content_of, fingerprint, tokenizer_state
+from alignkit.models.pipelines import LORA_FILE, load_pipeline
+from alignkit.records import Prompt
+
+V = TypeVar("V", str, Tensor)
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+"""The LoRA targets of diffusers' own training scripts."""
+REMEMBERED = 1 << 30
+"""Bytes of encoded texts that are kept in memory: some 4500 of Stable Diffusion, 1700 of SDXL."""
+
+
+class DiffusersPolicy(Policy):
+    """A text-to-image pipeline with a UNet: Stable Diffusion, SDXL, their latent consistency and turbo forms.
+
+    What differs between them is read from the pipeline: prediction type and noise levels from the scheduler's config,
+    consistency boundary scalings if that is an LCMScheduler, a guidance embedding if the UNet has one, what stands for
+    no text from the pipeline's config. `prediction` says it where the scheduler cannot: a LoRA or a UNet that was
+    distilled is not what the pipeline around it was made for.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        unet: str = "",
+        adapter: str = "",
+        prediction: str = "",
+        guidance_embedding: int = 0,
+        lora_rank: int = 16,
+        lora_targets: Sequence[str] = (),
+        trainable: bool = True,
+        guidance: float | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        cache: EncoderCache | None = None,
+        gradient_checkpointing: bool = False,
+        rows_per_pass: int = 0,
+    ) -> None:
+        """`lora_rank` 0 trains the whole UNet. `guidance` is diffusers' guidance_scale minus one. `unet`, `adapter`,
+        `prediction` and `guidance_embedding` are as in the section [model] of a run file, `gradient_checkpointing` as
+        in [train]. `cache` keeps what texts and pictures are encoded to; it changes no result. `rows_per_pass` is how
+        many rows go through the network at once where no gradient is asked for; 0: all."""
+        self.source, self.cache, self.rows_per_pass = source, cache, rows_per_pass
+        self.device = torch.device(device)
+        parts = load_pipeline(source, dtype, unet=unet, adapter=adapter, guidance_embedding=guidance_embedding)
+        self.pipe = parts.to(self.device)
+        self.unet = self.pipe.unet.requires_grad_(False).eval()
+        self.vae = self.pipe.vae.requires_grad_(False).eval()
+        if gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+            self.vae.enable_gradient_checkpointing()
+        for name in ("text_encoder", "text_encoder_2"):
+            if (encoder := getattr(self.pipe, name, None)) is not None:
+                encoder.requires_grad_(False).eval()
+        config = self.pipe.scheduler.config
+        self._prediction: str = config.prediction_type if prediction in ("", "consistency") else prediction
+        self._alphas = DDPMScheduler.from_config(config).alphas_cumprod.to(self.device)
+        consistency = prediction == "consistency" or (not prediction and isinstance(self.pipe.scheduler, LCMScheduler))
+        self.consistency = consistency
+        """Whether it is read as a latent consistency model."""
+        self._scaling: float | None = config.get("timestep_scaling", 10.0) if consistency else None
+        self._embed_dim: int | None = self.unet.config.time_cond_proj_dim
+        self.guidance_embedded = self._embed_dim is not None
+        self.guidance = guidance if guidance is not None else (7.5 if self._embed_dim else 0.0)
+        edge = self.unet.config.sample_size
+        self.latent_shape = (self.unet.config.in_channels, edge, edge)
+        self.image_size = edge * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.lora = self._add_lora(lora_rank, lora_targets) if trainable and lora_rank else None
+        if trainable:
+            for parameter in self.unet.parameters() if self.lora is None else []:
+                parameter.requires_grad_(True)
+            for parameter in self.parameters():
+                parameter.data = parameter.data.float()
+        # A LoRA's reference is the same network with the adapter off; a full fine-tuning must keep its start.
+        full = trainable and self.lora is None
+        self._start = {name: p.detach().cpu().clone() for name, p in self.weights().items()} if full else None
+        self._plain = False  # whether the adapter is off
+        self._null: Prompt | None = None
+        self._texts: dict[str, dict[str, Tensor]] = {}
+
+    def _add_lora(self, rank: int, targets: Sequence[str]) -> LoraConfig:
+        lora = LoraConfig(
+            r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(targets or ATTENTION)
+        )
+        try:
+            self.unet.add_adapter(lora)
+        except ValueError as error:
+            raise ConfigError(f"model.lora_targets: {list(targets)} name no layers of the UNet ({error})") from error
+        return lora
+
+    # text and pictures: one at a time and in the precision that the encoders were loaded in, so that the result of one
+    # depends neither on what it is encoded together with, nor on whether it was encoded now or long ago
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Prompt:
+        distinct = list(dict.fromkeys(texts))
+        encoded = [self._cached("texts", text, self._encode_text) for text in distinct]
+        columns = {name: torch.cat([one[name] for one in encoded]).float() for name in encoded[0]}
+        places = {text: place for place, text in enumerate(distinct)}
+        index = torch.tensor([places[text] for text in texts], device=self.device)
+        return Prompt(columns["features"], index, columns.get("pooled"), text_table=tuple(distinct))
+
+    def _encode_text(self, text: str) -> dict[str, Tensor]:
+        encoded = self.pipe.encode_prompt(
+            prompt=[text], device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return {"features": encoded[0], "pooled": encoded[2]} if len(encoded) == 4 else {"features": encoded[0]}
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """The mode of the VAE's posterior: no chance is needed for it."""
+        return torch.cat([self._cached("pictures", image, self._encode_image)["latents"] for image in images])
+
+    def _encode_image(self, image: Tensor) -> dict[str, Tensor]:
+        pixels = (2 * image[None] - 1).to(self.device, self.vae.dtype)
+        latents: Tensor = self.vae.encode(pixels).latent_dist.mode().float() * self.vae.config.scaling_factor
+        return {"latents": latents}
+
+    def _cached(self, kind: str, value: V, encode: Callable[[V], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `encode` makes of a text or picture, on the device; from the cache if there is one."""
+        with torch.autocast(self.device.type, enabled=False):
+            if self.cache is None:
+                found = encode(value) if isinstance(value, Tensor) else self._remembered(value)
+            else:
+                found = self.cache.get(self.encoders[kind], content_of(value), lambda: encode(value))
+        return {name: tensor.to(self.device) for name, tensor in found.items()}
+
+    def _remembered(self, text: str) -> dict[str, Tensor]:
+        """What a text is encoded to, on the CPU: the last `REMEMBERED` bytes stay, as rounds ask for the same texts."""
+        found = self._texts.pop(text, None)
+        if found is None:
+            found = {name: tensor.cpu() for name, tensor in self._encode_text(text).items()}
+            each = sum(tensor.nbytes for tensor in found.values())  # all texts are padded to one length
+            while self._texts and each * (len(self._texts) + 1) > REMEMBERED:
+                del self._texts[next(iter(self._texts))]
+        self._texts[text] = found
+        return found
+
+    @cached_property
+    def encoders(self) -> dict[str, str]:
+        """The cache's names of the encoders of "texts" and "pictures": equal only if they compute the same."""
+        here = [type(self.pipe).__name__, self.device.type]  # a GPU rounds differently from a CPU
+        tokenizers, networks = (
+            [part for name in (kind, f"{kind}_2") if (part := getattr(self.pipe, name, None)) is not None]
+            for kind in ("tokenizer", "text_encoder")
+        )
+        return {
+            "texts": "texts-" + fingerprint([*here, *map(tokenizer_state, tokenizers), *networks]),
+            "pictures": "pictures-" + fingerprint([*here, self.vae]),
+        }
+
+    def decode(self, latents: Tensor) -> Tensor:
+        pixels: Tensor = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
+        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """What the model before training makes of pictures (N, 3, H, W) in [0, 1]: (N, D) float32.
+
+        The mean over space of the UNet's middle block, or of its last down block where there is none, which reads the
+        encoded pictures at time 0 and without text.
+        """
+        latents = torch.cat([self._encode_image(image)["latents"] for image in images])  # drawn, not worth a cache
+        empty = self._without_text(len(latents))
+        zeros = torch.zeros(len(latents), device=self.device)
+        kept: list[Tensor] = []
+
+        def keep(_: object, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            kept.append((output if isinstance(output, Tensor) else output[0]).float().mean((2, 3)))
+
+        deepest = self.unet.down_blocks[-1] if self.unet.mid_block is None else self.unet.mid_block
+        hook = deepest.register_forward_hook(keep)
+        try:
+            with self.reference():
+                self._predict(latents, zeros.long(), empty.features, empty.pooled, zeros)
+        finally:
+            hook.remove()
+        return kept[0]
+
+    # the network
+
+    def schedule(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        level = self._alphas[t]
+        return level.sqrt(), (1 - level).sqrt()
+
+    def denoise(self, x: Tensor, t: Tensor, prompt: Prompt, guidance: Tensor | None = None) -> Tensor:
+        size = self.rows_per_pass
+        if 0 < size < len(x) and not torch.is_grad_enabled():  # with gradient, whoever asks minds the memory
+            parts = torch.arange(len(x), device=x.device).split(size)
+            w = [None if guidance is None else guidance[i] for i in parts]
+            return torch.cat([self.denoise(x[i], t[i], prompt.select(i), v) for i, v in zip(parts, w, strict=True)])
+        if guidance is None and (self._embed_dim or self.guidance):
+            guidance = torch.full((len(x),), self.guidance, device=x.device)
+        if guidance is None or self._embed_dim or not bool(guidance.any()):
+            return self._predict(x, t, prompt.features, prompt.pooled, guidance)
+        null = self._without_text(len(x))
+        pooled = None if prompt.pooled is None or null.pooled is None else torch.cat([prompt.pooled, null.pooled])
+        features = torch.cat([prompt.features, null.features])
+        with_text, without = self._predict(torch.cat([x, x]), torch.cat([t, t]), features, pooled, None).chunk(2)
+        return with_text + diffusion.columns(guidance, x) * (with_text - without)
+
+    def _without_text(self, count: int) -> Prompt:
+        """What guidance leads away from: the empty text, or zeros where the pipeline was made with those (SDXL)."""
+        if self._null is None:
+            null = self.encode([""])
+            if self.pipe.config.get("force_zeros_for_empty_prompt"):
+                pooled = None if null.pooled_table is None else torch.zeros_like(null.pooled_table)
+                null = replace(null, table=torch.zeros_like(null.table), pooled_table=pooled)
+            self._null = null
+        return self._null.select(torch.zeros(count, dtype=torch.long))
+
+    def _predict(self, x: Tensor, t: Tensor, features: Tensor, pooled: Tensor | None, w: Tensor | None) -> Tensor:
+        dtype = self.unet.dtype
+        embedded = (
+            None if w is None or not self._embed_dim else diffusion.guidance_embedding(w, self._embed_dim).to(dtype)
+        )
+        added = None if pooled is None else {"text_embeds": pooled.to(dtype), "time_ids": self._time_ids(len(x), dtype)}
+        output = self.unet(
+            x.to(dtype), t, features.to(dtype), timestep_cond=embedded, added_cond_kwargs=added, return_dict=False
+        )[0].float()
+        alpha, sigma = self.schedule(t)
+        clean = diffusion.to_clean(self._prediction, output, x.float(), alpha, sigma)
+        if self._scaling is None:
+            return clean
+        c_skip, c_out = diffusion.boundary_scalings(t, self._scaling)
+        return diffusion.columns(c_skip, x) * x.float() + diffusion.columns(c_out, x) * clean
+
+    def _time_ids(self, count: int, dtype: torch.dtype) -> Tensor:
+        edge = self.image_size
+        return torch.tensor([edge, edge, 0, 0, edge, edge], device=self.device, dtype=dtype).expand(count, 6)
+
+    # what is trained
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.unet.parameters() if p.requires_grad]
+
+    @contextmanager
+    def using(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        own = self.weights()
+        kept = {name: own[name].data for name in weights}
+        try:
+            for name, value in weights.items():
+                own[name].data = value.to(self.device)
+            torch.clear_autocast_cache()  # which knows a parameter's half-precision copy, and not that its data changed
+            yield
+        finally:
+            for name, value in kept.items():
+                own[name].data = value
+            torch.clear_autocast_cache()
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        with torch.no_grad():
+            if self._start is not None:
+                with self.using(self._start):
+                    yield
+            elif self.lora is None or self._plain:
+                yield
+            else:
+                self.unet.disable_adapters()
+                self._plain = True
+                try:
+                    yield
+                finally:
+                    self.unet.enable_adapters()
+                    self._plain = False
+
+    def export(self, folder: Path, weights: Mapping[str, Tensor]) -> Path:
+        """Write what plain diffusers reads: a LoRA file, or the UNet's folder after a full fine-tuning."""
+        with self.using(weights):
+            if self.lora is None:
+                self.unet.save_pretrained(folder / "unet")
+                return folder / "unet"
+            layers = {
+                name: value.detach().cpu().clone() for name, value in get_peft_model_state_dict(self.unet).items()
+            }
+        # Without the adapter's metadata: alpha is the rank, as readers assume, and safetensors writes several entries
+        # of metadata in random order, which would make equal runs differ.
+        self.pipe.save_lora_weights(folder, unet_lora_layers=layers)
+        return folder / LORA_FILE

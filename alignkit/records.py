@@ -1,0 +1,193 @@
+"""Plain records that pass between the core and its plugins.
+
+Letters in shapes: N rows, K sampler steps, S = (C, h, w) one latent, L tokens, D text features, P distinct texts,
+(H, W) pixels. This module imports torch for annotations only, so that listing plugins stays quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A frozen table: every field is a column, and all columns share their first axis.
+
+    A column is a tensor (N, ...), another `Rows` of length N (a `Prompt`, say), or None where it is not used.
+    """
+
+    def __len__(self) -> int:
+        return len(next(getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None))
+
+    def _map(self, function: Any) -> Self:
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: function(column) for name, column in columns.items() if column is not None})
+
+    def select(self, index: Tensor) -> Self:
+        """The rows at `index` (M,), in that order."""
+        return self._map(lambda c: c.select(index) if isinstance(c, Rows) else c[index.to(c.device)])
+
+    def to(self, device: torch.device | str) -> Self:
+        """All columns on `device`."""
+        return self._map(lambda c: c.to(device))
+
+    def split(self, size: int) -> Iterator[Self]:
+        """Consecutive parts of at most `size` rows."""
+        import torch
+
+        for start in range(0, len(self), size):
+            yield self.select(torch.arange(start, min(start + size, len(self))))
+
+    def even_split(self, size: int) -> Iterator[Self]:
+        """Consecutive parts of nearly `size` rows, so that no update rests on a small remainder."""
+        count = max(1, round(len(self) / size))
+        yield from self.split(max(1, -(-len(self) // count)))
+
+    def shuffled(self, generator: torch.Generator) -> Self:
+        """The same rows in random order."""
+        import torch
+
+        return self.select(torch.randperm(len(self), generator=generator))
+
+
+@dataclass(frozen=True)
+class Prompt(Rows):
+    """Text conditioning of N rows. Features are stored once per distinct text and gathered when they are read."""
+
+    table: Tensor
+    """(P, L, D) text features."""
+    index: Tensor
+    """(N,) the text of each row."""
+    pooled_table: Tensor | None = None
+    """(P, E) pooled features, for models of the SDXL family."""
+    text_table: tuple[str, ...] = ()
+    """P texts, for whoever reads them with an encoder of its own; empty where only features are known."""
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def select(self, index: Tensor) -> Prompt:
+        return replace(self, index=self.index[index.to(self.index.device)])
+
+    def to(self, device: torch.device | str) -> Prompt:
+        pooled = None if self.pooled_table is None else self.pooled_table.to(device)
+        return replace(self, table=self.table.to(device), index=self.index.to(device), pooled_table=pooled)
+
+    @property
+    def texts(self) -> list[str]:
+        """N texts."""
+        return [self.text_table[i] for i in self.index.tolist()]
+
+    @property
+    def features(self) -> Tensor:
+        """(N, L, D)."""
+        return self.table[self.index]
+
+    @property
+    def pooled(self) -> Tensor | None:
+        """(N, E), or None."""
+        return None if self.pooled_table is None else self.pooled_table[self.index]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One text to draw, with whatever a reward needs to know about it (an OCR target, parsed phrases)."""
+
+    text: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    place: str = field(default="", compare=False, repr=False)
+    """Where it was read ("prompts.txt, line 3"), for messages; may be empty."""
+
+
+@dataclass(frozen=True)
+class PreferencePairs:
+    """M pairs of pictures, each of one text; the first of a pair is preferred. They lie on the CPU."""
+
+    winners: Tensor
+    """(M, 3, H, W) float32 in [0, 1]."""
+    losers: Tensor
+    """The same."""
+    captions: Sequence[str]
+    """M texts."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What `Algorithm.collect` gets: texts to draw, and pictures or pairs of them where the algorithm needs them."""
+
+    examples: Sequence[Example]
+    pictures: Tensor | None = None
+    """(M, 3, H, W) in [0, 1]."""
+    captions: Sequence[str] = ()
+    """M texts."""
+    pairs: Iterable[PreferencePairs] = ()
+    """All pairs of the round, some at a time: they are read from disk as they are asked for, once."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A reward's answer for N pictures."""
+
+    values: Tensor
+    """(N,) float32."""
+    valid: Tensor
+    """(N,) bool; False where the picture could not be scored."""
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    """Named sub-scores, (N,) each."""
+    reasons: Sequence[str] = ()
+    """Why a picture could not be scored, in a few words: N texts, "" where it could be; or none at all."""
+
+    def select(self, rows: Tensor | slice) -> Scores:
+        """Those of some rows."""
+        import torch
+
+        places = torch.arange(len(self.reasons), device=self.values.device)[rows].tolist() if self.reasons else []
+        parts = {name: part[rows] for name, part in self.parts.items()}
+        return Scores(self.values[rows], self.valid[rows], parts, [self.reasons[place] for place in places])
+
+    @property
+    def reason(self) -> str:
+        """The first of the reasons; "" where none is told."""
+        return next(filter(None, self.reasons), "")
+
+
+@dataclass(frozen=True)
+class Transition:
+    """The distribution of the next latent: normal, with independent components."""
+
+    mean: Tensor
+    """(N, *S) float32."""
+    std: Tensor
+    """(N,) float32; 0 marks a deterministic step, which has no density."""
+    clean: Tensor
+    """(N, *S) the policy's prediction of the clean latent at this step."""
+
+    def draw(self, noise: Tensor) -> Tensor:
+        """mean + std * noise, (N, *S)."""
+        return self.mean + _columns(self.std, self.mean) * noise
+
+    def log_prob(self, x_next: Tensor, reduction: str = "mean") -> Tensor:
+        """Log-density of `x_next` (N, *S), (N,) float32, over latent dimensions as `reduction`: "mean" or "sum".
+
+        The mean is what all published code uses; clip ranges are tied to it. `x_next` is detached: the gradient
+        flows through the mean alone. Raises ValueError where a step is deterministic.
+        """
+        import math
+
+        if bool((self.std == 0).any()):
+            raise ValueError("log_prob: the step is deterministic (std 0) and has no density; leave its rows out")
+        std = _columns(self.std.float(), self.mean)
+        squares = ((x_next.detach().float() - self.mean.float()) / std) ** 2 / 2
+        density = (-squares - std.log() - 0.5 * math.log(2 * math.pi)).flatten(1)
+        return density.mean(1) if reduction == "mean" else density.sum(1)
+
+
+def _columns(values: Tensor, like: Tensor) -> Tensor:
+    """(N,) as (N, 1, 1, ...) with as many axes as `like`."""
+    return values.view(-1, *[1] * (like.dim() - 1))

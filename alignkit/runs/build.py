@@ -1,0 +1,259 @@
+"""What a run's config names, built: sampler, algorithm, rewards, prompts, model, surrogate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from alignkit.config.bundles import find_bundle, is_consistency
+from alignkit.config.load import RunConfig, SurrogateConfig
+from alignkit.data.images import check_pictures, open_pictures
+from alignkit.data.preferences import check_pairs, open_pairs
+from alignkit.data.prompts import read_examples
+from alignkit.data.sources import Pictures, Preferences
+from alignkit.errors import ConfigError
+from alignkit.interfaces import Algorithm, Reward, Sampler, Surrogate
+from alignkit.models.diffusers_policy import DiffusersPolicy
+from alignkit.models.encoder_cache import EncoderCache
+from alignkit.models.pipelines import check_source, locate_weights
+from alignkit.records import Example
+from alignkit.registry import default_registry
+from alignkit.rewards.cache import ScoreCache
+from alignkit.rewards.checked import Asking
+from alignkit.rewards.combine import Combination
+from alignkit.rewards.weighted import WeightedRewards
+
+SURROGATE_FILE = "surrogate.safetensors"
+
+
+class Parts:
+    """Builds what `config` names. Nothing is kept: each call builds anew."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+
+    def _plugin(self, kind: str, config: Any) -> Any:
+        return default_registry().get(kind, config.name)(**config.fields)
+
+    def sampler(self, num_steps: int | None = None) -> Sampler:
+        """The run's sampler, at another number of steps if one is given."""
+        sampler: Sampler = self._plugin("sampler", self.config.sampler)
+        try:
+            return sampler if num_steps is None else replace(sampler, num_steps=num_steps)
+        except ValueError as error:
+            raise ConfigError(f"steps: {error}") from error
+
+    def algorithm(self) -> Algorithm[Any, Any]:
+        """A fresh instance of the run's algorithm."""
+        algorithm: Algorithm[Any, Any] = self._plugin("algorithm", self.config.algorithm)
+        return algorithm
+
+    def trained_rewards(self) -> list[tuple[str, float, Reward]]:
+        """(name, weight, reward) of those that a run names to be trained on."""
+        return [(r.name, r.weight, self._plugin("reward", r)) for r in self.config.rewards]
+
+    def with_measured(self, further: Sequence[str] = (), asking: Asking | None = None) -> WeightedRewards:
+        """The rewards that are trained on and those that are only watched: all, where the algorithm asks none."""
+        named, asks = self.trained_rewards(), self.algorithm().asks_rewards
+        fields, kept = self.config.evaluate.watched(), {name for name, _, _ in named}
+        names = [name for name in dict.fromkeys([*fields, *further]) if name not in kept]
+        watched = [] if asks else [(name, reward) for name, _, reward in named]
+        watched += [(name, default_registry().get("reward", name)(**fields.get(name, {}))) for name in names]
+        return WeightedRewards(named if asks else [], watched, asking, needed=asks)
+
+    def asking(self, cache: str | Path = "", warn: Callable[[str], None] | None = None) -> Asking:
+        """How rewards are asked, as `[scoring]` says; `cache` is where scores are kept if that names no file."""
+        scoring = self.config.scoring
+        path = scoring.cache or cache
+        kept = ScoreCache(path) if path else None
+        tries = scoring.retries, scoring.retry_seconds, scoring.retry_limit
+        return Asking(scoring.broken, *tries, scoring.overlap, kept, warn)
+
+    def skipped(self) -> list[str] | None:
+        """Where broken data is noted, if the run skips it; None if it refuses it."""
+        return [] if self.config.data.broken == "skip" else None
+
+    def prompts(self, skipped: list[str] | None = None) -> list[Example]:
+        """The texts to train on; none if there is no file and the algorithm draws none.
+
+        What is broken is noted in `skipped` if that is given, else refused.
+        """
+        data = self.config.data
+        algorithm = self.algorithm()
+        if not data.prompts and ("pairs" in algorithm.needs or not algorithm.draws):
+            return []
+        if not data.prompts:
+            raise ConfigError("data.prompts: missing; expected a .txt file with one prompt a line, or a .jsonl file")
+        return read_examples(data.prompts, data.prompt_column, skipped, "data.prompts")
+
+    def held_out(self) -> list[Example]:
+        """The texts to measure on; none if there is no file."""
+        path = self.config.evaluate.prompts
+        column = self.config.data.prompt_column
+        return read_examples(path, column, key="evaluate.prompts")[: self.config.evaluate.limit] if path else []
+
+    def pictures(self, size: int, skipped: list[str] | None = None) -> Pictures | None:
+        """The captioned pictures to train on, at `size` pixels; None if the algorithm needs none."""
+        data = self.config.data
+        needed = "pictures" in self.algorithm().needs
+        return open_pictures(data.pictures, size, data.caption_column, skipped) if needed else None
+
+    def pairs(self, size: int, skipped: list[str] | None = None) -> Preferences | None:
+        """The preference pairs to train on, at `size` pixels; None if the algorithm needs none."""
+        return open_pairs(self.config.data.pairs, size, skipped) if "pairs" in self.algorithm().needs else None
+
+    def check(self) -> list[str]:
+        """Find what can be found before any weight loads: what will be skipped as broken, with its place.
+
+        Raises ConfigError or PluginError.
+        """
+        sampler, algorithm, skipped = self.sampler(), self.algorithm(), self.skipped()
+        model, data = self.config.model, self.config.data
+        check_source(find_bundle(model.name).path)
+        self._check_walk(is_consistency(find_bundle(model.name).path, model.prediction))
+        for key, source in (("model.unet", model.unet), ("model.adapter", model.adapter)):
+            if source:
+                locate_weights(key, source)
+        for tracker in self.config.train.trackers:
+            if find_spec(tracker) is None:
+                raise ConfigError(f"train.trackers: {tracker} is not installed; pip install 'alignkit[{tracker}]'")
+        if "teacher" in algorithm.needs and self.teacher_source():
+            check_source(self.teacher_source(), "model.teacher")
+        if "stochastic_steps" in algorithm.needs and not sampler.stochastic_steps():
+            found = ", ".join(f"{name} = {value}" for name, value in self.config.sampler.fields.items())
+            raise ConfigError(
+                f"sampler: every step of {self.config.sampler.name} is deterministic with {found}, and algorithm "
+                f"{self.config.algorithm.name} learns from the likelihood of steps with chance in them; "
+                "raise sampler.num_steps, or sampler.eta where there is one, or take another sampler or algorithm"
+            )
+        algorithm.check(sampler)
+        for steps in self.config.evaluate.steps:
+            self.sampler(steps)
+        if "teacher" in algorithm.needs and not self.teacher_source():
+            raise ConfigError(
+                f"model.teacher: missing; algorithm {self.config.algorithm.name} needs the model that "
+                f"{self.config.model.name} was distilled from"
+            )
+        self._check_surrogate(algorithm)
+        if self.config.surrogate and self.config.surrogate.init and not surrogate_file(self.config.surrogate).is_file():
+            raise ConfigError(
+                f"surrogate.init: there is no {surrogate_file(self.config.surrogate)}; "
+                f"expected a run folder with {SURROGATE_FILE}, or such a file"
+            )
+        if "pictures" in algorithm.needs and not data.pictures:
+            raise ConfigError(
+                f"data.pictures: missing; algorithm {self.config.algorithm.name} needs captioned pictures"
+            )
+        if "pictures" in algorithm.needs:
+            check_pictures(data.pictures, data.caption_column, skipped)
+        if "pairs" in algorithm.needs and not data.pairs:
+            raise ConfigError(
+                f"data.pairs: missing; algorithm {self.config.algorithm.name} needs preference pairs (`alignkit pairs` "
+                "makes them with a model and a reward)"
+            )
+        if "pairs" in algorithm.needs:
+            check_pairs(data.pairs, skipped)
+        Combination.check(
+            self.config.rewards, self.config.scoring, algorithm.takes_advantages, self.config.algorithm.name
+        )
+        asks = algorithm.asks_rewards
+        rewards = WeightedRewards(self.trained_rewards() if asks else [], needed=asks)  # those watched do not do
+        if "differentiable_reward" in algorithm.needs and not rewards.differentiable:
+            boxes = " and ".join(name for name, _, reward in rewards.rewards if not reward.differentiable)
+            raise ConfigError(
+                f"reward: algorithm {self.config.algorithm.name} follows the gradient of a reward, and {boxes} has "
+                f"none as set; choose other rewards, or settings of either that do without (`alignkit show "
+                f"{self.config.algorithm.name}`)"
+            )
+        rewards.check(self.prompts(skipped))
+        if held_out := self.held_out():
+            self.with_measured().check(held_out)
+        return skipped or []
+
+    def _check_surrogate(self, algorithm: Algorithm[Any, Any]) -> None:
+        """Raise ConfigError for a surrogate that the algorithm cannot teach."""
+        config, wanted = self.config.surrogate, algorithm.surrogate_type
+        if config is None or issubclass(default_registry().get("surrogate", config.name), wanted):
+            return
+        known = f"{algorithm.default_surrogate} or another" if algorithm.default_surrogate else "one"
+        raise ConfigError(
+            f"surrogate.name: found {config.name}, expected {known} that is derived from {wanted.__name__}, which "
+            f"algorithm {self.config.algorithm.name} teaches"
+        )
+
+    def _check_walk(self, consistency: bool | None) -> None:
+        """Raise ConfigError for the walk of consistency models on one that is none; `consistency` None: unknown yet."""
+        model, sampler = self.config.model, self.config.sampler.name
+        if consistency is False and default_registry().get("sampler", sampler).consistency:
+            raise ConfigError(
+                f"sampler.name: found {sampler}, which is for latent consistency models, and {model.name} is none "
+                "(its scheduler or model.prediction says so); take renoise, the same walk for other models, or set "
+                'model.prediction = "consistency" for one that is to become one'
+            )
+
+    def teacher_source(self) -> str:
+        """Folder or hub id of the teacher; empty if there is none."""
+        return self.config.model.teacher or find_bundle(self.config.model.name).teacher or ""
+
+    def load_policy(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> DiffusersPolicy:
+        """The model, ready to be trained."""
+        model = self.config.model
+        policy = DiffusersPolicy(
+            find_bundle(model.name).path,
+            unet=model.unet,
+            adapter=model.adapter,
+            prediction=model.prediction,
+            guidance_embedding=model.guidance_embedding,
+            lora_rank=model.lora_rank,
+            lora_targets=model.lora_targets,
+            guidance=model.guidance,
+            device=device,
+            dtype=dtype,
+            cache=EncoderCache(self.config.data.cache) if self.config.data.cache else None,
+            gradient_checkpointing=self.config.train.gradient_checkpointing,
+            rows_per_pass=self.config.train.rows_per_pass,
+        )
+        self._check_walk(policy.consistency)
+        return policy
+
+    def load_teacher(self, device: torch.device | str = "cpu") -> DiffusersPolicy | None:
+        """The model it was distilled from, which is not trained; None if the algorithm needs none."""
+        if "teacher" not in self.algorithm().needs:
+            return None
+        return DiffusersPolicy(
+            self.teacher_source(),
+            trainable=False,
+            guidance=0.0,
+            device=device,
+            gradient_checkpointing=self.config.train.gradient_checkpointing,
+            rows_per_pass=self.config.train.rows_per_pass,
+        )
+
+    def load_surrogate(self, policy: DiffusersPolicy) -> Surrogate | None:
+        """The surrogate for this policy, from `surrogate.init` if that is set; None if the run has none."""
+        config = self.config.surrogate
+        if config is None:
+            return None
+        surrogate: Surrogate = self._plugin("surrogate", config)
+        surrogate.load(policy)
+        if config.init:
+            path = surrogate_file(config)
+            try:
+                surrogate.module().load_state_dict(load_file(path))
+            except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise ConfigError(f"surrogate.init: {path} does not fit surrogate {config.name} ({reason})") from error
+        return surrogate
+
+
+def surrogate_file(config: SurrogateConfig) -> Path:
+    """Where `surrogate.init` points: a run folder's exported surrogate, or the file itself."""
+    path = Path(config.init)
+    return path / SURROGATE_FILE if path.is_dir() else path

@@ -1,0 +1,129 @@
+"""The files of a run folder that stand beside its checkpoints and its record."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from alignkit.config.load import RunConfig, to_toml
+from alignkit.errors import AlignkitError, ConfigError
+from alignkit.files import write_file
+from alignkit.interfaces import Surrogate
+from alignkit.models.diffusers_policy import DiffusersPolicy
+from alignkit.runs.build import SURROGATE_FILE
+
+
+def claim(folder: Path, config: RunConfig) -> None:
+    """Make the folder of a new run and write `run.toml`. Raises ConfigError if it holds anything."""
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(
+            f"output: {folder} exists and is not empty; name another with --out, or go on with "
+            f"alignkit train --resume {folder}"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output: {folder} cannot be made ({error.strerror})") from error
+    write_settings(folder, config)
+
+
+def write_settings(folder: Path, config: RunConfig) -> None:
+    """Write `run.toml`: the settings, every default filled in."""
+    write_file(folder / "run.toml", to_toml(config))
+
+
+def free(folder: Path) -> Path:
+    """The folder, or where it holds something the first of folder-2, folder-3, ... that does not."""
+    names = chain([folder], (folder.with_name(f"{folder.name}-{number}") for number in count(2)))
+    return next(name for name in names if not name.exists() or (name.is_dir() and not any(name.iterdir())))
+
+
+def release(folder: Path) -> None:
+    """Remove the folder of a new run that came no further than loading."""
+    shutil.rmtree(folder, ignore_errors=True)  # what ended the run is told, and not this
+
+
+def note_environment(folder: Path) -> None:
+    """Write `environment.json`: where this part of the run takes place."""
+    write_file(folder / "environment.json", json.dumps(environment(), indent=1))
+
+
+def export(folder: Path, policy: DiffusersPolicy, average: Mapping[str, Tensor], surrogate: Surrogate | None) -> None:
+    """What is taken away: the average weights for plain diffusers, and the surrogate for a later run."""
+    partial = folder / ".export.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        policy.export(partial, average)
+        if surrogate is not None:
+            tensors = {n: t.detach().cpu().contiguous() for n, t in surrogate.module().state_dict().items()}
+            save_file(tensors, partial / SURROGATE_FILE)
+        for path in partial.iterdir():
+            target = folder / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            path.replace(target)
+        partial.rmdir()
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise AlignkitError(
+            f"{folder}: the trained weights could not be written ({error}); make room and run "
+            f"alignkit train --resume {folder}"
+        ) from error
+
+
+LIBRARIES = ("alignkit", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, plugins, source commit and hardware, as JSON values; None where something is not there."""
+    plugins = {point.dist.name: point.dist.version for point in entry_points(group="alignkit") if point.dist}
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: _version(name) for name in LIBRARIES},
+        "plugins": dict(sorted(plugins.items())),
+        "git": _git_commit(),
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the working directory, with "-dirty" behind it where files were changed."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,167 @@
+"""What a run shows and writes while it goes: `metrics.jsonl`, the live table, picture grids."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from alignkit.errors import AlignkitError
+from alignkit.evaluation.hacking import verdict
+from alignkit.evaluation.rows import Row
+from alignkit.evaluation.table import table
+from alignkit.files import write_file
+from alignkit.runs.grid import draw_grid
+
+FIRST = ("reward", "surrogate_score", "pair_accuracy", "rank_correlation", "surrogate", "loss", "grad_norm")
+"""Metrics are shown in this order, by the start of their names; what is not named here follows."""
+WINDOW = 20
+"""Updates that the table's running mean covers."""
+
+
+class Report:
+    """The record of one run in `folder`, and its display on `console` (None: nothing is shown).
+
+    `metrics.jsonl` has one JSON object a line, in the order of events: an update {"step", metrics..., "seconds",
+    "pictures_per_second"}, an evaluation {"step", "evaluation": [...]}, what it says of reward hacking {"step",
+    "verdict", "text"} or a warning {"step", "warning"}; null stands
+    for a value that is not finite. To go on from a checkpoint, keep `lines` of then and give it here: what was written
+    since is dropped, and the file becomes that of an unbroken run, apart from times. Of several processes one `writes`.
+    """
+
+    def __init__(self, folder: Path, console: Console | None, total: int, lines: int = 0, writes: bool = True) -> None:
+        self.folder, self.console, self.total, self._writes = folder, console if writes else None, total, writes
+        self.step = 0
+        self._path = folder / "metrics.jsonl"
+        kept = self._path.read_text(encoding="utf-8").splitlines(keepends=True)[:lines] if lines else []
+        if len(kept) < lines or (kept and not kept[-1].endswith("\n")):
+            raise AlignkitError(f"{self._path}: {len(kept)} lines found, the checkpoint was saved behind line {lines}")
+        if writes:
+            write_file(self._path, "".join(kept))
+        self.lines = len(kept)
+        """Lines in `metrics.jsonl`."""
+        records = [json.loads(line) for line in kept]
+        self._warnings = {record["warning"] for record in records if "warning" in record}
+        self.step = max((record["step"] for record in records), default=0)
+        self._recent: dict[str, deque[float]] = {}
+        self._first_step, self._started = self.step, time.monotonic()
+        self._last = self._started
+        self._live: Live | None = None
+
+    def __enter__(self) -> Self:
+        if self.console is not None and self.console.is_terminal:
+            self._live = Live(console=self.console, auto_refresh=False)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def update(self, step: int, metrics: Mapping[str, float], pictures: int = 0) -> None:
+        """Record an update that ended just now, in which `pictures` were drawn and scored. Step 0 is the warm-up."""
+        now = time.monotonic()
+        seconds = now - self._last
+        if step == 0:
+            self._started = now
+        self.step = step
+        times = {"seconds": seconds} | ({"pictures_per_second": pictures / seconds} if pictures and seconds else {})
+        self._append({"step": step, **metrics, **times})
+        for name, value in {**metrics, **times}.items():
+            self._recent.setdefault(name, deque(maxlen=WINDOW)).append(value)
+        self._show()
+        self._last = time.monotonic()
+
+    def warn(self, message: str) -> None:
+        """Show and record a message, once a run."""
+        if message in self._warnings:
+            return
+        self._warnings.add(message)
+        self._append({"step": self.step, "warning": message})
+        self._print(Text(f"warning: {message}", style="yellow"))
+
+    def evaluation(self, step: int, rows: Sequence[Row]) -> None:
+        """Record and show an evaluation, and what it says of reward hacking where a reward is watched. Without rows
+        nothing was measured, and nothing is said."""
+        if not rows:
+            return
+        self._append({"step": step, "evaluation": [asdict(row) for row in rows]})
+        self._print(table(rows, title=f"after {step} of {self.total} updates" if step else "before training"))
+        if (found := verdict(rows)) is not None:
+            self._append({"step": step, "verdict": found.outcome, "text": found.text})
+            self._print(Text(found.text, style="bold red" if found.outcome == "hacking" else ""))
+        self._last = time.monotonic()
+
+    def grid(self, step: int, pictures: Tensor, prompts: Sequence[str], columns: Sequence[str]) -> Path:
+        """Save pictures (P, M, 3, H, W), uint8 or in [0, 1], as `samples/<step>.png`: a row a prompt, named columns."""
+        path = self.folder / "samples" / f"{step:06d}.png"
+        if self._writes:
+            content = io.BytesIO()
+            draw_grid(pictures, prompts, columns).save(content, "PNG")
+            write_file(path, content.getvalue())
+        self._last = time.monotonic()
+        return path
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        if not self._writes:
+            return
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+        except OSError as error:
+            raise AlignkitError(f"{self._path}: could not be written ({error.strerror})") from error
+        self.lines += 1
+
+    def _print(self, message: Any) -> None:
+        if self.console is not None:
+            self.console.print(message, soft_wrap=not isinstance(message, Table))
+
+    def _show(self) -> None:
+        names = sorted(self._recent, key=_place)
+        if self._live is not None:
+            shown = Table("metric", title=f"update {self.step} of {self.total}, {self._time_left()}")
+            shown.add_column("now", justify="right")
+            shown.add_column(f"mean of {WINDOW}", justify="right")
+            for name in names:
+                values = self._recent[name]
+                shown.add_row(Text(name), f"{values[-1]:.4g}", f"{sum(values) / len(values):.4g}")
+            self._live.update(shown, refresh=True)
+        else:
+            line = "  ".join(f"{name} {self._recent[name][-1]:.4g}" for name in names)
+            self._print(Text(f"{self.step}/{self.total}  {line}  {self._time_left()}"))
+
+    def _time_left(self) -> str:
+        done = self.step - self._first_step
+        if done <= 0:
+            return "warming up"
+        seconds = round((time.monotonic() - self._started) / done * (self.total - self.step))
+        hours, minutes = divmod(seconds // 60, 60)
+        return f"{hours}:{minutes:02d}:{seconds % 60:02d} left"
+
+
+def _place(name: str) -> int:
+    return next((place for place, start in enumerate(FIRST) if name.startswith(start)), len(FIRST))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value

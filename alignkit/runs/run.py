@@ -1,0 +1,200 @@
+"""A run: trains, draws, measures. The Python API behind `alignkit.load`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+
+from alignkit.config.bundles import find_bundle
+from alignkit.config.load import RunConfig
+from alignkit.config.load import load as load_config
+from alignkit.errors import AlignkitError, ConfigError
+from alignkit.models.diffusers_policy import DiffusersPolicy
+from alignkit.registry import whose
+from alignkit.rollout import sample_pictures
+from alignkit.runs import folder as run_folder
+from alignkit.runs.build import Parts
+from alignkit.runs.loop import Loop
+from alignkit.training import checkpoint
+from alignkit.training.trainer import Update
+
+ASKING = {"scoring.retries", "scoring.retry_seconds", "scoring.retry_limit", "scoring.broken"}
+"""What may change when a run is resumed: what is done about a reward that fails, and nothing of what is learned from
+those that do not."""
+
+
+def load(
+    path: str | Path | None = None, overrides: Mapping[str, Any] | None = None, resume: str | Path | None = None
+) -> Run:
+    """The run that a run file and overrides describe, or, with `resume`, the one in that run folder.
+
+    A resumed run takes overrides of `ASKING` alone, and writes them into its run.toml when it trains. Raises
+    ConfigError with a line for every mistake; loads no weights.
+    """
+    if resume is None:
+        return Run(load_config(path, overrides))
+    folder = Path(resume)
+    if path is not None or (overrides or {}).keys() - ASKING:
+        raise ConfigError(
+            f"--resume {folder}: a resumed run keeps its own settings; leave the run file and other options out, but "
+            f"for --set of {', '.join(sorted(ASKING))}"
+        )
+    if not (folder / "run.toml").is_file():
+        raise ConfigError(f"--resume {folder}: no run.toml there; expected the folder of a run that was started before")
+    run = open_run(folder, overrides)
+    run.rewrites = bool(overrides)
+    return run
+
+
+def open_run(source: str | Path, overrides: Mapping[str, Any] | None = None) -> Run:
+    """The run in a run folder; for the name of a model, a run that has not trained it. `overrides` as for `load`."""
+    folder = Path(source)
+    if (folder / "run.toml").is_file():
+        return Run(load_config(folder / "run.toml", overrides), folder=folder)
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise ConfigError(
+            f"{folder}: no run.toml here and no model_index.json; expected a run folder or a diffusers pipeline"
+        )
+    chosen = dict(overrides or {})
+    if not {"sampler.name", "algorithm.name"} & chosen.keys():
+        # Nothing is trained, so it is drawn as suits the model and not as suits it under the default algorithm.
+        own = find_bundle(str(source)).defaults.get("sampler", {})
+        chosen = {f"sampler.{key}": value for key, value in own.items()} | chosen
+    return Run(load_config(None, {**chosen, "model.name": str(source)}))
+
+
+class Run(Parts):
+    """One run. Nothing is loaded until it is needed; two runs share no state."""
+
+    def __init__(self, config: RunConfig, folder: Path | None = None) -> None:
+        super().__init__(config)
+        self.folder = folder or Path(config.output or f"runs/{date.today()}-{config.algorithm.name}")
+        """The run folder."""
+        self.stopping = False
+        self.rewrites = False
+        """Whether the settings differ from those in the folder's run.toml and are to be written there."""
+        self._existing = folder is not None
+        self._unnamed = folder is None and not config.output
+        self._policy: DiffusersPolicy | None = None
+        self.average: Mapping[str, Tensor] = {}
+        """The average of the trained weights, once there is one."""
+
+    @property
+    def name(self) -> str:
+        """What tables call it: its folder, or the model if there is no folder yet."""
+        return self.folder.name if (self.folder / "run.toml").is_file() else self.config.model.name
+
+    def stop(self) -> None:
+        """Ask a running `train` to save and end behind the update under way."""
+        self.stopping = True
+
+    # training
+
+    def train(self, console: Console | None = None) -> Iterator[Update]:
+        """Train; yields behind each update of the policy. Ends early, after saving, if `stop` was called.
+
+        Writes the run folder; a folder that holds a run is continued if this run was opened from it and refused
+        otherwise. Raises AlignkitError for what the user can mend.
+        """
+        self.check()
+        accelerator = self.accelerator()
+        self._claim(accelerator)
+        saved = self._newest_checkpoint()
+        try:
+            loop = Loop(self, self.folder, accelerator)
+        except Exception:
+            if not self._existing and accelerator.is_main_process:
+                run_folder.release(self.folder)  # so that the next try is not refused
+            raise
+        self._policy, self.average = loop.policy, loop.trainer.average
+        try:
+            if saved is not None:
+                loop.restore(saved)
+            yield from loop.updates(console, lambda: self.stopping)
+        except Exception as error:
+            if not isinstance(error, AlignkitError) and (origin := whose(error)):
+                error.add_note(f"This was raised in code of {origin}.")
+            raise
+        finally:
+            loop.close()
+
+    def _claim(self, accelerator: Accelerator) -> None:
+        """Take the folder, in one process; if that fails it does so in all, so that none waits for the others."""
+        refused: AlignkitError | None = None
+        if self._unnamed:
+            self.folder = gather_object([run_folder.free(self.folder)])[0]
+            accelerator.project_configuration.set_directories(str(self.folder))
+            self._unnamed = False  # who trains again is told that there is a run, as with a name
+        if accelerator.is_main_process:
+            try:
+                if not self._existing:
+                    run_folder.claim(self.folder, self.config)
+                elif self.rewrites:
+                    run_folder.write_settings(self.folder, self.config)
+                run_folder.note_environment(self.folder)
+            except AlignkitError as error:
+                refused = error
+        for reason in gather_object([refused]):
+            if reason is not None:
+                raise reason
+
+    def accelerator(self) -> Accelerator:
+        """Devices, precision and processes, as `[train]` says."""
+        train = self.config.train
+        # Accelerate keeps its first settings for the whole process; two runs in one may differ in precision.
+        AcceleratorState._reset_state()
+        return Accelerator(
+            mixed_precision=train.precision,
+            cpu=train.device == "cpu",
+            log_with=list(train.trackers) or None,
+            project_dir=str(self.folder),
+        )
+
+    def _newest_checkpoint(self) -> Path | None:
+        """None for a new run, and for one that was ended before its first checkpoint."""
+        return checkpoint.latest(self.folder / "checkpoints") if self._existing else None
+
+    # drawing and measuring
+
+    def policy(self) -> DiffusersPolicy:
+        """The model of this run. What is drawn and measured uses the newest average weights, if it was trained."""
+        if self._policy is None:
+            self._policy = self.load_policy(
+                "cuda" if torch.cuda.is_available() and self.config.train.device != "cpu" else "cpu"
+            )
+            if saved := self._newest_checkpoint():
+                self.average = checkpoint.load(saved)["trainer"]["average"]
+            elif self._existing:
+                raise ConfigError(
+                    f"{self.folder}: no checkpoint here to draw from; train it first with "
+                    f"alignkit train --resume {self.folder}"
+                )
+        return self._policy
+
+    def sample(
+        self, prompts: Sequence[str], steps: int | None = None, seed: int = 0, count: int = 1
+    ) -> list[Image.Image]:
+        """`count` pictures for each prompt, in that order.
+
+        Picture i of a seed starts from the same noise at any number of steps.
+        """
+        sampler, policy = self.sampler(steps), self.policy()
+        texts = [text for text in prompts for _ in range(count)]
+        pictures: list[Image.Image] = []
+        for start in range(0, len(texts), self.config.evaluate.batch_size):
+            part = texts[start : start + self.config.evaluate.batch_size]
+            with policy.using(self.average):
+                images = sample_pictures(policy, sampler, part, [(seed, start + i) for i in range(len(part))])
+            array = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+            pictures += [Image.fromarray(a) for a in array]
+        return pictures

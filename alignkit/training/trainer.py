@@ -1,0 +1,307 @@
+"""A round: batch, collect, rows, loss, update; and what a checkpoint keeps of it."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from alignkit.config.load import RunConfig
+from alignkit.config.sections import TrainConfig
+from alignkit.data.sources import Pictures, Preferences
+from alignkit.data.stream import Stream, examples_at, slice_of
+from alignkit.errors import AlignkitError, ConfigError
+from alignkit.interfaces import Algorithm
+from alignkit.records import Batch, Example, PreferencePairs, Rows
+from alignkit.training import checkpoint
+from alignkit.training.context import TrainContext
+
+RowsT = TypeVar("RowsT")
+
+IDLE_ROUNDS = 10
+"""A run that draws and scores this often without anything to learn from would do so for ever."""
+
+
+PAIRS_AT_ONCE = 32
+"""Preference pairs in memory as pictures: an update of Diffusion-DPO has 2048, of SDXL 25 MB each."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """One finished update of the policy."""
+
+    step: int
+    """1, 2, ..."""
+    metrics: Mapping[str, float]
+    """What this update logged; the first of a round, also what was seen while samples were collected."""
+    reward: float = math.nan
+    """Mean true reward of the samples of the round that this update learned from; NaN if none was scored."""
+
+
+class Trainer:
+    """One run's state, and the generator that advances it. `config.train` and `config.surrogate` set the rest."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        ctx: TrainContext,
+        algorithm: Algorithm[Any, Any],
+        examples: Sequence[Example],
+        pictures: Pictures | None,
+        pairs: Preferences | None = None,
+        skipped: list[str] | None = None,
+    ) -> None:
+        """`skipped` is where `pictures` and `pairs` note what they skip as broken."""
+        self.config, self.ctx, self.algorithm = config, ctx, algorithm
+        self.accelerator = ctx.accelerator
+        self._examples, self._pictures, self._pairs, self._skipped = examples, pictures, pairs, skipped
+        self._stream = Stream(len(examples), config.seed)
+        train = config.train
+        self.optimizer = self._optimizer(ctx.policy.parameters(), train.learning_rate, train.weight_decay)
+        self.average = {name: p.detach().clone() for name, p in ctx.policy.weights().items()}
+        self.surrogate_optimizer: AcceleratedOptimizer | None = None
+        if ctx.surrogate is not None and config.surrogate is not None:
+            parameters = list(ctx.surrogate.module().parameters())
+            self.surrogate_optimizer = self._optimizer(
+                parameters, config.surrogate.learning_rate, config.surrogate.weight_decay
+            )
+        self.batches = 0
+        """Finished rounds."""
+        self._idle = 0
+        """Rounds since the last update."""
+        self._round_start: dict[str, Any] | None = None
+
+    def _optimizer(self, parameters: list[torch.nn.Parameter], lr: float, decay: float) -> AcceleratedOptimizer:
+        prepared: AcceleratedOptimizer = self.accelerator.prepare(
+            torch.optim.AdamW(parameters, lr=lr, weight_decay=decay)
+        )
+        return prepared
+
+    def batch(self) -> Batch:
+        """The next texts, and pictures or pairs if the algorithm needs them; each process reads its own."""
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        start, size = slice_of(self.batches, self.config.data.batch_size, rank, processes)
+        batch = Batch(examples_at(self._examples, self._stream, start, size) if self._examples else ())
+        start, size = slice_of(self.batches, self.config.train.rows_per_update, rank, processes)
+        if self._pictures is not None:
+            pictures, captions = self._pictures.batch(start, size, self.config.seed)
+            batch = replace(batch, pictures=pictures.to(self.ctx.policy.device), captions=captions)
+        return batch if self._pairs is None else replace(batch, pairs=self._some_pairs(self._pairs, start, size))
+
+    def _some_pairs(self, pairs: Preferences, start: int, size: int) -> Iterator[PreferencePairs]:
+        for at in range(start, start + size, PAIRS_AT_ONCE):
+            yield pairs.batch(at, min(PAIRS_AT_ONCE, start + size - at), self.config.seed)
+
+    def _tell_skipped(self) -> None:
+        """Warn of the pictures and pairs that the round found broken."""
+        if self._skipped is not None:
+            # What one process could not read is told by the one that writes the record.
+            for what in gather_object(list(self._skipped)):
+                self.ctx.warn(f"data: skipped as broken: {what}")
+            self._skipped.clear()
+
+    @property
+    def finished(self) -> bool:
+        return self.ctx.update >= self.config.train.updates and not self.warming_up
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether the next round teaches the surrogate alone."""
+        return self.config.surrogate is not None and self.batches < self.config.surrogate.warmup
+
+    def round(self) -> Iterator[Update]:
+        """Collect once and learn from it; yields behind each update of the policy, or once in the warm-up (step 0)."""
+        algorithm, ctx, warming_up, before = self.algorithm, self.ctx, self.warming_up, self.ctx.update
+        ctx.warming_up = warming_up
+        self._round_start = self._own_state()
+        ctx.begin_round()
+        # Under the precision of the loss: likelihoods of then and now are compared.
+        with torch.no_grad(), self.accelerator.autocast():
+            collected = algorithm.collect(self.batch(), ctx)
+        self._tell_skipped()
+        self.batches += 1
+        self._round_start = None
+        self._update_surrogate(collected)
+        if warming_up:
+            metrics = ctx.take_metrics()
+            yield Update(0, metrics, metrics.get("reward", math.nan))
+            return
+        reward = math.nan
+        for rows in self._together(self._in_precision(algorithm.updates(collected, ctx))):
+            self._update_policy(rows)
+            metrics = ctx.take_metrics()
+            reward = metrics.get("reward", reward)
+            yield Update(ctx.update, metrics, reward)
+            if self.finished:
+                return
+        self._idle = 0 if ctx.update > before else self._idle + 1
+        if self._idle >= IDLE_ROUNDS:
+            raise AlignkitError(
+                f"train: {IDLE_ROUNDS} rounds in a row gave algorithm {self.config.algorithm.name} nothing to learn "
+                f"from: {ctx.why_idle()}"
+            )
+
+    def _in_precision(self, updates: Iterator[RowsT]) -> Iterator[RowsT]:
+        """The updates, made in the precision of the loss: a log-probability that is kept for comparison must not
+        differ from the loss's own by rounding."""
+        while True:
+            with self.accelerator.autocast():
+                rows = next(updates, None)
+            if rows is None:
+                return
+            yield rows
+
+    def _together(self, updates: Iterator[RowsT]) -> Iterator[RowsT]:
+        """The updates, as long as every process has one: gradients are averaged over all of them."""
+        for rows in chain(updates, [None]):
+            if not all(gather_object([rows is not None])) or rows is None:
+                return
+            yield rows
+
+    def _update_surrogate(self, collected: Any) -> None:
+        if self.surrogate_optimizer is None or self.ctx.surrogate is None or self.config.surrogate is None:
+            return
+        module = self.ctx.surrogate.module()
+        for part in self._together(self.algorithm.surrogate_updates(collected, self.ctx)):
+            module.requires_grad_(True)
+            losses = self._backward(part, lambda rows: (self.algorithm.surrogate_loss(rows, self.ctx), {}))
+            norm = self._step(self.surrogate_optimizer, list(module.parameters()), self.config.surrogate.max_grad_norm)
+            # Frozen while the policy learns: gradient flows through it to the latents, none into it.
+            module.requires_grad_(False)
+            self.ctx.log(surrogate_loss=losses["loss"], surrogate_grad_norm=norm)
+
+    def _update_policy(self, rows: Rows) -> None:
+        train = self.config.train
+        rate = learning_rate(train, self.ctx.update)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if train.warmup or train.schedule != "constant":
+            self.ctx.log(learning_rate=rate)
+        metrics = self._backward(rows, lambda part: self.algorithm.loss(part, self.ctx))
+        norm = self._step(self.optimizer, self.ctx.policy.parameters(), train.max_grad_norm)
+        with torch.no_grad():
+            for name, parameter in self.ctx.policy.weights().items():
+                self.average[name].lerp_(parameter, 1 - train.ema_decay)
+        self.ctx.update += 1
+        self.algorithm.after_update(self.ctx)
+        self.ctx.log(grad_norm=norm, **metrics)
+
+    def _backward(self, rows: Rows, loss: Callable[[Any], tuple[Tensor, dict[str, Tensor]]]) -> dict[str, float]:
+        """Gradients of the mean loss over `rows`, a few rows a pass; returns the means of loss and metrics."""
+        means: dict[str, float] = defaultdict(float)
+        for part in rows.split(self.config.train.rows_per_pass):
+            with self.accelerator.autocast():
+                value, metrics = loss(part)
+            share = len(part) / len(rows)
+            self.accelerator.backward(value * share)
+            for name, metric in {"loss": value, **metrics}.items():
+                means[name] += share * float(metric.detach())
+        return means
+
+    def _step(self, optimizer: AcceleratedOptimizer, parameters: list[torch.nn.Parameter], max_norm: float) -> float:
+        """One optimizer step on gradients averaged over processes; returns their norm before clipping."""
+        learned = [p for p in parameters if p.grad is not None]
+        if self.accelerator.num_processes > 1:
+            # By hand and not by DDP: one update may hold several forward passes, through different entry points.
+            for parameter in learned:
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        self.accelerator.unscale_gradients(optimizer)
+        norm = float(torch.nn.utils.clip_grad_norm_(learned, max_norm))
+        if self.accelerator.scaler is None and not math.isfinite(norm):
+            raise AlignkitError(
+                f"train: the gradient of update {self.ctx.update + 1} is not finite; lower the learning rate, or set "
+                f'train.precision = "no" (found "{self.config.train.precision}")'
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a round broke off while it was collected, before anything was learned from it. What is saved then
+        is the state in which it began, so a resumed run collects it again, the same to the bit."""
+        alone = self.accelerator.num_processes == 1
+        return self._round_start is not None and (alone or self.ctx.failed_together)
+
+    def _own_state(self) -> dict[str, Any]:
+        return {"trainer": self.rank_state(), "rng": checkpoint.rng_state()}
+
+    def save(self, folder: Path, run: Mapping[str, Any]) -> None:
+        """Write a checkpoint into `folder`: the state of all processes, and what else the run wants back, `run`."""
+        ranks = gather_object([self._round_start or self._own_state()])
+        if self.accelerator.is_main_process:
+            state = {"trainer": self.state_dict(), "ranks": ranks, "run": run}
+            checkpoint.save(folder, self.ctx.update, state, self.config.train.keep_checkpoints)
+
+    def restore(self, path: Path) -> dict[str, Any]:
+        """Go on from the checkpoint at `path`; returns its `run`.
+
+        Raises ConfigError if another number of processes saved it, AlignkitError if it is damaged.
+        """
+        state = checkpoint.load(path)
+        found, expected = self.accelerator.num_processes, len(state["ranks"])
+        if found != expected:
+            raise ConfigError(f"{path}: saved by {expected} processes, resumed by {found}; start as many as then")
+        self.load_state_dict(state["trainer"])
+        own = state["ranks"][self.accelerator.process_index]
+        self.load_rank_state(own["trainer"])
+        checkpoint.restore_rng(own["rng"])
+        run: dict[str, Any] = state["run"]
+        return run
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next update depends on and that every process holds."""
+        surrogate = self.ctx.surrogate
+        return {
+            "update": self.ctx.update,
+            "batches": self.batches,
+            "policy": dict(self.ctx.policy.weights()),
+            "average": dict(self.average),
+            "optimizer": self.optimizer.state_dict(),
+            "surrogate": surrogate.module().state_dict() if surrogate else None,
+            "surrogate_optimizer": self.surrogate_optimizer.state_dict() if self.surrogate_optimizer else None,
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+        }
+
+    def rank_state(self) -> dict[str, Any]:
+        """What differs between processes: chance, and what the algorithm keeps of its own samples."""
+        return {"algorithm": self.algorithm.state_dict(), "context": self.ctx.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The reverse of `state_dict`."""
+        self.ctx.update, self.batches = state["update"], state["batches"]
+        own = self.ctx.policy.weights()
+        with torch.no_grad():
+            for name, value in state["policy"].items():
+                own[name].copy_(value)
+            for name, value in state["average"].items():
+                self.average[name].copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ctx.surrogate is not None and self.surrogate_optimizer is not None:
+            self.ctx.surrogate.module().load_state_dict(state["surrogate"])
+            self.surrogate_optimizer.load_state_dict(state["surrogate_optimizer"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def load_rank_state(self, state: Mapping[str, Any]) -> None:
+        """The reverse of `rank_state`."""
+        self.algorithm.load_state_dict(state["algorithm"])
+        self.ctx.load_state_dict(state["context"])
+
+
+def learning_rate(train: TrainConfig, done: int) -> float:
+    """The learning rate behind `done` updates, as the schedules of transformers have it."""
+    if done < train.warmup:
+        return train.learning_rate * done / train.warmup
+    passed = (done - train.warmup) / max(1, train.updates - train.warmup)
+    falling = {"constant": 1.0, "linear": 1 - passed, "cosine": (1 + math.cos(math.pi * passed)) / 2}
+    return train.learning_rate * falling[train.schedule]

@@ -1,0 +1,132 @@
+"""Runs side by side."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from alignkit.commands.evaluate import as_csv, evaluate
+from alignkit.errors import ConfigError
+from alignkit.evaluation.table import table
+from alignkit.runs.run import Run, open_run
+
+MakeRun = Callable[..., Run]
+QUICK = {"train.updates": 1, "surrogate.warmup": 0, "train.ema_decay": 0.0, "evaluate.limit": 5}
+
+
+@pytest.fixture
+def trained(tiny_run: MakeRun) -> list[Run]:
+    for name, rate in (("first", 0.01), ("second", 0.005)):
+        list(tiny_run(name, {**QUICK, "train.learning_rate": rate}).train())
+    return [open_run(tiny_run(name, QUICK).folder) for name in ("first", "second")]
+
+
+def test_two_runs_stand_beside_each_other_with_one_start(trained: list[Run]) -> None:
+    rows = evaluate(trained, steps=[1, 2])
+    names = ["reward", "brightness", "drift"]
+    expected = [
+        (kind, k, name, run) for kind in ("unseen", "seen") for k in (1, 2) for name in names
+        for run in ("first", "second")
+    ]  # fmt: skip
+    assert [(r.prompts, r.num_steps, r.reward, r.run) for r in rows] == expected
+    for one, other in zip(rows[::2], rows[1::2], strict=True):
+        assert one.before == other.before and one.after != other.after
+        assert one.count == other.count == 5
+        assert one.after is not None and one.low is not None and one.high is not None
+        if one.reward != "drift":
+            assert one.before_low is not None and one.before_low <= one.before <= (one.before_high or 0)
+            assert one.difference == pytest.approx(one.after - one.before)
+    assert all(row.after for row in rows if row.reward == "drift")
+
+
+def test_runs_whose_folders_have_one_name_are_told_by_their_paths(trained: list[Run], tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere" / "first"
+    shutil.copytree(trained[0].folder, copy)
+    rows = evaluate([*trained, open_run(copy)], steps=[1], seen=False)
+    assert {row.run for row in rows} == {str(trained[0].folder), "second", str(copy)}
+
+
+def test_a_model_that_was_not_trained_has_neither_gain_nor_drift(tiny_run: MakeRun) -> None:
+    rows = evaluate([tiny_run()], [2])
+    assert {row.prompts for row in rows} == {"seen", "unseen"}
+    assert all(row.difference == pytest.approx(0, abs=1e-9) for row in rows)
+
+
+def test_runs_share_no_start_where_their_prompts_or_their_model_differ(tiny_run: MakeRun, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("a white ring\na red cross\n", encoding="utf-8")
+    lora = tiny_run("lora", {**QUICK, "train.learning_rate": 0.05})
+    list(lora.train())
+    plain = tiny_run("plain", QUICK)
+    runs = [plain, tiny_run("prompts", {**QUICK, "data.prompts": str(other)})]
+    runs.append(tiny_run("merged", {**QUICK, "model.adapter": str(lora.folder)}))
+    together = evaluate(runs, steps=[1])
+    alone = [row for run in runs for row in evaluate([run], steps=[1])]
+    assert sorted(map(repr, together)) == sorted(map(repr, alone))
+    # The plain run's start, the other prompts', and that of the merged LoRA; held-out prompts are the same for all.
+    assert len({row.before for row in alone if row.reward == "brightness"}) == 3
+
+
+def test_a_unet_without_a_middle_block_has_features(tiny_run: MakeRun) -> None:
+    policy = tiny_run().policy()
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    policy.unet.mid_block = None
+    assert policy.features(images).shape == (2, policy.unet.config.block_out_channels[-1])
+
+
+def test_a_further_reward_is_measured_and_not_summed(tiny_run: MakeRun) -> None:
+    rows = {row.reward: row for row in evaluate([tiny_run()], [1], rewards=["shapes_reading"], seen=False)}
+    assert rows["reward"].before == rows["brightness"].before != rows["shapes_reading"].before
+
+
+def test_without_held_out_prompts_the_seen_ones_are_measured_or_it_is_told(tiny_run: MakeRun) -> None:
+    run = tiny_run(overrides={"evaluate.prompts": ""})
+    assert {row.prompts for row in evaluate([run], [1])} == {"seen"}
+    with pytest.raises(ConfigError, match=r"evaluate\.prompts: missing"):
+        evaluate([run], [1], seen=False)
+
+
+def test_progress_is_shown_of_every_measurement_and_is_gone_in_the_end(trained: list[Run]) -> None:
+    console = Console(force_terminal=True, width=100, file=io.StringIO(), record=True)
+    evaluate(trained, steps=[1], console=console)
+    shown = console.export_text(clear=False)
+    texts = [f"{name}, {kind} prompts, {when}" for name in ("first", "second") for kind in ("unseen", "seen")
+             for when in ("before", "after")]  # fmt: skip
+    # What came before is the same for both, on the same prompts, and measured once.
+    assert [text for text in texts if text not in shown] == [text for text in texts if "before" in text][1:]
+
+
+def test_the_table_names_runs_where_they_differ_and_csv_holds_all(trained: list[Run]) -> None:
+    rows = evaluate(trained, steps=[1])
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(table([row for row in rows if row.prompts == "unseen"]))
+    text = " ".join(capture.get().split())
+    assert all(word in text for word in ("run", "first", "second", "drift", "that were not trained on"))
+    assert all(f"[{row.low:+.3f}, {row.high:+.3f}]" in text for row in rows if row.prompts == "unseen")
+    with console.capture() as capture:
+        console.print(table([row for row in rows if row.run == "first" and row.prompts == "seen"]))
+    text = " ".join(capture.get().split())
+    assert "first" not in text and "of the file that was trained from" in text
+    records = list(csv.DictReader(io.StringIO(as_csv(rows))))
+    assert len(records) == len(rows) and records[0]["run"] == "first"
+    assert float(records[0]["after"]) == rows[0].after
+
+
+def test_features_are_those_of_the_model_before_training(tiny_run: MakeRun, tmp_path: Path) -> None:
+    policy = tiny_run().policy()
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    before = policy.features(images)
+    assert before.shape == (3, policy.unet.config.block_out_channels[-1]) and before.std(0).min() > 0
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += 0.3
+    assert torch.equal(policy.features(images), before)
+    torch.testing.assert_close(policy.features(images[1:2]), before[1:2], rtol=1e-4, atol=1e-5)

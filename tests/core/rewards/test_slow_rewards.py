@@ -1,0 +1,197 @@
+"""Slow rewards: asked in a thread of their own, in order, and let go."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from alignkit.errors import AlignkitError, PluginError, TransientError
+from alignkit.records import Example, Scores
+from alignkit.rewards.checked import Asking
+from alignkit.rewards.weighted import WeightedRewards
+from asking_fixtures import EXAMPLES, IMAGES, Judge, Slow, loaded
+
+
+def test_a_process_ends_while_a_slow_reward_still_answers() -> None:
+    program = """
+import time, torch
+from alignkit.rewards import worker
+from alignkit.interfaces import Reward
+from alignkit.records import Example
+from alignkit.rewards.weighted import WeightedRewards
+worker.PATIENCE = 0.1
+class Slow(Reward):
+    slow = True
+    def __call__(self, images, examples):
+        time.sleep(600)
+class Broken(Reward):
+    def __call__(self, images, examples):
+        raise ValueError("no")
+WeightedRewards([("slow", 1.0, Slow()), ("broken", 1.0, Broken())]).score(torch.zeros(1, 3, 8, 8), [Example("a")], 1)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1 and "reward 'broken' failed" in ended.stderr
+
+
+def test_a_process_does_not_wait_for_a_slow_reward_that_rests() -> None:
+    """Never closed, it waits for its next call when the process ends, which must not cost `PATIENCE`."""
+    program = """
+import atexit, time, torch
+ends = []
+atexit.register(lambda: print(time.monotonic() - ends[0] < 30))  # runs last
+from alignkit.rewards import worker
+from alignkit.interfaces import Reward
+from alignkit.records import Example
+from alignkit.rewards.weighted import WeightedRewards
+worker.PATIENCE = 60
+class Slow(Reward):
+    slow = True
+    def __call__(self, images, examples):
+        return images.mean((1, 2, 3))
+WeightedRewards([("slow", 1.0, Slow())]).score(torch.zeros(1, 3, 8, 8), [Example("a")], 1)
+ends.append(time.monotonic())
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert ended.stdout == "True\n", ended.stderr
+
+
+def test_pictures_are_let_go_once_they_are_scored_and_a_closed_reward_is_opened_again() -> None:
+    rewards = loaded(Slow(fail=[2]), Asking(retry_seconds=0.01))
+    pictures = IMAGES.clone()
+    (asked,) = rewards._asked
+    held = weakref.ref(pictures)
+    asked.begin(pictures, EXAMPLES).result()
+    del pictures
+    for _ in range(100):
+        gc.collect()
+        if held() is None:
+            break
+        time.sleep(0.05)
+    assert held() is None
+    rewards.close()
+    # Asked where one stands, it is tried again as if it had never been closed; and so it is in a thread anew.
+    assert asked(IMAGES, EXAMPLES).valid.all()
+    assert asked.begin(IMAGES, EXAMPLES).result().valid.all()
+    rewards.close()
+
+
+def test_a_slow_reward_that_was_let_go_is_not_asked_again() -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    class Away(Slow):
+        def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor | Scores:
+            begun.set()
+            raise TransientError("connection refused")
+
+    rewards = WeightedRewards([("away", 1.0, Away())], asking=Asking(retries=3, retry_seconds=600, retry_limit=6000))
+    (asked,) = rewards._asked
+    answer = asked.begin(IMAGES, EXAMPLES)
+    answer.add_done_callback(lambda _: ended.set())
+    assert begun.wait(60)
+    rewards.close()
+    assert ended.wait(60) and isinstance(answer.exception(), TransientError)
+
+
+def test_slow_rewards_answer_while_the_next_chunk_is_made_and_while_others_answer() -> None:
+    """Each waits until the others have begun and the last chunk is made: in turn they would wait for ever."""
+    everything_made, both_begun = threading.Event(), threading.Barrier(2, timeout=60)
+
+    class Waiting(Slow):
+        def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor | Scores:
+            if not self.asked:
+                assert everything_made.wait(60)
+                both_begun.wait()
+            return super().__call__(images, examples)
+
+    def chunks() -> Iterator[tuple[Tensor, Sequence[Example]]]:
+        for i in range(0, 6, 2):
+            yield IMAGES[i : i + 2], EXAMPLES[i : i + 2]
+        everything_made.set()
+
+    rewards = WeightedRewards([("a", 1.0, Waiting()), ("b", 0.5, Waiting()), ("c", 1.0, Judge())])
+    found = rewards.score_each(chunks())
+    plain = WeightedRewards([("a", 1.0, Judge()), ("b", 0.5, Judge()), ("c", 1.0, Judge())])
+    expected = plain.score(IMAGES, EXAMPLES, 2)
+    assert torch.equal(torch.cat([s.values for s in found]), expected.values)
+    for name, values in expected.parts.items():
+        assert torch.equal(torch.cat([s.parts[name] for s in found]), values)
+    rewards.close()
+
+
+def test_a_slow_reward_is_asked_in_order_one_call_at_a_time_without_gradient_and_autocast() -> None:
+    seen: list[str] = []
+    inside = threading.Lock()
+
+    class Strict(Slow):
+        def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor | Scores:
+            assert inside.acquire(blocking=False)
+            time.sleep(0.002)
+            assert not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+            assert threading.current_thread() is not threading.main_thread()
+            seen.extend(e.text for e in examples)
+            inside.release()
+            return super().__call__(images, examples)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loaded(Strict(), Asking()).score(IMAGES.clone().requires_grad_(), EXAMPLES, 1)
+    assert seen == [e.text for e in EXAMPLES]
+
+
+def test_without_overlap_and_with_a_gradient_a_slow_reward_is_asked_where_one_stands() -> None:
+    threads: set[threading.Thread] = set()
+
+    class Here(Slow):
+        def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor | Scores:
+            threads.add(threading.current_thread())
+            return super().__call__(images, examples)
+
+    loaded(Here(), Asking(overlap=False)).score(IMAGES, EXAMPLES, 2)
+    x = IMAGES.clone().requires_grad_()
+    loaded(Here(), Asking())(x, EXAMPLES).values.sum().backward()
+    assert threads == {threading.main_thread()} and x.grad is not None
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_messages_count_pictures_over_the_chunks_of_a_call(slow: bool) -> None:
+    class Picky(Slow if slow else Judge):  # type: ignore[misc]
+        def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
+            if any(e.text == "prompt 5" for e in examples):
+                raise ValueError("not this one")
+            return images.mean((1, 2, 3))
+
+    rewards = loaded(Picky(), Asking())
+    with pytest.raises(PluginError, match=r"failed while scoring picture 5, 'prompt 5': ValueError: not this one"):
+        rewards.score(IMAGES, EXAMPLES, 4)
+    rewards.close()
+
+
+def test_behind_a_failure_a_slow_reward_is_not_asked_for_the_rest(waits: list[float]) -> None:
+    made = threading.Event()
+
+    class Failing(Slow):
+        def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor | Scores:
+            self.asked += 1
+            made.wait(60)
+            raise ValueError("gone")
+
+    def chunks() -> Iterator[tuple[Tensor, Sequence[Example]]]:
+        for i in range(6):
+            yield IMAGES[i : i + 1], EXAMPLES[i : i + 1]
+        made.set()
+        raise AlignkitError("the decoder broke")
+
+    judge = Failing()
+    rewards = loaded(judge, Asking())
+    with pytest.raises(AlignkitError, match="decoder"):
+        rewards.score_each(chunks())
+    rewards.close()
+    assert judge.asked <= 2

@@ -1,0 +1,136 @@
+"""A promise that is broken is found, and told in one line; one test a promise: sources of pictures and pairs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from alignkit.records import PreferencePairs
+from alignkit.testing import (
+    check_pairs,
+    check_pictures,
+)
+from alignkit.testing.world import TinyPairs, TinyPictures
+
+Batch = tuple[Tensor, list[str]]
+
+
+class CountsCalls(TinyPictures):
+    calls = 0
+
+    def batch(self, start: int, size: int, seed: int) -> Batch:
+        self.calls += 1
+        return super().batch(start, size, seed + self.calls)
+
+
+class DrawsPicturesGlobally(TinyPictures):
+    def batch(self, start: int, size: int, seed: int) -> Batch:
+        np.random.rand()
+        return super().batch(start, size, seed)
+
+
+class LooksAtTheBatch(TinyPictures):
+    def batch(self, start: int, size: int, seed: int) -> Batch:
+        pictures, captions = super().batch(start, size, seed)
+        return pictures / pictures.max(), captions
+
+
+class Levels(TinyPictures):
+    def batch(self, start: int, size: int, seed: int) -> Batch:
+        pictures, captions = super().batch(start, size, seed)
+        return pictures * 255, captions
+
+
+class ForgetsACaption(TinyPictures):
+    def batch(self, start: int, size: int, seed: int) -> Batch:
+        pictures, captions = super().batch(start, size, seed)
+        return pictures, captions[1:]
+
+
+class NoCaption(TinyPictures):
+    def batch(self, start: int, size: int, seed: int) -> Batch:
+        pictures, captions = super().batch(start, size, seed)
+        return pictures, [*captions[1:], None]  # type: ignore[list-item]
+
+
+class OneOrder(TinyPictures):
+    def batch(self, start: int, size: int, seed: int) -> Batch:
+        return super().batch(start, size, 0)
+
+
+class Ends(TinyPictures):
+    def batch(self, start: int, size: int, seed: int) -> Batch:
+        return super().batch(range(100)[start], size, seed)
+
+
+class HandsOutItsOwn(TinyPictures):
+    kept: dict[tuple[int, int, int], Batch]
+
+    def __init__(self) -> None:
+        self.kept = {}
+
+    def batch(self, start: int, size: int, seed: int) -> Batch:
+        return self.kept.setdefault((start, size, seed), super().batch(start, size, seed))
+
+
+class Doubles(TinyPictures):
+    def batch(self, start: int, size: int, seed: int) -> Batch:
+        pictures, captions = super().batch(start, size, seed)
+        return pictures.double(), captions
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (CountsCalls, "the same positions a second time: found other items"),
+        (DrawsPicturesGlobally, "while reading the global random generator of NumPy was used"),
+        (LooksAtTheBatch, r"(from the third position on|position \d alone): found other items"),
+        (Levels, r"found pictures from .* to 2.., expected values in \[0, 1\]"),
+        (ForgetsACaption, "found 5 captions at 6 positions, expected one each"),
+        (NoCaption, "found None as a caption, expected a string"),
+        (OneOrder, "seed 1 gives what seed 0 gives, expected another order"),
+        (Ends, "raised IndexError"),
+        (HandsOutItsOwn, "the same positions a second time"),
+        (Doubles, r"found pictures torch.float64 of shape \(6, 3, 64, 64\), expected float32"),
+    ],
+)
+def test_a_source_of_pictures(source: type[TinyPictures], message: str) -> None:
+    with pytest.raises(AssertionError, match=rf"^pictures {source.__name__}: {message}"):
+        check_pictures(source(), 64)  # type: ignore[arg-type]
+
+
+def test_a_source_of_pictures_of_another_size() -> None:
+    with pytest.raises(AssertionError, match=r"found pictures of \(64, 64\) pixels, expected 32 x 32"):
+        check_pictures(TinyPictures(), 32)  # type: ignore[arg-type]
+
+
+class PrefersNothing(TinyPairs):
+    def batch(self, start: int, size: int, seed: int) -> PreferencePairs:
+        pairs = super().batch(start, size, seed)
+        return replace(pairs, losers=pairs.winners.clone())
+
+
+class UnequalPairs(TinyPairs):
+    def batch(self, start: int, size: int, seed: int) -> PreferencePairs:
+        pairs = super().batch(start, size, seed)
+        return replace(pairs, losers=pairs.losers[..., :32])
+
+
+class NotesAsText(TinyPairs):
+    notes = "two were left out"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (PrefersNothing, "at position 0 winner and loser are the same picture"),
+        (UnequalPairs, r"found winners \(6, 3, 64, 64\) and losers \(6, 3, 64, 32\), expected alike"),
+        (NotesAsText, "notes: found 'two were left out', expected a list of lines"),
+    ],
+)
+def test_a_source_of_pairs(source: type[TinyPairs], message: str) -> None:
+    with pytest.raises(AssertionError, match=rf"^pairs {source.__name__}: {message}"):
+        check_pairs(source())  # type: ignore[arg-type]

@@ -1,0 +1,241 @@
+"""Everything that ships with alignkit passes the checks that plugin authors are handed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from PIL import Image
+
+import alignkit
+from alignkit.data.images import open_pictures
+from alignkit.data.preferences import open_pairs
+from alignkit.interfaces import Algorithm, Reward, Sampler
+from alignkit.registry import default_registry
+from alignkit.testing import (
+    check_algorithm,
+    check_model,
+    check_pairs,
+    check_pictures,
+    check_reward,
+    check_sampler,
+    check_surrogate,
+    coarse_pictures,
+    refusal,
+)
+from alignkit.testing.algorithm import tiny_trainer
+from alignkit.testing.world import Form, TinyPairs, TinyPictures
+from alignkit_lasro.algorithm import LaSRO
+from alignkit_models import MODELS
+from alignkit_rewards.attribute_binding import Asked, Mode
+from alignkit_shapes.models import WEIGHTS
+
+TESTS = Path(__file__).parents[2]
+OURS = [row for row in default_registry().components() if row.plugin.startswith("alignkit_")]
+
+LRM = {"width": 32, "layers": 2, "heads": 2, "patch": 1}
+"""Its own defaults are for latents of 64 x 64."""
+SURROGATES: dict[str, dict[str, Any]] = {
+    "lrm": LRM,
+    "latent_clip": {"width": 32, "layers": 2, "heads": 2},
+    "latent_blip": {"width": 32, "layers": 2, "heads": 2},
+}
+REWARDS: dict[str, list[dict[str, Any]]] = {
+    "attribute_binding": [
+        {"judge": str(WEIGHTS / "judge"), "mode": mode, "questions": questions}
+        for mode in get_args(Mode)
+        for questions in get_args(Asked)
+    ],
+    "function": [{"target": "reward_fixtures:mean_of_pixels", "gradient": g} for g in (False, True)],
+    "jpeg_compressibility": [{}],
+    "jpeg_incompressibility": [{}],
+    "shapes_reading": [{}],
+}
+ELSEWHERE = {
+    "aesthetic": "test_aesthetic.py",
+    "clip_score": "test_clip_rewards.py",
+    "hpsv2": "test_hpsv2.py",
+    "image_reward": "test_image_reward.py",
+    "ocr": "test_ocr.py",
+    "pickscore": "test_clip_rewards.py",
+    "remote": "test_remote.py",
+    "text_alignment": "test_text_alignment.py",
+    "vlm_judge": "test_vlm_judge.py",
+    "vqa_score": "test_vqa_score.py",
+}
+"""Rewards whose small checkpoint or server is made beside their other tests, and checked there."""
+DISTILLED = {"gors_lcm", "lasro", "lcd", "rg_lcd"}
+"""Methods with the loss of latent consistency distillation, which no other sampler has."""
+WALKS: list[tuple[Form, str]] = [("lcm", "lcm"), ("teacher", "ddim")]
+EMBEDDED: dict[str, Form] = {"shapes_lcm": "lcm", "shapes_turbo": "turbo", "shapes_teacher": "teacher"}
+
+
+def names(kind: str) -> list[str]:
+    return [row.name for row in OURS if row.kind == kind]
+
+
+def get(kind: str, name: str, **fields: Any) -> Any:
+    return default_registry().get(kind, name)(**fields)
+
+
+@pytest.mark.parametrize("name", names("sampler"))
+def test_samplers(name: str) -> None:
+    check_sampler(get("sampler", name))
+
+
+def test_ddim_without_chance() -> None:
+    check_sampler(get("sampler", "ddim", eta=0.0))
+
+
+@pytest.mark.parametrize("name", names("surrogate"))
+def test_surrogates(name: str) -> None:
+    check_surrogate(get("surrogate", name, **SURROGATES.get(name, {})))
+
+
+@pytest.mark.parametrize("name", names("reward"))
+def test_rewards(name: str) -> None:
+    if name in ELSEWHERE:
+        assert "holds_the_contract(" in (TESTS / "plugins" / "rewards" / ELSEWHERE[name]).read_text(encoding="utf-8")
+        pytest.skip(f"checked with a small checkpoint or a server in tests/plugins/rewards/{ELSEWHERE[name]}")
+    for fields in REWARDS[name]:
+        reward: Reward = get("reward", name, **fields)
+        check_reward(reward)
+
+
+@pytest.mark.parametrize("name", names("model"))
+def test_models(name: str) -> None:
+    checked = check_model(name)
+    embedded = {"alignkit_shapes.data:Drawings", "alignkit_shapes.data:DrawingPairs", "a picture of 64 pixels"}
+    assert embedded <= set(checked.split("; ")) if name.startswith("shapes_") else checked.startswith("its settings")
+
+
+def test_sources_of_pictures_and_pairs(tmp_path: Path) -> None:
+    for i, picture in enumerate(coarse_pictures(5, 40, 56)):
+        Image.fromarray((picture.permute(1, 2, 0) * 255).byte().numpy()).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"picture {i}", encoding="utf-8")
+    check_pictures(open_pictures(str(tmp_path), 32), 32)
+    rows = [{"text": f"pair {i}", "winner": f"{i}.png", "loser": f"{(i + 1) % 5}.png"} for i in range(5)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    check_pairs(open_pairs(str(tmp_path), 32), 32)
+
+
+def test_sources_that_the_checks_themselves_use() -> None:
+    check_pictures(TinyPictures(), 64)  # type: ignore[arg-type]
+    check_pairs(TinyPairs(), 64)  # type: ignore[arg-type]
+
+
+def trained(name: str, form: Form, walk: str, **fields: Any) -> None:
+    algorithm: Algorithm[Any, Any] = get("algorithm", name, **fields)
+    sampler = get("sampler", walk, num_steps=2)
+    reason = refusal(algorithm, sampler)
+    assert bool(reason) == (name in DISTILLED and walk != "lcm" and not fields), reason
+    if reason:
+        assert "\n" not in reason and "expected" in reason
+        return
+    surrogate = get("surrogate", "lrm", **LRM) if name == "rg_lcd" else None
+    check_algorithm(algorithm, sampler, form=form, surrogate=surrogate)
+
+
+@pytest.mark.parametrize(("form", "walk"), WALKS)
+@pytest.mark.parametrize("name", names("algorithm"))
+def test_algorithms(name: str, form: Form, walk: str) -> None:
+    trained(name, form, walk)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", EMBEDDED)
+@pytest.mark.parametrize("name", names("algorithm"))
+def test_algorithms_with_what_an_embedded_model_brings(name: str, model: str) -> None:
+    run = alignkit.load(None, {"model.name": model, "algorithm.name": name})
+    algorithm, sampler, surrogate = run.algorithm(), run.sampler(), run.config.surrogate
+    if reason := refusal(algorithm, sampler):  # tests/plugins/shapes/test_bundles.py knows which those are, and why
+        assert name in DISTILLED and model != "shapes_lcm", reason
+        return
+    if name == "lasro":
+        algorithm = replace(algorithm, contrast=0.0)  # which takes two texts in a batch
+    # Its long walks are tried at three steps.
+    check_algorithm(
+        algorithm, replace(sampler, num_steps=min(3, sampler.num_steps)), form=EMBEDDED[model],
+        surrogate=get("surrogate", surrogate.name, **surrogate.fields) if surrogate else None,
+    )  # fmt: skip
+
+
+def published() -> dict[str, tuple[Form, Algorithm[Any, Any], Sampler]]:
+    """What the models of alignkit_models bring for the methods, each setting once, by "model-method"."""
+    found: dict[str, tuple[Form, Algorithm[Any, Any], Sampler]] = {}
+    for model, name in itertools.product(MODELS, names("algorithm")):
+        settings = {
+            "model.name": model,
+            "algorithm.name": name,
+            "reward": ["shapes_reading"],
+            "data.prompts": "animals",
+        }
+        run = alignkit.load(None, settings)
+        algorithm, sampler = run.algorithm(), run.sampler()
+        # The walks of many steps are tried at three.
+        short = replace(sampler, num_steps=min(3, sampler.num_steps))
+        form: Form = "lcm" if sampler.consistency else "teacher" if model in ("sd_1_5", "sdxl") else "turbo"
+        # Those are told in tests/plugins/models/test_models.py, with the reason.
+        if refusal(algorithm, sampler):
+            assert name in DISTILLED and form != "lcm", (model, name)
+        elif (form, algorithm, short) not in found.values():
+            found[f"{model}-{name}"] = form, algorithm, short
+    return found
+
+
+PUBLISHED = published()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", PUBLISHED)
+def test_algorithms_with_what_a_published_model_brings(key: str) -> None:
+    form, algorithm, sampler = PUBLISHED[key]
+    if isinstance(algorithm, LaSRO):  # which has a weight for each step
+        algorithm = replace(algorithm, step_weights=algorithm.step_weights[: sampler.num_steps])
+    check_algorithm(algorithm, sampler, form=form)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("pso", {"mode": "offline"}),
+        ("rg_lcd", {"proxy": True}),
+        ("ddpo", {"final_step": "renoise", "distillation_weight": 0.1}),
+    ],
+)
+def test_other_forms_of_algorithms(name: str, fields: dict[str, Any]) -> None:
+    trained(name, "lcm", "lcm", **fields)
+
+
+@pytest.mark.parametrize(("form", "walk"), WALKS)
+@pytest.mark.parametrize("name", names("algorithm"))
+def test_a_round_moves_what_is_trained_and_nothing_else(name: str, form: Form, walk: str) -> None:
+    algorithm, sampler = get("algorithm", name), get("sampler", walk, num_steps=2)
+    if reason := refusal(algorithm, sampler):
+        assert name in DISTILLED and walk != "lcm", reason
+        return
+    torch.manual_seed(0)
+    trainer = tiny_trainer(algorithm, sampler, form=form)
+    policy, teacher, prompt = trainer.ctx.policy, trainer.ctx.teacher, trainer.ctx.policy.encode(["a red circle"])
+    trained = {id(p) for p in policy.parameters()}
+    pipes = [one.pipe for one in (policy, teacher) if one is not None]  # type: ignore[attr-defined]
+    parts = [part for pipe in pipes for part in (pipe.unet, pipe.vae, pipe.text_encoder)]
+    frozen = [p for part in parts for p in part.parameters() if id(p) not in trained]
+    x = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+
+    def reference() -> torch.Tensor:
+        with policy.reference():
+            return policy.denoise(x, torch.tensor([499]), prompt)
+
+    before, start = [p.detach().clone() for p in frozen], reference()
+    own = [p.detach().clone() for p in policy.parameters()]
+    while trainer.ctx.update < 2:
+        list(trainer.round())
+    assert all(torch.equal(a, b) for a, b in zip(before, frozen, strict=True)) and frozen
+    assert torch.equal(reference(), start)
+    assert not all(torch.equal(a, b) for a, b in zip(own, policy.parameters(), strict=True))

@@ -1,0 +1,374 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+import alignkit
+from alignkit.errors import AlignkitError, ConfigError, TransientError
+from alignkit.records import Example
+from alignkit.registry import default_registry
+from alignkit.testing.expect import differences
+from alignkit.training import checkpoint
+from alignkit_rewards.bertscore import TextEncoder, bertscore
+from alignkit_rewards.vlm_judge import Mode, VlmJudge
+from servers import Endpoint, brightness, running
+
+CPU = torch.device("cpu")
+Say = Callable[[float, str], Any]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alignkit_rewards.endpoint.FIRST_WAIT", 0.01)
+    monkeypatch.delenv("ALIGNKIT_JUDGE_KEY", raising=False)
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Callable[..., Endpoint]]:
+    """Starts endpoints, and stops them behind the test."""
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+
+        def start(say: Say, **settings: Any) -> Endpoint:
+            server = Endpoint(say, **settings)
+            stack.enter_context(running(server))
+            return server
+
+        yield start
+
+
+def judge(server: Endpoint, **fields: Any) -> VlmJudge:
+    reward = VlmJudge(url=server.url, model="judge", **fields)
+    reward.check([])
+    reward.load(CPU)
+    return reward
+
+
+def logit(p: float) -> dict[str, float]:
+    """What a model says that is `p` sure of yes, and .1 of something else."""
+    p = min(max(p, 1e-9), 1 - 1e-9)  # of black and white pictures
+    return {" Yes": math.log(0.7 * p), "yes": math.log(0.2 * p), "No": math.log(0.9 * (1 - p)), "It": math.log(0.1)}
+
+
+def by_brightness(mode: str) -> Say:
+    if mode == "yes_no":
+        return lambda light, _: logit(light)
+    if mode == "rubric":
+        return lambda light, _: json.dumps({"reasoning": "-", "alignment": 1 + 4 * light, "quality": 5 - 4 * light**2})
+    return lambda light, asked: json.dumps(
+        {"reasoning": "-", "score": [10 * light] if "prompt" in asked else [10 - light, 5 + light]}
+    )
+
+
+EXPECTED: dict[str, Callable[[Tensor], Tensor]] = {
+    "yes_no": lambda light: light,
+    "rubric": lambda light: (light + 1 - light**2) / 2,
+    "viescore": lambda light: (10 * light * (5 + light)).sqrt(),
+}
+
+
+@pytest.mark.parametrize("mode", list(EXPECTED))
+def test_it_holds_the_contract(
+    mode: Any, endpoint: Callable[..., Endpoint], holds_the_contract: Callable[..., None]
+) -> None:
+    reward = judge(endpoint(by_brightness(mode)), mode=mode)
+    assert not reward.differentiable and not reward.deterministic
+    holds_the_contract(reward)
+
+
+@pytest.mark.parametrize("mode", list(EXPECTED))
+def test_the_value_is_what_the_formula_gives(
+    mode: Any, images: Tensor, examples: list[Example], endpoint: Callable[..., Endpoint]
+) -> None:
+    reward = judge(endpoint(by_brightness(mode)), mode=mode)
+    found = reward(images, examples)
+    light = brightness(images)
+    torch.testing.assert_close(found.values, EXPECTED[mode](light).float())
+    parts = {
+        "yes_no": {"yes_or_no": torch.full((4,), 0.9)},
+        "rubric": {"alignment": 1 + 4 * light, "quality": 5 - 4 * light**2},
+        "viescore": {"semantic_consistency": 10 * light, "perceptual_quality": 5 + light},
+    }[mode]
+    assert set(found.parts) == set(parts)
+    for name, values in parts.items():
+        torch.testing.assert_close(found.parts[name], values.float())
+    low, high = reward.bounds
+    assert low == 0 and high is not None and bool(((found.values >= low) & (found.values <= high)).all())
+
+
+CAPTIONS = ["a red circle", "a small white heart and a black triangle", "a blue square", "an orange heart"]
+
+
+def captioned(light: float, asked: str) -> str:
+    """One of the captions, by the picture alone."""
+    return CAPTIONS[int(light * 4000) % 4]
+
+
+@pytest.fixture
+def small(encoder: str) -> dict[str, Any]:
+    """The fields of mode caption on a small encoder."""
+    return {"mode": "caption", "encoder": encoder, "layer": 2}
+
+
+def test_captions_hold_the_contract(
+    endpoint: Callable[..., Endpoint], holds_the_contract: Callable[..., None], small: dict[str, Any]
+) -> None:
+    holds_the_contract(judge(endpoint(captioned), **small))
+
+
+def test_a_caption_is_compared_with_the_prompt_by_bertscore(
+    images: Tensor, examples: list[Example], endpoint: Callable[..., Endpoint], encoder: str, small: dict[str, Any]
+) -> None:
+    server = endpoint(captioned)
+    network = TextEncoder("it", "encoder", encoder, 2)
+    captions = [captioned(light, "") for light in brightness(images).tolist()]
+    assert len(set(captions)) > 1
+    expected = [
+        [v.item() for v in bertscore(network([c]), network([f"The image contains {e.text}"]))]
+        for c, e in zip(captions, examples, strict=True)
+    ]
+    precision, recall, f1 = torch.tensor(expected).unbind(1)
+    found = judge(server, reference="The image contains {}", measure="recall", baseline=0.5, **small)(images, examples)
+    torch.testing.assert_close(found.values, (recall - 0.5) / 0.5, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.parts["precision"], precision, atol=1e-5, rtol=1e-5)
+    found = judge(server, reference="The image contains {}", **small)(images, examples)
+    torch.testing.assert_close(found.values, f1, atol=1e-5, rtol=1e-5)
+    asked = [one["messages"][0]["content"][1]["text"] for one in server.asked]
+    assert set(asked) == {"Say in one sentence what this picture shows."}
+
+
+def test_a_picture_without_a_caption_is_invalid(
+    images: Tensor, examples: list[Example], endpoint: Callable[..., Endpoint], small: dict[str, Any]
+) -> None:
+    darkest = brightness(images).min().item()
+    server = endpoint(lambda light, asked: " \n" if light < darkest + 1e-4 else captioned(light, asked))
+    scores = judge(server, **small)(images, examples)
+    assert scores.valid.tolist() == (brightness(images) > darkest).tolist()
+    assert set(scores.reasons) == {"", "the caption is empty"}
+    whole = judge(endpoint(captioned), **small)(images, examples)
+    torch.testing.assert_close(scores.values[scores.valid], whole.values[scores.valid])
+
+
+def test_a_prompt_without_a_word_is_refused_where_captions_are_compared(
+    endpoint: Callable[..., Endpoint], small: dict[str, Any]
+) -> None:
+    server = endpoint(captioned)
+    judge(server).check([Example(" ")])
+    with pytest.raises(ConfigError, match="vlm_judge: the prompt ' ' has no word to compare a caption with"):
+        judge(server, **small).check([Example(" ")])
+
+
+def test_what_is_asked(images: Tensor, examples: list[Example], endpoint: Callable[..., Endpoint]) -> None:
+    server = endpoint(by_brightness("yes_no"))
+    judge(server, question="Is it {} or {}?", extra={"temperature": 0.5, "seed": 3})(images[:1], [Example("a {} cat")])
+    (body,) = server.asked
+    assert body["messages"][0]["content"][1]["text"] == "Is it a {} cat or a {} cat?"
+    wanted = {"model": "judge", "max_completion_tokens": 1, "logprobs": True, "top_logprobs": 20, "temperature": 0.5}
+    assert {**body, **wanted, "seed": 3} == body
+
+    server = endpoint(lambda *_: '{"style": 3}')
+    text = Example('a "sign" in {braces}')
+    found = judge(server, mode="rubric", criteria={"style": "is it a woodcut?"}, scale=(1, 5))(images[:1], [text])
+    assert found.values.tolist() == [0.5]
+    (body,) = server.asked
+    asked = body["messages"][0]["content"][1]["text"]
+    assert text.text in asked and "- style: is it a woodcut?" in asked and "1 (worst) to 5 (best)" in asked
+    schema = body["response_format"]["json_schema"]["schema"]
+    assert schema["required"] == ["reasoning", "style"] and body["temperature"] == 0
+    judge(server, mode="rubric", criteria={"style": "?"}, structured=False)(images[:1], [text])
+    assert "response_format" not in server.asked[-1]
+
+    server = endpoint(by_brightness("viescore"))
+    judge(server, mode="viescore")(images[:1], [text])
+    first, second = (body["messages"][0]["content"][1]["text"] for body in server.asked)
+    assert text.text in first and text.text not in second
+
+
+def test_an_answer_that_cannot_be_read_is_asked_for_once_more(
+    images: Tensor, examples: list[Example], endpoint: Callable[..., Endpoint]
+) -> None:
+    server = endpoint(lambda *_: "It is lovely." if len(server.asked) == 1 else '{"alignment": 5, "quality": 3}')
+    found = judge(server, mode="rubric")(images[:1], examples[:1])
+    assert found.valid.tolist() == [True] and found.values.tolist() == [0.75]
+    roles = [message["role"] for message in server.asked[1]["messages"]]
+    assert roles == ["user", "assistant", "user"] and server.asked[1]["messages"][1]["content"] == "It is lovely."
+    assert "JSON object alone" in server.asked[1]["messages"][2]["content"]
+
+    silent = endpoint(lambda *_: "It is lovely.")
+    assert judge(silent, mode="rubric")(images[:1], examples[:1]).valid.tolist() == [False]
+    assert len(silent.asked) == 2
+
+
+@pytest.mark.parametrize("mode", list(EXPECTED))
+def test_one_picture_without_an_answer_is_invalid_and_the_others_count(
+    mode: Any, images: Tensor, examples: list[Example], endpoint: Callable[..., Endpoint]
+) -> None:
+    darkest = int(brightness(images).argmin())
+    usual = by_brightness(mode)
+    least = float(brightness(images).min()) + 1e-6
+
+    def say(light: float, asked: str) -> Any:
+        if light > least:
+            return usual(light, asked)
+        return {"Sorry": -0.1} if mode == "yes_no" else (400, "content policy")
+
+    server = endpoint(say)
+    found = judge(server, mode=mode)(images, examples)
+    assert found.valid.tolist() == [i != darkest for i in range(4)]
+    told = "it begins neither with yes nor with no, but with 'sorry'" if mode == "yes_no" else "status 400: content pol"
+    assert [reason.startswith(told) if reason else None for reason in found.reasons] == [
+        True if i == darkest else None for i in range(4)
+    ]
+    kept = found.valid
+    torch.testing.assert_close(found.values[kept], EXPECTED[mode](brightness(images)).float()[kept])
+
+
+@pytest.mark.parametrize(
+    ("say", "why"),
+    [
+        ({"The": -0.1}, "begins neither with yes nor with no, but with 'the'"),
+        ("yes", "the answer has no log-probabilities"),
+        ((400, "this model takes no pictures"), "status 400: this model takes no pictures"),
+    ],
+)
+def test_a_judge_that_answers_nonsense_stops_the_run_in_one_line(
+    say: Any, why: str, images: Tensor, examples: list[Example], endpoint: Callable[..., Endpoint]
+) -> None:
+    reward = judge(endpoint(lambda *_: say), give_up_after=6)
+    assert not reward(images, examples).valid.any()
+    with pytest.raises(AlignkitError, match=f"no usable answer for 6 pictures in a row .the last: .*{why}") as caught:
+        reward(images, examples)
+    assert "\n" not in str(caught.value) and not isinstance(caught.value, TransientError)
+
+
+def test_a_usable_answer_between_lets_the_count_begin_anew(
+    images: Tensor, examples: list[Example], endpoint: Callable[..., Endpoint]
+) -> None:
+    brightest = float(brightness(images).max()) - 1e-6
+    reward = judge(endpoint(lambda light, _: logit(light) if light > brightest else {"?": 0.0}), give_up_after=4)
+    for _ in range(5):
+        assert reward(images, examples).valid.sum() == 1
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_no_more_than_so_many_questions_are_open_at_once(
+    concurrency: int, images: Tensor, examples: list[Example], endpoint: Callable[..., Endpoint]
+) -> None:
+    server = endpoint(by_brightness("yes_no"), slow=0.1)
+    found = judge(server, concurrency=concurrency)(images.repeat(3, 1, 1, 1), examples * 3)
+    assert server.most_at_once == concurrency and len(server.asked) == 12
+    torch.testing.assert_close(found.values, brightness(images).float().repeat(3))
+
+
+def test_a_busy_endpoint_is_asked_again_a_few_times(
+    images: Tensor, examples: list[Example], endpoint: Callable[..., Endpoint]
+) -> None:
+    server = endpoint(lambda light, _: (429, "slow down") if len(server.asked) < 3 else logit(light))
+    assert judge(server)(images[:1], examples[:1]).valid.all() and len(server.asked) == 3
+    server.asked.clear()
+    server.say = lambda *_: (503, "overloaded")
+    with pytest.raises(TransientError, match=r"/chat/completions in 3 tries \(status 503: overloaded\)"):
+        judge(server, retries=2)(images[:1], examples[:1])
+    assert len(server.asked) == 3
+
+
+def test_the_key_is_sent_and_never_told(
+    images: Tensor, examples: list[Example], endpoint: Callable[..., Endpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-mine")
+    server = endpoint(lambda light, _: logit(light))
+    judge(server)(images[:1], examples[:1])
+    assert "Authorization" not in server.headers[-1]  # not to whoever answers at this address
+    judge(server, key_env="OPENAI_API_KEY")(images[:1], examples[:1])
+    assert server.headers[-1]["Authorization"] == "Bearer sk-mine"
+    server.say = lambda *_: (401, "Incorrect API key provided: sk-mine")
+    with pytest.raises(ConfigError, match=r"the one in the environment variable OPENAI_API_KEY .*\*\*\*") as caught:
+        judge(server, key_env="OPENAI_API_KEY")(images[:1], examples[:1])
+    assert "sk-mine" not in str(caught.value)
+
+
+def test_a_model_that_is_not_there_is_found_before_weights_load(
+    images: Tensor, examples: list[Example], endpoint: Callable[..., Endpoint]
+) -> None:
+    server = endpoint(by_brightness("yes_no"))
+    with pytest.raises(ConfigError, match=r"has no model 'jugde'; it lists judge, other"):
+        VlmJudge(url=server.url, model="jugde").check([])
+    with pytest.raises(ConfigError, match=r"vlm_judge: model is missing; set reward.vlm_judge.model"):
+        VlmJudge(url=server.url).check([])
+    with pytest.raises(ConfigError, match=r"no model 'jugde', or no chat completions \(status 404: The model `jugde`"):
+        VlmJudge(url=server.url, model="jugde")(images[:1], examples[:1])
+    server.models = None  # not every endpoint lists them
+    assert judge(server)(images[:1], examples[:1]).valid.all()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("mode", "maybe", "mode is 'maybe', expected one of yes_no, rubric, viescore, caption"),
+        ("measure", "bleu", "measure is 'bleu', expected one of f1, precision, recall"),
+        ("reference", "a picture", "reference is 'a picture', expected a text with {} for the prompt"),
+        ("layer", 0, "layer is 0, expected 1 or more"),
+        ("baseline", 1.0, "baseline is 1.0, expected less than 1"),
+        ("question", "Is it nice?", "question is 'Is it nice\\?', expected a text with {} for the prompt"),
+        ("criteria", {}, "criteria are empty"),
+        ("criteria", {"reasoning": "x"}, "criteria are 'reasoning'"),
+        ("criteria", {"two words": "x"}, "criteria are 'two words'"),
+        ("scale", (5, 1), r"scale is \[5, 1\], expected the lowest"),
+        ("give_up_after", 0, "give_up_after is 0, expected 1 or more"),
+        ("url", "ws://x", "url is 'ws://x'"),
+        ("concurrency", 0, "concurrency is 0"),
+    ],
+)
+def test_a_field_that_cannot_work_is_refused(field: str, value: object, told: str) -> None:
+    with pytest.raises(ConfigError, match=f"vlm_judge: {told}"):
+        VlmJudge(**{field: value})  # type: ignore[arg-type]
+
+
+def test_a_run_leaves_out_what_was_not_judged_and_tells_how_much(
+    tiny_run: Callable[..., Any], endpoint: Callable[..., Endpoint]
+) -> None:
+    count = [0]
+
+    def say(light: float, asked: str) -> Any:
+        with server.lock:
+            count[0] += 1
+            return {"Hm": 0.0} if count[0] % 4 == 0 else logit(light)
+
+    server = endpoint(say)
+    settings = {"name": "vlm_judge", "url": server.url, "model": "judge", "concurrency": 1}
+    run = tiny_run("judged", {"reward": [settings], "evaluate.prompts": "", "train.updates": 2})
+    updates = list(run.train())
+    assert all(0 < update.metrics["unscored"] < 1 and math.isfinite(update.reward) for update in updates)
+
+
+def test_its_line_in_the_list_names_every_mode() -> None:
+    (row,) = [row for row in default_registry().named("vlm_judge") if row.kind == "reward"]
+    named = {"yes_no": "yes or no", "rubric": "rubric", "viescore": "VIEScore", "caption": "caption"}
+    assert named.keys() == set(get_args(Mode)) and all(word in row.help for word in named.values())
+
+
+def test_a_run_whose_judge_answers_nonsense_stops_saved_and_goes_on_as_if_it_had_not(
+    tiny_run: Callable[..., Any], endpoint: Callable[..., Endpoint]
+) -> None:
+    server = endpoint(lambda light, _: logit(light))
+    judged = {"name": "vlm_judge", "url": server.url, "model": "judge", "concurrency": 1, "give_up_after": 2}
+    settings = {"reward": [judged], "evaluate.prompts": "", "train.updates": 3}
+    whole, broken = (tiny_run(name, settings) for name in ("whole", "broken"))
+    list(whole.train())
+    half = len(server.asked) // 2 + 1
+    server.asked.clear()
+    server.say = lambda light, _: logit(light) if len(server.asked) <= half else "I would rather talk about ships"
+    with pytest.raises(AlignkitError, match=r"no usable answer for 2 pictures in a row.*; go on with: alignkit train"):
+        list(broken.train())
+    assert checkpoint.latest(broken.folder / "checkpoints") is not None
+    server.say = lambda light, _: logit(light)
+    list(alignkit.load(resume=broken.folder).train())
+    ends = [checkpoint.load(checkpoint.latest(run.folder / "checkpoints"))["trainer"] for run in (whole, broken)]
+    assert ends[0]["update"] == 3 and not differences(*ends)

@@ -1,0 +1,88 @@
+"""Check the arrows between modules, read from the imports of the code itself."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CORE = ROOT / "alignkit"
+
+FLOORS = (
+    ("errors", "records"),
+    ("files", "interfaces", "hookspecs"),
+    ("registry", "diffusion", "rollout", "advantage"),
+    ("data",),
+    ("config",),
+    ("models",),
+    ("rewards",),
+    ("training", "evaluation"),
+    ("runs",),
+    ("testing",),
+    ("commands", "serving"),
+    ("cli",),
+)
+"""Rooms of the core from the ground up. A module imports from its own room and from lower floors alone."""
+FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+DOORS = {"", "__main__"}
+"""The package itself, which forwards its public names, those above `interfaces` lazily, and `python -m alignkit`."""
+
+
+def name_of(path: Path, root: Path) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path, ROOT): path for path in CORE.rglob("*.py")}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The modules that a file imports, anywhere in it: inside of functions and for type checkers too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path}: relative import"
+            for alias in node.names:  # `from package import module` is an arrow to that module
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in MODULES else node.module
+
+
+ARROWS = {name: sorted({i for i in imports(path) if i in MODULES} - {name}) for name, path in MODULES.items()}
+
+
+def room(module: str) -> str:
+    return module.removeprefix("alignkit").removeprefix(".").partition(".")[0]
+
+
+def test_the_top_of_the_core_stays_small() -> None:
+    assert len(list(CORE.glob("*.py"))) <= 14
+
+
+def test_every_module_belongs_to_a_floor() -> None:
+    assert {room(name) for name in MODULES} - DOORS == set(FLOOR)
+
+
+@pytest.mark.parametrize("module", [name for name in sorted(MODULES) if room(name) not in DOORS])
+def test_no_arrow_runs_up(module: str) -> None:
+    own = FLOOR[room(module)]
+    up = [to for to in ARROWS[module] if room(to) and FLOOR[room(to)] > own]
+    across = [to for to in ARROWS[module] if room(to) and FLOOR[room(to)] == own and room(to) != room(module)]
+    assert not up + across, f"{module} (floor {own}) imports {up + across}"
+
+
+def test_the_core_takes_only_the_version_from_the_package_itself() -> None:
+    # Its other names stand for modules of every floor.
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "alignkit" and room(name) not in DOORS:
+                names = {alias.name for alias in node.names if f"alignkit.{alias.name}" not in MODULES}
+                assert names <= {"__version__"}, f"{path}: {names}"
+
+
+def test_there_is_no_circle_of_imports() -> None:
+    TopologicalSorter({name: [to for to in to_names] for name, to_names in ARROWS.items() if room(name)}).prepare()

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import tomllib
+from importlib.metadata import entry_points, version
+from pathlib import Path
+
+import alignkit
+
+ROOT = Path(__file__).parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+FOLDERS = {path.name for path in (ROOT / "plugins").glob("alignkit_*") if path.is_dir()}
+
+
+def test_each_plugin_folder_is_a_package_of_the_wheel() -> None:
+    packages = set(PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"])
+    assert packages == {"alignkit"} | {f"plugins/{name}" for name in FOLDERS}
+
+
+def test_each_plugin_folder_is_an_entry_point() -> None:
+    assert PYPROJECT["project"]["entry-points"]["alignkit"] == {name: name for name in FOLDERS}
+
+
+def test_the_installed_entry_points_are_those_of_the_project_file() -> None:
+    ours = {entry.name for entry in entry_points(group="alignkit") if entry.dist and entry.dist.name == "alignkit"}
+    assert ours == FOLDERS
+
+
+def test_the_installed_version_is_that_of_the_package() -> None:
+    assert version("alignkit") == alignkit.__version__
+
+
+def test_the_core_imports_no_plugin() -> None:
+    for path in (ROOT / "alignkit").rglob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        assert "import alignkit_" not in source and "from alignkit_" not in source, path
