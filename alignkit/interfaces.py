@@ -25,8 +25,8 @@ class Policy(ABC):
     latent_shape: tuple[int, int, int]
     """S = (C, h, w)."""
     device: torch.device
-    guidance: float
-    """The guidance that `denoise` uses when none is given, on the scale where 0 is the conditional prediction."""
+    guidance_scale: float
+    """The guidance scale that `denoise` uses when none is given, as in diffusers: 1 is the conditional prediction."""
     guidance_embedded: bool = False
     """Whether the network takes the guidance as an input, and so has no prediction without one."""
 
@@ -47,11 +47,11 @@ class Policy(ABC):
         """alpha and sigma, (N,) float32, at times t (N,) as the network takes them: x_t = alpha clean + sigma noise."""
 
     @abstractmethod
-    def denoise(self, x: Tensor, t: Tensor, prompt: Prompt, guidance: Tensor | None = None) -> Tensor:
+    def denoise(self, x: Tensor, t: Tensor, prompt: Prompt, guidance_scale: Tensor | None = None) -> Tensor:
         """The clean latent (N, *S) predicted from x (N, *S) at times t (N,).
 
-        `guidance` (N,) is w of the LCM paper: clean(prompt) + w (clean(prompt) - clean("")). It is embedded where the
-        network takes an embedding and computed by two passes where it does not.
+        `guidance_scale` (N,) is g in clean("") + g (clean(prompt) - clean("")), as in diffusers; the LCM paper's w is
+        g - 1. It is embedded where the network takes an embedding and computed by two passes where it does not.
         """
 
     @abstractmethod
@@ -79,7 +79,7 @@ class Sampler(ABC):
     """Whether this walk is for latent consistency models alone."""
 
     num_steps: int = 2
-    """Network passes for one picture."""
+    """Network passes for one image."""
 
     @abstractmethod
     def grid(self, policy: Policy) -> Tensor:
@@ -99,15 +99,15 @@ class Sampler(ABC):
 
 
 class Reward(ABC):
-    """A number for a picture and its text; may be a black box."""
+    """A number for an image and its text; may be a black box."""
 
     differentiable: ClassVar[bool] = False
     """Whether the score has a useful gradient with respect to the pixels."""
     deterministic: ClassVar[bool] = True
-    """Whether the same picture and text always get the same score, whatever else is scored and when."""
+    """Whether the same image and text always get the same score, whatever else is scored and when."""
     slow: ClassVar[bool] = False
     """Whether an answer takes long, from a server or a large judge. It is then waited for in a thread of its own, one
-    call after another, while the next pictures are decoded or drawn and other rewards answer."""
+    call after another, while the next images are decoded or drawn and other rewards answer."""
     bounds: ClassVar[tuple[float | None, float | None]] = (None, None)
     origin: ClassVar[str] = ""
     """Whose code messages name where the reward does something wrong; empty stands for the distribution that brings it.
@@ -119,7 +119,7 @@ class Reward(ABC):
         return
 
     def explain(self, example: Example) -> list[str]:
-        """What is asked about a picture of this text, a line each; empty where the text is read as it is. Needs no
+        """What is asked about an image of this text, a line each; empty where the text is read as it is. Needs no
         weights. Raises ConfigError as `check`."""
         return []
 
@@ -205,8 +205,8 @@ class Context(ABC):
         """Decode clean latents (N, *S) and score them, a few at a time, without gradient. Logs the reward, unless the
         samples are not the policy's answers to these examples. Every process calls it equally often.
 
-        `others` are M more questions, (row of `latents`, example): pictures under texts that they do not answer. No
-        picture is decoded twice for them. The scores are of N + M, theirs behind the rest and never logged. Raises
+        `others` are M more questions, (row of `latents`, example): images under texts that they do not answer. No
+        image is decoded twice for them. The scores are of N + M, theirs behind the rest and never logged. Raises
         IndexError for a row that is not there.
 
         `values` are what to learn from, several rewards combined as `[scoring]` says; `parts` hold each one's own.
@@ -218,7 +218,7 @@ class Context(ABC):
 
     @abstractmethod
     def terms(self, scores: Scores) -> Mapping[str, tuple[float, Tensor]]:
-        """What advantages are taken of, (weight, rewards (N,)) by name, NaN where a picture could not be scored.
+        """What advantages are taken of, (weight, rewards (N,)) by name, NaN where an image could not be scored.
 
         One term, without a name: the values. Where rewards are combined by their advantages, one for each reward. See
         `alignkit.advantage.of_terms`.
@@ -251,7 +251,7 @@ class Algorithm(ABC, Generic[C, R]):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Of "surrogate", "teacher", "pictures", "pairs", "stochastic_steps", "differentiable_reward"; checked by the core.
+    """Of "surrogate", "teacher", "images", "pairs", "stochastic_steps", "differentiable_reward"; checked by the core.
 
     What depends on the fields is set on the instance, in `__post_init__`.
     """
@@ -263,9 +263,9 @@ class Algorithm(ABC, Generic[C, R]):
     """What its surrogate must be an instance of; checked by the core before any weight loads."""
 
     draws: ClassVar[bool] = True
-    """Whether it draws pictures of prompts; what learns from given pictures or pairs alone runs without any."""
+    """Whether it draws images of prompts; what learns from given images or pairs alone runs without any."""
 
-    asks_rewards: ClassVar[bool] = True
+    uses_rewards: ClassVar[bool] = True
     """Whether it learns from rewards. One that does not runs without any; those that are named are only measured."""
 
     takes_advantages: ClassVar[bool] = False

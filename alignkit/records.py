@@ -107,7 +107,7 @@ class Example:
 
 @dataclass(frozen=True)
 class PreferencePairs:
-    """M pairs of pictures, each of one text; the first of a pair is preferred. They lie on the CPU."""
+    """M pairs of images, each of one text; the first of a pair is preferred. They lie on the CPU."""
 
     winners: Tensor
     """(M, 3, H, W) float32 in [0, 1]."""
@@ -119,10 +119,10 @@ class PreferencePairs:
 
 @dataclass(frozen=True)
 class Batch:
-    """What `Algorithm.collect` gets: texts to draw, and pictures or pairs of them where the algorithm needs them."""
+    """What `Algorithm.collect` gets: texts to draw, and images or pairs of them where the algorithm needs them."""
 
     examples: Sequence[Example]
-    pictures: Tensor | None = None
+    images: Tensor | None = None
     """(M, 3, H, W) in [0, 1]."""
     captions: Sequence[str] = ()
     """M texts."""
@@ -132,16 +132,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Scores:
-    """A reward's answer for N pictures."""
+    """A reward's answer for N images."""
 
     values: Tensor
     """(N,) float32."""
     valid: Tensor
-    """(N,) bool; False where the picture could not be scored."""
+    """(N,) bool; False where the image could not be scored."""
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     """Named sub-scores, (N,) each."""
     reasons: Sequence[str] = ()
-    """Why a picture could not be scored, in a few words: N texts, "" where it could be; or none at all."""
+    """Why an image could not be scored, in a few words: N texts, "" where it could be; or none at all."""
 
     def select(self, rows: Tensor | slice) -> Scores:
         """Those of some rows."""

@@ -33,6 +33,8 @@ KINDS: dict[str, type] = {
     "surrogate": interfaces.Surrogate,
     "model": interfaces.ModelBundle,
 }
+RENAMED = {("reward", "shapes_reading"): "pixel_check"}
+"""Components of earlier versions, and what they are called now."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ class Registry:
             return found
         names = [row.name for row in self.components(kind) if not row.broken]
         others = sorted(row.kind for row in self.named(name))
+        if now := RENAMED.get((kind, normalise(name))):
+            raise AlignkitError(f"{kind} {name!r} was renamed; write {now}")
         hint = f" (there is a {' and a '.join(others)} of this name)" if others else nearest(normalise(name), names)
         broken = [f"; {row.origin} is broken: {row.broken}" for row in self.components() if row.broken]
         raise AlignkitError(f"unknown {kind} {name!r}{hint} (`alignkit list {kind}s` shows all){''.join(broken)}")

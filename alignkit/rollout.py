@@ -26,7 +26,7 @@ class Rollout:
     """(N, K) 0 where the step was deterministic."""
 
 
-def walk(policy: Policy, sampler: Sampler, prompt: Prompt, noises: Tensor) -> Rollout:
+def run_sampler(policy: Policy, sampler: Sampler, prompt: Prompt, noises: Tensor) -> Rollout:
     """Walk with given noise (N, K + 1, *S), all unit normal: first the initial latent's, then that of each step."""
     num_steps = sampler.num_steps
     if noises.shape[1] != num_steps + 1:
@@ -45,14 +45,14 @@ def walk(policy: Policy, sampler: Sampler, prompt: Prompt, noises: Tensor) -> Ro
 @torch.no_grad()
 def sample(policy: Policy, sampler: Sampler, prompt: Prompt, noises: Tensor) -> Tensor:
     """The final clean latents (N, *S) of a walk."""
-    return walk(policy, sampler, prompt, noises).next_states[:, -1]
+    return run_sampler(policy, sampler, prompt, noises).next_states[:, -1]
 
 
 def seeded_noises(latent_shape: tuple[int, int, int], num_steps: int, seeds: Sequence[tuple[int, int]]) -> Tensor:
     """Noise (N, num_steps + 1, *S) for `walk`, one (seed, index) a row, on the CPU.
 
     A row depends on its own pair alone: not on the batch, the model or the other rows. Walks of fewer steps share the
-    beginning, so 1- and 2-step pictures of one seed start from the same latent.
+    beginning, so 1- and 2-step images of one seed start from the same latent.
     """
     rows = []
     for seed, index in seeds:
@@ -62,7 +62,7 @@ def seeded_noises(latent_shape: tuple[int, int, int], num_steps: int, seeds: Seq
 
 
 @torch.no_grad()
-def sample_pictures(policy: Policy, sampler: Sampler, texts: Sequence[str], seeds: Sequence[tuple[int, int]]) -> Tensor:
-    """Pictures (N, 3, H, W) in [0, 1] of N texts, each from the noise of its own (seed, index)."""
+def sample_images(policy: Policy, sampler: Sampler, texts: Sequence[str], seeds: Sequence[tuple[int, int]]) -> Tensor:
+    """Images (N, 3, H, W) in [0, 1] of N texts, each from the noise of its own (seed, index)."""
     noises = seeded_noises(policy.latent_shape, sampler.num_steps, seeds).to(policy.device)
     return policy.decode(sample(policy, sampler, policy.encode(texts), noises))

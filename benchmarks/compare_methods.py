@@ -53,7 +53,7 @@ from alignkit.runs.run import Run
 from alignkit.training import checkpoint
 from alignkit_shapes.models import FOLDER, WEIGHTS
 
-READING = "shapes_reading"
+PIXEL_CHECK = "pixel_check"
 TRAIN, HELD_OUT = FOLDER / "prompts" / "train.txt", FOLDER / "prompts" / "held_out.txt"
 
 
@@ -120,19 +120,19 @@ def train(cell: Cell, folder: Path) -> tuple[Run, dict[str, Any]]:
 
 
 def measure(run: Run, table: Table, prompts: Path, limit: int, average: Mapping[str, Tensor]) -> dict[str, Any]:
-    """By number of steps: trained reward and reading of every prompt, and features of the pictures."""
+    """By number of steps: trained reward and pixel check of every prompt, and features of the images."""
     policy, examples = run.policy(), read_examples(prompts)[:limit]
-    rewards, ((trained, _, _),) = run.with_measured([READING]), run.trained_rewards()
+    rewards, ((trained, _, _),) = run.with_measured([PIXEL_CHECK]), run.trained_rewards()
     rewards.load(policy.device)
     with policy.using(average):
         found = evaluation.measure(
             policy, run.sampler(), rewards, examples, table.steps, run.config.evaluate.seed,
-            run.config.evaluate.batch_size, pictures=1, features=policy.features, samples=table.pictures,
+            run.config.evaluate.batch_size, grid_size=1, features=policy.features, samples=table.images,
         )  # fmt: skip
     values = {
         str(k): {
             "trained": [round(v, 4) for v in found.values[k, trained].tolist()],
-            "reading": [round(v, 4) for v in found.values[k, READING].tolist()],
+            "pixel_check": [round(v, 4) for v in found.values[k, PIXEL_CHECK].tolist()],
         }
         for k in table.steps
     }
@@ -168,7 +168,7 @@ class Comparison:
         """What is set for a cell. What the model and the methods bring besides is told by its commit, and written out
         in `resolved`."""
         table = cell.table
-        measured = {"steps": table.steps, "prompts": self.prompts, "pictures": table.pictures}
+        measured = {"steps": table.steps, "prompts": self.prompts, "images": table.images}
         return {**cell.settings(), **measured, "weights": weights()}
 
     def run(self, cell: Cell) -> None:

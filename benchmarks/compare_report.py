@@ -62,7 +62,7 @@ def render(results: Mapping[str, Any], table: Table) -> str:
     if base is None or not any(r["method"] for r in here):
         return "It has not been run.\n"
     parts = []
-    for what, heading in (("trained", "The reward that is trained on"), ("reading", "The reading of the program")):
+    for what, heading in (("trained", "The reward that is trained on"), ("pixel_check", "The pixel check")):
         columns = [f"{k} step{'s' * (k > 1)}" for k in table.steps]
         lines = [["method", *columns], ["---"] * (len(columns) + 1), ["base", *_cells([base], None, what, table)]]
         lines += [[m, *_cells(found, base, what, table)] for m, found in _by_method(here, table)]
@@ -77,7 +77,7 @@ def render(results: Mapping[str, Any], table: Table) -> str:
             [method, str(found[0]["samples"]), f"{updates:.0f}", f"{found[0]['rate']:g}", seeds, f"{drift:.3f}",
              f"{minutes:.1f}"]
         ]  # fmt: skip
-    parts += ["How it was trained; drift is the kernel distance of all pictures to the base's, mean over steps.\n"]
+    parts += ["How it was trained; drift is the kernel distance of all images to the base's, mean over steps.\n"]
     parts += [_markdown(lines)]
     found = {r["git"] or "unknown" for r in here}
     commits = ", ".join(sorted(git[:7] + ", changed" * git.endswith("-dirty") for git in found))
@@ -89,16 +89,16 @@ def render(results: Mapping[str, Any], table: Table) -> str:
 
 def measured(results: Mapping[str, Any], algorithm: str) -> str:
     """What the tables say of one method, a line each for its forms and numbers of steps; says so if none was run."""
-    lines = [["table", "steps", "trained reward", "change", "reading", "change"], ["---"] * 6]
+    lines = [["table", "steps", "trained reward", "change", "pixel check", "change"], ["---"] * 6]
     for table in TABLES.values():
         here = final(results, table)
         base = next((r for r in here if not r["method"]), None)
         for method, found in _by_method(here, table) if base is not None else ():
             if table.methods[method].algorithm != algorithm:
                 continue
-            cells = {what: _cells(found, base, what, table) for what in ("trained", "reading")}
+            cells = {what: _cells(found, base, what, table) for what in ("trained", "pixel_check")}
             for at, k in enumerate(table.steps):
-                split = [cells[what][at].partition(" (") for what in ("trained", "reading")]
+                split = [cells[what][at].partition(" (") for what in ("trained", "pixel_check")]
                 name = f"{table.title}: {method}" if at == 0 else ""
                 lines += [[name, str(k), *(part for mean, _, change in split for part in (mean, change[:-1]))]]
     return _markdown(lines) if len(lines) > 2 else "It has not been run in the comparison.\n"

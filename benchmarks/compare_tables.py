@@ -45,7 +45,7 @@ class Table:
     """Of each run."""
     rates: tuple[float, ...]
     methods: Mapping[str, Method]
-    pictures: int = 2
+    images: int = 2
     """Of each prompt, in what is read in the end."""
 
 
@@ -110,11 +110,11 @@ _tables = [
             "distillation alone": Method("lcd", "rows"),
             "LaSRO": _lasro,
         },
-        pictures=3,
+        images=3,
     ),
     Table(
         "lcm_size",
-        "Two steps of a latent consistency model, for the size of a picture's file",
+        "Two steps of a latent consistency model, for the size of an image's file",
         "LaSRO (2411.15247), Table 1, with a reward that RLCM (2404.03673) is shown on",
         {**_two_steps, "reward": ["jpeg_compressibility"]},
         steps=(1, 2),
@@ -126,7 +126,7 @@ _tables = [
             "GORS-LCM": _gors_lcm,
             "LaSRO": _lasro,
         },
-        pictures=3,
+        images=3,
     ),
     Table(
         "turbo",
@@ -149,7 +149,7 @@ _tables = [
     ),
     Table(
         "size",
-        "Few steps after training at many, for the size of a picture's file",
+        "Few steps after training at many, for the size of an image's file",
         "SDPO (2411.11727), Table 1, with the reward that DDPO (2305.13301) began with",
         {**_eight_steps, "reward": ["jpeg_compressibility"]},
         steps=(1, 2, 4, 8, 16),

@@ -1,4 +1,4 @@
-"""What SDPO's rewards of single steps have to do with that of the finished picture.
+"""What SDPO's rewards of single steps have to do with that of the finished image.
 
     python benchmarks/dense_rewards.py [--prompts 100]
 
@@ -10,7 +10,7 @@ over all pairs:
 - `reward`: correlation of the difference between the walks of a pair in this reward and in the last;
 - `advantage`: the same for what SDPO learns from, with its three queries and with all: discounted returns of dense
   rewards, measured by the four walks of the prompt at that step. 1 would be an advantage as DDPO has it, of the last
-  reward alone; the rest is chance as far as finished pictures are concerned.
+  reward alone; the rest is chance as far as finished images are concerned.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 import alignkit
 from alignkit.interfaces import Reward
 from alignkit.rewards.weighted import quantize
-from alignkit.rollout import walk
+from alignkit.rollout import run_sampler
 from alignkit_rewards.attribute_binding import AttributeBinding
 from alignkit_rewards.jpeg import JpegCompressibility
 from alignkit_sdpo.algorithm import SDPO
@@ -75,7 +75,7 @@ for start in range(0, len(asked), WALKS * PART):
     noise = torch.randn((len(examples), sampler.num_steps + 1, *policy.latent_shape), generator=chance)
     noise[1::2, 0] = noise[::2, 0]  # a pair starts from one
     with torch.no_grad():
-        clean = walk(policy, sampler, policy.encode([e.text for e in examples]), noise).clean
+        clean = run_sampler(policy, sampler, policy.encode([e.text for e in examples]), noise).clean
         images = quantize(policy.decode(clean.flatten(0, 1)))
         for name, reward in rewards.items():
             found = reward(images, [e for e in examples for _ in range(sampler.num_steps)])

@@ -25,11 +25,11 @@ import alignkit
 from alignkit.diffusion import add_noise
 from alignkit.models.diffusers_policy import DiffusersPolicy
 from alignkit.rewards.weighted import quantize
-from alignkit.rollout import seeded_noises, walk
+from alignkit.rollout import run_sampler, seeded_noises
 from alignkit.runs.run import open_run
 from alignkit_rewards.attribute_binding import AttributeBinding
 from alignkit_shapes.models import WEIGHTS
-from alignkit_shapes.reward import ShapesReading
+from alignkit_shapes.reward import PixelCheck
 
 
 def moved(score: Callable[[Tensor], Tensor], latents: Tensor, distance: float) -> Tensor:
@@ -69,7 +69,7 @@ def main() -> None:
     chance = torch.Generator().manual_seed(0)
     with torch.no_grad():
         noises = seeded_noises(policy.latent_shape, 2, [(77, i) for i in range(len(examples))])
-        clean = walk(policy, sampler, prompt, noises).clean
+        clean = run_sampler(policy, sampler, prompt, noises).clean
         trained = None
         if arguments.run:
             its = open_run(arguments.run)
@@ -79,8 +79,8 @@ def main() -> None:
                 )
             learner = its.policy()
             with learner.using(its.average):
-                trained = walk(learner, sampler, learner.encode([e.text for e in examples]), noises).clean
-    teacher = DiffusersPolicy(run.teacher_source(), trainable=False, guidance=0.0)
+                trained = run_sampler(learner, sampler, learner.encode([e.text for e in examples]), noises).clean
+    teacher = DiffusersPolicy(run.teacher_source(), trainable=False, guidance_scale=1.0)
     level = torch.full((len(examples),), arguments.purify)
 
     def noise() -> Tensor:
@@ -101,9 +101,9 @@ def main() -> None:
     def show(what: str, latents: Tensor) -> None:
         with torch.no_grad():
             images = quantize(policy.decode(latents))
-            judged, read_off = (float(r(images, examples).values.mean()) for r in (hard, ShapesReading()))
+            judged, read_off = (float(r(images, examples).values.mean()) for r in (hard, PixelCheck()))
             liked = float(torch.stack([surrogate_score(latents) for _ in range(4)]).mean())
-        print(f"{what:<48} judge {judged:.3f}  reading {read_off:.3f}  score {liked:.2f}", flush=True)
+        print(f"{what:<48} judge {judged:.3f}  pixel check {read_off:.3f}  score {liked:.2f}", flush=True)
 
     for step in (0, 1):
         latents = clean[:, step]

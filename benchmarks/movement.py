@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from alignkit import diffusion
-from alignkit.rollout import seeded_noises, walk
+from alignkit.rollout import run_sampler, seeded_noises
 from alignkit.runs.run import open_run
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -32,7 +32,7 @@ for folder in options.runs:
     noises = seeded_noises(policy.latent_shape, options.steps, [(0, i) for i in range(len(prompt))])
     with torch.no_grad():
         with policy.reference():
-            rollout = walk(policy, sampler, prompt, noises)
+            rollout = run_sampler(policy, sampler, prompt, noises)
         for k, time in enumerate(sampler.grid(policy).tolist()):
             x, t = rollout.states[:, k], torch.full((len(prompt),), time)
             alpha, sigma = policy.schedule(t)

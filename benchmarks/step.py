@@ -28,15 +28,15 @@ import alignkit
 from alignkit.config.toml import parse_assignment
 from alignkit.models.diffusers_policy import DiffusersPolicy
 from alignkit.registry import default_registry
-from alignkit.rewards.checked import AskedReward
+from alignkit.rewards.checked import CheckedReward
 
 LIMIT = 0.05
 BOOKKEEPING = "bookkeeping"
 MEANING = {
     "sampling": "the walk of the policy, without gradient",
-    "decoding": "latents to pictures, to be scored",
-    "encoding": "texts and captioned pictures to features and latents",
-    "reward": "the true reward of the pictures",
+    "decoding": "latents to images, to be scored",
+    "encoding": "texts and captioned images to features and latents",
+    "reward": "the true reward of the images",
     "surrogate": "its scores and its own updates",
     "generator": "the policy's loss (teacher and surrogate within), its gradient and step",
     BOOKKEEPING: "everything else",
@@ -110,7 +110,7 @@ def measure(overrides: dict[str, Any], updates: int, skipped: int = 1) -> tuple[
         clock.time(DiffusersPolicy, "decode", "decoding")
         clock.time(DiffusersPolicy, "encode", "encoding")
         clock.time(DiffusersPolicy, "encode_images", "encoding")
-        clock.time(AskedReward, "__call__", "reward")
+        clock.time(CheckedReward, "__call__", "reward")
         clock.time(surrogate, "score", lambda: "generator" if clock.phase == "generator" else "surrogate")
         clock.time(Accelerator, "backward", lambda: clock.phase)
         clock.time(torch.autograd, "grad", lambda: clock.phase)  # by the predicted latents, in the policy's loss

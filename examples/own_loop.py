@@ -1,6 +1,6 @@
 """A loop of your own from the public parts: best-of-n distillation in one file.
 
-For each prompt draw n pictures, keep the one that the reward likes best, and teach the model to predict its clean
+For each prompt draw n images, keep the one that the reward likes best, and teach the model to predict its clean
 latent at every step of the sampler. It shows how policy, sampler, walk and reward fit together; it is no tuned method.
 
     python examples/own_loop.py --updates 50
@@ -18,7 +18,7 @@ from alignkit.data.prompts import read_examples
 from alignkit.data.stream import Stream, examples_at
 from alignkit.models.diffusers_policy import DiffusersPolicy
 from alignkit.rewards.weighted import WeightedRewards
-from alignkit.rollout import walk
+from alignkit.rollout import run_sampler
 from alignkit_rewards.attribute_binding import AttributeBinding
 from alignkit_samplers.lcm import LCM
 from alignkit_shapes.models import WEIGHTS, shapes_lcm
@@ -32,7 +32,7 @@ PROMPTS, N = 8, 6
 torch.manual_seed(0)
 generator = torch.Generator().manual_seed(0)
 bundle = shapes_lcm()
-policy = DiffusersPolicy(bundle.path, lora_rank=16, guidance=bundle.defaults["model"]["guidance"])
+policy = DiffusersPolicy(bundle.path, lora_rank=16, guidance_scale=bundle.defaults["model"]["guidance_scale"])
 sampler = LCM(num_steps=2)
 rewards = WeightedRewards([("attribute_binding", 1.0, AttributeBinding(judge=str(WEIGHTS / "judge")))])
 rewards.load(policy.device)
@@ -46,7 +46,7 @@ for update in range(options.updates):
     prompt = policy.encode([example.text for example in repeated])
     noises = torch.randn((PROMPTS * N, sampler.num_steps + 1, *policy.latent_shape), generator=generator)
     with torch.no_grad():
-        samples = walk(policy, sampler, prompt, noises).next_states[:, -1]  # (PROMPTS * N, *S)
+        samples = run_sampler(policy, sampler, prompt, noises).next_states[:, -1]  # (PROMPTS * N, *S)
         scores = rewards.score(policy.decode(samples), repeated, chunk=32)
     groups = scores.values.nan_to_num(nan=-torch.inf).view(PROMPTS, N)
     best = groups.argmax(1) + torch.arange(PROMPTS) * N

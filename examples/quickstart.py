@@ -14,6 +14,6 @@ run = alignkit.load(Path(__file__).with_name("first.toml"), overrides={"output":
 for update in run.train():  # a generator: stop when you like, the last checkpoint can be resumed
     print(f"update {update.step}: reward {update.reward:.3f}")
 
-for index, picture in enumerate(run.sample(["a red circle and a blue square", "a green heart"], steps=2)):
-    picture.save(run.folder / f"picture{index}.png")
-print(f"pictures and pytorch_lora_weights.safetensors are in {run.folder}")
+for index, image in enumerate(run.sample(["a red circle and a blue square", "a green heart"], steps=2)):
+    image.save(run.folder / f"image{index}.png")
+print(f"images and pytorch_lora_weights.safetensors are in {run.folder}")

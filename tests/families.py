@@ -1,6 +1,6 @@
 """Every family of models that is served, as a tiny pipeline of the same classes under the real scheduler's config.
 
-Weights are random and pictures have 64 pixels; the classes, the ways through them and the scheduler configs are those
+Weights are random and images have 64 pixels; the classes, the ways through them and the scheduler configs are those
 of the checkpoints.
 """
 
@@ -73,7 +73,7 @@ UNETS: dict[str, dict[str, Any]] = {
     # SD 2 and SD-Turbo name the number of heads for each block and project linearly.
     "sd_2_1": {"attention_head_dim": (2, 4), "cross_attention_dim": 32, "use_linear_projection": True},
     "lcm_dreamshaper": {"attention_head_dim": 2, "cross_attention_dim": 32, "time_cond_proj_dim": 32},
-    # Two text encoders side by side, the second one's pooled features and six numbers about the picture.
+    # Two text encoders side by side, the second one's pooled features and six numbers about the image.
     "sdxl": {
         "attention_head_dim": (2, 4), "cross_attention_dim": 64, "use_linear_projection": True,
         "transformer_layers_per_block": (1, 2), "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
@@ -120,7 +120,7 @@ def plain(folder: Path, **parts: Any) -> Any:
 
 
 def assert_parity(policy: DiffusersPolicy, sampler: Sampler, pipe: Any, guidance_scale: float, **call: Any) -> None:
-    """`pipe` and the policy draw the same latents, and decode them to the same pictures."""
+    """`pipe` and the policy draw the same latents, and decode them to the same images."""
     initial = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(7))
     generator = torch.Generator().manual_seed(3)
     noises = [initial, *(torch.randn(initial.shape, generator=generator) for _ in range(sampler.num_steps))]

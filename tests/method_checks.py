@@ -45,7 +45,7 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def toy_pictures(trainer: Trainer, scale: float = 20) -> None:
+def toy_images(trainer: Trainer, scale: float = 20) -> None:
     """The reward becomes how far the first three channels of the latent lie above zero."""
     trainer.ctx.policy.decode = lambda latents: (latents[:, :3] / scale).sigmoid()  # type: ignore[method-assign]
 
@@ -55,7 +55,7 @@ def assert_the_true_reward_rises(trainer: Trainer, scale: float = 20) -> list[fl
 
     The warm-up of a surrogate is left out.
     """
-    toy_pictures(trainer, scale)
+    toy_images(trainer, scale)
     rewards = []
     while not trainer.finished:
         rewards += [u.reward for u in trainer.round() if u.step and "reward" in u.metrics]

@@ -1,4 +1,4 @@
-"""Tiny untrained pipelines for pictures of 64 pixels, saved in diffusers' format."""
+"""Tiny untrained pipelines for images of 64 pixels, saved in diffusers' format."""
 
 from __future__ import annotations
 

@@ -84,8 +84,8 @@ ACME = """
 
     @hookimpl
     def register_rewards(register):
-        register("acme_red", "acme.parts:Red", "How red a picture is")
-        register("acme_blue", "acme.parts:Blue", "How blue a picture is")
+        register("acme_red", "acme.parts:Red", "How red an image is")
+        register("acme_blue", "acme.parts:Blue", "How blue an image is")
 
     @hookimpl
     def register_samplers(register):

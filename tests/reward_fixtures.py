@@ -39,11 +39,11 @@ ODD_REWARDS = """
 
     @hookimpl
     def register_rewards(register):
-        register("constant", "odd_rewards.rewards:Constant", "The same for every picture")
-        register("unscored", "odd_rewards.rewards:Unscored", "No picture can be scored")
-        register("every_second", "odd_rewards.rewards:EverySecond", "Only the first, third, ... picture can be scored")
-        register("all_but_first", "odd_rewards.rewards:AllButFirst", "The first picture cannot be scored")
-        register("two_of_three", "odd_rewards.rewards:TwoOfThree", "Every third picture cannot be scored")
+        register("constant", "odd_rewards.rewards:Constant", "The same for every image")
+        register("unscored", "odd_rewards.rewards:Unscored", "No image can be scored")
+        register("every_second", "odd_rewards.rewards:EverySecond", "Only the first, third, ... image can be scored")
+        register("all_but_first", "odd_rewards.rewards:AllButFirst", "The first image cannot be scored")
+        register("two_of_three", "odd_rewards.rewards:TwoOfThree", "Every third image cannot be scored")
 """
 
 ODD_REWARD_CLASSES = """
@@ -84,7 +84,7 @@ ODD_REWARD_CLASSES = """
 
 @pytest.fixture
 def odd_rewards(plugins: PluginFolder) -> None:
-    """Rewards that tell nothing apart, or cannot score some pictures."""
+    """Rewards that tell nothing apart, or cannot score some images."""
     plugins.install("odd_rewards", ODD_REWARDS, rewards=ODD_REWARD_CLASSES)
 
 

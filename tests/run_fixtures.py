@@ -29,7 +29,7 @@ def tiny_run(tmp_path: Path, brightness: None, tiny_lcm: Path, tiny_teacher: Pat
     settings: dict[str, Any] = {
         "model.name": str(tiny_lcm), "model.teacher": str(tiny_teacher), "model.lora_rank": 4,
         "sampler.name": "lcm", "sampler.num_steps": 2, "reward": ["brightness"],
-        "data.prompts": str(prompts), "data.pictures": "alignkit_shapes.data:Drawings", "data.batch_size": 2,
+        "data.prompts": str(prompts), "data.images": "alignkit_shapes.data:Drawings", "data.batch_size": 2,
         "algorithm.name": "lasro", "train.updates": 4, "train.rows_per_update": 4, "train.checkpoint_every": 2,
         "evaluate.prompts": str(prompts), "evaluate.limit": 2, "evaluate.steps": [1, 2], "evaluate.every": 0,
     }  # fmt: skip

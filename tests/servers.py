@@ -21,7 +21,7 @@ from torch import Tensor
 from alignkit.errors import ConfigError, TransientError
 from alignkit.interfaces import Reward
 from alignkit.records import Example, Scores
-from alignkit.rewards.checked import Asking
+from alignkit.rewards.checked import Scoring
 from alignkit.rewards.weighted import WeightedRewards
 from alignkit.serving.server import Limits, RewardServer
 
@@ -51,7 +51,7 @@ def serving(
     chunk: int = 16,
 ) -> Iterator[RewardServer]:
     """`reward` behind HTTP on a free port."""
-    rewards = WeightedRewards([("served", 1.0, reward)], asking=Asking(retries=0))
+    rewards = WeightedRewards([("served", 1.0, reward)], scoring=Scoring(retries=0))
     server = RewardServer("127.0.0.1", port, rewards, fingerprint, token, 16, limits or Limits())
     server.load("cpu")
     with running(server):
@@ -106,8 +106,8 @@ class _Chat(BaseHTTPRequestHandler):
         image, text = body["messages"][0]["content"]
         kind, _, data = image["image_url"]["url"].partition(";base64,")
         assert kind == "data:image/png" and image["type"] == "image_url" and text["type"] == "text"
-        with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
-            brightness = float(np.asarray(picture).mean() / 255)
+        with Image.open(io.BytesIO(base64.b64decode(data))) as opened:
+            brightness = float(np.asarray(opened).mean() / 255)
         said = server.say(brightness, text["text"])
         if isinstance(said, tuple):
             return self._send(said[0], {"error": {"message": said[1], "type": "error"}})

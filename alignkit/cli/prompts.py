@@ -31,9 +31,7 @@ File = Annotated[str, typer.Argument(metavar="FILE")]
 def lint(
     file: File,
     reward: Annotated[str, typer.Option(metavar="NAME", help="The reward that is to score them.")],
-    load: Annotated[
-        bool, typer.Option("--load", help="Load the reward and try each prompt on a grey picture.")
-    ] = False,
+    load: Annotated[bool, typer.Option("--load", help="Load the reward and try each prompt on a grey image.")] = False,
     model: Model = None,
     assignments: Set = None,
     as_json: Json = False,

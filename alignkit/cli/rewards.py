@@ -23,16 +23,16 @@ def score(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER")],
     prompts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="One prompt a picture, or one for all; default: a.txt for a.png."),
+        typer.Option(metavar="FILE", help="One prompt an image, or one for all; default: a.txt for a.png."),
     ] = None,
     device: Device = "auto",
     model: Model = None,
     assignments: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Score the pictures of a folder with a reward, as a run with this model would.
+    """Score the images of a folder with a reward, as a run with this model would.
 
-    A line for each picture, with the parts of its score, as soon as it is scored. What cannot be scored says why.
+    A line for each image, with the parts of its score, as soon as it is scored. What cannot be scored says why.
 
     \b
     alignkit score attribute_binding captioned/
@@ -52,12 +52,12 @@ def score(
             if not as_json:
                 columns = _print_scores(batch, columns)
     finally:
-        # Also where a later picture, or the reward, ends it.
+        # Also where a later image, or the reward, ends it.
         if as_json and records:
             print_json(records)
     if all(record["score"] is None for record in records):
         reason = next((record["reason"] for record in records if record["reason"]), "it does not say why")
-        raise AlignkitError(f"{folder}: {reward} could score none of the {len(records)} pictures: {reason}")
+        raise AlignkitError(f"{folder}: {reward} could score none of the {len(records)} images: {reason}")
 
 
 def _tell_whose(reward: str, overrides: dict[str, Any]) -> None:
@@ -82,10 +82,10 @@ def _print_scores(records: Sequence[dict[str, Any]], columns: list[str] | None) 
     if columns is None or found.keys() - columns:
         columns = list(found)
         names = [part.partition("/")[2] for part in columns]
-        typer.echo("  ".join([f"{'score':>10}", *(f"{name:>8}" for name in names), "picture  prompt"]))
+        typer.echo("  ".join([f"{'score':>10}", *(f"{name:>8}" for name in names), "image  prompt"]))
     for record in records:
         score = "not scored" if record["score"] is None else f"{record['score']:.4f}"
-        cells = [f"{score:>10}", *_cells(record["parts"], columns), record["picture"], record["prompt"]]
+        cells = [f"{score:>10}", *_cells(record["parts"], columns), record["image"], record["prompt"]]
         typer.echo("  ".join([*cells, *([f"({record['reason']})"] if record["reason"] else [])]))
     return columns
 
@@ -102,7 +102,7 @@ def serve(
     port: Annotated[int, typer.Option(help="The port; 0 takes a free one.")] = 8188,
     network: Annotated[bool, typer.Option("--network", help="Let other machines ask; needs a token.")] = False,
     device: Device = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures scored at once.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images scored at once.")] = 16,
     model: Model = None,
     assignments: Set = None,
 ) -> None:

@@ -67,7 +67,7 @@ def train(
     alignkit train run.toml --set train.learning_rate=1e-5
     alignkit train --model my/pipeline --reward attribute_binding=0.8 --reward other=0.2
     alignkit train --resume runs/first
-    alignkit train --resume runs/first --set scoring.broken=skip
+    alignkit train --resume runs/first --set scoring.on_error=skip
     """
     from rich.console import Console
 
@@ -110,7 +110,7 @@ def prepare_(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Encode a run's prompts and pictures ahead of time; `train` with the same cache reads what is there.
+    """Encode a run's prompts and images ahead of time; `train` with the same cache reads what is there.
 
     Can be interrupted and called again: what is there is not encoded twice.
 
@@ -141,21 +141,21 @@ def sample(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...")],
     steps: StepList = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the pictures go.")] = Path("samples"),
+    count: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 1,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the images go.")] = Path("samples"),
 ) -> None:
-    """Draw pictures with a run's trained weights, or with a model as it is.
+    """Draw images with a run's trained weights, or with a model as it is.
 
     \b
     alignkit sample runs/first "a red circle and a blue square"
-    alignkit sample shapes_lcm "a green heart" --steps 1,2,4 --count 3 --out pictures
+    alignkit sample shapes_lcm "a green heart" --steps 1,2,4 --count 3 --out images
     """
     from alignkit.runs.run import open_run
 
-    pictures = [(prompt, copy) for prompt in range(len(prompts)) for copy in range(count)]
-    plan: list[tuple[int | None, list[Path]]] = [(None, [out / f"{p:03d}_{c}.png" for p, c in pictures])]
+    images = [(prompt, copy) for prompt in range(len(prompts)) for copy in range(count)]
+    plan: list[tuple[int | None, list[Path]]] = [(None, [out / f"{p:03d}_{c}.png" for p, c in images])]
     if numbers := step_list(steps):
-        plan = [(n, [out / f"{p:03d}_{n}steps_{c}.png" for p, c in pictures]) for n in numbers]
+        plan = [(n, [out / f"{p:03d}_{n}steps_{c}.png" for p, c in images]) for n in numbers]
     for path in (path for _, paths in plan for path in paths):
         if path.exists():
             raise AlignkitError(f"--out {out}: {path.name} is there already; choose another folder")
@@ -172,7 +172,7 @@ def pairs(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the pairs go; a new or empty folder.")],
     prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="Texts; else the training prompts.")] = None,
     reward: Rewards = None,
-    count: Annotated[int, typer.Option(min=2, help="Pictures of each prompt.")] = 4,
+    count: Annotated[int, typer.Option(min=2, help="Images of each prompt.")] = 4,
     every: Annotated[bool, typer.Option("--every", help="All two that differ, not the best and worst alone.")] = False,
     margin: Annotated[float, typer.Option(min=0, help="Scores must differ by more than this.")] = 0.0,
     limit: Annotated[int | None, typer.Option(min=1, help="Prompts used, from the top of the file.")] = None,
@@ -181,9 +181,9 @@ def pairs(
     assignments: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Make preference pairs: draw several pictures of each prompt, score them, keep the better and the worse.
+    """Make preference pairs: draw several images of each prompt, score them, keep the better and the worse.
 
-    The folder holds the pictures and pairs.jsonl, a line for each pair with text, files, scores and seed. It is what
+    The folder holds the images and pairs.jsonl, a line for each pair with text, files, scores and seed. It is what
     data.pairs names in a run file, for diffusion_dpo and for pso in its offline mode.
 
     \b
@@ -221,7 +221,7 @@ def evaluate_(
 
     On terminals of 110 columns, as in JSON and CSV, means have intervals of their own beside those of the difference.
 
-    On prompts of the file that was trained from and on held-out ones. Drift is how far the pictures moved away from
+    On prompts of the file that was trained from and on held-out ones. Drift is how far the images moved away from
     those of the model before training: a kernel distance in that model's own features, 0 where nothing changed.
 
     \b

@@ -1,4 +1,4 @@
-"""Runs side by side: every reward before and after, on prompts seen and unseen, and how far the pictures drifted."""
+"""Runs side by side: every reward before and after, on prompts seen and unseen, and how far the images drifted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from alignkit.runs.run import Run
 
 DRIFT = "drift"
-"""The row that holds the kernel distance to the base model's pictures."""
+"""The row that holds the kernel distance to the base model's images."""
 
 
 def evaluate(
@@ -81,7 +81,7 @@ def _rows(
     chosen = list(steps or settings.steps)
     for number in chosen:
         run.sampler(number)
-    with closing(run.with_measured(extra, run.asking())) as rewards:
+    with closing(run.with_measured(extra, run.scoring())) as rewards:
         for examples in prompts.values():
             rewards.check(examples)
         policy = run.policy()
@@ -99,7 +99,7 @@ def _rows(
                 try:
                     return measure(
                         policy, run.sampler(), rewards, examples, chosen, settings.seed, settings.batch_size,
-                        features=policy.features, samples=settings.samples, drawn=partial(progress.advance, task),
+                        features=policy.features, samples=settings.samples, advance=partial(progress.advance, task),
                     )  # fmt: skip
                 finally:
                     progress.remove_task(task)
@@ -112,7 +112,7 @@ def _rows(
                     before[key] = measured("before")
             with policy.using(run.average):
                 after = measured("after")
-            found = compare(before[key], after, rewards.watched) + drift(
+            found = compare(before[key], after, rewards.held_out) + drift(
                 before[key].features, after.features, len(examples)
             )
             rows += [replace(row, prompts=kind) for row in found]
@@ -120,7 +120,7 @@ def _rows(
 
 
 def drift(before: Mapping[int, Tensor], after: Mapping[int, Tensor], prompts: int) -> list[Row]:
-    """A row for each number of steps: the kernel distance between the features (N, D) of the pictures of `prompts`
+    """A row for each number of steps: the kernel distance between the features (N, D) of the images of `prompts`
     texts."""
     rows = []
     for num_steps, features in before.items():

@@ -20,7 +20,7 @@ from alignkit.runs.build import Parts
 
 Problem = Literal["broken", "unscorable", "truncated", "repeated"]
 _SIDE = 64
-"""Of the grey picture that loaded rewards are tried on."""
+"""Of the grey image that loaded rewards are tried on."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a reward asks about pictures of one prompt."""
+    """What a reward asks about images of one prompt."""
 
     prompt: str
     questions: tuple[str, ...]
@@ -52,7 +52,7 @@ def lint(
 ) -> tuple[int, list[Finding]]:
     """The number of prompts in the file or set `source`, and what is wrong with some of them under `reward`.
 
-    Without `load` what can be told before any weight loads. With it the reward scores a grey picture with each prompt,
+    Without `load` what can be told before any weight loads. With it the reward scores a grey image with each prompt,
     and tells of words that it does not know and of ends that it does not read. Raises AlignkitError for what is wrong
     with file or reward themselves.
     """
@@ -85,7 +85,7 @@ def _problems(rewards: WeightedRewards, example: Example, loaded: bool) -> Itera
         yield "unscorable", str(error)
         return
     if not scores.valid[0]:
-        why = scores.reason.removeprefix(f"{name}: ") or "marks a grey picture of it as one that cannot be scored"
+        why = scores.reason.removeprefix(f"{name}: ") or "marks a grey image of it as one that cannot be scored"
         yield "unscorable", f"{name}: {why}"
     elif float(scores.parts.get(f"{name}/truncated", torch.zeros(1))[0]) > 0:
         with blaming(name, reward, "in tokens"):
@@ -95,7 +95,7 @@ def _problems(rewards: WeightedRewards, example: Example, loaded: bool) -> Itera
 
 
 def ask(source: str, reward: str, overrides: Mapping[str, Any] | None = None) -> list[Asked]:
-    """What `reward` asks about pictures of each prompt; `source` is a file, a set, or a prompt itself.
+    """What `reward` asks about images of each prompt; `source` is a file, a set, or a prompt itself.
 
     Raises AlignkitError for a reward that asks nothing.
     """
@@ -105,11 +105,11 @@ def ask(source: str, reward: str, overrides: Mapping[str, Any] | None = None) ->
     examples = read_examples(file, config.data.prompt_column) if is_file else [Example(source)]
     rewards = WeightedRewards(Parts(config).trained_rewards())
     rewards.check([])
-    ((name, _, asking),) = rewards.rewards
+    ((name, _, scoring),) = rewards.rewards
     out = []
     for example in examples:
         refused = next((why for _, why in _problems(rewards, example, loaded=False)), "")
-        out.append(Asked(example.text, tuple(asking.explain(example)), refused))
+        out.append(Asked(example.text, tuple(scoring.explain(example)), refused))
     if not any(asked.questions or asked.refused for asked in out):
         raise ConfigError(f"reward {name}: asks no questions; it reads prompts as they are")
     return out

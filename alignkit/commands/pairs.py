@@ -17,12 +17,12 @@ from alignkit.data.preferences import TABLE
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.records import Example
 from alignkit.rewards.weighted import WeightedRewards
-from alignkit.rollout import sample_pictures
+from alignkit.rollout import sample_images
 
 if TYPE_CHECKING:
     from alignkit.runs.run import Run
 
-PICTURES = "pictures"
+IMAGES = "images"
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Made:
     prompts: int
     pairs: int
     undecided: int
-    """Prompts without a pair: equal scores, or fewer than two pictures that could be scored."""
+    """Prompts without a pair: equal scores, or fewer than two images that could be scored."""
     skipped: tuple[str, ...] = ()
     """Prompts that are broken, if the run skips such."""
 
@@ -49,22 +49,22 @@ def make_pairs(
     every: bool = False,
     margin: float = 0.0,
 ) -> Made:
-    """Draw `count` pictures of each training prompt, score them by the run's rewards, write pairs into a new folder.
+    """Draw `count` images of each training prompt, score them by the run's rewards, write pairs into a new folder.
 
     `limit` is how many prompts are used, from the top; `steps` those of the sampler, if others than the run's.
     Of each text the best and the worst make a pair; with `every`, all two whose scores differ do. Scores must differ by
-    more than `margin`. `pairs.jsonl` grows as it goes, each line behind the pictures that it names, so what an
-    interrupted call has written can be read. Picture i of prompt p has the noise of (seed, p * count + i), whatever the
+    more than `margin`. `pairs.jsonl` grows as it goes, each line behind the images that it names, so what an
+    interrupted call has written can be read. Image i of prompt p has the noise of (seed, p * count + i), whatever the
     batch. Raises ConfigError if `out` holds anything.
     """
     if count < 2:
-        raise ConfigError(f"count: found {count}, expected 2 or more pictures of each prompt")
+        raise ConfigError(f"count: found {count}, expected 2 or more images of each prompt")
     if margin < 0:
         raise ConfigError(f"margin: found {margin}, expected 0 or more")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out}: is there already; choose another folder")
     skipped = run.skipped()
-    examples, rewards = run.prompts(skipped)[:limit], WeightedRewards(run.trained_rewards(), asking=run.asking())
+    examples, rewards = run.prompts(skipped)[:limit], WeightedRewards(run.trained_rewards(), scoring=run.scoring())
     sampler = run.sampler(steps)
     if not examples:
         raise ConfigError("data.prompts: missing; say with --prompts what to draw")
@@ -74,13 +74,13 @@ def make_pairs(
     size = max(1, run.config.evaluate.batch_size // count)
     made = undecided = 0
     try:
-        (out / PICTURES).mkdir(parents=True, exist_ok=True)
+        (out / IMAGES).mkdir(parents=True, exist_ok=True)
         with (out / TABLE).open("x", encoding="utf-8") as table:
             for start in range(0, len(examples), size):
                 repeated = [e for e in examples[start : start + size] for _ in range(count)]
                 seeds = [(seed, start * count + i) for i in range(len(repeated))]
                 with torch.no_grad(), policy.using(run.average):
-                    images = sample_pictures(policy, sampler, [e.text for e in repeated], seeds)
+                    images = sample_images(policy, sampler, [e.text for e in repeated], seeds)
                 scores = rewards.score(images, repeated, len(repeated))
                 values = scores.values.masked_fill(~scores.valid, torch.nan).view(-1, count)
                 pixels = (images.view(-1, count, *images.shape[1:]) * 255).round().byte().cpu()
@@ -97,14 +97,14 @@ def make_pairs(
         raise AlignkitError(f"--out {out}: cannot be written ({error.strerror or error})") from error
     if not made:
         raise AlignkitError(
-            f"{out}: of none of {len(examples)} prompts the scores told two pictures apart; draw more of each "
+            f"{out}: of none of {len(examples)} prompts the scores told two images apart; draw more of each "
             "(--count), lower --margin, or try the reward with alignkit score"
         )
     return Made(str(out), len(examples), made, undecided, tuple(skipped or ()))
 
 
 def preferred(scores: Sequence[float], every: bool = False, margin: float = 0.0) -> Iterator[tuple[int, int]]:
-    """(winner, loser) as places in the scores of one text's pictures; NaN is one that could not be scored.
+    """(winner, loser) as places in the scores of one text's images; NaN is one that could not be scored.
 
     The best and the worst, the first of equal ones; or with `every` all two, by falling score of the winner.
     """
@@ -133,7 +133,7 @@ def _lines(
 
 
 def _name(prompt: int, index: int) -> str:
-    return f"{PICTURES}/{prompt:06d}_{index}.png"
+    return f"{IMAGES}/{prompt:06d}_{index}.png"
 
 
 def _save(pixels: Tensor, path: Path) -> None:

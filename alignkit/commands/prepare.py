@@ -1,4 +1,4 @@
-"""Encoding ahead of time what a run will read: prompts, captions and pictures into the cache of `[data] cache`."""
+"""Encoding ahead of time what a run will read: prompts, captions and images into the cache of `[data] cache`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Prepared:
     """What lies in the cache from one encoder."""
 
     what: str
-    """"texts" or "pictures"."""
+    """"texts" or "images"."""
     read: int
-    """Distinct texts of the run, or pictures of its set or its pairs."""
+    """Distinct texts of the run, or images of its set or its pairs."""
     encoded: int
     """Those that were not there before."""
     folder: str
@@ -33,7 +33,7 @@ class Prepared:
 
 
 def prepare(run: Run, console: Console | None = None) -> tuple[list[Prepared], list[str]]:
-    """Encode the run's prompts and held-out prompts, and the pictures or pairs, with their texts, that it learns from.
+    """Encode the run's prompts and held-out prompts, and the images or pairs, with their texts, that it learns from.
 
     What is in the cache already is left as it is, so an interrupted call goes on where it was. Shows its progress on
     `console`. Also returns lines for the user: what was skipped as broken, and how many that were. Raises AlignkitError
@@ -49,7 +49,7 @@ def prepare(run: Run, console: Console | None = None) -> tuple[list[Prepared], l
     cache = policy.cache
     assert cache is not None
     sources = {
-        "data.pictures": (run.config.data.pictures, run.pictures(policy.image_size, skipped)),
+        "data.images": (run.config.data.images, run.images(policy.image_size, skipped)),
         "data.pairs": (run.config.data.pairs, run.pairs(policy.image_size, skipped)),
     }
     notes: list[str] = []
@@ -64,14 +64,14 @@ def prepare(run: Run, console: Console | None = None) -> tuple[list[Prepared], l
     with Progress(*columns, console=console, disable=console is None) as progress:
         for items in sets:
             read = 0
-            for index in progress.track(range(len(items)), description="pictures"):
+            for index in progress.track(range(len(items)), description="images"):
                 if (found := items.read(index)) is not None:
                     *images, text = found
                     policy.encode_images(torch.stack(images))
                     texts[text] = None
                     read += len(images)
-            folder = policy.encoders["pictures"]
-            done.append(Prepared("pictures", read, cache.made, str(cache.folder / folder), *cache.size(folder)))
+            folder = policy.encoders["images"]
+            done.append(Prepared("images", read, cache.made, str(cache.folder / folder), *cache.size(folder)))
         made = cache.made
         for text in progress.track(list(texts), description="texts"):
             policy.encode([text])

@@ -1,4 +1,4 @@
-"""Scoring pictures that are files."""
+"""Scoring images that are files."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def score(
     overrides: Mapping[str, Any] | None = None,
     device: str = "auto",
 ) -> list[dict[str, Any]]:
-    """Score the pictures of a folder, in the order of their names.
+    """Score the images of a folder, in the order of their names.
 
-    `prompts` is a file with one prompt a picture, or one for all; without it the prompt of a.png stands in a.txt.
+    `prompts` is a file with one prompt an image, or one for all; without it the prompt of a.png stands in a.txt.
 
-    One record a picture: {"picture", "prompt", "score" (None if it could not be scored), "parts", "reason" (why it
+    One record an image: {"image", "prompt", "score" (None if it could not be scored), "parts", "reason" (why it
     could not, "" where none is told)}.
     """
     return [record for batch in score_batches(reward, folder, prompts, overrides, device) for record in batch]
@@ -48,23 +48,23 @@ def score_batches(
     overrides: Mapping[str, Any] | None = None,
     device: str = "auto",
 ) -> Iterator[list[dict[str, Any]]]:
-    """The records of `score` as they come. What is wrong with a picture is raised behind the records of those before.
+    """The records of `score` as they come. What is wrong with an image is raised behind the records of those before.
 
-    Pictures are scored `evaluate.batch_size` at a time, as in a run, where they are of one size.
+    Images are scored `evaluate.batch_size` at a time, as in a run, where they are of one size.
     """
     config = load_config(None, {**(overrides or {}), "reward": [reward]})
     files = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp"})
     if not files:
-        raise ConfigError(f"{folder}: no pictures here; expected .png, .jpg or .webp files")
+        raise ConfigError(f"{folder}: no images here; expected .png, .jpg or .webp files")
     examples = _captions(files) if prompts is None else read_examples(prompts, config.data.prompt_column)
     if len(examples) == 1:
         examples = examples * len(files)
     if len(examples) != len(files):
         raise ConfigError(
-            f"{prompts}: {len(examples)} prompts for {len(files)} pictures in {folder}; "
-            "expected one a picture, or one for all"
+            f"{prompts}: {len(examples)} prompts for {len(files)} images in {folder}; "
+            "expected one an image, or one for all"
         )
-    rewards = WeightedRewards(Parts(config).trained_rewards(), asking=Parts(config).asking())
+    rewards = WeightedRewards(Parts(config).trained_rewards(), scoring=Parts(config).scoring())
     try:
         rewards.check(examples)
         where = find_device(device)
@@ -76,7 +76,7 @@ def score_batches(
 
 
 def _captions(files: Sequence[Path]) -> list[Example]:
-    """What stands in the text file beside each picture."""
+    """What stands in the text file beside each image."""
     found = []
     for file in files:
         beside = file.with_suffix(".txt")
@@ -84,7 +84,7 @@ def _captions(files: Sequence[Path]) -> list[Example]:
             text = beside.read_text(encoding="utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
-                f"{file}: its prompt {beside.name} cannot be read ({error}); expected a text file beside each picture, "
+                f"{file}: its prompt {beside.name} cannot be read ({error}); expected a text file beside each image, "
                 "or --prompts FILE"
             ) from error
         if not text:
@@ -94,19 +94,19 @@ def _captions(files: Sequence[Path]) -> list[Example]:
 
 
 def _batches(files: Sequence[Path], examples: Sequence[Example], most: int) -> Iterator[list[Asked]]:
-    """Up to `most` pictures in a row of one size. One that cannot be read is raised behind those before it."""
+    """Up to `most` images in a row of one size. One that cannot be read is raised behind those before it."""
     batch: list[Asked] = []
     for file, example in zip(files, examples, strict=True):
         try:
-            picture = _read(file)
+            image = _read(file)
         except AlignkitError:
             if batch:
                 yield batch
             raise
-        if batch and (len(batch) == most or batch[0][2].shape != picture.shape):
+        if batch and (len(batch) == most or batch[0][2].shape != image.shape):
             yield batch
             batch = []
-        batch.append((file, example, picture))
+        batch.append((file, example, image))
     yield batch
 
 
@@ -116,18 +116,18 @@ def _read(file: Path) -> Tensor:
         with Image.open(file) as opened:
             return torch.from_numpy(np.array(as_rgb(opened))).permute(2, 0, 1).contiguous()
     except UNREADABLE as error:
-        raise AlignkitError(f"{file}: cannot be read as a picture ({error})") from error
+        raise AlignkitError(f"{file}: cannot be read as an image ({error})") from error
 
 
 def _records(rewards: WeightedRewards, batch: Sequence[Asked], device: torch.device) -> list[dict[str, Any]]:
-    files, examples, pictures = zip(*batch, strict=True)
-    scores = rewards.score(torch.stack(pictures).to(device).float() / 255, examples, len(batch))
+    files, examples, images = zip(*batch, strict=True)
+    scores = rewards.score(torch.stack(images).to(device).float() / 255, examples, len(batch))
     ((name, _, _),) = rewards.rewards
     parts = {part: values.tolist() for part, values in scores.parts.items()}
     reasons = scores.reasons or [""] * len(batch)
     return [
         {
-            "picture": str(file),
+            "image": str(file),
             "prompt": example.text,
             "score": value if valid else None,
             "parts": {part: column[i] for part, column in parts.items() if valid and math.isfinite(column[i])},

@@ -49,9 +49,21 @@ __all__ = [
 
 DEFAULT_ALGORITHM = "lasro"
 PATHS = {
-    "data.prompts", "data.pictures", "data.pairs", "data.cache", "evaluate.prompts", "surrogate.init", "scoring.cache",
+    "data.prompts", "data.images", "data.pairs", "data.cache", "evaluate.prompts", "surrogate.init", "scoring.cache",
     "model.name", "model.teacher", "model.unet", "model.adapter",
 }  # fmt: skip
+
+_ONE_MORE = "whose value is one more, as in diffusers: 1 is the conditional prediction"
+RENAMED = {
+    "data.pictures": "data.images",
+    "data.broken": 'data.on_error, "raise" or "skip"',
+    "scoring.broken": 'scoring.on_error, "raise" or "skip"',
+    "model.guidance": f"model.guidance_scale, {_ONE_MORE}",
+    "algorithm.w_min": f"algorithm.guidance_scale_min, {_ONE_MORE}",
+    "algorithm.w_max": f"algorithm.guidance_scale_max, {_ONE_MORE}",
+    "algorithm.gradient_draws": "algorithm.gradient_samples",
+}
+"""Keys of earlier versions, and what to write now."""
 
 
 def load(
@@ -110,10 +122,10 @@ class _Loader:
         algorithm = self._plugin("algorithm", self.algorithm)
         sampler = self._plugin("sampler", self.layers.name("sampler"))
         rewards = list(self._rewards())
-        watched = list(self._watched({reward.name: reward for reward in rewards}))
+        held_out = list(self._held_out({reward.name: reward for reward in rewards}))
         surrogate = self._surrogate(algorithm)
         self.layers.raise_problems()
-        plain["evaluate"] = replace(plain["evaluate"], rewards=watched)
+        plain["evaluate"] = replace(plain["evaluate"], rewards=held_out)
         config: dict[str, Any] = {"sampler": sampler, "algorithm": algorithm, "surrogate": surrogate}
         try:
             return RunConfig(**config, rewards=rewards, **values, **plain)
@@ -158,7 +170,7 @@ class _Loader:
             if config := self._check_plugin("reward", name, values, entry):
                 yield config
 
-    def _watched(self, trained: Mapping[str, RewardConfig]) -> Iterator[dict[str, Any]]:
+    def _held_out(self, trained: Mapping[str, RewardConfig]) -> Iterator[dict[str, Any]]:
         """Tables with every field; one that is trained on too is measured as it is there, and keeps its name alone."""
         section = "evaluate.rewards"
         for entry, name, values in self.layers.listed(section, f"in {section}", "remove one of them"):
@@ -193,7 +205,7 @@ class _Loader:
         except AlignkitError as error:
             self.layers.problem(section, "name", str(error), entry)
             return None
-        holder = PLUGINS.get(section, PluginConfig)  # what is only watched has no weight
+        holder = PLUGINS.get(section, PluginConfig)  # what is held out has no weight
         own = {key: hint for key, hint in schema.field_types(holder).items() if key not in ("name", "fields")}
         count = len(self.layers.problems)
         checked = self._convert(section, types | own, values, name, entry)
@@ -216,6 +228,9 @@ class _Loader:
         """The values that have a field and its type; each other one becomes a problem."""
         checked: dict[str, Any] = {}
         for key, value in values.items():
+            if key not in types and f"{section}.{key}" in RENAMED:
+                self.layers.problem(section, key, f"was renamed; write {RENAMED[f'{section}.{key}']}", entry)
+                continue
             if key not in types:
                 hint = self._suggest(section, key, types)
                 self.layers.problem(section, key, f"unknown key{hint} (`alignkit show {docs}` lists all)", entry)

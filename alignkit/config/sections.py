@@ -30,8 +30,9 @@ class ModelConfig:
     many steps into a latent consistency model; takes prediction = "consistency" and lora_rank = 0. 0: as it is."""
     lora_targets: list[str] = field(default_factory=list)
     """Names of the layers to adapt, as peft understands them; empty: the attention projections."""
-    guidance: float | None = None
-    """Guidance while sampling, where 0 is the conditional prediction; left out: what suits the model."""
+    guidance_scale: float | None = None
+    """Guidance scale while sampling, as in diffusers: 1 or less is the conditional prediction; left out: what suits the
+    model."""
 
     def __post_init__(self) -> None:
         name = repr(self.name), bool(self.name), "a name"
@@ -41,7 +42,7 @@ class ModelConfig:
             name=name,
             lora_rank=or_more(self.lora_rank, 0),
             guidance_embedding=(width, not width or (widened and width >= 4 and width % 2 == 0), expected),
-            guidance=finite(self.guidance),
+            guidance_scale=finite(self.guidance_scale),
         )
 
 
@@ -55,19 +56,19 @@ class DataConfig:
     behind."""
     prompt_column: str = ""
     """Where .jsonl and .parquet files hold the prompt; empty: "text", "prompt" or "caption"."""
-    pictures: str = ""
-    """Captioned pictures, for algorithms that need them: a folder, a .jsonl file, .tar shards as
+    images: str = ""
+    """Captioned images, for algorithms that need them: a folder, a .jsonl file, .tar shards as
     "shards/{0000..0012}.tar", a data set as "datasets:owner/name", or "package.module:Class"."""
     caption_column: str = ""
     """Where tables, .json members and data sets hold the caption; empty: "text", "caption" or "prompt"."""
     pairs: str = ""
     """Preference pairs, for algorithms that need them: a folder with pairs.jsonl (`alignkit pairs` makes one), a .jsonl
     file, .parquet in Pick-a-Pic's columns or a folder of it, or "package.module:Class"."""
-    broken: Literal["refuse", "skip"] = "refuse"
-    """What to do about prompts, pictures and pairs that are missing or cannot be read: end the run, or leave them out
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do about prompts, images and pairs that are missing or cannot be read: end the run, or leave them out
     and name them."""
     cache: str = ""
-    """A folder that keeps what prompts and pictures are encoded to, so that it is done once; empty: none."""
+    """A folder that keeps what prompts and images are encoded to, so that it is done once; empty: none."""
     batch_size: int = 16
     """Prompts of one round."""
 
@@ -113,18 +114,18 @@ class ScoringConfig:
     is held."""
     multiplier_rate: float = 0.1
     """How much a multiplier grows in a round for each standard deviation that the mean of the reward lies too low."""
-    broken: Literal["refuse", "skip"] = "refuse"
-    """What to do about a score that is NaN or infinite: end the run and name the reward, or count the picture as not
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do about a score that is NaN or infinite: end the run and name the reward, or count the image as not
     scored, and tell."""
     retries: int = 4
     """Times that a reward is asked again when it fails for a reason that may pass (a server that does not answer)."""
     retry_seconds: float = 1.0
     """Wait before the first of them; each further wait is twice as long."""
     retry_limit: float = 300.0
-    """Seconds after which it is not asked again about the same pictures, however many tries are left: a bound for
+    """Seconds after which it is not asked again about the same images, however many tries are left: a bound for
     servers that hang."""
     overlap: bool = True
-    """Whether slow rewards answer in threads of their own while the next pictures are decoded or drawn. It changes no
+    """Whether slow rewards answer in threads of their own while the next images are decoded or drawn. It changes no
     result."""
     cache: str = ""
     """A file that keeps the scores of slow black boxes, to share between runs; empty: scores.sqlite in the run
@@ -230,14 +231,14 @@ class EvaluateConfig:
     limit: int = 64
     """Prompts used, from the top of the file."""
     samples: int = 1
-    """Pictures of each prompt, over which its score is the mean: intervals get narrower, and take as much longer."""
+    """Images of each prompt, over which its score is the mean: intervals get narrower, and take as much longer."""
     seed: int = 1000
     """Seed of the noise, the same at every evaluation."""
     rewards: list[str | dict[str, Any]] = field(default_factory=list)
     """Rewards that are measured and not trained on, besides those of the run: names, or tables with a name and fields
     of the reward, which may be written as [[evaluate.rewards]]."""
     batch_size: int = 32
-    """Pictures drawn at once."""
+    """Images drawn at once."""
 
     def __post_init__(self) -> None:
         require(
@@ -252,10 +253,10 @@ class EvaluateConfig:
         """What to tell about `rewards` that are asked for and never measured; empty where there are none."""
         if not self.rewards or self.prompts:
             return ""
-        names = ", ".join(self.watched())
+        names = ", ".join(self.held_out_rewards())
         return f"evaluate.rewards: not measured ({names}), because evaluate.prompts names no held-out prompts"
 
-    def watched(self) -> dict[str, dict[str, Any]]:
+    def held_out_rewards(self) -> dict[str, dict[str, Any]]:
         """The fields of `rewards` by name."""
         tables: list[dict[str, Any]] = [{"name": e} if isinstance(e, str) else e for e in self.rewards]
         return {table["name"]: {k: v for k, v in table.items() if k != "name"} for table in tables}

@@ -1,6 +1,6 @@
-"""Where captioned pictures lie that are files or parts of files: folders, tables, tar shards in WebDataset's form.
+"""Where captioned images lie that are files or parts of files: folders, tables, tar shards in WebDataset's form.
 
-What is missing is found here; no picture is opened.
+What is missing is found here; no image is opened.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 from alignkit.data.text import choose_column, json_object, leave_out, read_lines
 from alignkit.errors import ConfigError
 
-KEY = "data.pictures"
+KEY = "data.images"
 CAPTION_KEY = "data.caption_column"
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 
 @dataclass(frozen=True, slots=True)
-class StoredPicture:
-    """A captioned picture: the bytes start .. start + length of a file, or all of it."""
+class StoredImage:
+    """A captioned image: the bytes start .. start + length of a file, or all of it."""
 
     name: str
     caption: str
@@ -32,14 +32,14 @@ class StoredPicture:
     length: int | None = None
 
 
-def read_folder(folder: Path, skipped: list[str] | None = None) -> Iterator[StoredPicture]:
-    """Every picture below a folder with the .txt file of its name beside it, in the order of their paths."""
+def read_folder(folder: Path, skipped: list[str] | None = None) -> Iterator[StoredImage]:
+    """Every image below a folder with the .txt file of its name beside it, in the order of their paths."""
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     files = [path for path in found if path.suffix.lower() in SUFFIXES]
     if not any(path.with_suffix(".txt").is_file() for path in files):
         raise ConfigError(
             f'{KEY}: {folder / "metadata.jsonl"} is missing; expected one JSON object a line with "file_name" and '
-            '"text", or beside each picture a .txt file of its name'
+            '"text", or beside each image a .txt file of its name'
         )
     for path in files:
         try:
@@ -50,33 +50,33 @@ def read_folder(folder: Path, skipped: list[str] | None = None) -> Iterator[Stor
         if not caption:
             leave_out(skipped, KEY, f"{path}: its caption {path.stem}.txt is empty")
             continue
-        yield StoredPicture(str(path), caption, path)
-    pictured = {path.with_suffix("") for path in files}
+        yield StoredImage(str(path), caption, path)
+    imaged = {path.with_suffix("") for path in files}
     for path in found:
-        if path.suffix == ".txt" and path.with_suffix("") not in pictured:
-            leave_out(skipped, KEY, f"{path}: there is no picture of that name, expected {', '.join(sorted(SUFFIXES))}")
+        if path.suffix == ".txt" and path.with_suffix("") not in imaged:
+            leave_out(skipped, KEY, f"{path}: there is no image of that name, expected {', '.join(sorted(SUFFIXES))}")
 
 
-def read_table(table: Path, column: str = "", skipped: list[str] | None = None) -> Iterator[StoredPicture]:
-    """One JSON object a line: the picture as "image" or "file_name", seen from the table's folder, and its caption."""
+def read_table(table: Path, column: str = "", skipped: list[str] | None = None) -> Iterator[StoredImage]:
+    """One JSON object a line: the image as "image" or "file_name", seen from the table's folder, and its caption."""
     for where, line in read_lines(table, KEY):
         try:
             record = json_object(line)
             name = record.get("image", record.get("file_name"))
             if not isinstance(name, str):
-                raise ValueError(f'expected the picture\'s path as "image" or "file_name", found {line[:60]!r}')
+                raise ValueError(f'expected the image\'s path as "image" or "file_name", found {line[:60]!r}')
             caption = _caption(record, column)
         except ValueError as error:
             leave_out(skipped, KEY, f"{where}: {error}")
             continue
         if (table.parent / name).is_file():
-            yield StoredPicture(f"{where}: {name}", caption, table.parent / name)
+            yield StoredImage(f"{where}: {name}", caption, table.parent / name)
         else:
             leave_out(skipped, KEY, f"{where}: there is no file {table.parent / name}")
 
 
-def read_shard(shard: Path, column: str = "", skipped: list[str] | None = None) -> Iterator[StoredPicture]:
-    """A tar file in WebDataset's form: members of one name up to the first dot are one picture and its caption.
+def read_shard(shard: Path, column: str = "", skipped: list[str] | None = None) -> Iterator[StoredImage]:
+    """A tar file in WebDataset's form: members of one name up to the first dot are one image and its caption.
 
     The caption is a .txt member, or a key of a .json one. Only headers and captions are read.
     """
@@ -107,15 +107,13 @@ def read_shard(shard: Path, column: str = "", skipped: list[str] | None = None) 
                 try:
                     found = [suffix for suffix in members if suffix in SUFFIXES]
                     if len(found) != 1:
-                        raise ValueError(f"expected one picture, found {', '.join(members)}")
+                        raise ValueError(f"expected one image, found {', '.join(members)}")
                     caption = _member_caption(tar, members, column)
                 except (ValueError, tarfile.TarError, OSError) as error:
                     leave_out(skipped, KEY, f"{shard}, member {key}: {error}")
                     continue
-                picture = members[found[0]]
-                yield StoredPicture(
-                    f"{shard}, member {picture.name}", caption, shard, picture.offset_data, picture.size
-                )
+                image = members[found[0]]
+                yield StoredImage(f"{shard}, member {image.name}", caption, shard, image.offset_data, image.size)
     except (tarfile.TarError, OSError) as error:
         leave_out(skipped, KEY, f"{shard} cannot be read as an uncompressed tar file ({error})")
 

@@ -1,6 +1,6 @@
-"""Captioned pictures, opened and made fit for a model: of files, and of data sets of the datasets library.
+"""Captioned images, opened and made fit for a model: of files, and of data sets of the datasets library.
 
-Each is a finite set whose pictures are found by number, so a stream over it is entered anywhere, by one number.
+Each is a finite set whose images are found by number, so a stream over it is entered anywhere, by one number.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from alignkit.data.decode import read_picture
-from alignkit.data.image_files import CAPTION_KEY, KEY, StoredPicture, read_folder, read_shard, read_table, shards
+from alignkit.data.decode import read_image
+from alignkit.data.image_files import CAPTION_KEY, KEY, StoredImage, read_folder, read_shard, read_table, shards
 from alignkit.data.items import Items
-from alignkit.data.sources import Pictures, find_class, open_class
+from alignkit.data.sources import Images, find_class, open_class
 from alignkit.data.text import choose_column
 from alignkit.errors import ConfigError
 
 EXPECTED = "no folder, .jsonl or .tar file, no datasets:NAME"
 
 
-class PictureSet(Items[tuple[Tensor, str]], Pictures):
-    """Captioned pictures, cropped to the middle square and resized to `size` pixels."""
+class ImageSet(Items[tuple[Tensor, str]], Images):
+    """Captioned images, cropped to the middle square and resized to `size` pixels."""
 
     key = KEY
 
@@ -33,39 +33,39 @@ class PictureSet(Items[tuple[Tensor, str]], Pictures):
 
     @abstractmethod
     def stored(self, index: int) -> tuple[bytes, str]:
-        """The file of a picture, and its caption. Raises OSError or ValueError if that cannot be had."""
+        """The file of an image, and its caption. Raises OSError or ValueError if that cannot be had."""
 
     def load(self, index: int) -> tuple[Tensor, str]:
         data, caption = self.stored(index)
-        return read_picture(data, self.size), caption
+        return read_image(data, self.size), caption
 
     def batch(self, start: int, size: int, seed: int) -> tuple[Tensor, list[str]]:
-        pictures, captions = zip(*self.at(start, size, seed), strict=True)
-        return torch.stack(pictures), list(captions)
+        images, captions = zip(*self.at(start, size, seed), strict=True)
+        return torch.stack(images), list(captions)
 
 
-class PictureFiles(PictureSet):
-    """Captioned pictures that are files, or parts of files."""
+class ImageFiles(ImageSet):
+    """Captioned images that are files, or parts of files."""
 
-    def __init__(self, pictures: Sequence[StoredPicture], size: int, skipped: list[str] | None = None) -> None:
+    def __init__(self, images: Sequence[StoredImage], size: int, skipped: list[str] | None = None) -> None:
         super().__init__(size, skipped)
-        self._pictures = pictures
+        self._images = images
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._images)
 
     def name(self, index: int) -> str:
-        return self._pictures[index].name
+        return self._images[index].name
 
     def stored(self, index: int) -> tuple[bytes, str]:
-        picture = self._pictures[index]
-        with picture.path.open("rb") as file:
-            file.seek(picture.start)
-            return file.read(-1 if picture.length is None else picture.length), picture.caption
+        image = self._images[index]
+        with image.path.open("rb") as file:
+            file.seek(image.start)
+            return file.read(-1 if image.length is None else image.length), image.caption
 
 
-class DatasetPictures(PictureSet):
-    """Rows of a data set of the datasets library, with one column of pictures."""
+class DatasetImages(ImageSet):
+    """Rows of a data set of the datasets library, with one column of images."""
 
     def __init__(self, source: str, size: int, column: str = "", skipped: list[str] | None = None) -> None:
         """`source` is a folder that `save_to_disk` wrote, or `datasets:NAME` or `datasets:NAME:SPLIT`."""
@@ -90,9 +90,9 @@ class DatasetPictures(PictureSet):
             )
         found = [name for name, feature in data.features.items() if isinstance(feature, datasets.Image)]
         if len(found) != 1:
-            raise ConfigError(f"{KEY}: {source} has {len(found)} columns of pictures; expected one")
-        self._picture, self._text = found[0], choose_column(data.column_names, column, CAPTION_KEY, source)
-        self._rows = data.with_format("arrow", columns=[self._picture, self._text])  # pictures as stored, not decoded
+            raise ConfigError(f"{KEY}: {source} has {len(found)} columns of images; expected one")
+        self._image, self._text = found[0], choose_column(data.column_names, column, CAPTION_KEY, source)
+        self._rows = data.with_format("arrow", columns=[self._image, self._text])  # images as stored, not decoded
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -102,42 +102,42 @@ class DatasetPictures(PictureSet):
 
     def stored(self, index: int) -> tuple[bytes, str]:
         (row,) = self._rows[index].to_pylist()
-        picture, caption = row[self._picture], row[self._text]
+        image, caption = row[self._image], row[self._text]
         if not (isinstance(caption, str) and caption.strip()):
             raise ValueError(f"expected a string that is not empty as {self._text}, found {caption!r}")
-        if picture is None:
-            raise ValueError("there is no picture")
-        return picture["bytes"] if picture["bytes"] is not None else Path(picture["path"]).read_bytes(), caption
+        if image is None:
+            raise ValueError("there is no image")
+        return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes(), caption
 
 
-def open_pictures(source: str, size: int, column: str = "", skipped: list[str] | None = None) -> Pictures:
-    """What `[data] pictures` names, at `size` pixels.
+def open_images(source: str, size: int, column: str = "", skipped: list[str] | None = None) -> Images:
+    """What `[data] images` names, at `size` pixels.
 
     `column` names the caption where there are several to choose from. What is broken is a ConfigError, or, given a
     list `skipped`, left out and noted there: what is missing now, and what cannot be read when it comes up.
     """
     path = Path(source)
     if source.startswith("datasets:") or any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        pictures: PictureSet = DatasetPictures(source, size, column, skipped)
+        images: ImageSet = DatasetImages(source, size, column, skipped)
     elif (path / "metadata.jsonl").is_file():
-        pictures = PictureFiles(list(read_table(path / "metadata.jsonl", column, skipped)), size, skipped)
+        images = ImageFiles(list(read_table(path / "metadata.jsonl", column, skipped)), size, skipped)
     elif path.is_dir():
-        pictures = PictureFiles(list(read_folder(path, skipped)), size, skipped)
+        images = ImageFiles(list(read_folder(path, skipped)), size, skipped)
     elif path.suffix == ".jsonl":
-        pictures = PictureFiles(list(read_table(path, column, skipped)), size, skipped)
+        images = ImageFiles(list(read_table(path, column, skipped)), size, skipped)
     elif path.suffix == ".tar":
-        stored = [picture for shard in shards(source) for picture in read_shard(shard, column, skipped)]
-        pictures = PictureFiles(stored, size, skipped)
+        stored = [image for shard in shards(source) for image in read_shard(shard, column, skipped)]
+        images = ImageFiles(stored, size, skipped)
     else:
-        return open_class(source, size, Pictures, KEY, EXPECTED)  # type: ignore[type-abstract]
-    if not len(pictures):
-        raise ConfigError(f"{KEY}: {source} holds no captioned picture" + "".join(f"; {s}" for s in skipped or ()))
-    return pictures
+        return open_class(source, size, Images, KEY, EXPECTED)  # type: ignore[type-abstract]
+    if not len(images):
+        raise ConfigError(f"{KEY}: {source} holds no captioned image" + "".join(f"; {s}" for s in skipped or ()))
+    return images
 
 
-def check_pictures(source: str, column: str = "", skipped: list[str] | None = None) -> None:
-    """Raise ConfigError for what is missing, as `open_pictures` would; reads no picture, and looks nothing up."""
+def check_images(source: str, column: str = "", skipped: list[str] | None = None) -> None:
+    """Raise ConfigError for what is missing, as `open_images` would; reads no image, and looks nothing up."""
     if Path(source).exists() or ":" not in source:
-        open_pictures(source, 1, column, skipped)
+        open_images(source, 1, column, skipped)
     elif not source.startswith("datasets:"):
-        find_class(source, Pictures, KEY, EXPECTED)  # type: ignore[type-abstract]
+        find_class(source, Images, KEY, EXPECTED)  # type: ignore[type-abstract]

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Items(ABC, Generic[T]):
-    """A finite number of pictures or of pairs, found by number and read when their turn comes.
+    """A finite number of images or of pairs, found by number and read when their turn comes.
 
     One that cannot be read is a ConfigError that names it. With a list `skipped` it is noted there once instead, and
     the next one that can be read stands in its place, so that what stands at a position never depends on the past.
@@ -36,7 +36,7 @@ class Items(ABC, Generic[T]):
 
     @abstractmethod
     def load(self, index: int) -> T:
-        """Its pictures, each (3, H, W) float32 in [0, 1], and its text. Raises one of `UNREADABLE`."""
+        """Its images, each (3, H, W) float32 in [0, 1], and its text. Raises one of `UNREADABLE`."""
 
     def read(self, index: int) -> T | None:
         """What `load` gives; None if it is broken and such are skipped."""

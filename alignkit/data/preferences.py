@@ -1,4 +1,4 @@
-"""Preference pairs as data: two pictures of one text each, the preferred one first."""
+"""Preference pairs as data: two images of one text each, the preferred one first."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignkit.data.decode import UNREADABLE, read_picture
+from alignkit.data.decode import UNREADABLE, read_image
 from alignkit.data.items import Items
 from alignkit.data.sources import Preferences, find_class, open_class
 from alignkit.data.text import json_object, leave_out, read_lines, text_column
@@ -32,14 +32,14 @@ class Row:
     """File and line, or row."""
     caption: str
     winner: Any
-    """Where in or beside the file the picture is, as the table understands it."""
+    """Where in or beside the file the image is, as the table understands it."""
     loser: Any
 
 
 class PairTable(Items[tuple[Tensor, Tensor, str]], Preferences):
-    """Pairs of a table that fits into memory, without the pictures; those are read when their turn comes.
+    """Pairs of a table that fits into memory, without the images; those are read when their turn comes.
 
-    Pictures are cropped to the middle square and resized to `size` pixels. What is broken is left out of the table, or
+    Images are cropped to the middle square and resized to `size` pixels. What is broken is left out of the table, or
     when its turn comes replaced by the next row, and noted in `skipped`; or refused if that is not given.
     """
 
@@ -50,7 +50,7 @@ class PairTable(Items[tuple[Tensor, Tensor, str]], Preferences):
         self.source, self.size = source, size
         self.rows = list(self._read_table())
         if not self.rows:
-            raise ConfigError(f"{KEY}: {source} holds no pair of which one picture is preferred and can be read")
+            raise ConfigError(f"{KEY}: {source} holds no pair of which one image is preferred and can be read")
 
     @abstractmethod
     def _read_table(self) -> Iterator[Row]:
@@ -58,7 +58,7 @@ class PairTable(Items[tuple[Tensor, Tensor, str]], Preferences):
 
     @abstractmethod
     def _stored(self, found: Any) -> bytes:
-        """The file of the picture that a row calls `found`. Raises OSError or ValueError."""
+        """The file of the image that a row calls `found`. Raises OSError or ValueError."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -68,11 +68,11 @@ class PairTable(Items[tuple[Tensor, Tensor, str]], Preferences):
 
     def load(self, index: int) -> tuple[Tensor, Tensor, str]:
         row = self.rows[index]
-        return self._picture(row.winner), self._picture(row.loser), row.caption
+        return self._image(row.winner), self._image(row.loser), row.caption
 
-    def _picture(self, found: Any) -> Tensor:
+    def _image(self, found: Any) -> Tensor:
         try:
-            return read_picture(self._stored(found), self.size)
+            return read_image(self._stored(found), self.size)
         except UNREADABLE as error:
             raise ValueError(f"{found if isinstance(found, str) else found[-1]}: {error}") from error
 
@@ -112,8 +112,8 @@ class JsonPairs(PairTable):
 class ParquetPairs(PairTable):
     """Parquet in the columns of Pick-a-Pic: caption, jpg_0, jpg_1 (a file's bytes), label_0 of 1 or 0, maybe label_1.
 
-    A label of .5, and none at all, prefers neither picture: such rows are left out, as Diffusion-DPO does, and counted
-    in `notes`. Pictures are read a row group at a time; small row groups make for quick reading in random order.
+    A label of .5, and none at all, prefers neither image: such rows are left out, as Diffusion-DPO does, and counted
+    in `notes`. Images are read a row group at a time; small row groups make for quick reading in random order.
     """
 
     def __init__(self, source: Path, size: int, skipped: list[str] | None = None) -> None:
@@ -142,12 +142,10 @@ class ParquetPairs(PairTable):
                     names = ("jpg_0", "jpg_1") if first else ("jpg_1", "jpg_0")
                     yield Row(where, caption, *((file, group, place, name) for name in names))
         if undecided:
-            self.notes = [
-                f"{KEY}: {undecided} of {count} rows of {self.source} prefer neither picture and are left out"
-            ]
+            self.notes = [f"{KEY}: {undecided} of {count} rows of {self.source} prefer neither image and are left out"]
 
     def _records(self, file: Path) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
-        """Row group, place in it, and values of each row, the pictures left out."""
+        """Row group, place in it, and values of each row, the images left out."""
         with self._opened(file) as opened:
             names = set(opened.schema_arrow.names)
             if missing := {"caption", "jpg_0", "jpg_1", "label_0"} - names:
@@ -176,7 +174,7 @@ class ParquetPairs(PairTable):
             with self._opened(file) as opened:
                 self._group = (file, group), opened.read_row_group(group, columns=["jpg_0", "jpg_1"])
         value = self._group[1].column(column)[place].as_py()
-        # The datasets library keeps a picture as its bytes beside the path that it had.
+        # The datasets library keeps an image as its bytes beside the path that it had.
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
             raise ValueError(f"found {type(data).__name__}, expected the bytes of a file")
@@ -205,7 +203,7 @@ def open_pairs(source: str, size: int, skipped: list[str] | None = None) -> Pref
 
 
 def check_pairs(source: str, skipped: list[str] | None = None) -> None:
-    """Raise ConfigError for a table with broken rows or missing files, as `open_pairs` would; reads no picture."""
+    """Raise ConfigError for a table with broken rows or missing files, as `open_pairs` would; reads no image."""
     if Path(source).exists() or ":" not in source:
         open_pairs(source, 1, skipped)
     else:

@@ -69,7 +69,7 @@ def _read_parquet(path: Path, column: str, key: str) -> tuple[str, list[dict[str
         file = parquet.ParquetFile(path)
         schema = file.schema_arrow
         name = choose_column(schema.names, column, "data.prompt_column", path)
-        # Pictures and lists, which such files often hold as well, are not read at all.
+        # Images and lists, which such files often hold as well, are not read at all.
         plain = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
         kept = [field.name for field in schema if any(is_kind(field.type) for is_kind in plain)]
         return name, file.read(columns=list(dict.fromkeys([name, *kept]))).to_pylist()

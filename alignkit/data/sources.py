@@ -1,4 +1,4 @@
-"""Prompts, and streams over them and over captioned pictures, whose position is a single number."""
+"""Prompts, and streams over them and over captioned images, whose position is a single number."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from alignkit.records import PreferencePairs
 T = TypeVar("T")
 
 
-class Pictures(ABC):
-    """Captioned pictures. `[data] pictures` names a place of files, or a subclass as "package.module:Class"."""
+class Images(ABC):
+    """Captioned images. `[data] images` names a place of files, or a subclass as "package.module:Class"."""
 
     @abstractmethod
     def batch(self, start: int, size: int, seed: int) -> tuple[Tensor, list[str]]:
-        """Pictures (size, 3, H, W) float32 in [0, 1] and captions at positions start .. of the stream of `seed`."""
+        """Images (size, 3, H, W) float32 in [0, 1] and captions at positions start .. of the stream of `seed`."""
 
 
 def find_class(source: str, base: type[T], key: str, expected: str) -> Callable[[int], T]:
@@ -40,7 +40,7 @@ def find_class(source: str, base: type[T], key: str, expected: str) -> Callable[
 
 
 def open_class(source: str, size: int, base: type[T], key: str, expected: str) -> T:
-    """What that class gives for pictures of `size` pixels. Raises ConfigError for a size that it refuses as well."""
+    """What that class gives for images of `size` pixels. Raises ConfigError for a size that it refuses as well."""
     try:
         found = find_class(source, base, key, expected)(size)
     except (ValueError, TypeError) as error:

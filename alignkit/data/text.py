@@ -17,7 +17,7 @@ def leave_out(skipped: list[str] | None, key: str, what: str) -> None:
     """What happens to what is broken: a ConfigError under the name `key`, or, given a list, a line in it."""
     if skipped is None:
         # Held-out prompts, and those of a command, are never skipped.
-        remedy = '; mend it, or set data.broken = "skip"' if key.startswith("data.") else ""
+        remedy = '; mend it, or set data.on_error = "skip"' if key.startswith("data.") else ""
         raise ConfigError(f"{key}: {what}{remedy}")
     skipped.append(what)
 

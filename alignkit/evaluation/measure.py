@@ -14,7 +14,7 @@ from alignkit.evaluation.statistics import bootstrap, interval
 from alignkit.interfaces import Policy, Sampler
 from alignkit.records import Example
 from alignkit.rewards.weighted import WeightedRewards, joined
-from alignkit.rollout import sample_pictures
+from alignkit.rollout import sample_images
 
 if TYPE_CHECKING:
     pass
@@ -26,20 +26,20 @@ class Measurement:
 
     values: dict[tuple[int, str], Tensor]
     """By number of steps and name of the reward or part: (P,) float32 on the CPU, NaN where it could not be scored."""
-    pictures: Tensor
+    images: Tensor
     """(G, len(steps), 3, H, W) uint8, the first G prompts at each number of steps."""
     features: dict[int, Tensor] = field(default_factory=dict)
-    """By number of steps: features (N, D) of all pictures, where they were asked for."""
+    """By number of steps: features (N, D) of all images, where they were asked for."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Values and pictures as a checkpoint takes them; features are left out."""
+        """Values and images as a checkpoint takes them; features are left out."""
         values = [[steps, name, column] for (steps, name), column in self.values.items()]
-        return {"values": values, "pictures": self.pictures}
+        return {"values": values, "images": self.images}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
         """The reverse of `state_dict`."""
-        return cls({(steps, name): column for steps, name, column in state["values"]}, state["pictures"])
+        return cls({(steps, name): column for steps, name, column in state["values"]}, state["images"])
 
 
 @torch.no_grad()
@@ -51,17 +51,17 @@ def measure(
     steps: Sequence[int],
     seed: int,
     batch_size: int,
-    pictures: int = 8,
+    grid_size: int = 8,
     features: Callable[[Tensor], Tensor] | None = None,
     samples: int = 1,
-    drawn: Callable[[int], None] = lambda passes: None,
+    advance: Callable[[int], None] = lambda passes: None,
 ) -> Measurement:
-    """Draw every example at every number of steps, and score it; keep the first few pictures.
+    """Draw every example at every number of steps, and score it; keep the first few images.
 
-    `features` maps pictures (N, 3, H, W) in [0, 1] to what is kept of them all, (N, D). A prompt's value is the mean
-    over its `samples` pictures that could be scored. `drawn` is told the passes of the network behind every batch.
+    `features` maps images (N, 3, H, W) in [0, 1] to what is kept of them all, (N, D). A prompt's value is the mean
+    over its `samples` images that could be scored. `advance` is called with the network passes of every batch.
 
-    The noise of picture j of prompt i depends on `seed + j` and i alone, so two measurements compare prompt by prompt,
+    The noise of image j of prompt i depends on `seed + j` and i alone, so two measurements compare prompt by prompt,
     whatever the weights and the batch size.
     """
     every = [*examples] * samples
@@ -79,31 +79,31 @@ def measure(
                 part = every[start : start + batch_size]
                 places = range(start, start + len(part))
                 seeds = [(seed + place // len(examples), place % len(examples)) for place in places]
-                images = sample_pictures(policy, walker, [e.text for e in part], seeds)
+                images = sample_images(policy, walker, [e.text for e in part], seeds)
                 if features is not None:
                     seen.setdefault(num_steps, []).append(features(images).cpu())
-                kept.extend((images[: max(0, pictures - start)] * 255).round().byte().cpu())
+                kept.extend((images[: max(0, grid_size - start)] * 255).round().byte().cpu())
                 yield images, part
-                drawn(num_steps * len(part))
+                advance(num_steps * len(part))
 
-        # Slow rewards answer while the next pictures are drawn.
+        # Slow rewards answer while the next images are drawn.
         scores = joined(rewards.score_each(batches()))
-        total = {TOTAL: scores.values} if rewards.rewards else {}  # where all are watched there is nothing to sum
+        total = {TOTAL: scores.values} if rewards.rewards else {}  # where all are held out there is nothing to sum
         for name, found in {**total, **scores.parts}.items():
             values[num_steps, name] = found.cpu().view(samples, -1).nanmean(0)
         columns.append(torch.stack(kept))
     return Measurement(values, torch.stack(columns, dim=1), {k: torch.cat(parts) for k, parts in seen.items()})
 
 
-def compare(before: Measurement, after: Measurement | None = None, watched: Sequence[str] = ()) -> list[Row]:
+def compare(before: Measurement, after: Measurement | None = None, held_out: Sequence[str] = ()) -> list[Row]:
     """A row for every reward and number of steps; without `after`, the values before alone.
 
-    `watched` are the rewards that are not trained on; their parts are not, either.
+    `held_out` are the rewards that are not trained on; their parts are not, either.
     A prompt that could not be scored in one of the two is left out of both; with none left there is no row.
     """
     rows = []
     for (num_steps, name), first in before.values.items():
-        # A reward gives parts where it could score a picture; afterwards that may be nowhere.
+        # A reward gives parts where it could score an image; afterwards that may be nowhere.
         second = first if after is None else after.values.get((num_steps, name), torch.full_like(first, torch.nan))
         scored = ~(first.isnan() | second.isnan())
         first, second = first[scored], second[scored]
@@ -117,7 +117,7 @@ def compare(before: Measurement, after: Measurement | None = None, watched: Sequ
             mean,
             before_low=low,
             before_high=high,
-            watched=name.partition("/")[0] in watched,
+            held_out=name.partition("/")[0] in held_out,
         )
         if after is not None:
             mean, low, high = interval(second)

@@ -32,5 +32,5 @@ class Row:
     """Where they are from: "seen", the first of the file that was trained from, or "unseen"."""
     run: str = ""
     """The run, where a table holds several."""
-    watched: bool = False
+    held_out: bool = False
     """Whether the reward is measured and not trained on."""

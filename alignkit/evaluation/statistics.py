@@ -1,4 +1,4 @@
-"""How far a trained model's pictures lie from those of the model it started as."""
+"""How far a trained model's images lie from those of the model it started as."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def kernel_distance(
     Row i of both belongs to the same prompt and noise, and so do rows i, i + `prompts`, i + 2 `prompts`, ... to the
     same prompt; 0: every row has its own. Pairs of one prompt are left out of every term, so the estimate has mean 0
     where nothing changed (the U-statistic of Gretton et al. 2012, Lemma 6), and may be a little below; the interval
-    draws prompts anew, with all of their pictures. The kernel is that of KID, (x y / D + 1)^3 (Binkowski et al. 2018),
+    draws prompts anew, with all of their images. The kernel is that of KID, (x y / D + 1)^3 (Binkowski et al. 2018),
     on features measured from the first set's mean in units of its spread over all D. Raises ValueError below two
     prompts.
     """

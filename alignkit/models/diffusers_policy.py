@@ -49,16 +49,16 @@ class DiffusersPolicy(Policy):
         lora_rank: int = 16,
         lora_targets: Sequence[str] = (),
         trainable: bool = True,
-        guidance: float | None = None,
+        guidance_scale: float | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         cache: EncoderCache | None = None,
         gradient_checkpointing: bool = False,
         rows_per_pass: int = 0,
     ) -> None:
-        """`lora_rank` 0 trains the whole UNet. `guidance` is diffusers' guidance_scale minus one. `unet`, `adapter`,
+        """`lora_rank` 0 trains the whole UNet. `guidance_scale` is as in diffusers. `unet`, `adapter`,
         `prediction` and `guidance_embedding` are as in the section [model] of a run file, `gradient_checkpointing` as
-        in [train]. `cache` keeps what texts and pictures are encoded to; it changes no result. `rows_per_pass` is how
+        in [train]. `cache` keeps what texts and images are encoded to; it changes no result. `rows_per_pass` is how
         many rows go through the network at once where no gradient is asked for; 0: all."""
         self.source, self.cache, self.rows_per_pass = source, cache, rows_per_pass
         self.device = torch.device(device)
@@ -81,7 +81,10 @@ class DiffusersPolicy(Policy):
         self._scaling: float | None = config.get("timestep_scaling", 10.0) if consistency else None
         self._embed_dim: int | None = self.unet.config.time_cond_proj_dim
         self.guidance_embedded = self._embed_dim is not None
-        self.guidance = guidance if guidance is not None else (7.5 if self._embed_dim else 0.0)
+        if guidance_scale is None:
+            guidance_scale = 8.5 if self._embed_dim else 1.0
+        # As in diffusers, where cards of turbo models ask for a scale of 0: two passes are made above 1 alone.
+        self.guidance_scale = guidance_scale if self._embed_dim else max(guidance_scale, 1.0)
         edge = self.unet.config.sample_size
         self.latent_shape = (self.unet.config.in_channels, edge, edge)
         self.image_size = edge * 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -108,7 +111,7 @@ class DiffusersPolicy(Policy):
             raise ConfigError(f"model.lora_targets: {list(targets)} name no layers of the UNet ({error})") from error
         return lora
 
-    # text and pictures: one at a time and in the precision that the encoders were loaded in, so that the result of one
+    # text and images: one at a time and in the precision that the encoders were loaded in, so that the result of one
     # depends neither on what it is encoded together with, nor on whether it was encoded now or long ago
 
     @torch.no_grad()
@@ -129,7 +132,7 @@ class DiffusersPolicy(Policy):
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """The mode of the VAE's posterior: no chance is needed for it."""
-        return torch.cat([self._cached("pictures", image, self._encode_image)["latents"] for image in images])
+        return torch.cat([self._cached("images", image, self._encode_image)["latents"] for image in images])
 
     def _encode_image(self, image: Tensor) -> dict[str, Tensor]:
         pixels = (2 * image[None] - 1).to(self.device, self.vae.dtype)
@@ -137,7 +140,7 @@ class DiffusersPolicy(Policy):
         return {"latents": latents}
 
     def _cached(self, kind: str, value: V, encode: Callable[[V], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What `encode` makes of a text or picture, on the device; from the cache if there is one."""
+        """What `encode` makes of a text or image, on the device; from the cache if there is one."""
         with torch.autocast(self.device.type, enabled=False):
             if self.cache is None:
                 found = encode(value) if isinstance(value, Tensor) else self._remembered(value)
@@ -158,7 +161,7 @@ class DiffusersPolicy(Policy):
 
     @cached_property
     def encoders(self) -> dict[str, str]:
-        """The cache's names of the encoders of "texts" and "pictures": equal only if they compute the same."""
+        """The cache's names of the encoders of "texts" and "images": equal only if they compute the same."""
         here = [type(self.pipe).__name__, self.device.type]  # a GPU rounds differently from a CPU
         tokenizers, networks = (
             [part for name in (kind, f"{kind}_2") if (part := getattr(self.pipe, name, None)) is not None]
@@ -166,7 +169,7 @@ class DiffusersPolicy(Policy):
         )
         return {
             "texts": "texts-" + fingerprint([*here, *map(tokenizer_state, tokenizers), *networks]),
-            "pictures": "pictures-" + fingerprint([*here, self.vae]),
+            "images": "images-" + fingerprint([*here, self.vae]),
         }
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -175,10 +178,10 @@ class DiffusersPolicy(Policy):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """What the model before training makes of pictures (N, 3, H, W) in [0, 1]: (N, D) float32.
+        """What the model before training makes of images (N, 3, H, W) in [0, 1]: (N, D) float32.
 
         The mean over space of the UNet's middle block, or of its last down block where there is none, which reads the
-        encoded pictures at time 0 and without text.
+        encoded images at time 0 and without text.
         """
         latents = torch.cat([self._encode_image(image)["latents"] for image in images])  # drawn, not worth a cache
         empty = self._without_text(len(latents))
@@ -203,15 +206,18 @@ class DiffusersPolicy(Policy):
         level = self._alphas[t]
         return level.sqrt(), (1 - level).sqrt()
 
-    def denoise(self, x: Tensor, t: Tensor, prompt: Prompt, guidance: Tensor | None = None) -> Tensor:
+    def denoise(self, x: Tensor, t: Tensor, prompt: Prompt, guidance_scale: Tensor | None = None) -> Tensor:
         size = self.rows_per_pass
         if 0 < size < len(x) and not torch.is_grad_enabled():  # with gradient, whoever asks minds the memory
             parts = torch.arange(len(x), device=x.device).split(size)
-            w = [None if guidance is None else guidance[i] for i in parts]
-            return torch.cat([self.denoise(x[i], t[i], prompt.select(i), v) for i, v in zip(parts, w, strict=True)])
-        if guidance is None and (self._embed_dim or self.guidance):
-            guidance = torch.full((len(x),), self.guidance, device=x.device)
-        if guidance is None or self._embed_dim or not bool(guidance.any()):
+            scales = [None if guidance_scale is None else guidance_scale[i] for i in parts]
+            return torch.cat(
+                [self.denoise(x[i], t[i], prompt.select(i), v) for i, v in zip(parts, scales, strict=True)]
+            )
+        if guidance_scale is None:
+            guidance_scale = torch.full((len(x),), self.guidance_scale, device=x.device)
+        guidance = guidance_scale - 1  # w of the LCM paper, which embeddings take too
+        if self._embed_dim or not bool(guidance.any()):
             return self._predict(x, t, prompt.features, prompt.pooled, guidance)
         null = self._without_text(len(x))
         pooled = None if prompt.pooled is None or null.pooled is None else torch.cat([prompt.pooled, null.pooled])

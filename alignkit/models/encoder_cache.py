@@ -1,4 +1,4 @@
-"""What encoders made of texts and pictures, kept on disk so that it is made once."""
+"""What encoders made of texts and images, kept on disk so that it is made once."""
 
 from __future__ import annotations
 

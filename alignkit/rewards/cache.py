@@ -1,4 +1,4 @@
-"""Scores of black boxes, kept on disk so that no picture is judged twice."""
+"""Scores of black boxes, kept on disk so that no image is judged twice."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from alignkit.records import Example, Scores
 class ScoreCache:
     """One file of SQLite: a score and its parts by a hash of pixels, text, metadata and the reward's fingerprint.
 
-    Processes and threads may share it. An entry is found again to the bit; only pictures that could be scored are kept.
+    Processes and threads may share it. An entry is found again to the bit; only images that could be scored are kept.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -30,7 +30,7 @@ class ScoreCache:
     def get(self, keys: Sequence[str], device: torch.device) -> Scores | None:
         """The scores under all of `keys`, or None if one is missing.
 
-        All or none: a reward's last bits may depend on which pictures it is given together, so a part that is asked for
+        All or none: a reward's last bits may depend on which images it is given together, so a part that is asked for
         again is asked for as a whole.
         """
         rows = []
@@ -47,7 +47,7 @@ class ScoreCache:
         return Scores(values, torch.ones(len(rows), dtype=torch.bool, device=device), parts)
 
     def put(self, keys: Sequence[str], scores: Scores) -> None:
-        """Keep what is valid of `scores`, float32 of N pictures, under N keys."""
+        """Keep what is valid of `scores`, float32 of N images, under N keys."""
         parts = {name: values.tolist() for name, values in scores.parts.items()}
         entries = []
         for i, (key, value, valid) in enumerate(zip(keys, scores.values.tolist(), scores.valid.tolist(), strict=True)):
@@ -97,14 +97,14 @@ class ScoreCache:
 
 
 def keys_of(fingerprint: str, images: Tensor, examples: Sequence[Example]) -> list[str]:
-    """32 digits for each of N pictures (N, 3, H, W) in [0, 1] as 8-bit files hold them, with its example."""
+    """32 digits for each of N images (N, 3, H, W) in [0, 1] as 8-bit files hold them, with its example."""
     levels = (images.detach() * 255).round().byte().cpu().contiguous()
     keys = []
-    for picture, example in zip(levels, examples, strict=True):
+    for image, example in zip(levels, examples, strict=True):
         metadata = json.dumps(dict(example.metadata), sort_keys=True, default=str)
         # Each with its length, so that no two of them can run into each other.
         texts = [f"{len(text)} {text}" for text in (fingerprint, example.text, metadata)]
-        digest = hashlib.blake2b("".join([*texts, str(tuple(picture.shape))]).encode(errors="surrogatepass"))
-        digest.update(picture.numpy().data)
+        digest = hashlib.blake2b("".join([*texts, str(tuple(image.shape))]).encode(errors="surrogatepass"))
+        digest.update(image.numpy().data)
         keys.append(digest.hexdigest()[:32])
     return keys

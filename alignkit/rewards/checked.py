@@ -22,10 +22,10 @@ from alignkit.rewards.worker import Worker
 
 
 @dataclass(frozen=True)
-class Asking:
+class Scoring:
     """How all rewards of a run are asked; the fields are those of `[scoring]`."""
 
-    broken: str = "refuse"
+    on_error: str = "raise"
     retries: int = 4
     retry_seconds: float = 1.0
     retry_limit: float = 300.0
@@ -35,19 +35,19 @@ class Asking:
     """Told, once each, what a user should know."""
 
 
-class AskedReward:
-    """A reward under its name. Whatever it does wrong is a PluginError that names it, its distribution and the picture;
-    `first` is what messages call the first picture."""
+class CheckedReward:
+    """A reward under its name. Whatever it does wrong is a PluginError that names it, its distribution and the image;
+    `first` is what messages call the first image."""
 
-    def __init__(self, name: str, reward: Reward, asking: Asking) -> None:
-        self.name, self.reward, self.asking = name, reward, asking
+    def __init__(self, name: str, reward: Reward, scoring: Scoring) -> None:
+        self.name, self.reward, self.scoring = name, reward, scoring
         self._fingerprint = ""
         self._thread: Worker | None = None
 
     def load(self, device: torch.device) -> None:
         with blaming(self.name, self.reward, "while loading"):
             self.reward.load(device)
-            kept = self.asking.cache is not None and self.reward.deterministic and not self.reward.differentiable
+            kept = self.scoring.cache is not None and self.reward.deterministic and not self.reward.differentiable
             self._fingerprint = self.reward.fingerprint() if kept else ""
 
     def identity(self) -> str:
@@ -59,7 +59,7 @@ class AskedReward:
     ) -> Scores:
         """Scores of images (N, 3, H, W) in [0, 1], float32, NaN where invalid. Once `closed` is set nothing is tried
         again."""
-        cache, device = self.asking.cache, images.device
+        cache, device = self.scoring.cache, images.device
         if self.reward.differentiable and images.requires_grad and torch.is_grad_enabled():
             return self._followed(images, examples, first)
         if cache is None or not self._fingerprint:
@@ -72,7 +72,7 @@ class AskedReward:
         return scores
 
     def _followed(self, images: Tensor, examples: Sequence[Example], first: int) -> Scores:
-        """With gradient, which a picture that is not scored has none of: masking its score alone would leave NaN."""
+        """With gradient, which an image that is not scored has none of: masking its score alone would leave NaN."""
         lost = torch.zeros(len(images), dtype=torch.bool, device=images.device)
         seen = images.clone()
         seen.register_hook(lambda gradient: gradient.masked_fill(lost.view(-1, 1, 1, 1), 0))
@@ -83,7 +83,7 @@ class AskedReward:
     def begin(self, images: Tensor, examples: Sequence[Example], first: int = 0) -> Future[Scores]:
         """Ask without gradient; the answer may still be on its way. A slow reward is asked in its own thread, one call
         after another and in order, so that it gives what it would give without one."""
-        if self.reward.slow and self.asking.overlap:
+        if self.reward.slow and self.scoring.overlap:
             if self._thread is None:
                 self._thread = Worker(f"reward {self.name}")
             return self._thread.submit(self._elsewhere, images, examples, first, self._thread.closed)
@@ -96,8 +96,8 @@ class AskedReward:
         if self._thread is not None:
             self._thread.close()
             self._thread = None
-        if self.asking.cache is not None:
-            self.asking.cache.close()
+        if self.scoring.cache is not None:
+            self.scoring.cache.close()
 
     def _elsewhere(self, images: Tensor, examples: Sequence[Example], first: int, closed: Event) -> Scores:
         # What torch keeps for each thread: gradient mode, autocast (off in a new one) and the device.
@@ -108,14 +108,14 @@ class AskedReward:
     def _ask(self, images: Tensor, examples: Sequence[Example], first: int, closed: Event | None = None) -> object:
         """The reward's answer. What may pass is tried again; at last it is a TransientError that names the reward."""
         begun = monotonic()
-        for attempt in range(self.asking.retries + 1):
+        for attempt in range(self.scoring.retries + 1):
             try:
                 # In the precision that it was loaded in: a reward that is followed scores as when it is measured.
                 with torch.autocast(images.device.type, enabled=False):
                     return self._answer(images, examples, first)
             except TransientError as error:
-                pause, passed = self.asking.retry_seconds * 2**attempt, monotonic() - begun
-                if attempt == self.asking.retries or passed + pause > self.asking.retry_limit:
+                pause, passed = self.scoring.retry_seconds * 2**attempt, monotonic() - begun
+                if attempt == self.scoring.retries or passed + pause > self.scoring.retry_limit:
                     seconds = "1 second" if round(passed) == 1 else f"{passed:.0f} seconds"
                     times = f"{attempt + 1} times in {seconds}" if attempt else "once"
                     raise TransientError(
@@ -126,20 +126,20 @@ class AskedReward:
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def _answer(self, images: Tensor, examples: Sequence[Example], first: int) -> object:
-        """The reward's answer. Raises PluginError with the picture that it fails on, which is looked for one by one."""
+        """The reward's answer. Raises PluginError with the image that it fails on, which is looked for one by one."""
         try:
             # Its own of both: what it writes into them must reach neither other rewards, nor a second try, nor a key.
             return self.reward(images.clone(), own(examples))
         except AlignkitError:
             raise
         except Exception as error:
-            which = f"{len(examples)} pictures together, each of which it scores alone"
+            which = f"{len(examples)} images together, each of which it scores alone"
             for i, example in enumerate(examples):
                 try:
                     with torch.no_grad():
                         self.reward(images[i : i + 1].clone(), own([example]))
                 except Exception:
-                    which = f"picture {first + i}, {example.text!r}"
+                    which = f"image {first + i}, {example.text!r}"
                     break
             raise _failed(self.name, self.reward, f"while scoring {which}", error) from error
 
@@ -153,21 +153,21 @@ class AskedReward:
         for label, column in columns.items():
             found = f"shape {tuple(column.shape)}" if isinstance(column, Tensor) else type(column).__name__
             if found != f"shape ({count},)":
-                raise PluginError(f"{who} returned {label} of {found}, expected shape ({count},): one a picture")
+                raise PluginError(f"{who} returned {label} of {found}, expected shape ({count},): one an image")
         if len(scores.reasons) not in (0, count):
-            raise PluginError(f"{who} returned {len(scores.reasons)} reasons for {count} pictures, expected one each")
+            raise PluginError(f"{who} returned {len(scores.reasons)} reasons for {count} images, expected one each")
         reasons, valid = scores.reasons, scores.valid.to(device=device, dtype=torch.bool)
         values = scores.values.to(device).float()
         wrong = (valid & ~values.isfinite()).nonzero().flatten().tolist()
         if wrong:
-            found = f"{values[wrong[0]].item()} for picture {first + wrong[0]}, {examples[wrong[0]].text!r}"
-            if self.asking.broken == "refuse":
+            found = f"{values[wrong[0]].item()} for image {first + wrong[0]}, {examples[wrong[0]].text!r}"
+            if self.scoring.on_error == "raise":
                 raise PluginError(
                     f"{who} returned {found}, expected a finite number, or Scores that mark it invalid (--set "
-                    "scoring.broken=skip, with --resume as well, counts such a picture as not scored)"
+                    "scoring.on_error=skip, with --resume as well, counts such an image as not scored)"
                 )
-            if self.asking.warn is not None:
-                self.asking.warn(f"{who} returned numbers that are not finite; such pictures are not scored")
+            if self.scoring.warn is not None:
+                self.scoring.warn(f"{who} returned numbers that are not finite; such images are not scored")
             valid = valid & values.isfinite()
             told = dict.fromkeys(wrong, "its score is not finite")
             reasons = [told.get(i, reason) for i, reason in enumerate(reasons or [""] * count)]

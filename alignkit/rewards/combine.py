@@ -118,7 +118,7 @@ class Combination:
         return {name: (w + self._multipliers.get(name, 0.0)) / total for name, w in self._weights.items()}
 
     def values(self, scores: Scores) -> Tensor:
-        """(N,) what to learn from; NaN where a picture could not be scored."""
+        """(N,) what to learn from; NaN where an image could not be scored."""
         if self.mode != "normalised":
             return scores.values
         self._start(scores)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class FunctionReward(Reward):
-    """A reward that asks a function of pictures and prompts."""
+    """A reward that asks a function of images and prompts."""
 
     function: ClassVar[Callable[..., Any]]
 

@@ -1,4 +1,4 @@
-"""Several rewards as one: their weighted sum, a few pictures at a time, each held to its contract."""
+"""Several rewards as one: their weighted sum, a few images at a time, each held to its contract."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Reward
 from alignkit.records import Example, Scores
-from alignkit.rewards.checked import AskedReward, Asking, blaming
+from alignkit.rewards.checked import CheckedReward, Scoring, blaming
 
 
 def quantize(images: Tensor) -> Tensor:
@@ -39,36 +39,36 @@ class _Quantize(torch.autograd.Function):
 
 
 class WeightedRewards:
-    """The weighted sum of named rewards, in float32, and rewards that are only watched.
+    """The weighted sum of named rewards, in float32, and rewards that are held out.
 
-    What a reward does wrong is a PluginError that names it, its distribution and the picture.
+    What a reward does wrong is a PluginError that names it, its distribution and the image.
     """
 
     def __init__(
         self,
         rewards: Sequence[tuple[str, float, Reward]],
-        watched: Sequence[tuple[str, Reward]] = (),
-        asking: Asking | None = None,
+        held_out: Sequence[tuple[str, Reward]] = (),
+        scoring: Scoring | None = None,
         needed: bool = True,
     ) -> None:
-        """`rewards` are (name, weight, reward); `watched` are (name, reward), which are scored and have no part in the
+        """`rewards` are (name, weight, reward); `held_out` are (name, reward), which are scored and have no part in the
         sum. Raises ConfigError for a name used twice, and where one is `needed` and there is none."""
-        names = [name for name, _, _ in rewards] + [name for name, _ in watched]
+        names = [name for name, _, _ in rewards] + [name for name, _ in held_out]
         if needed and not names:
             raise ConfigError("reward: none is given; expected at least one, as --reward attribute_binding")
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
             raise ConfigError(f"reward: {twice!r} is listed {names.count(twice)} times, expected once; add the weights")
         self.rewards = list(rewards)
-        self.watched = [name for name, _ in watched]
+        self.held_out = [name for name, _ in held_out]
         self._weights = {name: weight for name, weight, _ in rewards}
-        members = [*((name, reward) for name, _, reward in rewards), *watched]
-        self._asked = [AskedReward(name, reward, asking or Asking()) for name, reward in members]
+        members = [*((name, reward) for name, _, reward in rewards), *held_out]
+        self._members = [CheckedReward(name, reward, scoring or Scoring()) for name, reward in members]
 
     @property
     def names(self) -> list[str]:
         """Of all that are asked."""
-        return [asked.name for asked in self._asked]
+        return [asked.name for asked in self._members]
 
     @property
     def differentiable(self) -> bool:
@@ -78,7 +78,7 @@ class WeightedRewards:
     def check(self, examples: Iterable[Example]) -> None:
         """Raise ConfigError naming an example that can never be scored, and where it was read if that is known."""
         examples = list(examples)
-        for asked in self._asked:
+        for asked in self._members:
             with blaming(asked.name, asked.reward, "in check"):
                 try:
                     asked.reward.check(examples)
@@ -90,12 +90,12 @@ class WeightedRewards:
 
     def load(self, device: torch.device) -> None:
         """Load every reward."""
-        for asked in self._asked:
+        for asked in self._members:
             asked.load(device)
 
     def identities(self) -> dict[str, str]:
         """Who answers, by name, of those that tell; they are loaded."""
-        told = {asked.name: asked.identity() for asked in self._asked}
+        told = {asked.name: asked.identity() for asked in self._members}
         return {name: identity for name, identity in told.items() if identity}
 
     def hold_to(self, identities: Mapping[str, str], when: str) -> None:
@@ -110,18 +110,18 @@ class WeightedRewards:
 
     def close(self) -> None:
         """End the threads of slow rewards and close the cache of scores; either is opened again when it is needed."""
-        for asked in self._asked:
+        for asked in self._members:
             asked.close()
 
-    def without_watched(self) -> WeightedRewards:
+    def trained_only(self) -> WeightedRewards:
         """Those of the sum alone; the same instances, loaded once."""
         other = copy(self)
-        other.watched = []
-        other._asked = [asked for asked in self._asked if asked.name in self._weights]
+        other.held_out = []
+        other._members = [asked for asked in self._members if asked.name in self._weights]
         return other
 
     def score(self, images: Tensor, examples: Sequence[Example], chunk: int) -> Scores:
-        """`self(images, examples)`, `chunk` pictures at a time, without gradient; a part that a chunk lacks is NaN."""
+        """`self(images, examples)`, `chunk` images at a time, without gradient; a part that a chunk lacks is NaN."""
         starts = range(0, len(examples), chunk)
         return joined(self.score_each((images[i : i + chunk], examples[i : i + chunk]) for i in starts))
 
@@ -137,8 +137,8 @@ class WeightedRewards:
             for images, examples in chunks:
                 quantized = quantize(images)
                 # Slow ones first, so that they are under way while the others answer.
-                order = sorted(range(len(self._asked)), key=lambda i: not self._asked[i].reward.slow)
-                answers = {i: self._asked[i].begin(quantized, examples, first) for i in order}
+                order = sorted(range(len(self._members)), key=lambda i: not self._members[i].reward.slow)
+                answers = {i: self._members[i].begin(quantized, examples, first) for i in order}
                 begun.append((len(examples), images.device, [answers[i] for i in range(len(answers))]))
                 first += len(examples)
             return [self._summed([answer.result() for answer in each], count, device) for count, device, each in begun]
@@ -155,14 +155,14 @@ class WeightedRewards:
         shows.
         """
         images = quantize(images)
-        return self._summed([asked(images, examples) for asked in self._asked], len(examples), images.device)
+        return self._summed([asked(images, examples) for asked in self._members], len(examples), images.device)
 
     def _summed(self, answers: Sequence[Scores], count: int, device: torch.device) -> Scores:
         total = torch.zeros(count, device=device)
         valid = torch.ones(count, dtype=torch.bool, device=device)
         parts: dict[str, Tensor] = {}
         reasons: list[str] = []
-        for asked, scores in zip(self._asked, answers, strict=True):
+        for asked, scores in zip(self._members, answers, strict=True):
             if asked.name in self._weights:
                 total = total + self._weights[asked.name] * scores.values
                 valid = valid & scores.valid

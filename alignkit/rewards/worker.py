@@ -55,5 +55,5 @@ class Worker:
                     answer.set_result(do(*arguments))
                 except BaseException as error:
                     answer.set_exception(error)
-            del task, answer, do, arguments  # pictures among them, which nobody needs while it waits
+            del task, answer, do, arguments  # images among them, which nobody needs while it waits
         atexit.unregister(self._end)

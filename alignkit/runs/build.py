@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from alignkit.config.bundles import find_bundle, is_consistency
 from alignkit.config.load import RunConfig, SurrogateConfig
-from alignkit.data.images import check_pictures, open_pictures
+from alignkit.data.images import check_images, open_images
 from alignkit.data.preferences import check_pairs, open_pairs
 from alignkit.data.prompts import read_examples
-from alignkit.data.sources import Pictures, Preferences
+from alignkit.data.sources import Images, Preferences
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Algorithm, Reward, Sampler, Surrogate
 from alignkit.models.diffusers_policy import DiffusersPolicy
@@ -26,7 +26,7 @@ from alignkit.models.pipelines import check_source, locate_weights
 from alignkit.records import Example
 from alignkit.registry import default_registry
 from alignkit.rewards.cache import ScoreCache
-from alignkit.rewards.checked import Asking
+from alignkit.rewards.checked import Scoring
 from alignkit.rewards.combine import Combination
 from alignkit.rewards.weighted import WeightedRewards
 
@@ -59,26 +59,26 @@ class Parts:
         """(name, weight, reward) of those that a run names to be trained on."""
         return [(r.name, r.weight, self._plugin("reward", r)) for r in self.config.rewards]
 
-    def with_measured(self, further: Sequence[str] = (), asking: Asking | None = None) -> WeightedRewards:
-        """The rewards that are trained on and those that are only watched: all, where the algorithm asks none."""
-        named, asks = self.trained_rewards(), self.algorithm().asks_rewards
-        fields, kept = self.config.evaluate.watched(), {name for name, _, _ in named}
+    def with_measured(self, further: Sequence[str] = (), scoring: Scoring | None = None) -> WeightedRewards:
+        """The rewards that are trained on and those that are held out: all, where the algorithm asks none."""
+        named, asks = self.trained_rewards(), self.algorithm().uses_rewards
+        fields, kept = self.config.evaluate.held_out_rewards(), {name for name, _, _ in named}
         names = [name for name in dict.fromkeys([*fields, *further]) if name not in kept]
-        watched = [] if asks else [(name, reward) for name, _, reward in named]
-        watched += [(name, default_registry().get("reward", name)(**fields.get(name, {}))) for name in names]
-        return WeightedRewards(named if asks else [], watched, asking, needed=asks)
+        held_out = [] if asks else [(name, reward) for name, _, reward in named]
+        held_out += [(name, default_registry().get("reward", name)(**fields.get(name, {}))) for name in names]
+        return WeightedRewards(named if asks else [], held_out, scoring, needed=asks)
 
-    def asking(self, cache: str | Path = "", warn: Callable[[str], None] | None = None) -> Asking:
+    def scoring(self, cache: str | Path = "", warn: Callable[[str], None] | None = None) -> Scoring:
         """How rewards are asked, as `[scoring]` says; `cache` is where scores are kept if that names no file."""
         scoring = self.config.scoring
         path = scoring.cache or cache
         kept = ScoreCache(path) if path else None
         tries = scoring.retries, scoring.retry_seconds, scoring.retry_limit
-        return Asking(scoring.broken, *tries, scoring.overlap, kept, warn)
+        return Scoring(scoring.on_error, *tries, scoring.overlap, kept, warn)
 
     def skipped(self) -> list[str] | None:
         """Where broken data is noted, if the run skips it; None if it refuses it."""
-        return [] if self.config.data.broken == "skip" else None
+        return [] if self.config.data.on_error == "skip" else None
 
     def prompts(self, skipped: list[str] | None = None) -> list[Example]:
         """The texts to train on; none if there is no file and the algorithm draws none.
@@ -99,11 +99,11 @@ class Parts:
         column = self.config.data.prompt_column
         return read_examples(path, column, key="evaluate.prompts")[: self.config.evaluate.limit] if path else []
 
-    def pictures(self, size: int, skipped: list[str] | None = None) -> Pictures | None:
-        """The captioned pictures to train on, at `size` pixels; None if the algorithm needs none."""
+    def images(self, size: int, skipped: list[str] | None = None) -> Images | None:
+        """The captioned images to train on, at `size` pixels; None if the algorithm needs none."""
         data = self.config.data
-        needed = "pictures" in self.algorithm().needs
-        return open_pictures(data.pictures, size, data.caption_column, skipped) if needed else None
+        needed = "images" in self.algorithm().needs
+        return open_images(data.images, size, data.caption_column, skipped) if needed else None
 
     def pairs(self, size: int, skipped: list[str] | None = None) -> Preferences | None:
         """The preference pairs to train on, at `size` pixels; None if the algorithm needs none."""
@@ -147,12 +147,10 @@ class Parts:
                 f"surrogate.init: there is no {surrogate_file(self.config.surrogate)}; "
                 f"expected a run folder with {SURROGATE_FILE}, or such a file"
             )
-        if "pictures" in algorithm.needs and not data.pictures:
-            raise ConfigError(
-                f"data.pictures: missing; algorithm {self.config.algorithm.name} needs captioned pictures"
-            )
-        if "pictures" in algorithm.needs:
-            check_pictures(data.pictures, data.caption_column, skipped)
+        if "images" in algorithm.needs and not data.images:
+            raise ConfigError(f"data.images: missing; algorithm {self.config.algorithm.name} needs captioned images")
+        if "images" in algorithm.needs:
+            check_images(data.images, data.caption_column, skipped)
         if "pairs" in algorithm.needs and not data.pairs:
             raise ConfigError(
                 f"data.pairs: missing; algorithm {self.config.algorithm.name} needs preference pairs (`alignkit pairs` "
@@ -163,8 +161,8 @@ class Parts:
         Combination.check(
             self.config.rewards, self.config.scoring, algorithm.takes_advantages, self.config.algorithm.name
         )
-        asks = algorithm.asks_rewards
-        rewards = WeightedRewards(self.trained_rewards() if asks else [], needed=asks)  # those watched do not do
+        asks = algorithm.uses_rewards
+        rewards = WeightedRewards(self.trained_rewards() if asks else [], needed=asks)  # held-out ones do not do
         if "differentiable_reward" in algorithm.needs and not rewards.differentiable:
             boxes = " and ".join(name for name, _, reward in rewards.rewards if not reward.differentiable)
             raise ConfigError(
@@ -213,7 +211,7 @@ class Parts:
             guidance_embedding=model.guidance_embedding,
             lora_rank=model.lora_rank,
             lora_targets=model.lora_targets,
-            guidance=model.guidance,
+            guidance_scale=model.guidance_scale,
             device=device,
             dtype=dtype,
             cache=EncoderCache(self.config.data.cache) if self.config.data.cache else None,
@@ -230,7 +228,7 @@ class Parts:
         return DiffusersPolicy(
             self.teacher_source(),
             trainable=False,
-            guidance=0.0,
+            guidance_scale=1.0,
             device=device,
             gradient_checkpointing=self.config.train.gradient_checkpointing,
             rows_per_pass=self.config.train.rows_per_pass,

@@ -10,14 +10,14 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 
-def draw_grid(pictures: Tensor, prompts: Sequence[str], columns: Sequence[str], smallest: int = 128) -> Image.Image:
-    """Pictures (P, M, 3, H, W), uint8 or in [0, 1], in P rows below their prompts and M columns below their names.
+def draw_grid(images: Tensor, prompts: Sequence[str], columns: Sequence[str], smallest: int = 128) -> Image.Image:
+    """Images (P, M, 3, H, W), uint8 or in [0, 1], in P rows below their prompts and M columns below their names.
 
-    Pictures smaller than `smallest` pixels are enlarged by a whole factor without smoothing.
+    Images smaller than `smallest` pixels are enlarged by a whole factor without smoothing.
     """
-    if pictures.is_floating_point():
-        pictures = (pictures.clamp(0, 1) * 255).round().byte()
-    array = pictures.permute(0, 1, 3, 4, 2).cpu().numpy()
+    if images.is_floating_point():
+        images = (images.clamp(0, 1) * 255).round().byte()
+    array = images.permute(0, 1, 3, 4, 2).cpu().numpy()
     factor = max(1, math.ceil(smallest / array.shape[3]))
     height, width = array.shape[2] * factor, array.shape[3] * factor
     margin, caption, font = 4, 18, ImageFont.load_default(12)
@@ -40,6 +40,6 @@ def draw_grid(pictures: Tensor, prompts: Sequence[str], columns: Sequence[str], 
         top = caption + row * (caption + height + margin)
         write(margin, top, prompt, size[0] - 2 * margin)
         for column in range(len(columns)):
-            picture = Image.fromarray(array[row, column]).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(picture, (margin + column * (width + margin), top + caption))
+            image = Image.fromarray(array[row, column]).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(image, (margin + column * (width + margin), top + caption))
     return sheet

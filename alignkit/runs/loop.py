@@ -26,11 +26,11 @@ from alignkit.training.trainer import Trainer, Update
 SCORES = "scores.sqlite"
 """The file of a run folder that keeps scores of black boxes."""
 GRID = 8
-"""Prompts in a picture grid."""
+"""Prompts in an image grid."""
 
 
 class Loop:
-    """Rounds until the last update, with evaluation, pictures and checkpoints between them."""
+    """Rounds until the last update, with evaluation, images and checkpoints between them."""
 
     def __init__(self, parts: Parts, folder: Path, accelerator: Accelerator) -> None:
         """Loads all that training needs. Raises AlignkitError for what the user can mend."""
@@ -53,8 +53,8 @@ class Loop:
         policy = parts.load_policy(accelerator.device)
         teacher = parts.load_teacher(accelerator.device)
         surrogate = parts.load_surrogate(policy)
-        asking = parts.asking(self.folder / SCORES, lambda message: ctx.warn(message))
-        self.rewards = parts.with_measured(asking=asking)
+        scoring = parts.scoring(self.folder / SCORES, lambda message: ctx.warn(message))
+        self.rewards = parts.with_measured(scoring=scoring)
         self.rewards.load(accelerator.device)
         self._identities = self.rewards.identities()
         ctx = TrainContext(
@@ -62,7 +62,7 @@ class Loop:
             policy,
             teacher,
             parts.sampler(),
-            self.rewards.without_watched(),
+            self.rewards.trained_only(),
             surrogate,
             config.seed,
             config.train.rows_per_update,
@@ -71,7 +71,7 @@ class Loop:
         )
         skipped = parts.skipped()
         prompts = parts.prompts(skipped)
-        pictures, pairs = parts.pictures(policy.image_size, skipped), parts.pairs(policy.image_size, skipped)
+        images, pairs = parts.images(policy.image_size, skipped), parts.pairs(policy.image_size, skipped)
         if skipped:
             ctx.warn(f"data: {len(skipped)} skipped as broken: {'; '.join(skipped)}")
             skipped.clear()
@@ -80,7 +80,7 @@ class Loop:
         if unmeasured := config.evaluate.unmeasured():
             ctx.warn(unmeasured)
         self.policy = policy
-        self.trainer = Trainer(config, ctx, algorithm, prompts, pictures, pairs, skipped)
+        self.trainer = Trainer(config, ctx, algorithm, prompts, images, pairs, skipped)
         algorithm.setup(ctx)
         if config.train.trackers:
             accelerator.init_trackers("alignkit", config=dict(_flat(asdict(config))))
@@ -100,7 +100,7 @@ class Loop:
             if self._before is None and self.examples:
                 with self._stopping_well(None):
                     self._before = self._measure()
-                report.evaluation(0, compare(self._before, watched=self.rewards.watched))
+                report.evaluation(0, compare(self._before, held_out=self.rewards.held_out))
             while not self.trainer.finished:
                 yield from self._round(report, stopping)
                 if stopping():
@@ -125,7 +125,7 @@ class Loop:
         warming_up, last = trainer.warming_up, ctx.update
         with self._stopping_well(lambda: self._save(report) if trainer.interrupted else None, agreeing=False):
             for update in () if self._unmeasured else trainer.round():
-                report.update(update.step, update.metrics, ctx.take_pictures())
+                report.update(update.step, update.metrics, ctx.take_images())
                 for message in ctx.warnings:
                     report.warn(message)
                 step = trainer.batches if warming_up else warmup + update.step
@@ -175,7 +175,7 @@ class Loop:
     def _measure(self) -> Measurement:
         """What the average weights score on the held-out prompts."""
         settings = self.config.evaluate
-        # Where nothing is scored, only the pictures of the grid are drawn.
+        # Where nothing is scored, only the images of the grid are drawn.
         examples, samples = (self.examples, settings.samples) if self.rewards.names else (self.examples[:GRID], 1)
         with self.policy.using(self.trainer.average):
             return measure(
@@ -192,10 +192,10 @@ class Loop:
 
     def _show(self, report: Report, before: Measurement, after: Measurement) -> None:
         step = self.trainer.ctx.update
-        report.evaluation(step, compare(before, after, self.rewards.watched))
+        report.evaluation(step, compare(before, after, self.rewards.held_out))
         steps = self.config.evaluate.steps
         columns = [f"{k} step{'s' * (k > 1)}, {when}" for k in steps for when in ("before", "after")]
-        pairs = torch.stack([before.pictures, after.pictures], dim=2).flatten(1, 2)
+        pairs = torch.stack([before.images, after.images], dim=2).flatten(1, 2)
         report.grid(step, pairs, [e.text for e in self.examples[: len(pairs)]], columns)
 
 

@@ -1,4 +1,4 @@
-"""What a run shows and writes while it goes: `metrics.jsonl`, the live table, picture grids."""
+"""What a run shows and writes while it goes: `metrics.jsonl`, the live table, image grids."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Report:
     """The record of one run in `folder`, and its display on `console` (None: nothing is shown).
 
     `metrics.jsonl` has one JSON object a line, in the order of events: an update {"step", metrics..., "seconds",
-    "pictures_per_second"}, an evaluation {"step", "evaluation": [...]}, what it says of reward hacking {"step",
+    "images_per_second"}, an evaluation {"step", "evaluation": [...]}, what it says of reward hacking {"step",
     "verdict", "text"} or a warning {"step", "warning"}; null stands
     for a value that is not finite. To go on from a checkpoint, keep `lines` of then and give it here: what was written
     since is dropped, and the file becomes that of an unbroken run, apart from times. Of several processes one `writes`.
@@ -74,14 +74,14 @@ class Report:
             self._live.stop()
             self._live = None
 
-    def update(self, step: int, metrics: Mapping[str, float], pictures: int = 0) -> None:
-        """Record an update that ended just now, in which `pictures` were drawn and scored. Step 0 is the warm-up."""
+    def update(self, step: int, metrics: Mapping[str, float], images: int = 0) -> None:
+        """Record an update that ended just now, in which `images` were drawn and scored. Step 0 is the warm-up."""
         now = time.monotonic()
         seconds = now - self._last
         if step == 0:
             self._started = now
         self.step = step
-        times = {"seconds": seconds} | ({"pictures_per_second": pictures / seconds} if pictures and seconds else {})
+        times = {"seconds": seconds} | ({"images_per_second": images / seconds} if images and seconds else {})
         self._append({"step": step, **metrics, **times})
         for name, value in {**metrics, **times}.items():
             self._recent.setdefault(name, deque(maxlen=WINDOW)).append(value)
@@ -97,7 +97,7 @@ class Report:
         self._print(Text(f"warning: {message}", style="yellow"))
 
     def evaluation(self, step: int, rows: Sequence[Row]) -> None:
-        """Record and show an evaluation, and what it says of reward hacking where a reward is watched. Without rows
+        """Record and show an evaluation, and what it says of reward hacking where a reward is held out. Without rows
         nothing was measured, and nothing is said."""
         if not rows:
             return
@@ -108,12 +108,12 @@ class Report:
             self._print(Text(found.text, style="bold red" if found.outcome == "hacking" else ""))
         self._last = time.monotonic()
 
-    def grid(self, step: int, pictures: Tensor, prompts: Sequence[str], columns: Sequence[str]) -> Path:
-        """Save pictures (P, M, 3, H, W), uint8 or in [0, 1], as `samples/<step>.png`: a row a prompt, named columns."""
+    def grid(self, step: int, images: Tensor, prompts: Sequence[str], columns: Sequence[str]) -> Path:
+        """Save images (P, M, 3, H, W), uint8 or in [0, 1], as `samples/<step>.png`: a row a prompt, named columns."""
         path = self.folder / "samples" / f"{step:06d}.png"
         if self._writes:
             content = io.BytesIO()
-            draw_grid(pictures, prompts, columns).save(content, "PNG")
+            draw_grid(images, prompts, columns).save(content, "PNG")
             write_file(path, content.getvalue())
         self._last = time.monotonic()
         return path

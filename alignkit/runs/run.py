@@ -21,14 +21,14 @@ from alignkit.config.load import load as load_config
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.models.diffusers_policy import DiffusersPolicy
 from alignkit.registry import whose
-from alignkit.rollout import sample_pictures
+from alignkit.rollout import sample_images
 from alignkit.runs import folder as run_folder
 from alignkit.runs.build import Parts
 from alignkit.runs.loop import Loop
 from alignkit.training import checkpoint
 from alignkit.training.trainer import Update
 
-ASKING = {"scoring.retries", "scoring.retry_seconds", "scoring.retry_limit", "scoring.broken"}
+RESUMABLE = {"scoring.retries", "scoring.retry_seconds", "scoring.retry_limit", "scoring.on_error"}
 """What may change when a run is resumed: what is done about a reward that fails, and nothing of what is learned from
 those that do not."""
 
@@ -38,16 +38,16 @@ def load(
 ) -> Run:
     """The run that a run file and overrides describe, or, with `resume`, the one in that run folder.
 
-    A resumed run takes overrides of `ASKING` alone, and writes them into its run.toml when it trains. Raises
+    A resumed run takes overrides of `RESUMABLE` alone, and writes them into its run.toml when it trains. Raises
     ConfigError with a line for every mistake; loads no weights.
     """
     if resume is None:
         return Run(load_config(path, overrides))
     folder = Path(resume)
-    if path is not None or (overrides or {}).keys() - ASKING:
+    if path is not None or (overrides or {}).keys() - RESUMABLE:
         raise ConfigError(
             f"--resume {folder}: a resumed run keeps its own settings; leave the run file and other options out, but "
-            f"for --set of {', '.join(sorted(ASKING))}"
+            f"for --set of {', '.join(sorted(RESUMABLE))}"
         )
     if not (folder / "run.toml").is_file():
         raise ConfigError(f"--resume {folder}: no run.toml there; expected the folder of a run that was started before")
@@ -184,17 +184,17 @@ class Run(Parts):
     def sample(
         self, prompts: Sequence[str], steps: int | None = None, seed: int = 0, count: int = 1
     ) -> list[Image.Image]:
-        """`count` pictures for each prompt, in that order.
+        """`count` images for each prompt, in that order.
 
-        Picture i of a seed starts from the same noise at any number of steps.
+        Image i of a seed starts from the same noise at any number of steps.
         """
         sampler, policy = self.sampler(steps), self.policy()
         texts = [text for text in prompts for _ in range(count)]
-        pictures: list[Image.Image] = []
+        found: list[Image.Image] = []
         for start in range(0, len(texts), self.config.evaluate.batch_size):
             part = texts[start : start + self.config.evaluate.batch_size]
             with policy.using(self.average):
-                images = sample_pictures(policy, sampler, part, [(seed, start + i) for i in range(len(part))])
+                images = sample_images(policy, sampler, part, [(seed, start + i) for i in range(len(part))])
             array = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-            pictures += [Image.fromarray(a) for a in array]
-        return pictures
+            found += [Image.fromarray(a) for a in array]
+        return found

@@ -1,6 +1,6 @@
 """A reward behind HTTP: what `alignkit serve` runs, and what the reward `remote` asks.
 
-Protocol 1, JSON in UTF-8, each object with the key "protocol"; a picture is a PNG file in base64, so nothing is lost
+Protocol 1, JSON in UTF-8, each object with the key "protocol"; an image is a PNG file in base64, so nothing is lost
 and nothing that is sent can run:
 
     GET  /spec                                                    -> name, fingerprint, cacheable, limits, ...
@@ -53,7 +53,7 @@ class Limits:
     bytes: int = 256 << 20
     """Of the JSON text."""
     pixels: int = 64 << 20
-    """Of all pictures of a request together."""
+    """Of all images of a request together."""
     requests: int = 4
     """Read or scored at once; further ones wait, and are told to come again when that takes long."""
 
@@ -85,8 +85,8 @@ def open_server(
     config = load_config(None, {**(overrides or {}), "reward": [reward]})
     parts = Parts(config)
     # A client is told at once to come again, and sees to it itself; one request is scored at a time.
-    asking = replace(parts.asking(), retries=0, overlap=False)
-    rewards = WeightedRewards(parts.trained_rewards(), asking=asking)
+    scoring = replace(parts.scoring(), retries=0, overlap=False)
+    rewards = WeightedRewards(parts.trained_rewards(), scoring=scoring)
     rewards.check([])
     try:
         server = RewardServer(host, port, rewards, "", token, chunk, limits or Limits())
@@ -176,10 +176,10 @@ class RewardServer(JsonServer):
         examples, files = [_example(item) for item in items], [_file(item) for item in items]
         sizes = {_size(file) for file in files}
         if len(sizes) > 1:
-            raise Refusal(400, f"pictures of {len(sizes)} sizes, expected one")
+            raise Refusal(400, f"images of {len(sizes)} sizes, expected one")
         (width, height) = sizes.pop()
         if width * height * len(items) > self.limits.pixels:
-            raise Refusal(413, f"{len(items)} pictures of {width}x{height}, more than {self.limits.pixels} pixels")
+            raise Refusal(413, f"{len(items)} images of {width}x{height}, more than {self.limits.pixels} pixels")
         with self._lock:
             levels = torch.from_numpy(np.stack([_levels(file) for file in files])).to(self.device)
             # In the memory layout that a decoder gives: sums over another one differ in the last bit.
@@ -221,7 +221,7 @@ def _file(item: dict[str, Any]) -> bytes:
 def _size(file: bytes) -> tuple[int, int]:
     """Width and height, read off the file's head: what is too large is never unpacked."""
     if len(file) < 24 or file[:8] != b"\x89PNG\r\n\x1a\n" or file[12:16] != b"IHDR":
-        raise Refusal(400, "a picture is no PNG file")
+        raise Refusal(400, "an image is no PNG file")
     width, height = struct.unpack(">II", file[16:24])
     return width, height
 
@@ -229,7 +229,7 @@ def _size(file: bytes) -> tuple[int, int]:
 def _levels(file: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """(H, W, 3) grey levels."""
     try:
-        with Image.open(io.BytesIO(file), formats=["PNG"]) as picture:
-            return np.asarray(as_rgb(picture))
+        with Image.open(io.BytesIO(file), formats=["PNG"]) as image:
+            return np.asarray(as_rgb(image))
     except UNREADABLE as error:
-        raise Refusal(400, f"a picture cannot be read ({error})") from None
+        raise Refusal(400, f"an image cannot be read ({error})") from None

@@ -12,22 +12,22 @@ that an installed plugin brings.
 from __future__ import annotations
 
 from alignkit.testing.algorithm import check_algorithm, refusal, tiny_trainer
-from alignkit.testing.data import check_pairs, check_pictures
+from alignkit.testing.data import check_images, check_pairs
 from alignkit.testing.model import check_model
 from alignkit.testing.reward import check_reward
 from alignkit.testing.sampler import check_sampler
 from alignkit.testing.surrogate import check_surrogate
-from alignkit.testing.world import coarse_pictures, tiny_pipeline, tiny_policy
+from alignkit.testing.world import coarse_images, tiny_pipeline, tiny_policy
 
 __all__ = [
     "check_algorithm",
+    "check_images",
     "check_model",
     "check_pairs",
-    "check_pictures",
     "check_reward",
     "check_sampler",
     "check_surrogate",
-    "coarse_pictures",
+    "coarse_images",
     "refusal",
     "tiny_pipeline",
     "tiny_policy",

@@ -30,7 +30,7 @@ from alignkit.records import Example, Rows
 from alignkit.registry import default_registry
 from alignkit.rewards.combine import Combination
 from alignkit.rewards.weighted import WeightedRewards
-from alignkit.testing.expect import about, differences, expect, global_chance_untouched, leaves
+from alignkit.testing.expect import about, differences, expect, global_rng_untouched, leaves
 from alignkit.testing.world import (
     ODD_PROMPTS,
     PROMPTS,
@@ -38,8 +38,8 @@ from alignkit.testing.world import (
     Form,
     PartlyInvalid,
     Tied,
+    TinyImages,
     TinyPairs,
-    TinyPictures,
     Unscored,
     tiny_policy,
 )
@@ -47,7 +47,7 @@ from alignkit.training import checkpoint
 from alignkit.training.context import TrainContext
 from alignkit.training.trainer import Trainer
 
-NEEDS = {"surrogate", "teacher", "pictures", "pairs", "stochastic_steps", "differentiable_reward"}
+NEEDS = {"surrogate", "teacher", "images", "pairs", "stochastic_steps", "differentiable_reward"}
 
 
 def check_algorithm(
@@ -139,7 +139,7 @@ def tiny_trainer(
         train=TrainConfig(updates=10**6, rows_per_update=4, rows_per_pass=4, learning_rate=1e-3),
     )
     AcceleratorState._reset_state()
-    asked = [("the reward", 1.0, reward or Brightness())] if algorithm.asks_rewards else []
+    asked = [("the reward", 1.0, reward or Brightness())] if algorithm.uses_rewards else []
     rewards = WeightedRewards(asked, needed=False)
     rewards.load(policy.device)
     combination = Combination(config.rewards, config.scoring)
@@ -149,9 +149,9 @@ def tiny_trainer(
     )
     examples = [Example(text) for text in (*PROMPTS, *(ODD_PROMPTS if reward is None else ()))]
     needs: Any = algorithm.needs
-    pictures: Any = TinyPictures() if "pictures" in needs else None
+    images: Any = TinyImages() if "images" in needs else None
     pairs: Any = TinyPairs() if "pairs" in needs else None
-    trainer = Trainer(config, ctx, algorithm, examples, pictures, pairs)
+    trainer = Trainer(config, ctx, algorithm, examples, images, pairs)
     algorithm.setup(ctx)
     return trainer
 
@@ -159,7 +159,7 @@ def tiny_trainer(
 def _a_round_taken_apart(trainer: Trainer) -> None:
     """Collect, rows, losses of one round, each by itself, until one gives something to learn from."""
     if trainer.warming_up:
-        with global_chance_untouched("while the surrogate warms up"):
+        with global_rng_untouched("while the surrogate warms up"):
             list(trainer.round())
     ctx, algorithm = trainer.ctx, trainer.algorithm
     for _ in range(5):
@@ -167,15 +167,15 @@ def _a_round_taken_apart(trainer: Trainer) -> None:
         batch = trainer.batch()
         batch = replace(batch, pairs=list(batch.pairs))
         kept = leaves(_columns(batch))
-        with global_chance_untouched("in collect"), torch.no_grad(), trainer.accelerator.autocast():
+        with global_rng_untouched("in collect"), torch.no_grad(), trainer.accelerator.autocast():
             collected = algorithm.collect(batch, ctx)
         trainer.batches += 1
         expect(leaves(_columns(batch)) == kept, "collect changed the batch that it was given, expected it as it was")
-        with global_chance_untouched("in surrogate_updates"):
+        with global_rng_untouched("in surrogate_updates"):
             lessons = list(algorithm.surrogate_updates(collected, ctx))
         if lessons and ctx.surrogate is not None:
             _the_surrogate_loss_is_a_mean(trainer, lessons[0])
-        with global_chance_untouched("in updates"):
+        with global_rng_untouched("in updates"):
             updates = list(trainer._in_precision(algorithm.updates(collected, ctx)))
         if updates:
             break
@@ -199,7 +199,7 @@ def _columns(value: Any) -> Any:
 def _the_loss_is_true(trainer: Trainer, rows: Rows) -> None:
     ctx, algorithm = trainer.ctx, trainer.algorithm
     kept, chance = leaves(_columns(rows)), ctx.generator.get_state()
-    with global_chance_untouched("in loss"), trainer.accelerator.autocast():
+    with global_rng_untouched("in loss"), trainer.accelerator.autocast():
         (loss, metrics), (again, _) = algorithm.loss(rows, ctx), algorithm.loss(rows, ctx)
     expect(
         torch.equal(ctx.generator.get_state(), chance), "loss drew from ctx.generator; draw in updates, into the rows"
@@ -262,7 +262,7 @@ def assert_one_pass_is_several(trainer: Trainer, rows: Any, rel: float = 1e-4) -
 
 
 def _rewards_that_tell_nothing(trainer: Trainer) -> None:
-    """Ties and pictures that cannot be scored never reach the weights as NaN."""
+    """Ties and images that cannot be scored never reach the weights as NaN."""
     usual = trainer.ctx._rewards
     for reward in (Tied(), PartlyInvalid(), Unscored()):
         trainer.ctx._rewards = WeightedRewards([("the reward", 1.0, reward)])

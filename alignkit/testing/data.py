@@ -1,4 +1,4 @@
-"""What holds for every source of captioned pictures and of preference pairs."""
+"""What holds for every source of captioned images and of preference pairs."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignkit.data.sources import Pictures, Preferences
-from alignkit.testing.expect import about, expect, global_chance_untouched
+from alignkit.data.sources import Images, Preferences
+from alignkit.testing.expect import about, expect, global_rng_untouched
 
 COUNT, FAR = 6, 1_000_000
 """Positions that are read together, and one that a long run comes to."""
@@ -18,24 +18,24 @@ Columns = Mapping[str, Any]
 Read = Callable[[int, int, int], Columns]
 
 
-def check_pictures(source: Pictures, size: int | None = None) -> None:
-    """Raise AssertionError, in one line, for the first promise of `alignkit.data.sources.Pictures` that is not kept.
+def check_images(source: Images, size: int | None = None) -> None:
+    """Raise AssertionError, in one line, for the first promise of `alignkit.data.sources.Images` that is not kept.
 
     `size` is the height and width in pixels that the source was made for, if that is to be checked. A ConfigError
     passes: a file or an extra is missing.
     """
 
     def read(start: int, count: int, seed: int) -> Columns:
-        pictures, captions = source.batch(start, count, seed)
-        return {"pictures": pictures, "captions": captions}
+        images, captions = source.batch(start, count, seed)
+        return {"images": images, "captions": captions}
 
-    with about(f"pictures {type(source).__name__}"):
+    with about(f"images {type(source).__name__}"):
         _a_stream(read, size)
 
 
 def check_pairs(source: Preferences, size: int | None = None) -> None:
     """Raise AssertionError, in one line, for the first promise of `alignkit.data.sources.Preferences` that is not
-    kept; `size` and ConfigError as for `check_pictures`."""
+    kept; `size` and ConfigError as for `check_images`."""
 
     def read(start: int, count: int, seed: int) -> Columns:
         pairs = source.batch(start, count, seed)
@@ -48,7 +48,7 @@ def check_pairs(source: Preferences, size: int | None = None) -> None:
             f"found winners {tuple(found['winners'].shape)} and losers {tuple(found['losers'].shape)}, expected alike",
         )
         for place, (winner, loser) in enumerate(zip(found["winners"], found["losers"], strict=True)):
-            expect(not torch.equal(winner, loser), f"at position {place} winner and loser are the same picture")
+            expect(not torch.equal(winner, loser), f"at position {place} winner and loser are the same image")
         notes = source.notes
         fine = isinstance(notes, Sequence) and not isinstance(notes, str) and all(isinstance(n, str) for n in notes)
         expect(fine, f"notes: found {notes!r}, expected a list of lines")
@@ -56,7 +56,7 @@ def check_pairs(source: Preferences, size: int | None = None) -> None:
 
 def _a_stream(read: Read, size: int | None) -> Columns:
     """Check an endless stream whose items depend on seed and position alone; its first items."""
-    with global_chance_untouched("while reading"):
+    with global_rng_untouched("while reading"):
         whole = read(0, COUNT, 0)
     _well_formed(whole, COUNT, size)
     kept = {name: column.clone() if isinstance(column, Tensor) else list(column) for name, column in whole.items()}

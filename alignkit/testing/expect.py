@@ -44,7 +44,7 @@ def _line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def global_chance_untouched(when: str) -> Iterator[None]:
+def global_rng_untouched(when: str) -> Iterator[None]:
     """Raise AssertionError if a global random generator of Python, NumPy or torch moves, or something is printed."""
     before, printed = _generators(), io.StringIO()
     with contextlib.redirect_stdout(printed):

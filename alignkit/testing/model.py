@@ -13,15 +13,15 @@ import torch
 
 from alignkit.config import load as config
 from alignkit.config.bundles import is_consistency
-from alignkit.data.sources import Pictures, Preferences, open_class
+from alignkit.data.sources import Images, Preferences, open_class
 from alignkit.errors import ConfigError
 from alignkit.interfaces import ModelBundle
 from alignkit.models.pipelines import check_source
 from alignkit.models.quiet import errors_only
 from alignkit.registry import default_registry
-from alignkit.rollout import sample_pictures
+from alignkit.rollout import sample_images
 from alignkit.runs.build import Parts
-from alignkit.testing.data import check_pairs, check_pictures
+from alignkit.testing.data import check_images, check_pairs
 from alignkit.testing.expect import about, expect
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ def check_model(name: str) -> str:
     """Raise AssertionError, in one line, for the first promise of a registered model (`ModelBundle`) that is not kept.
 
     Its settings make a run without mistakes under every algorithm (and reward) it has some for, and the file that is
-    written of it says the same. A pipeline on this disk draws a picture of one step, and sources of pictures and pairs
+    written of it says the same. A pipeline on this disk draws an image of one step, and sources of images and pairs
     that the settings name as "package.module:Class" are checked at its size. Returns what was checked.
     """
     with about(f"model {name}"), errors_only(), torch.random.fork_rng():
@@ -80,13 +80,13 @@ def _drawn(run: config.RunConfig) -> list[str]:
     parts = Parts(run)
     policy, sampler = parts.load_policy(), parts.sampler(1)
     size = policy.image_size
-    picture = sample_pictures(policy, replace(sampler, num_steps=1), ["a red circle"], [(0, 0)])
-    shape = tuple(picture.shape)
-    expect(shape == (1, 3, size, size), f"a picture of one step: found shape {shape}, expected (1, 3, {size}, {size})")
-    expect(bool(picture.isfinite().all()), "a picture of one step: found values that are not finite")
-    checked = [f"a picture of {size} pixels"]
-    if _is_class(source := run.data.pictures):
-        check_pictures(_opened("data.pictures", source, size, Pictures), size)  # type: ignore[type-abstract]
+    image = sample_images(policy, replace(sampler, num_steps=1), ["a red circle"], [(0, 0)])
+    shape = tuple(image.shape)
+    expect(shape == (1, 3, size, size), f"an image of one step: found shape {shape}, expected (1, 3, {size}, {size})")
+    expect(bool(image.isfinite().all()), "an image of one step: found values that are not finite")
+    checked = [f"an image of {size} pixels"]
+    if _is_class(source := run.data.images):
+        check_images(_opened("data.images", source, size, Images), size)  # type: ignore[type-abstract]
         checked.append(source)
     if _is_class(source := run.data.pairs):
         check_pairs(_opened("data.pairs", source, size, Preferences), size)  # type: ignore[type-abstract]

@@ -13,8 +13,8 @@ from alignkit.interfaces import Reward
 from alignkit.models.quiet import errors_only
 from alignkit.records import Example, Scores
 from alignkit.rewards.weighted import WeightedRewards, quantize
-from alignkit.testing.expect import about, all_finite, expect, global_chance_untouched, same
-from alignkit.testing.world import ODD_PROMPTS, PROMPTS, coarse_pictures
+from alignkit.testing.expect import about, all_finite, expect, global_rng_untouched, same
+from alignkit.testing.world import ODD_PROMPTS, PROMPTS, coarse_images
 
 ODD_SIZES = (48, 80), (33, 31)
 
@@ -30,12 +30,12 @@ def check_reward(
     """Raise AssertionError, in one line, for the first promise of `alignkit.interfaces.Reward` that is not kept.
 
     `images` (N, 3, H, W) float32 in [0, 1] and N `examples` are what it is asked to score: two at least, by default
-    four pictures of 64 pixels and prompts of coloured shapes. `within` is how far, relative to the largest, a gradient
+    four images of 64 pixels and prompts of coloured shapes. `within` is how far, relative to the largest, a gradient
     may lie from finite differences of one grey level. A ConfigError passes: a checkpoint, an extra or a setting is
     missing, or the reward refuses these examples.
     """
     if images is None:
-        images = coarse_pictures(len(examples) if examples else len(PROMPTS))
+        images = coarse_images(len(examples) if examples else len(PROMPTS))
     given = [Example(text) for text in PROMPTS] if examples is None else list(examples)
     if len(given) != len(images) or len(given) < 2:
         raise ValueError(f"check_reward: found {len(images)} images and {len(given)} examples, expected 2 or more each")
@@ -65,7 +65,7 @@ def _scores_alone_are_scores_together(
     scoring: WeightedRewards, reward: Reward, images: Tensor, examples: list[Example]
 ) -> Tensor:
     told = copy.deepcopy(examples)
-    with global_chance_untouched("while scoring"):
+    with global_rng_untouched("while scoring"):
         scores = _score(scoring, images, examples)
     whole = scores.values
     # Past `scoring`, which hands out copies.
@@ -85,21 +85,21 @@ def _scores_alone_are_scores_together(
     count = len(examples)
     for i in range(count):
         alone = _score(scoring, images[i : i + 1], examples[i : i + 1])
-        same(alone.values, whole[i : i + 1], f"picture {i} alone against in a batch of {count}")
+        same(alone.values, whole[i : i + 1], f"image {i} alone against in a batch of {count}")
         known = bool(scores.valid.all())
         expect(
             not known or alone.parts.keys() == scores.parts.keys(),
-            f"picture {i} alone has the parts {', '.join(alone.parts)}, in a batch {', '.join(scores.parts)}",
+            f"image {i} alone has the parts {', '.join(alone.parts)}, in a batch {', '.join(scores.parts)}",
         )
         for part in alone.parts.keys() & scores.parts.keys():
-            what = f"the part {part.removeprefix('it/')!r} of picture {i} alone against in a batch of {count}"
+            what = f"the part {part.removeprefix('it/')!r} of image {i} alone against in a batch of {count}"
             same(alone.parts[part], scores.parts[part][i : i + 1], what)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     order = order if order != sorted(order) else order[::-1]
     mixed = _score(scoring, images[order], [examples[i] for i in order]).values
     same(mixed, whole[order], f"the batch in the order {order}")
     tied = _score(scoring, images[[0, 1, 0]], [examples[0], examples[1], examples[0]]).values
-    same(tied[2:], tied[:1], "the same picture and prompt twice in a batch")
+    same(tied[2:], tied[:1], "the same image and prompt twice in a batch")
     return whole
 
 
@@ -130,11 +130,11 @@ def _odd_prompts(scoring: WeightedRewards, reward: Reward, image: Tensor) -> Non
 
 
 def _odd_sizes(scoring: WeightedRewards, examples: Sequence[Example], device: torch.device) -> None:
-    """Pictures that are not square are scored, or refused as what they are."""
+    """Images that are not square are scored, or refused as what they are."""
     for height, width in ODD_SIZES:
-        with about(f"pictures of {height} x {width} pixels (a size that cannot be scored is a ConfigError)"):
+        with about(f"images of {height} x {width} pixels (a size that cannot be scored is a ConfigError)"):
             try:
-                _score(scoring, coarse_pictures(2, height, width, seed=1).to(device), examples)
+                _score(scoring, coarse_images(2, height, width, seed=1).to(device), examples)
             except ConfigError as error:
                 expect("\n" not in str(error), "the refusal has several lines, expected one")
 
@@ -158,14 +158,14 @@ def _the_gradient_is_true(
     gradient = pixels.grad
     all_finite(gradient, "the gradient to the pixels")
     still = [i for i in used.nonzero().flatten().tolist() if not gradient[i].any()]
-    expect(not still, f"the gradient of picture {still[0] if still else 0} is 0 everywhere, expected one that leads on")
+    expect(not still, f"the gradient of image {still[0] if still else 0} is 0 everywhere, expected one that leads on")
     one = images.clone().requires_grad_()
     (values := scoring(one, examples).values)[int(used.nonzero()[0])].backward()
     assert one.grad is not None
     others = one.grad[torch.arange(len(values)) != int(used.nonzero()[0])]
-    expect(not others.any(), "the score of one picture has a gradient to another, expected each to stand alone")
+    expect(not others.any(), "the score of one image has a gradient to another, expected each to stand alone")
     # One grey level up and down along the sign of the gradient, where both are inside of [0, 1]; a reward sees
-    # 8-bit pictures and may round as these do. All values together may lead so far that a steep reward bends, few so
+    # 8-bit images and may round as these do. All values together may lead so far that a steep reward bends, few so
     # little that a flat one drowns in rounding; a wrong gradient agrees with none.
     inside = ((images > 2 / 255) & (images < 253 / 255)).all(1, keepdim=True)
     strength = (gradient.abs() * inside).flatten(1)

@@ -11,8 +11,8 @@ from torch import Tensor
 from alignkit.errors import AlignkitError
 from alignkit.interfaces import Policy, Sampler
 from alignkit.records import Prompt, Transition
-from alignkit.rollout import walk
-from alignkit.testing.expect import about, all_finite, expect, global_chance_untouched, same
+from alignkit.rollout import run_sampler
+from alignkit.testing.expect import about, all_finite, expect, global_rng_untouched, same
 from alignkit.testing.world import FORMS, PROMPTS, tiny_policy
 
 STEPS = 1, 2, 4
@@ -47,8 +47,8 @@ def _check(sampler: Sampler, policy: Policy) -> None:
     expect(math.isfinite(scale) and scale > 0, f"initial_scale: found {scale}, expected a number above 0")
     noises = torch.randn((count, num_steps + 1, *policy.latent_shape), generator=torch.Generator().manual_seed(0))
     noises = noises.to(policy.device)
-    with global_chance_untouched("during a walk"), torch.no_grad():
-        first, second = walk(policy, sampler, prompt, noises), walk(policy, sampler, prompt, noises)
+    with global_rng_untouched("during a walk"), torch.no_grad():
+        first, second = run_sampler(policy, sampler, prompt, noises), run_sampler(policy, sampler, prompt, noises)
     expect(torch.equal(first.next_states, second.next_states), "the same walk twice: found other latents")
     likely = int((first.std > 0).all(0).sum())
     expect(

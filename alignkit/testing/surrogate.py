@@ -9,7 +9,7 @@ from torch import Tensor
 
 from alignkit.interfaces import Policy, Surrogate
 from alignkit.records import Prompt
-from alignkit.testing.expect import about, all_finite, expect, global_chance_untouched, same
+from alignkit.testing.expect import about, all_finite, expect, global_rng_untouched, same
 from alignkit.testing.world import PROMPTS, tiny_policy
 
 LEARNING_STEPS = 12
@@ -31,7 +31,7 @@ def check_surrogate(surrogate: Surrogate, policy: Policy | None = None, *, withi
         shape = (len(prompt), *policy.latent_shape)
         winner, loser = (torch.randn(shape, generator=generator).to(policy.device) + shift for shift in (0.5, -0.5))
         kept = winner.clone(), loser.clone(), prompt.table.clone()
-        with global_chance_untouched("while scoring and learning"):
+        with global_rng_untouched("while scoring and learning"):
             _it_learns(surrogate, winner, loser, prompt)
             scores = _scores_alone_are_scores_together(surrogate, winner, prompt)
             _the_loss_is_a_mean(surrogate, winner, loser, prompt)

@@ -1,4 +1,4 @@
-"""A world small enough for checks: untrained pipelines for pictures of 64 pixels, prompts, pictures, pairs, rewards."""
+"""A world small enough for checks: untrained pipelines for images of 64 pixels, prompts, images, pairs, rewards."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _home() -> tempfile.TemporaryDirectory[str]:
 
 
 def tiny_policy(form: Form = "lcm", trainable: bool = True) -> DiffusersPolicy:
-    """A policy on an untrained pipeline: latents of 4 x 8 x 8, pictures of 64 pixels. A new one at each call."""
+    """A policy on an untrained pipeline: latents of 4 x 8 x 8, images of 64 pixels. A new one at each call."""
     return copy.deepcopy(_policy(form, trainable))
 
 
@@ -126,36 +126,38 @@ def tiny_policy(form: Form = "lcm", trainable: bool = True) -> DiffusersPolicy:
 def _policy(form: Form, trainable: bool) -> DiffusersPolicy:
     from alignkit.models.diffusers_policy import DiffusersPolicy
 
-    guidance = 1.0 if form == "teacher" and trainable else None
+    guidance_scale = 2.0 if form == "teacher" and trainable else None
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return DiffusersPolicy(str(tiny_pipeline(form)), lora_rank=4, trainable=trainable, guidance=guidance)
+        return DiffusersPolicy(
+            str(tiny_pipeline(form)), lora_rank=4, trainable=trainable, guidance_scale=guidance_scale
+        )
 
 
-def coarse_pictures(count: int = 4, height: int = SIZE, width: int = SIZE, seed: int = 0) -> Tensor:
+def coarse_images(count: int = 4, height: int = SIZE, width: int = SIZE, seed: int = 0) -> Tensor:
     """(count, 3, height, width) of large random patches, as 8-bit files hold them."""
     coarse = torch.rand(count, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
     return (torch.nn.functional.interpolate(coarse, size=(height, width)) * 255).round() / 255
 
 
-class TinyPictures:
-    """Captioned pictures, as `alignkit.data.sources.Pictures` hands them out."""
+class TinyImages:
+    """Captioned images, as `alignkit.data.sources.Images` hands them out."""
 
     def batch(self, start: int, size: int, seed: int) -> tuple[Tensor, list[str]]:
         """Always the same at the same place."""
-        pictures = [coarse_pictures(1, seed=1000 * seed + start + i)[0] for i in range(size)]
-        return torch.stack(pictures), [PROMPTS[(start + i) % len(PROMPTS)] for i in range(size)]
+        images = [coarse_images(1, seed=1000 * seed + start + i)[0] for i in range(size)]
+        return torch.stack(images), [PROMPTS[(start + i) % len(PROMPTS)] for i in range(size)]
 
 
 class TinyPairs:
-    """Preference pairs, as `alignkit.data.sources.Preferences` hands them out: the brighter picture is preferred."""
+    """Preference pairs, as `alignkit.data.sources.Preferences` hands them out: the brighter image is preferred."""
 
     notes: Sequence[str] = ()
 
     def batch(self, start: int, size: int, seed: int) -> PreferencePairs:
         """Always the same at the same place."""
-        pictures, captions = TinyPictures().batch(start, size, seed)
-        return PreferencePairs((pictures + 1) / 2, pictures / 2, tuple(captions))
+        images, captions = TinyImages().batch(start, size, seed)
+        return PreferencePairs((images + 1) / 2, images / 2, tuple(captions))
 
 
 class Brightness(Reward):
@@ -168,21 +170,21 @@ class Brightness(Reward):
 
 
 class Tied(Brightness):
-    """The same for every picture."""
+    """The same for every image."""
 
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
         return images.mean((1, 2, 3)) * 0 + 1
 
 
 class PartlyInvalid(Brightness):
-    """The brightness of the first, third, ... picture; the others cannot be scored."""
+    """The brightness of the first, third, ... image; the others cannot be scored."""
 
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
         return Scores(images.mean((1, 2, 3)), torch.arange(len(images)) % 2 == 0)
 
 
 class Unscored(Brightness):
-    """No picture can be scored."""
+    """No image can be scored."""
 
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
         return Scores(images.mean((1, 2, 3)), torch.zeros(len(images), dtype=torch.bool))

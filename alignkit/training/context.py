@@ -42,11 +42,11 @@ class TrainContext(Context):
         self.rows_per_update = rows_per_update
         self.update = 0
         self.warming_up = False
-        self.pictures = 0
-        """Pictures scored since `take_pictures`."""
+        self.images = 0
+        """Images scored since `take_images`."""
         self.warnings: list[str] = []
         self.reason = ""
-        """Why a picture of this process could not be scored, of the last one of which it was told."""
+        """Why an image of this process could not be scored, of the last one of which it was told."""
         self.failed_together = False
         """Whether scoring failed, and every process knows it."""
         self._metrics: dict[str, list[float]] = defaultdict(list)
@@ -71,7 +71,7 @@ class TrainContext(Context):
         try:
             # In the precision that decoder and rewards were loaded in, as when the run is measured.
             with torch.autocast(self.policy.device.type, enabled=False):
-                scores = self._rewards.score_each(self._asked(latents, examples, others, places))
+                scores = self._rewards.score_each(self._chunks(latents, examples, others, places))
         except AlignkitError as error:
             failed = error
         # What one process was refused ends all of them here, where none waits for the others.
@@ -82,25 +82,25 @@ class TrainContext(Context):
         found = joined(scores).select(torch.tensor(places).argsort())
         return self._combined(found, len(latents) if log else 0)
 
-    def _asked(
+    def _chunks(
         self, latents: Tensor, examples: Sequence[Example], others: Sequence[tuple[int, Example]], places: list[int]
     ) -> Iterator[tuple[Tensor, Sequence[Example]]]:
-        """Pictures with their examples, and then with the others that are asked about them, a few at a time; where
+        """Images with their examples, and then with the others that are asked about them, a few at a time; where
         each stands among examples and others goes into `places`."""
         for start in range(0, len(latents), self._chunk):
             rows = range(start, min(start + self._chunk, len(latents)))
-            pictures = self.policy.decode(latents[rows.start : rows.stop])
+            images = self.policy.decode(latents[rows.start : rows.stop])
             places += rows
-            yield pictures, examples[rows.start : rows.stop]
+            yield images, examples[rows.start : rows.stop]
             about = [(place, *other) for place, other in enumerate(others, len(latents)) if other[0] in rows]
             for i in range(0, len(about), self._chunk):
                 at, row, asked = zip(*about[i : i + self._chunk], strict=True)
                 places += at
-                yield pictures[[r - start for r in row]], asked
+                yield images[[r - start for r in row]], asked
 
     def _there_are_rewards(self) -> None:
         if not self._rewards.names:
-            raise PluginError("the algorithm asks for scores and says asks_rewards = False, so there is no reward")
+            raise PluginError("the algorithm asks for scores and says uses_rewards = False, so there is no reward")
 
     def differentiable_score(self, latents: Tensor, examples: Sequence[Example], log: bool = False) -> Scores:
         self._there_are_rewards()
@@ -112,13 +112,13 @@ class TrainContext(Context):
     def _combined(self, scores: Scores, logged: int) -> Scores:
         """The scores with what to learn from as values. Of the first `logged` the plain weighted sum is logged: it
         stays one measure all along the run, whatever the statistics."""
-        self.pictures += len(scores.values) * self.accelerator.num_processes
+        self.images += len(scores.values) * self.accelerator.num_processes
         if logged:
             own = scores.select(slice(logged))
             self.combination.see(own)
             if bool(own.valid.any()):
                 self.log(reward=own.values[own.valid].detach().mean())
-                for name, values in own.parts.items():  # a part may be of some pictures alone
+                for name, values in own.parts.items():  # a part may be of some images alone
                     known = values[own.valid & values.isfinite()].detach()
                     if len(known):
                         self.log(**{f"reward/{name}": known.mean()})
@@ -163,9 +163,9 @@ class TrainContext(Context):
         if message not in self.warnings:
             self.warnings.append(message)
 
-    def take_pictures(self) -> int:
-        """Pictures that were scored since the last call, over all processes."""
-        count, self.pictures = self.pictures, 0
+    def take_images(self) -> int:
+        """Images that were scored since the last call, over all processes."""
+        count, self.images = self.images, 0
         return count
 
     def take_metrics(self) -> dict[str, float]:
@@ -183,9 +183,9 @@ class TrainContext(Context):
         metrics, told = self.take_metrics(), next(filter(None, gather_object([self.reason])), "")
         reason = f" ({told})" if told else ""
         if "reward" not in metrics:
-            return f"no picture could be scored{reason}; try the reward with alignkit score"
+            return f"no image could be scored{reason}; try the reward with alignkit score"
         some = f", but for a part of them{reason}," if "unscored" in metrics else ""
         return (
-            f"the pictures were scored{some} and no two were told apart, or none reached a threshold of the method; "
-            "draw more pictures of each prompt, or take another reward"
+            f"the images were scored{some} and no two were told apart, or none reached a threshold of the method; "
+            "draw more images of each prompt, or take another reward"
         )

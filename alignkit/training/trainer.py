@@ -17,7 +17,7 @@ from torch import Tensor
 
 from alignkit.config.load import RunConfig
 from alignkit.config.sections import TrainConfig
-from alignkit.data.sources import Pictures, Preferences
+from alignkit.data.sources import Images, Preferences
 from alignkit.data.stream import Stream, examples_at, slice_of
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.interfaces import Algorithm
@@ -32,7 +32,7 @@ IDLE_ROUNDS = 10
 
 
 PAIRS_AT_ONCE = 32
-"""Preference pairs in memory as pictures: an update of Diffusion-DPO has 2048, of SDXL 25 MB each."""
+"""Preference pairs in memory as images: an update of Diffusion-DPO has 2048, of SDXL 25 MB each."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ class Trainer:
         ctx: TrainContext,
         algorithm: Algorithm[Any, Any],
         examples: Sequence[Example],
-        pictures: Pictures | None,
+        images: Images | None,
         pairs: Preferences | None = None,
         skipped: list[str] | None = None,
     ) -> None:
-        """`skipped` is where `pictures` and `pairs` note what they skip as broken."""
+        """`skipped` is where `images` and `pairs` note what they skip as broken."""
         self.config, self.ctx, self.algorithm = config, ctx, algorithm
         self.accelerator = ctx.accelerator
-        self._examples, self._pictures, self._pairs, self._skipped = examples, pictures, pairs, skipped
+        self._examples, self._images, self._pairs, self._skipped = examples, images, pairs, skipped
         self._stream = Stream(len(examples), config.seed)
         train = config.train
         self.optimizer = self._optimizer(ctx.policy.parameters(), train.learning_rate, train.weight_decay)
@@ -87,14 +87,14 @@ class Trainer:
         return prepared
 
     def batch(self) -> Batch:
-        """The next texts, and pictures or pairs if the algorithm needs them; each process reads its own."""
+        """The next texts, and images or pairs if the algorithm needs them; each process reads its own."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         start, size = slice_of(self.batches, self.config.data.batch_size, rank, processes)
         batch = Batch(examples_at(self._examples, self._stream, start, size) if self._examples else ())
         start, size = slice_of(self.batches, self.config.train.rows_per_update, rank, processes)
-        if self._pictures is not None:
-            pictures, captions = self._pictures.batch(start, size, self.config.seed)
-            batch = replace(batch, pictures=pictures.to(self.ctx.policy.device), captions=captions)
+        if self._images is not None:
+            images, captions = self._images.batch(start, size, self.config.seed)
+            batch = replace(batch, images=images.to(self.ctx.policy.device), captions=captions)
         return batch if self._pairs is None else replace(batch, pairs=self._some_pairs(self._pairs, start, size))
 
     def _some_pairs(self, pairs: Preferences, start: int, size: int) -> Iterator[PreferencePairs]:
@@ -102,7 +102,7 @@ class Trainer:
             yield pairs.batch(at, min(PAIRS_AT_ONCE, start + size - at), self.config.seed)
 
     def _tell_skipped(self) -> None:
-        """Warn of the pictures and pairs that the round found broken."""
+        """Warn of the images and pairs that the round found broken."""
         if self._skipped is not None:
             # What one process could not read is told by the one that writes the record.
             for what in gather_object(list(self._skipped)):

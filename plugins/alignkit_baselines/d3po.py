@@ -18,7 +18,7 @@ from alignkit_baselines.pairs import Pairs, collect_pairs, log_prob
 class D3PO(Algorithm[Pairs, Pairs]):
     """Direct preference for denoising diffusion policy optimisation (Yang et al. 2023, arXiv 2311.13231).
 
-    Of two walks of a prompt the one with the better picture is preferred, at every stochastic step; each likelihood is
+    Of two walks of a prompt the one with the better image is preferred, at every stochastic step; each likelihood is
     measured against the model as it was before training. Equal rewards carry no preference and make no pair.
     """
 
@@ -63,7 +63,7 @@ class D3PO(Algorithm[Pairs, Pairs]):
 def winners_first(pairs: Pairs, ctx: Context) -> Pairs:
     """The pairs of which the reward prefers one, that one first. Logs how many those are."""
     first, second = pairs.rewards[:, 0], pairs.rewards[:, 1]
-    # NaN compares as False both ways, so a picture that could not be scored is in no pair.
+    # NaN compares as False both ways, so an image that could not be scored is in no pair.
     labelled = (first > second) | (first < second)
     ctx.log(labelled_pairs=labelled.float().mean())
     return pairs.swapped(first < second).select(labelled.nonzero()[:, 0])

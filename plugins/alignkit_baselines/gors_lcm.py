@@ -11,7 +11,7 @@ from torch import Tensor
 
 from alignkit.interfaces import Algorithm, Context, Sampler
 from alignkit.records import Batch, Prompt, Rows
-from alignkit.rollout import walk
+from alignkit.rollout import run_sampler
 from alignkit_lcd.distillation import Distillation, Noised
 
 
@@ -31,7 +31,7 @@ class Collected:
     """One round: the best samples, and captioned latents where they are wanted."""
 
     chosen: Chosen
-    pictures: Tensor | None
+    images: Tensor | None
     captions: Prompt | None
 
 
@@ -49,8 +49,8 @@ class PolicyRows(Rows):
 class GorsLCM(Algorithm[Collected, PolicyRows]):
     """GORS-LCM (LaSRO, arXiv 2411.15247, appendix D; after GORS of T2I-CompBench, arXiv 2307.06350).
 
-    For each prompt, the best of a few samples at every step of the sampler takes the place of a real picture in the
-    distillation loss, beside the same loss on captioned pictures.
+    For each prompt, the best of a few samples at every step of the sampler takes the place of a real image in the
+    distillation loss, beside the same loss on captioned images.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher"})
@@ -58,17 +58,17 @@ class GorsLCM(Algorithm[Collected, PolicyRows]):
     samples: int = 6
     """N_s, samples a prompt, of which the best is kept. With 1 the model distils what it draws anyway."""
     dataset_weight: float = 1.0
-    """Weight of the distillation on captioned pictures; 0 needs none."""
+    """Weight of the distillation on captioned images; 0 needs none."""
     threshold: float | None = None
     """Samples with a reward below this are not kept, as GORS does; left out: the best is kept whatever its reward."""
     weight: Literal["none", "reward"] = "none"
     """Whether a sample's loss is multiplied with its reward, as GORS does; a reward below 0 counts as 0."""
     ode_steps: int = 50
     """Solver steps; must be what the student's sampler counts as original steps."""
-    w_min: float = 5.0
-    """Smallest guidance of the teacher, on the scale where 0 is the conditional prediction."""
-    w_max: float = 15.0
-    """Largest guidance of the teacher."""
+    guidance_scale_min: float = 6.0
+    """Smallest guidance scale of the teacher (w + 1 of the LCM paper)."""
+    guidance_scale_max: float = 16.0
+    """Largest guidance scale of the teacher."""
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -76,8 +76,8 @@ class GorsLCM(Algorithm[Collected, PolicyRows]):
         if self.dataset_weight < 0:
             raise ValueError(f"dataset_weight: found {self.dataset_weight}, expected 0 or more")
         if self.dataset_weight:
-            self.needs = type(self).needs | {"pictures"}  # type: ignore[misc]
-        self._distillation = Distillation(self.ode_steps, self.w_min, self.w_max)
+            self.needs = type(self).needs | {"images"}  # type: ignore[misc]
+        self._distillation = Distillation(self.ode_steps, self.guidance_scale_min, self.guidance_scale_max)
 
     def check(self, sampler: Sampler) -> None:
         self._distillation.check(sampler)
@@ -88,7 +88,7 @@ class GorsLCM(Algorithm[Collected, PolicyRows]):
         texts, each, num_steps = [e.text for e in batch.examples], self.samples, ctx.sampler.num_steps
         prompt = ctx.policy.encode([text for text in texts for _ in range(each)])
         noises = torch.stack([ctx.noise(len(prompt)) for _ in range(num_steps + 1)], dim=1)
-        clean = walk(ctx.policy, ctx.sampler, prompt, noises).clean
+        clean = run_sampler(ctx.policy, ctx.sampler, prompt, noises).clean
         repeated = [e for e in batch.examples for _ in range(each)]
         chosen = []
         for k in range(num_steps):
@@ -100,15 +100,15 @@ class GorsLCM(Algorithm[Collected, PolicyRows]):
         latents, rewards, rows = (torch.cat(column) for column in zip(*chosen, strict=True))
         if len(rows):
             ctx.log(kept_reward=rewards.mean())
-        pictures = captions = None
-        if self.dataset_weight and batch.pictures is not None:
-            pictures, captions = ctx.policy.encode_images(batch.pictures), ctx.policy.encode(batch.captions)
-        return Collected(Chosen(latents, rewards, prompt.select(rows)), pictures, captions)
+        images = captions = None
+        if self.dataset_weight and batch.images is not None:
+            images, captions = ctx.policy.encode_images(batch.images), ctx.policy.encode(batch.captions)
+        return Collected(Chosen(latents, rewards, prompt.select(rows)), images, captions)
 
     # distil
 
     def updates(self, collected: Collected, ctx: Context) -> Iterator[PolicyRows]:
-        """One update, of samples in random order and of pictures, all noised anew."""
+        """One update, of samples in random order and of images, all noised anew."""
         size, chosen = ctx.rows_per_update, collected.chosen
         noised = kept = None
         weight = torch.ones(size, device=chosen.reward.device)
@@ -117,9 +117,9 @@ class GorsLCM(Algorithm[Collected, PolicyRows]):
             chosen = chosen.select(torch.arange(size) % len(chosen))
             kept = self._distillation.draw(chosen.latents, chosen.prompt, ctx)
             weight = chosen.reward.clamp(min=0) if self.weight == "reward" else weight
-        if collected.pictures is not None and collected.captions is not None:
-            index = torch.arange(size) % len(collected.pictures)
-            noised = self._distillation.draw(collected.pictures[index], collected.captions.select(index), ctx)
+        if collected.images is not None and collected.captions is not None:
+            index = torch.arange(size) % len(collected.images)
+            noised = self._distillation.draw(collected.images[index], collected.captions.select(index), ctx)
         if kept is None:
             ctx.warn("in some rounds no sample was kept: none could be scored, or all were below algorithm.threshold")
         yield PolicyRows(kept, weight, noised)

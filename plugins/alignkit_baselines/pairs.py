@@ -10,7 +10,7 @@ from torch import Tensor
 from alignkit.errors import PluginError
 from alignkit.interfaces import Context
 from alignkit.records import Batch, Prompt, Rows, Scores
-from alignkit.rollout import walk
+from alignkit.rollout import run_sampler
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Pairs(Rows):
     """(N, M) which steps of the sampler."""
     prompt: Prompt
     rewards: Tensor
-    """(N, 2) of the pictures at the end; NaN where one could not be scored."""
+    """(N, 2) of the images at the end; NaN where one could not be scored."""
 
     def by_step(self) -> Pairs:
         """Every step as a pair of its own, N M rows of one step."""
@@ -48,7 +48,7 @@ def collect_pairs(batch: Batch, pairs: int, shared_noise: bool, ctx: Context) ->
 
 
 def scored_pairs(batch: Batch, pairs: int, shared_noise: bool, ctx: Context) -> tuple[Pairs, Scores]:
-    """The same with the scores of their pictures, 2 N, the two of a pair behind each other."""
+    """The same with the scores of their images, 2 N, the two of a pair behind each other."""
     examples = [e for e in batch.examples for _ in range(pairs)]
     count, num_steps = len(examples), ctx.sampler.num_steps
     prompt = ctx.policy.encode([e.text for e in examples])
@@ -56,7 +56,7 @@ def scored_pairs(batch: Batch, pairs: int, shared_noise: bool, ctx: Context) -> 
     if shared_noise:
         noises[1::2, 0] = noises[::2, 0]
     twice = torch.arange(count).repeat_interleave(2)
-    rollout = walk(ctx.policy, ctx.sampler, prompt.select(twice), noises)
+    rollout = run_sampler(ctx.policy, ctx.sampler, prompt.select(twice), noises)
     scores = ctx.score(rollout.next_states[:, -1], [examples[i] for i in twice.tolist()])
     rewards = scores.values.masked_fill(~scores.valid, torch.nan)
     k = (rollout.std[0] > 0).nonzero()[:, 0]

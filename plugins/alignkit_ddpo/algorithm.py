@@ -14,7 +14,7 @@ from alignkit.advantage import PromptTracker, of_terms, over_batch
 from alignkit.errors import ConfigError, PluginError
 from alignkit.interfaces import Algorithm, Context, Sampler
 from alignkit.records import Batch, Prompt, Rows, Transition
-from alignkit.rollout import Rollout, walk
+from alignkit.rollout import Rollout, run_sampler
 from alignkit_lcd.distillation import Distillation, Noised
 
 
@@ -30,7 +30,7 @@ class Steps(Rows):
     """(N,) which step of the sampler."""
     prompt: Prompt
     advantage: Tensor
-    """(N,) of the picture at the end of the walk, the same for all its steps."""
+    """(N,) of the image at the end of the walk, the same for all its steps."""
     old_log_prob: Tensor | None = None
     """(N,) of `x_next` under the policy that drew it."""
     noised: Noised | None = None
@@ -42,7 +42,7 @@ class Collected:
     """One round: the steps to learn from, and captioned latents."""
 
     steps: Steps
-    pictures: Tensor | None = None
+    images: Tensor | None = None
     captions: Prompt | None = None
 
 
@@ -50,7 +50,7 @@ class Collected:
 class DDPO(Algorithm[Collected, Steps]):
     """DDPO with importance sampling (Black et al. 2023, arXiv 2305.13301).
 
-    A walk of the sampler is a sequence of actions, each a draw from a normal distribution; what its picture is worth
+    A walk of the sampler is a sequence of actions, each a draw from a normal distribution; what its image is worth
     beside others weighs the ratio of likelihoods of every action, clipped as in PPO. With the `lcm` sampler this is
     RLCM (Oertell et al. 2024, arXiv 2404.03673). A step without chance has no likelihood and is left out.
     """
@@ -78,16 +78,16 @@ class DDPO(Algorithm[Collected, Steps]):
     """The share of stochastic steps that is learned from, drawn anew for each walk."""
     final_step: Literal["drop", "renoise"] = "drop"
     """A deterministic last step: left out, or noised again to its own level as one more action (RLCM's code), which no
-    picture depends on."""
+    image depends on."""
     distillation_weight: float = 0.0
     """Weight of latent consistency distillation beside the policy gradient (LaSRO's baselines have it); needs a teacher
-    and pictures. 0 leaves it out."""
+    and images. 0 leaves it out."""
     ode_steps: int = 50
     """Solver steps of the distillation term; must be what the model was distilled with."""
-    w_min: float = 5.0
-    """Smallest guidance of the teacher in the distillation term."""
-    w_max: float = 15.0
-    """Largest guidance of the teacher in the distillation term."""
+    guidance_scale_min: float = 6.0
+    """Smallest guidance scale of the teacher in the distillation term."""
+    guidance_scale_max: float = 16.0
+    """Largest guidance scale of the teacher in the distillation term."""
 
     def __post_init__(self) -> None:
         for name in ("samples", "inner_epochs", "min_count"):
@@ -104,8 +104,8 @@ class DDPO(Algorithm[Collected, Steps]):
                 "a prompt would never be measured by its own rewards"
             )
         if self.distillation_weight:
-            self.needs = type(self).needs | {"teacher", "pictures"}  # type: ignore[misc]
-        self._distillation = Distillation(self.ode_steps, self.w_min, self.w_max)
+            self.needs = type(self).needs | {"teacher", "images"}  # type: ignore[misc]
+        self._distillation = Distillation(self.ode_steps, self.guidance_scale_min, self.guidance_scale_max)
         self._tracker = PromptTracker(self.buffer_size, self.min_count)
 
     def check(self, sampler: Sampler) -> None:
@@ -125,7 +125,7 @@ class DDPO(Algorithm[Collected, Steps]):
         texts, count = [e.text for e in examples], len(examples)
         prompt = ctx.policy.encode(texts)
         noises = torch.stack([ctx.noise(count) for _ in range(ctx.sampler.num_steps + 1)], dim=1)
-        rollout = walk(ctx.policy, ctx.sampler, prompt, noises)
+        rollout = run_sampler(ctx.policy, ctx.sampler, prompt, noises)
         scores = ctx.score(rollout.next_states[:, -1], examples)
 
         def measured(rewards: Tensor, name: str) -> Tensor:
@@ -142,9 +142,9 @@ class DDPO(Algorithm[Collected, Steps]):
         k = stochastic[order.flatten().to(stochastic.device)]
         steps = Steps(rollout.states[row, k], x_next[row, k], k, prompt.select(row), advantage[row])
         steps = steps.select(scores.valid[row].nonzero()[:, 0])
-        if not self.distillation_weight or batch.pictures is None:
+        if not self.distillation_weight or batch.images is None:
             return Collected(steps)
-        return Collected(steps, ctx.policy.encode_images(batch.pictures), ctx.policy.encode(batch.captions))
+        return Collected(steps, ctx.policy.encode_images(batch.images), ctx.policy.encode(batch.captions))
 
     def _actions(self, rollout: Rollout, ctx: Context) -> tuple[Tensor, Tensor]:
         """What was drawn at every step (N, K, *S), and which steps have a likelihood (M,)."""
@@ -175,14 +175,14 @@ class DDPO(Algorithm[Collected, Steps]):
         steps = replace(steps, old_log_prob=old)
         for epoch in range(self.inner_epochs):
             for part in (steps.shuffled(ctx.generator) if epoch else steps).even_split(size):
-                yield self._with_pictures(part, collected, ctx)
+                yield self._with_images(part, collected, ctx)
 
-    def _with_pictures(self, part: Steps, collected: Collected, ctx: Context) -> Steps:
+    def _with_images(self, part: Steps, collected: Collected, ctx: Context) -> Steps:
         """As many captioned latents as there are steps, noised anew, where the distillation term is switched on."""
-        if collected.pictures is None or collected.captions is None:
+        if collected.images is None or collected.captions is None:
             return part
-        index = torch.arange(len(part)) % len(collected.pictures)
-        latents = collected.pictures[index.to(collected.pictures.device)]
+        index = torch.arange(len(part)) % len(collected.images)
+        latents = collected.images[index.to(collected.images.device)]
         return replace(part, noised=self._distillation.draw(latents, collected.captions.select(index), ctx))
 
     def transition(self, steps: Steps, ctx: Context) -> Transition:

@@ -27,7 +27,7 @@ class Collected:
     states: States
     scored: Scored
     texts: list[str]
-    pictures: Tensor | None
+    images: Tensor | None
     captions: Prompt | None
 
 
@@ -48,7 +48,7 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
     step_weights: list[float] = field(default_factory=lambda: [1.0, 1.0])
     """c_1, c_2, ...: the weight of the reward term at each sampler step. All zero is the control run."""
     distillation_weight: float = 1.0
-    """lambda of Eq. 11; 0 needs neither teacher nor pictures (models distilled with a discriminator)."""
+    """lambda of Eq. 11; 0 needs neither teacher nor images (models distilled with a discriminator)."""
     reference_weight: float = 0.0
     """Weight of the mean squared distance between the predictions and those of the model before training. The
     gradient of few samples is mostly noise; this pulls back moves that later rounds do not repeat, so that larger
@@ -56,9 +56,9 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
     gradient_of: GradientOf = "surrogate"
     """Whose gradient the policy follows: the surrogate's, or that of the reward itself, through the decoder, which
     takes a differentiable reward and no surrogate."""
-    states_from: Literal["walk", "pictures"] = "walk"
+    states_from: Literal["rollout", "images"] = "rollout"
     """Where the policy is asked for what the reward term improves: at the steps of its own walks from noise, or, as
-    most methods do, at captioned pictures noised to a random time of the distillation."""
+    most methods do, at captioned images noised to a random time of the distillation."""
     policy_steps: int = 1
     """K_1, policy updates a round."""
     surrogate_steps: int = 2
@@ -67,7 +67,7 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
     replay: int = 1
     """Rounds of scored samples that are kept for the surrogate. With 1, as in the paper, it sees each sample in its own
     round only; where the true reward is the expensive part of a round, more make more of it."""
-    pairs: Literal["extremes", "drawn"] = "extremes"
+    pairs: Literal["extremes", "random"] = "extremes"
     """Which two samples of a group make a pair: best and worst, as in the paper, or any two whose rewards differ."""
     pairs_per_update: int = 64
     """Pairs in one surrogate update, at the most."""
@@ -83,17 +83,17 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
     Samples of one prompt are much alike; what the prompt asks for shows where it is missing altogether."""
     smoothing: float = 0.0
     """Standard deviation of noise on the latents that the surrogate sees, while it learns and while the policy follows
-    it. Its gradient is then that of an average over a neighbourhood, and points less often where no picture is."""
+    it. Its gradient is then that of an average over a neighbourhood, and points less often where no image is."""
     purify: int = 0
     """Time of the schedule (1 to 999) to which the policy's prediction is noised, and from which the teacher denoises
     it, before the surrogate scores it for the policy: diffusion purification (Nie et al., ICML 2022). The gradient then
-    comes through the teacher, which lets pass what leads to another picture and damps what merely fools the surrogate.
+    comes through the teacher, which lets pass what leads to another image and damps what merely fools the surrogate.
     0 leaves it out."""
     contrast: float = 0.0
     """How much of a sample's surrogate score under another prompt of the batch is taken off that under its own before
     the policy follows it. What scores better under every prompt is how a policy first fools a surrogate, since pairs,
     which share a prompt, say little of it; with 1 it cancels, and what is left is what this prompt asks for."""
-    gradient_draws: int = 1
+    gradient_samples: int = 1
     """Noises, of `smoothing` and `purify`, over which the score that the policy follows is averaged."""
     unit_gradients: bool = False
     """Whether every sample pulls equally: the gradient by each prediction is scaled to length one, instead of the
@@ -109,15 +109,15 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
     """Decay of the running mean and percentile of the surrogate's scores."""
     ode_steps: int = 50
     """Solver steps of the distillation term; must be what the model was distilled with."""
-    w_min: float = 5.0
-    """Smallest guidance of the teacher in the distillation term."""
-    w_max: float = 15.0
-    """Largest guidance of the teacher in the distillation term."""
+    guidance_scale_min: float = 6.0
+    """Smallest guidance scale of the teacher in the distillation term."""
+    guidance_scale_max: float = 16.0
+    """Largest guidance scale of the teacher in the distillation term."""
 
     def __post_init__(self) -> None:
         if self.samples < 2 and self.gradient_of == "surrogate":
             raise ValueError(f"samples is {self.samples}, expected at least 2: a pair takes two samples of one prompt")
-        for name in ("samples", "policy_steps", "pairs_per_update", "replay", "gradient_draws"):
+        for name in ("samples", "policy_steps", "pairs_per_update", "replay", "gradient_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if not 0 <= self.reference_samples < self.samples:
@@ -137,19 +137,19 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
             "surrogate": self.gradient_of == "surrogate",
             "differentiable_reward": self.gradient_of == "reward",
             "teacher": self.distillation_weight or self.purify,
-            "pictures": self.distillation_weight or self.states_from == "pictures",
+            "images": self.distillation_weight or self.states_from == "images",
         }
         self.needs = frozenset(name for name, wanted in needed.items() if wanted)  # type: ignore[misc]
-        self._distillation = Distillation(self.ode_steps, self.w_min, self.w_max)
+        self._distillation = Distillation(self.ode_steps, self.guidance_scale_min, self.guidance_scale_max)
         # Negatives are for the surrogate alone.
         negatives = self.negatives if self.gradient_of == "surrogate" else 0
         self._sampling = Sampling(self.samples, self.reference_samples, self.noise_correlation, negatives)
         self._memory = Memory(self.replay, self._sampling.own, self.samples)
-        # Noised pictures belong to no step: each has the mean of the weights, and all share a scale.
-        steps, walks = len(self.step_weights), self.states_from == "walk"
+        # Noised images belong to no step: each has the mean of the weights, and all share a scale.
+        steps, walks = len(self.step_weights), self.states_from == "rollout"
         self._weights = self.step_weights if walks else [sum(self.step_weights) / steps]
         self._critic = Critic(
-            self.gradient_of, self.smoothing, self.purify, self.contrast, self.gradient_draws,
+            self.gradient_of, self.smoothing, self.purify, self.contrast, self.gradient_samples,
             self.percentile, self.tracker_decay, num_steps=steps if walks else 1,
         )  # fmt: skip
         self._agreement: float | None = None
@@ -177,19 +177,19 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
     # collect: sample and score
 
     def collect(self, batch: Batch, ctx: Context) -> Collected:
-        texts, pictures, captions = [e.text for e in batch.examples], None, None
-        self._contrastable(batch.captions if self.states_from == "pictures" else texts)
+        texts, images, captions = [e.text for e in batch.examples], None, None
+        self._contrastable(batch.captions if self.states_from == "images" else texts)
         self._critic.read(batch.examples)
         states, scored = self._sampling.draw(batch, ctx)
         measure_rewards(scored, self._sampling.own, self.samples, ctx)
         if self.gradient_of == "surrogate":
             self._measure(scored, ctx.policy.encode(texts), ctx)
             self._memory.add(scored, texts)
-        if batch.pictures is not None:
-            pictures, captions = ctx.policy.encode_images(batch.pictures), ctx.policy.encode(batch.captions)
-            if self.states_from == "pictures":
-                states = self._noised(pictures, captions, ctx)
-        return Collected(states, scored, texts, pictures, captions)
+        if batch.images is not None:
+            images, captions = ctx.policy.encode_images(batch.images), ctx.policy.encode(batch.captions)
+            if self.states_from == "images":
+                states = self._noised(images, captions, ctx)
+        return Collected(states, scored, texts, images, captions)
 
     def _contrastable(self, texts: Sequence[str]) -> None:
         if self.contrast and len(set(texts)) < 2:
@@ -200,9 +200,9 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
                 f"{remedy}"
             )
 
-    def _noised(self, pictures: Tensor, captions: Prompt, ctx: Context) -> States:
+    def _noised(self, images: Tensor, captions: Prompt, ctx: Context) -> States:
         """Captioned latents, noised to random times of the distillation's solver."""
-        x, time = self._distillation.noised(ctx.policy, self._distillation.draw(pictures, captions, ctx))
+        x, time = self._distillation.noised(ctx.policy, self._distillation.draw(images, captions, ctx))
         return States(x, torch.zeros_like(time), captions, ctx.policy.denoise(x, time, captions), time)
 
     def _measure(self, scored: Scored, texts: Prompt, ctx: Context) -> None:
@@ -252,9 +252,9 @@ class LaSRO(Algorithm[Collected, PolicyRows]):
         for _ in range(self.policy_steps):
             states = collected.states.shuffled(ctx.generator)
             rows = self._critic.rows(states.select(torch.arange(size) % len(states)), ctx)
-            if self.distillation_weight and collected.pictures is not None and collected.captions is not None:
-                index = torch.arange(size) % len(collected.pictures)
-                noised = self._distillation.draw(collected.pictures[index], collected.captions.select(index), ctx)
+            if self.distillation_weight and collected.images is not None and collected.captions is not None:
+                index = torch.arange(size) % len(collected.images)
+                noised = self._distillation.draw(collected.images[index], collected.captions.select(index), ctx)
                 rows = replace(rows, noised=noised)
             yield rows
 

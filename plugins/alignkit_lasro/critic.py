@@ -44,7 +44,7 @@ class Critic:
     smoothing: float
     purify: int
     contrast: float
-    gradient_draws: int
+    gradient_samples: int
     percentile: float
     tracker_decay: float
     num_steps: int
@@ -63,7 +63,7 @@ class Critic:
 
     def rows(self, states: States, ctx: Context) -> PolicyRows:
         """States with all that chance decides about their scores."""
-        size, draws, prompt = len(states), self.gradient_draws, states.prompt
+        size, draws, prompt = len(states), self.gradient_samples, states.prompt
         blur, noise = (ctx.noise(size * draws).unflatten(0, (size, draws)) for _ in range(2))
         shift = torch.randint(1, max(2, len(prompt.table)), (size,), generator=ctx.generator).to(prompt.index.device)
         other = replace(prompt, index=(prompt.index + shift) % len(prompt.table))
@@ -72,7 +72,7 @@ class Critic:
     def scores(self, clean: Tensor, rows: PolicyRows, ctx: Context) -> Tensor:
         """What surrogate or reward makes of predictions (N, *S), purified, smoothed and contrasted, (N,).
 
-        NaN, without a gradient, where the reward cannot score a picture.
+        NaN, without a gradient, where the reward cannot score an image.
         """
         prompt, scores = rows.states.prompt, []
         for blur, noise in zip(rows.blur.unbind(1), rows.noise.unbind(1), strict=True):
@@ -92,7 +92,7 @@ class Critic:
             assert ctx.surrogate is not None
             return ctx.surrogate.score(latents, prompt)
         examples = [self._examples.get(text, Example(text)) for text in prompt.texts]
-        # Without gradient the pictures are decoded a few at a time.
+        # Without gradient the images are decoded a few at a time.
         score = ctx.differentiable_score if torch.is_grad_enabled() else ctx.score
         found = score(latents, examples, log=False)
         return found.values.masked_fill(~found.valid, torch.nan)
@@ -128,7 +128,7 @@ class Critic:
 
     def pull(self, clean: Tensor, rows: PolicyRows, ctx: Context, unit: bool) -> Tensor:
         """What the policy raises, (N,): normalised scores, or with `unit` the way along their gradient, each of length
-        one. 0 where the reward cannot score a picture."""
+        one. 0 where the reward cannot score an image."""
         if unit:
             return (clean * self.direction(clean, rows, ctx)).flatten(1).sum(1)
         pull = self.normalised(self.scores(clean, rows, ctx), rows.states.step)

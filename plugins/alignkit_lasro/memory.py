@@ -31,7 +31,7 @@ class Memory:
             self.changes = [*self.changes, (counterparts(scored, self._own, self._samples), texts)][-self._size :]
 
     def draw(
-        self, choice: Literal["extremes", "drawn"], size: int, generator: torch.Generator
+        self, choice: Literal["extremes", "random"], size: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, list[str]]:
         """Winners (N, *S), losers and their texts of about `size` pairs, the newest round always among them.
 

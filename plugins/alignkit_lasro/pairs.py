@@ -30,7 +30,7 @@ class Scored(Rows):
     latents: Tensor
     """(N, M, *S) clean latents."""
     rewards: Tensor
-    """(N, M) float32; NaN where a picture could not be scored."""
+    """(N, M) float32; NaN where an image could not be scored."""
     text: Tensor
     """(N,) a text's place in the list that goes with the table."""
     step: Tensor
@@ -79,7 +79,7 @@ def counterparts(scored: Scored, own: int, samples: int) -> Scored:
 
 def mixed(
     rounds: Sequence[tuple[Scored, Sequence[str]]],
-    choice: Literal["extremes", "drawn"],
+    choice: Literal["extremes", "random"],
     size: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, list[str]]:

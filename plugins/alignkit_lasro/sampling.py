@@ -12,7 +12,7 @@ from torch import Tensor
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Context
 from alignkit.records import Batch, Prompt, Rows
-from alignkit.rollout import walk
+from alignkit.rollout import run_sampler
 from alignkit_lasro.pairs import Scored
 
 
@@ -23,12 +23,12 @@ class States(Rows):
     x: Tensor
     """(N, *S)."""
     step: Tensor
-    """(N,) sampler step; 0 for noised pictures."""
+    """(N,) sampler step; 0 for noised images."""
     prompt: Prompt
     clean: Tensor
     """(N, *S) what the policy answered when they were collected."""
     time: Tensor | None = None
-    """(N,) of the schedule, for noised pictures, which no step of the sampler leads to."""
+    """(N,) of the schedule, for noised images, which no step of the sampler leads to."""
 
     def predict(self, ctx: Context) -> Tensor:
         """What the policy answers now, (N, *S)."""
@@ -67,7 +67,7 @@ class Sampling:
             rows = chosen.nonzero()[:, 0]
             if len(rows):
                 with weights:
-                    rollout = walk(ctx.policy, ctx.sampler, prompt.select(rows), noises[rows])
+                    rollout = run_sampler(ctx.policy, ctx.sampler, prompt.select(rows), noises[rows])
                 x[:, rows], clean[:, rows] = rollout.states.transpose(0, 1), rollout.clean.transpose(0, 1)
         negatives = self._negatives(num_steps, batch, ctx)
         found = [self._scored(*at, batch, ctx) for at in zip(clean, negatives, strict=True)]

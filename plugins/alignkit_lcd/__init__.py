@@ -11,5 +11,5 @@ def register_algorithms(register: Register) -> None:
     register(
         "lcd",
         "alignkit_lcd.algorithm:LCD",
-        "Latent consistency distillation: no reward, from a teacher and captioned pictures",
+        "Latent consistency distillation: no reward, from a teacher and captioned images",
     )

@@ -20,16 +20,16 @@ class LCD(Algorithm[Noised, Noised]):
     Also the control run for methods that use the same loss as a regulariser.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"teacher", "pictures"})
+    needs: ClassVar[frozenset[str]] = frozenset({"teacher", "images"})
     draws: ClassVar[bool] = False
-    asks_rewards: ClassVar[bool] = False
+    uses_rewards: ClassVar[bool] = False
 
     ode_steps: int = 50
     """Solver steps; must be what the student's sampler counts as original steps."""
-    w_min: float = 5.0
-    """Smallest guidance of the teacher, on the scale where 0 is the conditional prediction."""
-    w_max: float = 15.0
-    """Largest guidance of the teacher."""
+    guidance_scale_min: float = 6.0
+    """Smallest guidance scale of the teacher (w + 1 of the LCM paper)."""
+    guidance_scale_max: float = 16.0
+    """Largest guidance scale of the teacher."""
     huber_c: float = 1e-3
     """Where the pseudo-Huber distance turns from quadratic to linear."""
     distance: Distance = "huber"
@@ -40,7 +40,9 @@ class LCD(Algorithm[Noised, Noised]):
     the LCM paper's, for a student whose weights are all trained."""
 
     def __post_init__(self) -> None:
-        self._distillation = Distillation(self.ode_steps, self.w_min, self.w_max, self.huber_c, self.distance)
+        self._distillation = Distillation(
+            self.ode_steps, self.guidance_scale_min, self.guidance_scale_max, self.huber_c, self.distance
+        )
         self._target = Average(self.target_decay)
 
     def check(self, sampler: Sampler) -> None:
@@ -50,8 +52,8 @@ class LCD(Algorithm[Noised, Noised]):
         self._target.start(ctx.policy)
 
     def collect(self, batch: Batch, ctx: Context) -> Noised:
-        assert batch.pictures is not None  # needs "pictures"
-        latents = ctx.policy.encode_images(batch.pictures)
+        assert batch.images is not None  # needs "images"
+        latents = ctx.policy.encode_images(batch.images)
         return self._distillation.draw(latents, ctx.policy.encode(batch.captions), ctx)
 
     def updates(self, collected: Noised, ctx: Context) -> Iterator[Noised]:

@@ -24,14 +24,14 @@ class Noised(Rows):
     """Captioned latents with what is drawn for one distillation step."""
 
     latents: Tensor
-    """(N, *S) of real pictures."""
+    """(N, *S) of real images."""
     prompt: Prompt
     noise: Tensor
     """(N, *S) unit normal."""
     level: Tensor
     """(N,) in 1 .. ode_steps: which solver step."""
-    guidance: Tensor
-    """(N,) w of the augmented teacher."""
+    guidance_scale: Tensor
+    """(N,) guidance scale of the augmented teacher (w + 1 of the LCM paper)."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,19 @@ class Distillation:
     """The settings of the loss; defaults are those of the LCM paper and of diffusers' script."""
 
     ode_steps: int = 50
-    w_min: float = 5.0
-    w_max: float = 15.0
+    guidance_scale_min: float = 6.0
+    guidance_scale_max: float = 16.0
     huber_c: float = 1e-3
     distance: Distance = "huber"
 
     def __post_init__(self) -> None:
         if self.ode_steps < 1 or 1000 % self.ode_steps:
             raise ValueError(f"ode_steps: found {self.ode_steps}, expected a divisor of 1000")
-        if self.w_min > self.w_max:
-            raise ValueError(f"w_min: found {self.w_min}, expected at most w_max, which is {self.w_max}")
+        if self.guidance_scale_min > self.guidance_scale_max:
+            raise ValueError(
+                f"guidance_scale_min: found {self.guidance_scale_min}, expected at most guidance_scale_max, which is "
+                f"{self.guidance_scale_max}"
+            )
 
     def check(self, sampler: Sampler) -> None:
         """Raise ConfigError for a student that this loss cannot distil: one that is no latent consistency model."""
@@ -70,7 +73,13 @@ class Distillation:
         count, device = len(latents), latents.device
         level = torch.randint(1, self.ode_steps + 1, (count,), generator=ctx.generator).to(device)
         share = torch.rand(count, generator=ctx.generator).to(device)
-        return Noised(latents, prompt, ctx.noise(count), level, self.w_min + share * (self.w_max - self.w_min))
+        return Noised(
+            latents,
+            prompt,
+            ctx.noise(count),
+            level,
+            self.guidance_scale_min + share * (self.guidance_scale_max - self.guidance_scale_min),
+        )
 
     def noised(self, policy: Policy, rows: Noised) -> tuple[Tensor, Tensor]:
         """z_t (N, *S) and t (N,): the latents noised to their solver times, by the schedule of `policy`."""
@@ -83,7 +92,7 @@ class Distillation:
         t_next = (t - 1000 // self.ode_steps).clamp(min=0)
         alpha, sigma = teacher.schedule(t)
         with torch.no_grad():
-            clean = teacher.denoise(z, t, rows.prompt, rows.guidance)
+            clean = teacher.denoise(z, t, rows.prompt, rows.guidance_scale)
             noise = diffusion.to_noise(clean, z, alpha, sigma)
             z_next = diffusion.add_noise(clean, noise, *teacher.schedule(t_next))
         return z, t, z_next, t_next
@@ -111,8 +120,8 @@ class Distillation:
 
         One that does not, an LCM-LoRA, has the guidance of its teacher in its weights and predicts with text alone.
         """
-        guidance = rows.guidance if policy.guidance_embedded else torch.zeros_like(rows.guidance)
-        return policy.denoise(x, t, rows.prompt, guidance)
+        scale = rows.guidance_scale if policy.guidance_embedded else torch.ones_like(rows.guidance_scale)
+        return policy.denoise(x, t, rows.prompt, scale)
 
     def distances(self, prediction: Tensor, target: Tensor) -> Tensor:
         """(N,) between latents (N, *S), the mean over elements of pseudo-Huber's or of the square."""

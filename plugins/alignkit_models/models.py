@@ -139,7 +139,7 @@ def _with_likelihoods(walk: Settings) -> dict[str, Settings]:
 
 
 # Distilled by a discriminator: epsilon, trailing times, no guidance, no teacher to distil from.
-_turbo: Settings = {"model": {"prediction": "epsilon", "guidance": 0.0}}
+_turbo: Settings = {"model": {"prediction": "epsilon", "guidance_scale": 1.0}}
 
 
 def sd_turbo() -> ModelBundle:
@@ -192,14 +192,14 @@ def sdxl_lightning() -> ModelBundle:
 
 # Latent consistency models. diffusers' script for SDXL draws the guidance from 3 on.
 
-_lcd_of_sdxl = {"lcd": _with(_lcd, {"algorithm": {"w_min": 3.0}})}
+_lcd_of_sdxl = {"lcd": _with(_lcd, {"algorithm": {"guidance_scale_min": 4.0}})}
 
 
 def lcm_dreamshaper() -> ModelBundle:
     return ModelBundle(
         path="SimianLuo/LCM_Dreamshaper_v7",
         teacher="Lykon/dreamshaper-7",
-        defaults=_with(_of_512, _sampler("lcm", 4), {"model": {"guidance": 7.0}}),
+        defaults=_with(_of_512, _sampler("lcm", 4), {"model": {"guidance_scale": 8.0}}),
         algorithm_defaults=_lcm_methods(),
     )
 
@@ -214,7 +214,7 @@ def ssd_1b_lcm() -> ModelBundle:
 
 
 def _sdxl_lcm(path: str, unet: str) -> ModelBundle:
-    model = {"unet": unet, "prediction": "consistency", "guidance": 7.0}
+    model = {"unet": unet, "prediction": "consistency", "guidance_scale": 8.0}
     return ModelBundle(
         path=path,
         teacher=path,
@@ -234,7 +234,7 @@ def sdxl_lcm_lora() -> ModelBundle:
 
 def _lcm_lora(path: str, adapter: str, memory: Settings, *lasro: Settings) -> ModelBundle:
     # Guidance is in the weights: the card asks for a guidance_scale between 1 and 2, or none.
-    model = {"adapter": adapter, "prediction": "consistency", "guidance": 0.0}
+    model = {"adapter": adapter, "prediction": "consistency", "guidance_scale": 1.0}
     return ModelBundle(
         path=path,
         teacher=path,
@@ -253,7 +253,7 @@ def sd_1_5() -> ModelBundle:
     walk = _sampler("ddim", 50, eta=1.0, spacing="leading")
     return ModelBundle(
         path=SD,
-        defaults=_with(_of_512, walk, {"model": {"guidance": 4.0}, "evaluate": {"steps": [20, 50]}}),
+        defaults=_with(_of_512, walk, {"model": {"guidance_scale": 5.0}, "evaluate": {"steps": [20, 50]}}),
         algorithm_defaults={
             "ddpo": _with(
                 _train(3e-4, 1e-4),
@@ -275,7 +275,7 @@ def sdxl() -> ModelBundle:
     walk = _sampler("euler_ancestral", 30, eta=0.0, spacing="leading")
     return ModelBundle(
         path=SDXL,
-        defaults=_with(_of_1024, walk, {"model": {"guidance": 4.0}, "evaluate": {"steps": [30]}}),
+        defaults=_with(_of_1024, walk, {"model": {"guidance_scale": 5.0}, "evaluate": {"steps": [30]}}),
         algorithm_defaults=_with_likelihoods(_sampler("ddim", 50, eta=1.0, spacing="leading"))
         | {"diffusion_dpo": _dpo_of_sdxl},
     )

@@ -11,10 +11,10 @@ def register_algorithms(register: Register) -> None:
     register(
         "diffusion_dpo",
         "alignkit_preference.diffusion_dpo:DiffusionDPO",
-        "Direct preference optimisation on pairs of pictures, offline; no reward is asked",
+        "Direct preference optimisation on pairs of images, offline; no reward is asked",
     )
     register(
         "pso",
         "alignkit_preference.pso:PSO",
-        "Pairwise sample optimisation of distilled models, on own samples with any reward or on pairs of pictures",
+        "Pairwise sample optimisation of distilled models, on own samples with any reward or on pairs of images",
     )

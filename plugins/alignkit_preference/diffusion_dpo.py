@@ -1,4 +1,4 @@
-"""Diffusion-DPO: direct preference optimisation on pairs of pictures."""
+"""Diffusion-DPO: direct preference optimisation on pairs of images."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from alignkit_samplers.lcm import LCM
 class DiffusionDPO(Algorithm[LatentPairs, NoisedPairs]):
     """Diffusion-DPO (Wallace et al. 2023, arXiv 2311.12908, Eq. 14), as its authors' code has it.
 
-    Of two pictures of a text one is preferred. Both are noised alike, and the model learns to tell that noise better in
+    Of two images of a text one is preferred. Both are noised alike, and the model learns to tell that noise better in
     the preferred one and worse in the other, each compared with the model as it was before training. It learns from
     pairs that are there; nothing is drawn and no reward is asked, except to show what comes of it.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"pairs"})
-    asks_rewards: ClassVar[bool] = False
+    uses_rewards: ClassVar[bool] = False
 
     beta: float = 5000.0
     """What half the difference of errors is multiplied with (the authors' code; diffusers' script has no half, and
@@ -47,12 +47,12 @@ class DiffusionDPO(Algorithm[LatentPairs, NoisedPairs]):
     """Learn at the times of a walk of so many steps of the run's sampler: 4 for turbo models. 0: at all times that the
     model was made for, those of its distillation if the sampler is lcm, else the whole schedule."""
     zero_terminal_snr: bool = False
-    """Noise the pictures by a schedule rescaled to end in pure noise, where turbo models begin (the code does for
+    """Noise the images by a schedule rescaled to end in pure noise, where turbo models begin (the code does for
     those)."""
     empty_prompts: float | None = None
     """Share of texts that are left out. Left out: 0.2 (the code) where guidance takes a pass without text, else 0."""
     flip: bool = True
-    """Mirror each picture, those of a pair independently, every second time (the code). Wrong where texts say left
+    """Mirror each image, those of a pair independently, every second time (the code). Wrong where texts say left
     and right."""
     space: Space = "noise"
     """Where errors are taken: of the noise (paper), whatever the network predicts, or of velocity or clean latent.
@@ -96,7 +96,7 @@ class DiffusionDPO(Algorithm[LatentPairs, NoisedPairs]):
         if bool((alpha == 0).all()):
             raise ConfigError(
                 f"algorithm.grid_steps: found {self.grid_steps}, expected more: at the one time that is learned at, "
-                "both pictures are the same noise, and nothing tells them apart"
+                "both images are the same noise, and nothing tells them apart"
             )
         if not self.zero_terminal_snr and bool((alpha == 0).any()):
             ctx.warn(
@@ -105,7 +105,7 @@ class DiffusionDPO(Algorithm[LatentPairs, NoisedPairs]):
             )
 
     def collect(self, batch: Batch, ctx: Context) -> LatentPairs:
-        guided = bool(ctx.policy.guidance) and not ctx.policy.guidance_embedded
+        guided = ctx.policy.guidance_scale > 1 and not ctx.policy.guidance_embedded
         share = self.empty_prompts if self.empty_prompts is not None else 0.2 * guided
         return encode_pairs(batch.pairs, ctx, self.flip, share)
 

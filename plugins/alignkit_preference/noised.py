@@ -43,22 +43,22 @@ class NoisedPairs(Rows):
 def encode_pairs(
     pairs: Iterable[PreferencePairs], ctx: Context, flip: bool = False, empty_prompts: float = 0.0
 ) -> LatentPairs:
-    """The latents of pictures, each mirrored by a chance of its own with `flip`; a share of the texts is left out."""
+    """The latents of images, each mirrored by a chance of its own with `flip`; a share of the texts is left out."""
     winners: list[Tensor] = []
     losers: list[Tensor] = []
     texts: list[str] = []
     for some in pairs:
-        for pictures, latents in ((some.winners, winners), (some.losers, losers)):
-            mirror = torch.rand(len(pictures), generator=ctx.generator) < 0.5 * flip
-            pictures = torch.where(diffusion.columns(mirror, pictures), pictures.flip(3), pictures)
-            latents.append(ctx.policy.encode_images(pictures))
+        for images, latents in ((some.winners, winners), (some.losers, losers)):
+            mirror = torch.rand(len(images), generator=ctx.generator) < 0.5 * flip
+            images = torch.where(diffusion.columns(mirror, images), images.flip(3), images)
+            latents.append(ctx.policy.encode_images(images))
         dropped = (torch.rand(len(some.captions), generator=ctx.generator) < empty_prompts).tolist()
         texts += ["" if drop else text for text, drop in zip(some.captions, dropped, strict=True)]
     return LatentPairs(torch.cat(winners), torch.cat(losers), ctx.policy.encode(texts))
 
 
 def noised(pairs: LatentPairs, times: Tensor, ctx: Context) -> NoisedPairs:
-    """One of `times` (K,) and one noise for each pair. Both members share them: what differs is the picture alone."""
+    """One of `times` (K,) and one noise for each pair. Both members share them: what differs is the image alone."""
     chosen = torch.randint(len(times), (len(pairs),), generator=ctx.generator)
     return NoisedPairs(pairs, ctx.noise(len(pairs)), times[chosen].to(pairs.winner.device))
 
@@ -75,7 +75,7 @@ def errors(rows: NoisedPairs, policy: Policy, space: Space = "noise", zero_termi
     alpha, sigma = policy.schedule(t)  # what the network's output is read with
     x = diffusion.add_noise(clean, noise, *(rescaled(policy, t) if zero_terminal_snr else (alpha, sigma)))
     # The conditional prediction, or that of the one guidance which the network was distilled for.
-    predicted = policy.denoise(x, t, prompt, None if policy.guidance_embedded else torch.zeros_like(alpha))
+    predicted = policy.denoise(x, t, prompt, None if policy.guidance_embedded else torch.ones_like(alpha))
     if space == "noise":
         difference = diffusion.to_noise(predicted, x, alpha, sigma) - noise
     else:

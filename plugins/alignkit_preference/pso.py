@@ -26,7 +26,7 @@ class Collected:
     """Pairs of single steps, the better walk first (online)."""
     given: LatentPairs | None
     """Pairs of latents, the preferred one first (offline)."""
-    pictures: Tensor | None = None
+    images: Tensor | None = None
     captions: Prompt | None = None
 
 
@@ -45,9 +45,9 @@ class PSO(Algorithm[Collected, PairRows]):
     """Pairwise sample optimisation (Miao et al. 2024, arXiv 2410.03190, ICLR 2025).
 
     Preferences of distilled models, at the few steps that they are drawn with. Online, two walks of a text are drawn
-    and compared by the reward, and the better is made more likely at every stochastic step. Offline, pairs of pictures
+    and compared by the reward, and the better is made more likely at every stochastic step. Offline, pairs of images
     are given, and of both the model tells the noise at the times of its steps: the winner is what it should learn to
-    draw, the loser best a picture that it drew itself.
+    draw, the loser best an image that it drew itself.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"stochastic_steps"})
@@ -72,14 +72,14 @@ class PSO(Algorithm[Collected, PairRows]):
     prior_weight: float = 0.5
     """Offline: weight of the loser's error, which keeps what the model draws by itself (the code)."""
     distillation_weight: float = 0.0
-    """Weight of latent consistency distillation beside it (LaSRO's baseline has it); needs a teacher and pictures. 0
+    """Weight of latent consistency distillation beside it (LaSRO's baseline has it); needs a teacher and images. 0
     leaves it out."""
     ode_steps: int = 50
     """Solver steps of the distillation term; must be what the model was distilled with."""
-    w_min: float = 5.0
-    """Smallest guidance of the teacher in the distillation term."""
-    w_max: float = 15.0
-    """Largest guidance of the teacher in the distillation term."""
+    guidance_scale_min: float = 6.0
+    """Smallest guidance scale of the teacher in the distillation term."""
+    guidance_scale_max: float = 16.0
+    """Largest guidance scale of the teacher in the distillation term."""
 
     def __post_init__(self) -> None:
         for name in ("pairs", "inner_epochs"):
@@ -94,11 +94,11 @@ class PSO(Algorithm[Collected, PairRows]):
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
         needs = {"stochastic_steps"} if self.mode == "online" else {"pairs"}
         if self.distillation_weight:
-            needs |= {"teacher", "pictures"}
+            needs |= {"teacher", "images"}
         self.needs = frozenset(needs)  # type: ignore[misc]
-        self.asks_rewards = self.mode == "online"  # type: ignore[misc]
+        self.uses_rewards = self.mode == "online"  # type: ignore[misc]
         self._beta = self.beta if self.beta is not None else {"online": 50.0, "offline": 5.0}[self.mode]
-        self._distillation = Distillation(self.ode_steps, self.w_min, self.w_max)
+        self._distillation = Distillation(self.ode_steps, self.guidance_scale_min, self.guidance_scale_max)
 
     def check(self, sampler: Sampler) -> None:
         if self.distillation_weight:
@@ -112,9 +112,9 @@ class PSO(Algorithm[Collected, PairRows]):
             walks = winners_first(collect_pairs(batch, self.pairs, self.shared_noise, ctx), ctx).by_step()
         else:
             given = encode_pairs(batch.pairs, ctx)
-        if not self.distillation_weight or batch.pictures is None:
+        if not self.distillation_weight or batch.images is None:
             return Collected(walks, given)
-        return Collected(walks, given, ctx.policy.encode_images(batch.pictures), ctx.policy.encode(batch.captions))
+        return Collected(walks, given, ctx.policy.encode_images(batch.images), ctx.policy.encode(batch.captions))
 
     # the updates
 
@@ -123,17 +123,17 @@ class PSO(Algorithm[Collected, PairRows]):
         for _ in range(self.inner_epochs):
             if collected.walks is not None:
                 for part in collected.walks.shuffled(ctx.generator).even_split(ctx.rows_per_update):
-                    yield self._with_pictures(PairRows(part, None), collected, ctx)
+                    yield self._with_images(PairRows(part, None), collected, ctx)
             if collected.given is not None:
                 rows = PairRows(None, noised(collected.given, ctx.sampler.grid(ctx.policy), ctx))
-                yield self._with_pictures(rows, collected, ctx)
+                yield self._with_images(rows, collected, ctx)
 
-    def _with_pictures(self, rows: PairRows, collected: Collected, ctx: Context) -> PairRows:
+    def _with_images(self, rows: PairRows, collected: Collected, ctx: Context) -> PairRows:
         """As many captioned latents as there are rows, where the distillation term is switched on."""
-        if collected.pictures is None or collected.captions is None:
+        if collected.images is None or collected.captions is None:
             return rows
-        index = torch.arange(len(rows)) % len(collected.pictures)
-        latents = collected.pictures[index.to(collected.pictures.device)]
+        index = torch.arange(len(rows)) % len(collected.images)
+        latents = collected.images[index.to(collected.images.device)]
         return replace(rows, noised=self._distillation.draw(latents, collected.captions.select(index), ctx))
 
     def loss(self, rows: PairRows, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""LAION's aesthetic predictors: how much would people like this picture, from 1 to 10, whatever it shows?
+"""LAION's aesthetic predictors: how much would people like this image, from 1 to 10, whatever it shows?
 
 https://github.com/christophschuhmann/improved-aesthetic-predictor (v2) and
 https://github.com/LAION-AI/aesthetic-predictor (v1), both a head on CLIP ViT-L/14.
@@ -16,14 +16,14 @@ from torch import Tensor
 from alignkit.errors import ConfigError
 from alignkit.records import Example
 from alignkit_rewards.checkpoints import check_local, locate_file
-from alignkit_rewards.clip import ClipPictures
+from alignkit_rewards.clip import ClipImages
 from alignkit_rewards.linear import fold
 from alignkit_rewards.published import read_weights
 
 
 @dataclass
-class Aesthetic(ClipPictures):
-    """A picture's beauty without its prompt: w · e + b of CLIP's unit vector e. Ratings were 1 to 10, typical values
+class Aesthetic(ClipImages):
+    """An image's beauty without its prompt: w · e + b of CLIP's unit vector e. Ratings were 1 to 10, typical values
     are 5 to 6. The published five layers have no activations between them and are folded into w and b."""
 
     checkpoint: str = "openai/clip-vit-large-patch14"

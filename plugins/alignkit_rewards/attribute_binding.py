@@ -1,4 +1,4 @@
-"""Attribute binding: does the picture show every thing of the prompt, each with its own attributes?
+"""Attribute binding: does the image show every thing of the prompt, each with its own attributes?
 
 Two kinds of yes/no questions for each noun phrase, asked of a BLIP visual question answering model: the attribute
 binding score of LaSRO ("Reward fine-tuning two-step diffusion models via learning differentiable latent-space surrogate
@@ -117,7 +117,7 @@ class AttributeBinding(Reward):
         last.weight, last.bias = (Parameter(value.to(device), requires_grad=False) for value in (weight, bias))
 
     def ask(self, images: Tensor, rows: Tensor, ids: Sequence[Sequence[int]]) -> Tensor:
-        """Logits (Q, 2) of yes and no to the questions `ids` (see `encode`) about the pictures `rows` (Q,)."""
+        """Logits (Q, 2) of yes and no to the questions `ids` (see `encode`) about the images `rows` (Q,)."""
         size = self._model.config.vision_config.image_size
         pixels = normalize(resize(images, size, size), CLIP_MEAN, CLIP_STD).to(self._model.vision_model.dtype)
         features = self._model.vision_model(pixel_values=pixels).last_hidden_state
@@ -227,7 +227,7 @@ def answers(
 ) -> Tensor:
     """Logits of the tokens `choice` at the decoder's first step, float32 (Q, len(choice)).
 
-    `features` (N, L, D) are the vision tower's tokens, `rows` (Q,) says about which picture each of the Q questions
+    `features` (N, L, D) are the vision tower's tokens, `rows` (Q,) says about which image each of the Q questions
     `ids` asks. Questions of one length go together, unpadded: BLIP's cross-attention ignores the padding mask.
     """
     order: list[int] = []

@@ -1,4 +1,4 @@
-"""Rewards that read pictures, and most of them texts, with the towers of CLIP: what they share."""
+"""Rewards that read images, and most of them texts, with the towers of CLIP: what they share."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from alignkit_rewards.pixels import CLIP_MEAN, CLIP_STD, normalize, resize_and_c
 
 
 @dataclass
-class ClipPictures(Reward):
-    """The picture's side of a CLIPModel of transformers, frozen. Projections, lengths and dot products are float32; the
-    towers alone follow `precision`: cosines of one prompt's pictures differ in the third place, which half precision
+class ClipImages(Reward):
+    """The image's side of a CLIPModel of transformers, frozen. Projections, lengths and dot products are float32; the
+    towers alone follow `precision`: cosines of one prompt's images differ in the third place, which half precision
     cannot hold."""
 
     checkpoint: str = ""
@@ -76,7 +76,7 @@ class ClipPictures(Reward):
 
 
 @dataclass
-class ClipReward(ClipPictures):
+class ClipReward(ClipImages):
     """A CLIPModel of transformers with both its sides, and its tokenizer."""
 
     tokenizer: str = ""
@@ -121,6 +121,6 @@ class ClipReward(ClipPictures):
         return features[index], tokens.truncated[index]
 
     def cosine(self, images: Tensor, examples: Sequence[Example]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The cosine of each picture and its text (N,), and the parts that tell which texts were cut."""
+        """The cosine of each image and its text (N,), and the parts that tell which texts were cut."""
         features, truncated = self.text_features([self.text(example) for example in examples])
         return (self.image_features(images) * features).sum(-1), {"truncated": truncated}

@@ -1,4 +1,4 @@
-"""CLIPScore: how alike CLIP finds picture and prompt (Hessel et al., "CLIPScore", 2104.08718)."""
+"""CLIPScore: how alike CLIP finds image and prompt (Hessel et al., "CLIPScore", 2104.08718)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from alignkit_rewards.clip import ClipReward
 
 @dataclass
 class ClipScore(ClipReward):
-    """The cosine of CLIP's picture and text vectors, in [-1, 1]; `scale`, `clamp` and `prefix` make it the published
+    """The cosine of CLIP's image and text vectors, in [-1, 1]; `scale`, `clamp` and `prefix` make it the published
     variants. Part "truncated": 1 where the prompt has more tokens than CLIP reads (77)."""
 
     checkpoint: str = "openai/clip-vit-large-patch14"

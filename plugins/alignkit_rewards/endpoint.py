@@ -1,4 +1,4 @@
-"""Asking a server over HTTP: a bounded time for each answer, a few tries, a few questions at once, and no secrets told.
+"""Query a server over HTTP: bounded time per answer, retries, parallel requests, no secrets in messages.
 
 JSON and PNG go over the wire, never a pickle: who reads one runs what its sender wrote.
 """
@@ -125,7 +125,7 @@ class Connection:
         """The answer to one question, whose status may be a refusal that is not worth another try.
 
         Raises TransientError where the last try failed in a way that may pass, ConfigError for a token that is refused
-        and for a redirect, which would carry pictures and token to another place.
+        and for a redirect, which would carry images and token to another place.
         """
         import httpx2
 
@@ -191,7 +191,7 @@ def _asked_wait(header: str, otherwise: float) -> float:
 
 
 def as_png(images: Tensor) -> list[bytes]:
-    """Pictures (N, 3, H, W) in [0, 1], as 8-bit files hold them, as such files: nothing is lost."""
+    """Images (N, 3, H, W) in [0, 1], as 8-bit files hold them, as such files: nothing is lost."""
     levels = (images.detach() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     files = []
     for one in levels:

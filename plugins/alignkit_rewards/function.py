@@ -29,7 +29,7 @@ class Function(Reward):
     gradient: bool = False
     """Whether the values have a useful gradient with respect to the pixels. It is taken at its word."""
     repeats: bool = False
-    """Whether the same picture and text always get the same value, so that values are kept while the file of the
+    """Whether the same image and text always get the same value, so that values are kept while the file of the
     function stays as it is. It is taken at its word, and what the function calls elsewhere must stay too."""
     waits: bool = False
     """Whether the function waits for something else, a server say, and is best called in a thread of its own."""

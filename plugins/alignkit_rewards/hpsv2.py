@@ -50,7 +50,7 @@ class HPSv2(ClipReward):
         return str(converted(self.name, file, CLIPModel, vit_h_14, lambda state: (from_open_clip(state), {})))
 
     def pixels(self, images: Tensor) -> Tensor:
-        # The authors resize tensors, not 8-bit pictures: nothing is rounded in between.
+        # The authors resize tensors, not 8-bit images: nothing is rounded in between.
         size = self._model.config.vision_config.image_size
         return normalize(resize_and_crop(images, size, levels=False), CLIP_MEAN, CLIP_STD)
 

@@ -1,6 +1,6 @@
-"""ImageReward: what people prefer, from comparisons of pictures of one prompt (Xu et al., 2304.05977).
+"""ImageReward: what people prefer, from comparisons of images of one prompt (Xu et al., 2304.05977).
 
-BLIP reads the prompt while looking at the picture, and a head makes a number of its first token. Classes of
+BLIP reads the prompt while looking at the image, and a head makes a number of its first token. Classes of
 transformers, with the weights that the authors publish; their package is not needed.
 """
 

@@ -1,4 +1,4 @@
-"""The size of a picture as a JPEG file: the rewards that need no network (Black et al., DDPO, 2305.13301)."""
+"""The size of an image as a JPEG file: the rewards that need no network (Black et al., DDPO, 2305.13301)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from alignkit.records import Example
 
 @dataclass
 class JpegIncompressibility(Reward):
-    """Kilobytes (1000 bytes) of the picture as a JPEG file: the more detail, the higher. No gradient."""
+    """Kilobytes (1000 bytes) of the image as a JPEG file: the more detail, the higher. No gradient."""
 
     quality: int = 95
     """JPEG quality, 1 to 100; colours at half resolution, as Pillow does by itself."""
@@ -34,15 +34,15 @@ class JpegIncompressibility(Reward):
         levels = (images.detach() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return torch.tensor([self._bytes(Image.fromarray(one)) / 1000 for one in levels], device=images.device)
 
-    def _bytes(self, picture: Image.Image) -> int:
+    def _bytes(self, image: Image.Image) -> int:
         file = io.BytesIO()
-        picture.save(file, format="JPEG", quality=self.quality)
+        image.save(file, format="JPEG", quality=self.quality)
         return file.tell()
 
 
 @dataclass
 class JpegCompressibility(JpegIncompressibility):
-    """Minus the kilobytes (1000 bytes) of the picture as a JPEG file: the plainer, the higher. No gradient."""
+    """Minus the kilobytes (1000 bytes) of the image as a JPEG file: the plainer, the higher. No gradient."""
 
     bounds: ClassVar[tuple[float | None, float | None]] = (None, 0.0)
     name: ClassVar[str] = "jpeg_compressibility"

@@ -1,7 +1,7 @@
-"""Written words: does the picture show what the prompt wants to be read in it?
+"""Written words: does the image show what the prompt wants to be read in it?
 
 The text rendering reward of Flow-GRPO (Liu et al., 2505.05470): one minus the edit distance between the words that
-are wanted and those that an OCR model reads, by their length. The reader is GOT-OCR2, which takes a whole picture and
+are wanted and those that an OCR model reads, by their length. The reader is GOT-OCR2, which takes a whole image and
 needs no package beside transformers; theirs is PaddleOCR.
 """
 
@@ -36,9 +36,9 @@ BEFORE = (
     f"{START}user\n{IMAGE_START}"
 )
 BEHIND = f"{IMAGE_END}\n OCR: {END}{START}assistant\n"
-"""What the model was trained to be asked, before and behind the picture."""
+"""What the model was trained to be asked, before and behind the image."""
 VERSION = 1
-"""Goes up when a score can change by what is written here: what is asked, how pictures are resized, the distance."""
+"""Goes up when a score can change by what is written here: what is asked, how images are resized, the distance."""
 _SHRINKING = 4
 """The projector behind the vision tower halves each side twice."""
 
@@ -55,7 +55,7 @@ class Ocr(Reward):
     checkpoint: str = "stepfun-ai/GOT-OCR-2.0-hf"
     """Hub id or local folder of a GotOcr2ForConditionalGeneration, with its tokenizer."""
     max_new_tokens: int = 128
-    """Tokens read of a picture; what is written behind them is not seen."""
+    """Tokens read of an image; what is written behind them is not seen."""
     precision: Precision = "auto"
     """The network's precision: auto is bf16 on CUDA and fp32 elsewhere."""
 

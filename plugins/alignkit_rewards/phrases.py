@@ -76,7 +76,7 @@ _NOUNS = _words(
 )
 """Words that end like a participle or adverb and are none."""
 _COLLECTIONS = _words(
-    "pair group bunch piece set lot couple pile stack row photo photograph picture image illustration drawing painting "
+    "pair group bunch piece set lot couple pile stack row photo photograph image image illustration drawing painting "
     "rendering render sketch portrait close-up closeup type kind slice"
 )
 """Not the thing itself when "of" follows."""
@@ -137,7 +137,7 @@ def find_phrases(text: str) -> list[Phrase]:
     short of its last word, the run counts as attributes ("a strange red fire hydrant"); the rest is the head.
     "black and white cat" and "big, red ball" are one phrase, "the car is red" gives the car its colour, "a cat made of
     glass", "a sign in red" and "a car painted red" what stands behind them. What is quoted is written in the
-    picture, and no phrase.
+    image, and no phrase.
     """
     tokens = _tokens(text)
     found: list[Phrase] = []

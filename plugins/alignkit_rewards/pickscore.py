@@ -1,4 +1,4 @@
-"""PickScore: which of two pictures would people pick for this prompt? (Kirstain et al., "Pick-a-Pic", 2305.01569)."""
+"""PickScore: which of two images would people pick for this prompt? (Kirstain et al., "Pick-a-Pic", 2305.01569)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Variant = Literal["logit", "cosine"]
 
 @dataclass
 class PickScore(ClipReward):
-    """A CLIP ViT-H/14 trained on people's choices: exp(logit_scale) times the cosine, about 19 to 23 for pictures of
+    """A CLIP ViT-H/14 trained on people's choices: exp(logit_scale) times the cosine, about 19 to 23 for images of
     Stable Diffusion. Part "truncated": 1 where the prompt has more tokens than CLIP reads (77)."""
 
     checkpoint: str = "yuvalkirstain/PickScore_v1"

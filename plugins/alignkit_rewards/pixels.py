@@ -1,4 +1,4 @@
-"""Pictures as a vision tower takes them: Pillow's bicubic resize to the bit, with a gradient, and the usual constants.
+"""Images as a vision tower takes them: Pillow's bicubic resize to the bit, with a gradient, and the usual constants.
 
 The image processors of transformers are left out on purpose: which pixels they give depends on whether torchvision is
 installed, and they have no gradient.
@@ -15,7 +15,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _PRECISION = 1 << 22
-"""Pillow rounds filter weights of 8-bit pictures to 22 binary places (libImaging/Resample.c)."""
+"""Pillow rounds filter weights of 8-bit images to 22 binary places (libImaging/Resample.c)."""
 
 
 @lru_cache(maxsize=16)
@@ -48,8 +48,8 @@ def _along_last(x: Tensor, target: int, levels: bool) -> Tensor:
 def resize(images: Tensor, height: int, width: int, levels: bool = True) -> Tensor:
     """(N, 3, H, W) in [0, 1] to float32 (N, 3, height, width) in [0, 1], as Pillow's `resize(..., BICUBIC)` would.
 
-    Equal to Pillow for 8-bit pictures: across first, then down, each pass rounded. (For some pictures that lose height
-    Pillow 13 goes down first: rounding and clamping between the passes then differ, by 2 levels on smooth pictures
+    Equal to Pillow for 8-bit images: across first, then down, each pass rounded. (For some images that lose height
+    Pillow 13 goes down first: rounding and clamping between the passes then differ, by 2 levels on smooth images
     and up to 25 on noise. Older ones never do.) All sums are exact in float64, so they agree on every device;
     differentiable, the rounding counting as the identity. Without `levels` nothing is rounded or clamped, as in
     torch's antialiased bicubic resize of a tensor; values may then leave [0, 1] a little.

@@ -21,7 +21,7 @@ from alignkit_rewards.endpoint import Connection, Endpoint, as_png
 
 @dataclass
 class Remote(Reward):
-    """What the reward behind `url` gives, as if it were computed here: pictures go there as PNG files, which lose
+    """What the reward behind `url` gives, as if it were computed here: images go there as PNG files, which lose
     nothing. Without gradient, whatever is served."""
 
     url: str = "http://127.0.0.1:8188"
@@ -32,8 +32,8 @@ class Remote(Reward):
     its own."""
     token_env: str = TOKEN
     """The environment variable with the server's token; nothing is sent if it is not set."""
-    pictures_per_request: int = 16
-    """Pictures sent together."""
+    images_per_request: int = 16
+    """Images sent together."""
     concurrency: int = 2
     """Requests under way at once: one is scored while another travels."""
     timeout: float = 120.0
@@ -50,8 +50,8 @@ class Remote(Reward):
         self._endpoint = Endpoint(
             self.name, self.url, "token_env", self.token_env, self.concurrency, self.timeout, self.retries
         )
-        if self.pictures_per_request < 1:
-            raise ConfigError(f"remote: pictures_per_request is {self.pictures_per_request}, expected 1 or more")
+        if self.images_per_request < 1:
+            raise ConfigError(f"remote: images_per_request is {self.images_per_request}, expected 1 or more")
         self._spec: dict[str, Any] = {}
 
     def check(self, examples: Iterable[Example]) -> None:
@@ -110,13 +110,13 @@ class Remote(Reward):
     def _requests(self, items: Sequence[dict[str, Any]], pixels: int) -> Iterator[list[dict[str, Any]]]:
         """The items in requests that keep the server's limits."""
         limits = self._spec["limits"]
-        most = min(self.pictures_per_request, limits["items"], limits["pixels"] // pixels)
+        most = min(self.images_per_request, limits["items"], limits["pixels"] // pixels)
         part: list[dict[str, Any]] = []
         size = room = 4096  # for what stands around the items
         for item in items:
             length = len(json.dumps(item))
             if most < 1 or room + length > limits["bytes"]:
-                raise ConfigError(f"remote: a picture of {pixels} pixels is more than {self.url} takes at once")
+                raise ConfigError(f"remote: an image of {pixels} pixels is more than {self.url} takes at once")
             if part and (len(part) >= most or size + length > limits["bytes"]):
                 yield part
                 part, size = [], room
@@ -130,7 +130,7 @@ class Remote(Reward):
         answers = body.get("items")
         if not isinstance(answers, list) or len(answers) != len(items):
             found = len(answers) if isinstance(answers, list) else "no"
-            raise PluginError(f"remote: {self.url} gave {found} scores for {len(items)} pictures, expected one each")
+            raise PluginError(f"remote: {self.url} gave {found} scores for {len(items)} images, expected one each")
         for answer in answers:
             if not _is_answer(answer):
                 told = json.dumps(answer)[:200]

@@ -1,4 +1,4 @@
-"""Text alignment: what a captioner says about the picture, compared with the prompt.
+"""Text alignment: what a captioner says about the image, compared with the prompt.
 
 The text alignment score of LaSRO ("Reward fine-tuning two-step diffusion models via learning differentiable
 latent-space surrogate reward"): a detailed caption by Florence-2, against the prompt by BERTScore. The paper names
@@ -38,12 +38,12 @@ REQUESTS: dict[Task, str] = {
 }
 """What Florence-2 was trained to be asked."""
 VERSION = 1
-"""Goes up when a score can change by what is written here: what is asked, how pictures are resized, the comparison."""
+"""Goes up when a score can change by what is written here: what is asked, how images are resized, the comparison."""
 
 
 @dataclass
 class TextAlignment(Reward):
-    """BERTScore of the picture's caption against the prompt, at most 1. No gradient.
+    """BERTScore of the image's caption against the prompt, at most 1. No gradient.
 
     Parts: "precision" and "recall", not rescaled, and "truncated", 1 where the prompt has more tokens than are read. A
     caption without a word scores as nothing matched; a prompt without one cannot be scored.
@@ -54,7 +54,7 @@ class TextAlignment(Reward):
     task: Task = "detailed_caption"
     """How much the captioner is asked to say."""
     resolution: int = 768
-    """Side of the square that the picture is made for the captioner; as it was trained. Less is quicker."""
+    """Side of the square that the image is made for the captioner; as it was trained. Less is quicker."""
     num_beams: int = 3
     """Captions followed at once while decoding; 1 is greedy and quickest."""
     max_new_tokens: int = 256
@@ -115,7 +115,7 @@ class TextAlignment(Reward):
         pixels = normalize(resize(images, self.resolution, self.resolution), IMAGENET_MEAN, IMAGENET_STD)
         side = -(-self.resolution // prod(model.config.vision_config.patch_stride))
         request = words(REQUESTS[self.task], add_special_tokens=False).input_ids
-        # A token for each place of the picture and one for their mean.
+        # A token for each place of the image and one for their mean.
         ids = [*[model.config.image_token_id] * (side**2 + 1), words.bos_token_id, *request, words.eos_token_id]
         tokens = torch.tensor([ids], device=images.device).expand(len(images), -1)
         said = model.generate(

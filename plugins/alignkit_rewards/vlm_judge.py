@@ -27,18 +27,18 @@ from alignkit_rewards.endpoint import Connection, Endpoint, as_png
 Mode = Literal["yes_no", "rubric", "viescore", "caption"]
 
 RUBRIC = (
-    'This picture was drawn for the prompt "{prompt}". Judge each of these with a whole number from {low} (worst) to '
+    'This image was drawn for the prompt "{prompt}". Judge each of these with a whole number from {low} (worst) to '
     "{high} (best):\n{criteria}\n"
     'Answer with one JSON object and nothing else: "reasoning", one sentence, then each name above with its number.'
 )
 CONSISTENCY = (
-    'This picture was drawn for the prompt "{prompt}". How well does it show what the prompt says, every thing, '
+    'This image was drawn for the prompt "{prompt}". How well does it show what the prompt says, every thing, '
     "attribute, number and relation of it? Judge with a number from 0 (it has nothing to do with the prompt) to 10 (it "
     'shows all of it).\nAnswer with one JSON object and nothing else: "reasoning", one sentence, then "score", a list '
     "of this one number."
 )
 QUALITY = (
-    "This picture was drawn by a program. Judge two things with a number from 0 to 10 each: how natural it looks in "
+    "This image was drawn by a program. Judge two things with a number from 0 to 10 each: how natural it looks in "
     "layout, light, shadow and distance (0 not at all, 10 entirely), and how free it is of artifacts such as "
     "distortion, blur, seams, odd bodies or parts that do not fit together (0 full of them, 10 none).\nAnswer with one "
     'JSON object and nothing else: "reasoning", one sentence, then "score", a list of these two numbers.'
@@ -53,8 +53,8 @@ _CAPTION = 256
 
 @dataclass
 class VlmJudge(Reward):
-    """What a vision language model behind an OpenAI-compatible endpoint says of picture and prompt. An answer that
-    cannot be read makes the picture invalid, never a number."""
+    """What a vision language model behind an OpenAI-compatible endpoint says of image and prompt. An answer that
+    cannot be read makes the image invalid, never a number."""
 
     url: str = "http://127.0.0.1:8000/v1"
     """The endpoint, up to what stands before /chat/completions."""
@@ -63,8 +63,8 @@ class VlmJudge(Reward):
     mode: Mode = "yes_no"
     """yes_no: the probability of yes against no as the first token, in [0, 1]; rubric: the mean over `criteria`, scaled
     to [0, 1]; viescore: the root of semantic consistency times perceptual quality, in [0, 10]; caption: BERTScore of
-    what the model says about the picture against the prompt, at most 1."""
-    question: str = 'Does this picture show "{}"? Answer with one word, yes or no.'
+    what the model says about the image against the prompt, at most 1."""
+    question: str = 'Does this image show "{}"? Answer with one word, yes or no.'
     """What mode yes_no asks; {} stands for the prompt."""
     criteria: dict[str, str] = field(
         default_factory=lambda: {
@@ -75,7 +75,7 @@ class VlmJudge(Reward):
     """What mode rubric judges: a name for each, and what is asked."""
     scale: tuple[int, int] = (1, 5)
     """The lowest and the highest number of mode rubric."""
-    request: str = "Say in one sentence what this picture shows."
+    request: str = "Say in one sentence what this image shows."
     """What mode caption asks; the model is not told the prompt."""
     encoder: str = "FacebookAI/roberta-large"
     """Mode caption: hub id or local folder of the model behind BERTScore, as for text_alignment; it runs here."""
@@ -96,14 +96,14 @@ class VlmJudge(Reward):
     key_env: str = "ALIGNKIT_JUDGE_KEY"
     """The environment variable with the endpoint's key; nothing is sent if it is not set."""
     concurrency: int = 8
-    """Pictures judged at once."""
+    """Images judged at once."""
     timeout: float = 60.0
     """Seconds to wait for an answer, and after which a request is not tried again."""
     retries: int = 2
     """Further tries of one request, with longer and longer waits between; after them the whole batch is asked again, as
     `[scoring]` says (retries, retry_limit), before the run stops."""
     give_up_after: int = 16
-    """The run stops when so many pictures in a row got no answer that can be read."""
+    """The run stops when so many images in a row got no answer that can be read."""
 
     deterministic: ClassVar[bool] = False  # batching moves the last digits, and what is served may change
     slow: ClassVar[bool] = True
@@ -132,7 +132,7 @@ class VlmJudge(Reward):
             self.name, self.url, "key_env", self.key_env, self.concurrency, self.timeout, self.retries
         )
         self._in_vain = 0
-        """Pictures since the last one with a usable answer."""
+        """Images since the last one with a usable answer."""
 
     def check(self, examples: Iterable[Example]) -> None:
         """Ask the endpoint for its models, where it lists them: one that is not there is found before weights load."""
@@ -156,15 +156,15 @@ class VlmJudge(Reward):
         return self._comparison.tokens(example) if self.mode == "caption" else None
 
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
-        pictures = ["data:image/png;base64," + base64.b64encode(file).decode() for file in as_png(images)]
-        asked = list(zip(pictures, (example.text for example in examples), strict=True))
+        urls = ["data:image/png;base64," + base64.b64encode(file).decode() for file in as_png(images)]
+        asked = list(zip(urls, (example.text for example in examples), strict=True))
         with self._endpoint.connect() as connection:
             judged = connection.map(lambda one: self._judge(connection, *one), asked)
         for found in judged:
             self._in_vain = self._in_vain + 1 if isinstance(found, Unusable) else 0
             if self._in_vain >= self.give_up_after:
                 raise AlignkitError(
-                    f"vlm_judge: {self.model} at {self.url} gave no usable answer for {self._in_vain} pictures in a "
+                    f"vlm_judge: {self.model} at {self.url} gave no usable answer for {self._in_vain} images in a "
                     f"row (the last: {found}); choose another mode or model, or raise give_up_after"
                 )
         valid = torch.tensor([not isinstance(found, Unusable) for found in judged])
@@ -182,53 +182,51 @@ class VlmJudge(Reward):
             reasons,
         )
 
-    def _judge(
-        self, connection: Connection, picture: str, text: str
-    ) -> tuple[float, dict[str, float]] | str | Unusable:
-        """The value of one picture and its parts, or its caption; or why there is none."""
+    def _judge(self, connection: Connection, image: str, text: str) -> tuple[float, dict[str, float]] | str | Unusable:
+        """The value of one image and its parts, or its caption; or why there is none."""
         try:
             if self.mode == "caption":
-                return self._caption(connection, picture)
+                return self._caption(connection, image)
             if self.mode == "yes_no":
-                return self._yes_no(connection, picture, text)
+                return self._yes_no(connection, image, text)
             if self.mode == "rubric":
-                return self._rubric(connection, picture, text)
-            return self._viescore(connection, picture, text)
+                return self._rubric(connection, image, text)
+            return self._viescore(connection, image, text)
         except Unusable as reason:
             return reason
 
-    def _yes_no(self, connection: Connection, picture: str, text: str) -> tuple[float, dict[str, float]]:
+    def _yes_no(self, connection: Connection, image: str, text: str) -> tuple[float, dict[str, float]]:
         options = {"max_completion_tokens": 1, "logprobs": True, "top_logprobs": _TOP}
-        choice = self._complete(connection, _about(picture, self.question.replace("{}", text)), options)
+        choice = self._complete(connection, _about(image, self.question.replace("{}", text)), options)
         yes, no = yes_and_no(choice)
         return yes / (yes + no), {"yes_or_no": yes + no}
 
-    def _rubric(self, connection: Connection, picture: str, text: str) -> tuple[float, dict[str, float]]:
+    def _rubric(self, connection: Connection, image: str, text: str) -> tuple[float, dict[str, float]]:
         low, high = self.scale
         listed = "\n".join(f"- {name}: {meaning}" for name, meaning in self.criteria.items())
         question = RUBRIC.format(prompt=text, low=low, high=high, criteria=listed)
         properties = {name: {"type": "number"} for name in self.criteria}
         parts = self._json(
-            connection, picture, question, properties, lambda found: grades(found, self.criteria, low, high)
+            connection, image, question, properties, lambda found: grades(found, self.criteria, low, high)
         )
         return sum((value - low) / (high - low) for value in parts.values()) / len(parts), parts
 
-    def _viescore(self, connection: Connection, picture: str, text: str) -> tuple[float, dict[str, float]]:
+    def _viescore(self, connection: Connection, image: str, text: str) -> tuple[float, dict[str, float]]:
         properties = {"score": {"type": "array", "items": {"type": "number"}}}
         question = CONSISTENCY.format(prompt=text)
-        consistency = self._json(connection, picture, question, properties, lambda found: scores(found, 1))
-        quality = self._json(connection, picture, QUALITY, properties, lambda found: scores(found, 2))
+        consistency = self._json(connection, image, question, properties, lambda found: scores(found, 1))
+        quality = self._json(connection, image, QUALITY, properties, lambda found: scores(found, 2))
         value, semantic, perceptual = viescore(consistency, quality)
         return value, {"semantic_consistency": semantic, "perceptual_quality": perceptual}
 
-    def _caption(self, connection: Connection, picture: str) -> str:
+    def _caption(self, connection: Connection, image: str) -> str:
         options = {"max_completion_tokens": _CAPTION}
-        caption = content(self._complete(connection, _about(picture, self.request), options)).strip()
+        caption = content(self._complete(connection, _about(image, self.request), options)).strip()
         if not caption:
             raise Unusable("the caption is empty")
         return caption
 
-    def _json(self, connection: Connection, picture: str, question: str, properties: dict[str, Any], read: Any) -> Any:
+    def _json(self, connection: Connection, image: str, question: str, properties: dict[str, Any], read: Any) -> Any:
         """What `read` makes of the object that the model answers with, asked a second time if it cannot be read."""
         schema = {
             "type": "object",
@@ -240,7 +238,7 @@ class VlmJudge(Reward):
         if self.structured:
             named = {"name": "judgement", "strict": True, "schema": schema}
             options["response_format"] = {"type": "json_schema", "json_schema": named}
-        messages = _about(picture, question)
+        messages = _about(image, question)
         said = content(self._complete(connection, messages, options))
         try:
             return read(first_object(said))
@@ -260,7 +258,7 @@ class VlmJudge(Reward):
         return first_choice(answer)
 
 
-def _about(picture: str, question: str) -> list[Any]:
-    """One message: the picture, then the question."""
-    image = {"type": "image_url", "image_url": {"url": picture}}
+def _about(url: str, question: str) -> list[Any]:
+    """One message: the image, then the question."""
+    image = {"type": "image_url", "image_url": {"url": url}}
     return [{"role": "user", "content": [image, {"type": "text", "text": question}]}]

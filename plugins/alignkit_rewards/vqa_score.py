@@ -1,4 +1,4 @@
-"""VQAScore: how sure is a vision language model that the picture shows the prompt? (Lin et al., 2404.01291).
+"""VQAScore: how sure is a vision language model that the image shows the prompt? (Lin et al., 2404.01291).
 
 The probability that the answer to one question begins with "Yes". For decoder models, the Qwen-VL family of
 transformers; the paper's own CLIP-FlanT5, which also counts the end of the answer, is not among them.
@@ -33,7 +33,7 @@ FAMILIES = {
     "qwen2_5_vl": (CLIP_MEAN, CLIP_STD, 56 * 56),
     "qwen3_vl": (_HALF, _HALF, 256 * 256),
 }
-"""Mean, deviation and the fewest pixels of each family's pictures, as their processors have it."""
+"""Mean, deviation and the fewest pixels of each family's images, as their processors have it."""
 
 
 @dataclass
@@ -48,7 +48,7 @@ class VqaScore(Reward):
     answer: str = "Yes"
     """The answer whose probability counts; one token."""
     max_pixels: int = 12_845_056
-    """Larger pictures are made smaller before they are shown; as published. Less takes less memory."""
+    """Larger images are made smaller before they are shown; as published. Less takes less memory."""
     precision: Precision = "auto"
     """The network's precision: auto is bf16 on CUDA and fp32 elsewhere. The last layer is always float32."""
 
@@ -118,7 +118,7 @@ class VqaScore(Reward):
         return logits.softmax(-1)[:, self._yes]
 
     def _ask(self, texts: Sequence[str], tokens: int) -> tuple[Tensor, Tensor]:
-        """Token ids and mask (N, L) of the questions, padded in front, with room for `tokens` of the picture each."""
+        """Token ids and mask (N, L) of the questions, padded in front, with room for `tokens` of the image each."""
         image = self._model.config.image_token_id
         asked = []
         for text in texts:
@@ -129,7 +129,7 @@ class VqaScore(Reward):
             ids = self._tokenizer(chat, add_special_tokens=False, verbose=False).input_ids
             if ids.count(image) != 1:
                 raise ConfigError(
-                    f"vqa_score: the question about {text!r} has {ids.count(image)} places for a picture, expected 1; "
+                    f"vqa_score: the question about {text!r} has {ids.count(image)} places for an image, expected 1; "
                     "a prompt must not hold the model's own tokens"
                 )
             place = ids.index(image)
@@ -142,7 +142,7 @@ class VqaScore(Reward):
 
 
 def fitting_size(height: int, width: int, factor: int, fewest: int, most: int) -> tuple[int, int]:
-    """Multiples of `factor` nearest to the picture's size, of `fewest` to `most` pixels (Qwen2-VL's rule)."""
+    """Multiples of `factor` nearest to the image's size, of `fewest` to `most` pixels (Qwen2-VL's rule)."""
     h, w = round(height / factor) * factor, round(width / factor) * factor
     if h * w > most:
         shrink = math.sqrt(height * width / most)
@@ -155,7 +155,7 @@ def fitting_size(height: int, width: int, factor: int, fewest: int, most: int) -
 
 def patchify(pixels: Tensor, patch: int, merge: int, frames: int) -> Tensor:
     """(N, 3, H, W) to rows of patches (N, H W / patch², 3 frames patch²) in Qwen-VL's order: `merge` by `merge`
-    neighbours stand together, and the picture counts as `frames` equal frames."""
+    neighbours stand together, and the image counts as `frames` equal frames."""
     rows, columns = (side // (patch * merge) for side in pixels.shape[-2:])
     x = pixels.reshape(len(pixels), 3, rows, merge, patch, columns, merge, patch).permute(0, 2, 5, 3, 6, 1, 4, 7)
     x = x[:, :, :, :, :, :, None].expand(*(-1,) * 6, frames, -1, -1)

@@ -13,7 +13,7 @@ from alignkit.errors import ConfigError
 from alignkit.interfaces import Algorithm, Context, Sampler
 from alignkit.records import Batch, Example, Prompt, Rows
 from alignkit_lcd.distillation import Average, Distance, Distillation, Noised
-from alignkit_rg_lcd.preference import Direction, RealPictures, margins, preference_loss, with_real_pictures
+from alignkit_rg_lcd.preference import Direction, RealImages, margins, preference_loss, with_real_images
 from alignkit_rg_lcd.surrogate import LRM
 
 
@@ -32,9 +32,9 @@ class Compared(Rows):
     """Three latents for each caption, and what the expert makes of them."""
 
     latents: Tensor
-    """(N, 3, *S) of the real picture, the student's prediction and the target (z_0, z_1, z_2)."""
+    """(N, 3, *S) of the real image, the student's prediction and the target (z_0, z_1, z_2)."""
     expert: Tensor
-    """(N, 3) rewards; NaN where a picture could not be scored."""
+    """(N, 3) rewards; NaN where an image could not be scored."""
     prompt: Prompt
 
 
@@ -55,7 +55,7 @@ class RGLCD(Algorithm[Collected, Noised]):
     to prefer what the reward prefers (Eq. 12); the reward may then be any black box.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"teacher", "pictures"})
+    needs: ClassVar[frozenset[str]] = frozenset({"teacher", "images"})
     draws: ClassVar[bool] = False
     default_surrogate: ClassVar[str] = "lrm"
     surrogate_type: ClassVar[type] = LRM
@@ -65,7 +65,7 @@ class RGLCD(Algorithm[Collected, Noised]):
     distillation, the control run."""
     proxy: bool = False
     """Follow the latent proxy (surrogate lrm) in the place of the reward itself. Rounds of surrogate.warmup are its
-    pre-training, with CLIP's loss on captioned pictures."""
+    pre-training, with CLIP's loss on captioned images."""
     pretraining: int | None = None
     """Rounds of surrogate.warmup that are the pre-training; in those behind them the expert teaches the proxy while the
     policy waits. Left out: all of them, and both learn from the first round on, as in the paper."""
@@ -76,21 +76,21 @@ class RGLCD(Algorithm[Collected, Noised]):
     expert_temperature: float = 0.01
     """tau_E: rewards a temperature apart are e to 1. 0.01 suits cosines (CLIP, HPS); small for a reward that only says
     which of two is better."""
-    real_pictures: RealPictures = "judged"
-    """What the expert is taken to say of a real picture beside a predicted one. judged: what it says; never_worse: at
+    real_images: RealImages = "judged"
+    """What the expert is taken to say of a real image beside a predicted one. judged: what it says; never_worse: at
     the least even; always_best: that it is better."""
     proxy_rows: int = 16
-    """Rows that the expert scores in a round (three pictures each) and the proxy learns from; at most those of the
+    """Rows that the expert scores in a round (three images each) and the proxy learns from; at most those of the
     update."""
     target_decay: float = 0.95
     """mu, decay of the average of the student that gives the distillation's target; 0: the student itself, as for
     LCM-LoRA."""
     ode_steps: int = 50
     """Solver steps; must be what the student's sampler counts as original steps."""
-    w_min: float = 5.0
-    """Smallest guidance of the teacher, on the scale where 0 is the conditional prediction."""
-    w_max: float = 15.0
-    """Largest guidance of the teacher."""
+    guidance_scale_min: float = 6.0
+    """Smallest guidance scale of the teacher (w + 1 of the LCM paper)."""
+    guidance_scale_max: float = 16.0
+    """Largest guidance scale of the teacher."""
     huber_c: float = 1e-3
     """Where the pseudo-Huber distance turns from quadratic to linear."""
     distance: Distance = "huber"
@@ -110,8 +110,10 @@ class RGLCD(Algorithm[Collected, Noised]):
         elif self.beta:
             self.needs = type(self).needs | {"differentiable_reward"}  # type: ignore[misc]
         else:
-            self.asks_rewards = False  # type: ignore[misc]
-        self._distillation = Distillation(self.ode_steps, self.w_min, self.w_max, self.huber_c, self.distance)
+            self.uses_rewards = False  # type: ignore[misc]
+        self._distillation = Distillation(
+            self.ode_steps, self.guidance_scale_min, self.guidance_scale_max, self.huber_c, self.distance
+        )
         self._target = Average(self.target_decay)
         self._pretrained = 0
 
@@ -124,8 +126,8 @@ class RGLCD(Algorithm[Collected, Noised]):
     # collect: captioned latents, noised; with the proxy, what the expert says of some of them
 
     def collect(self, batch: Batch, ctx: Context) -> Collected:
-        assert batch.pictures is not None  # needs "pictures"
-        latents, prompt = ctx.policy.encode_images(batch.pictures), ctx.policy.encode(batch.captions)
+        assert batch.images is not None  # needs "images"
+        latents, prompt = ctx.policy.encode_images(batch.images), ctx.policy.encode(batch.captions)
         if ctx.warming_up and (self.pretraining is None or self._pretrained < self.pretraining):
             self._pretrained += 1
             return Collected(None, Contrast(latents[None], replace(prompt, index=prompt.index[None])))
@@ -182,7 +184,7 @@ class RGLCD(Algorithm[Collected, Noised]):
             ]
             return torch.stack(losses).mean()
         scores = lrm.finetuning_score(rows.latents.flatten(0, 1), _thrice(rows.prompt)).view_as(rows.expert)
-        expert = with_real_pictures(margins(rows.expert) / self.expert_temperature, self.real_pictures)
+        expert = with_real_images(margins(rows.expert) / self.expert_temperature, self.real_images)
         return preference_loss(lrm.scale() * margins(scores), expert, self.kl)
 
     # the policy
@@ -205,7 +207,7 @@ class RGLCD(Algorithm[Collected, Noised]):
         return distillation + reward_loss, {"distillation_loss": distillation, "reward_loss": reward_loss}
 
     def _reward(self, prediction: Tensor, prompt: Prompt, ctx: Context) -> Tensor:
-        """J of Eq. 10: the mean over rows; a picture that cannot be scored has no part in it."""
+        """J of Eq. 10: the mean over rows; an image that cannot be scored has no part in it."""
         if self.proxy:
             assert ctx.surrogate is not None
             return ctx.surrogate.score(prediction, prompt).mean()

@@ -13,7 +13,7 @@ CERTAIN = 100.0
 """Log-odds of a preference that is beyond doubt."""
 
 Direction = Literal["forward", "reverse"]
-RealPictures = Literal["judged", "never_worse", "always_best"]
+RealImages = Literal["judged", "never_worse", "always_best"]
 
 
 def margins(scores: Tensor) -> Tensor:
@@ -22,8 +22,8 @@ def margins(scores: Tensor) -> Tensor:
     return scores[:, first] - scores[:, second]
 
 
-def with_real_pictures(odds: Tensor, real: RealPictures) -> Tensor:
-    """The expert's log-odds (N, 3) over `PAIRS`, with what is held of real pictures; NaN stays."""
+def with_real_images(odds: Tensor, real: RealImages) -> Tensor:
+    """The expert's log-odds (N, 3) over `PAIRS`, with what is held of real images; NaN stays."""
     if real == "judged":
         return odds
     against_real = odds[:, :2].clamp(min=0) if real == "never_worse" else odds[:, :2] * 0 + CERTAIN

@@ -52,7 +52,7 @@ class EulerAncestral(Sampler):
         return Transition(mean, up, clean)
 
     def initial_scale(self, policy: Policy) -> float:
-        """The first latent is y = s noise: the little that alpha leaves of the picture there is taken as nothing. With
+        """The first latent is y = s noise: the little that alpha leaves of the image there is taken as nothing. With
         "leading" times diffusers begins at y = sqrt(s^2 + 1) noise, which is unit noise."""
         first = self.grid(policy)[:1]
         return float(policy.schedule(first.to(policy.device))[1]) if self.spacing == "trailing" else 1.0

@@ -13,7 +13,7 @@ from alignkit.advantage import PromptTracker, of_terms, over_batch
 from alignkit.errors import ConfigError, PluginError
 from alignkit.interfaces import Algorithm, Context, Sampler
 from alignkit.records import Batch, Example, Prompt, Rows
-from alignkit.rollout import Rollout, walk
+from alignkit.rollout import Rollout, run_sampler
 from alignkit_sdpo.dense import by_interpolation, by_similarity, discounted_returns, queried_steps
 
 
@@ -134,12 +134,12 @@ class SDPO(Algorithm[PairedSteps, PairedSteps]):
         prompt = ctx.policy.encode(texts)
         start = ctx.noise(count // 2).repeat_interleave(2, dim=0)
         noises = torch.stack([start, *(ctx.noise(count) for _ in range(num_steps))], dim=1)
-        rollout = walk(ctx.policy, ctx.sampler, prompt, noises)
+        rollout = run_sampler(ctx.policy, ctx.sampler, prompt, noises)
         advantage = self._scored(rollout.clean, examples, ctx)
         return self._paired(rollout, prompt, advantage, ctx)
 
     def _scored(self, clean: Tensor, examples: list[Example], ctx: Context) -> Tensor:
-        """The advantages of all steps (N, K); NaN where one rests on a picture that could not be scored."""
+        """The advantages of all steps (N, K); NaN where one rests on an image that could not be scored."""
         texts = [e.text for e in examples]
         step = queried_steps(clean, self.queries, self.anchor, ctx.generator)
         each, num_steps = step.shape[1], clean.shape[1]

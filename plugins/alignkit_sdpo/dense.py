@@ -1,7 +1,7 @@
 """A reward for every step of a walk from few queries, and what the steps behind it bring, as pure functions.
 
 N walks of K steps, Q of them queried. `clean` (N, K, *S) holds the clean latent that is predicted at each step; `step`
-(N, Q) the queried steps, ascending, and `rewards` (N, Q) what was found there, NaN where a picture could not be scored.
+(N, Q) the queried steps, ascending, and `rewards` (N, Q) what was found there, NaN where an image could not be scored.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def register_models(register: Register) -> None:
 @hookimpl
 def register_rewards(register: Register) -> None:
     register(
-        "shapes_reading",
-        "alignkit_shapes.reward:ShapesReading",
-        "The drawing program's own reading of a picture of shapes",
+        "pixel_check",
+        "alignkit_shapes.reward:PixelCheck",
+        "Attribute binding checked in the pixels of an image of shapes, by rules",
     )

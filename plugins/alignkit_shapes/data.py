@@ -1,4 +1,4 @@
-"""Endless captioned drawings, as `[data] pictures = "alignkit_shapes.data:Drawings"`, and pairs of drawings of which
+"""Endless captioned drawings, as `[data] images = "alignkit_shapes.data:Drawings"`, and pairs of drawings of which
 one is right, as `[data] pairs = "alignkit_shapes.data:DrawingPairs"`."""
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alignkit.data.sources import Pictures, Preferences
+from alignkit.data.sources import Images, Preferences
 from alignkit.records import PreferencePairs
 from alignkit_shapes.build.questions import spoiled
 from alignkit_shapes.scenes import SIZE, Scene, caption, draw, sample_scene
 
 
-class Drawings(Pictures):
-    """Picture `i` of the stream of a seed is drawn from (seed, i) alone."""
+class Drawings(Images):
+    """Image `i` of the stream of a seed is drawn from (seed, i) alone."""
 
     def __init__(self, size: int) -> None:
         _expect(size)
@@ -28,7 +28,7 @@ class Drawings(Pictures):
             scene = sample_scene(rng)
             drawn.append(draw(scene))
             captions.append(caption(scene, rng))
-        return _pictures(drawn), captions
+        return _images(drawn), captions
 
 
 class DrawingPairs(Preferences):
@@ -47,7 +47,7 @@ class DrawingPairs(Preferences):
             winners.append(draw(scene))
             losers.append(wrong(scene, rng))
             captions.append(caption(scene, rng))
-        return PreferencePairs(_pictures(winners), _pictures(losers), captions)
+        return PreferencePairs(_images(winners), _images(losers), captions)
 
 
 def wrong(scene: Scene, rng: np.random.Generator) -> np.ndarray:
@@ -59,9 +59,9 @@ def wrong(scene: Scene, rng: np.random.Generator) -> np.ndarray:
         exchanged = {first: replace(first, color=other.color), other: replace(other, color=first.color)}
         return draw(replace(scene, things=tuple(exchanged.get(thing, thing) for thing in scene.things)))
     while True:
-        picture, truth, _ = spoiled(scene, rng)
+        image, truth, _ = spoiled(scene, rng)
         if truth.things != scene.things:
-            return picture
+            return image
 
 
 def _expect(size: int) -> None:
@@ -69,6 +69,6 @@ def _expect(size: int) -> None:
         raise ValueError(f"the drawings have {SIZE} pixels, the model {size}")
 
 
-def _pictures(drawn: list[np.ndarray]) -> Tensor:
+def _images(drawn: list[np.ndarray]) -> Tensor:
     """(N, 3, SIZE, SIZE) in [0, 1]."""
     return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float() / 255

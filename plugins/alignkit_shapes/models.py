@@ -15,10 +15,10 @@ WIDE = ["conv1", "conv2", "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "
 _data: dict[str, Any] = {
     "data": {
         "prompts": str(FOLDER / "prompts" / "train.txt"),
-        "pictures": "alignkit_shapes.data:Drawings",
+        "images": "alignkit_shapes.data:Drawings",
         "pairs": "alignkit_shapes.data:DrawingPairs",
     },
-    "evaluate": {"prompts": str(FOLDER / "prompts" / "held_out.txt"), "rewards": ["shapes_reading"]},
+    "evaluate": {"prompts": str(FOLDER / "prompts" / "held_out.txt"), "rewards": ["pixel_check"]},
     "reward": [{"name": "attribute_binding", "judge": str(WEIGHTS / "judge")}],
 }
 # Captions say what stands left of what, so drawings are not mirrored.
@@ -26,7 +26,7 @@ _unflipped: dict[str, Any] = {"algorithm": {"flip": False}}
 
 
 # Small rounds: the surrogate learns from all of them again.
-_often: dict[str, Any] = {"pairs": "drawn", "replay": 64}
+_often: dict[str, Any] = {"pairs": "random", "replay": 64}
 
 
 def _walk(name: str, num_steps: int, read_at: list[int], **fields: Any) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def _likelihoods(walk: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def shapes_lcm() -> ModelBundle:
     """The few-step model; guidance as it was distilled with."""
-    guidance = {"w_min": 1.0, "w_max": 3.0}
+    guidance = {"guidance_scale_min": 2.0, "guidance_scale_max": 4.0}
     # Few and large updates with an honest gradient, held to the model before training: without that most of what the
     # policy moves is chance, and the further it goes, the more it finds where the surrogate is wrong
     # (docs/algorithms/lasro.md).
@@ -92,7 +92,7 @@ def shapes_lcm() -> ModelBundle:
     return ModelBundle(
         path=str(WEIGHTS / "shapes_lcm"),
         teacher=str(WEIGHTS / "shapes_teacher"),
-        defaults={"model": {"guidance": 2.0}, "sampler": {"name": "lcm", "num_steps": 2}, **_data},
+        defaults={"model": {"guidance_scale": 3.0}, "sampler": {"name": "lcm", "num_steps": 2}, **_data},
         algorithm_defaults={
             "lasro": lasro,
             "lasro/attribute_binding": binding,
@@ -112,7 +112,7 @@ def shapes_turbo() -> ModelBundle:
     return ModelBundle(
         path=str(WEIGHTS / "shapes_teacher"),
         defaults={
-            "model": {"adapter": str(WEIGHTS / "shapes_turbo"), "prediction": "epsilon", "guidance": 0.0},
+            "model": {"adapter": str(WEIGHTS / "shapes_turbo"), "prediction": "epsilon", "guidance_scale": 1.0},
             "sampler": {"name": "euler_ancestral", "num_steps": 4, "eta": 0.0},
             **_data,
         },
@@ -134,7 +134,7 @@ def shapes_teacher() -> ModelBundle:
     return ModelBundle(
         path=str(WEIGHTS / "shapes_teacher"),
         defaults={
-            "model": {"guidance": 2.0},
+            "model": {"guidance_scale": 3.0},
             "sampler": {"name": "ddim", "num_steps": 25, "eta": 0.0},
             **_data,
             "evaluate": {**_data["evaluate"], "steps": [25]},

@@ -1,4 +1,4 @@
-"""The drawing program's reading as a reward: independent of every network, so it shows when a judge is being gamed."""
+"""The pixel check as a reward: independent of every network, so it shows when a VQA model is being gamed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Reward
 from alignkit.records import Example, Scores
-from alignkit_shapes.reading import answers, exact, read
+from alignkit_shapes.pixel_check import answers, exact, read
 from alignkit_shapes.scenes import COLORS, SHAPES, SIZE, Thing
 
 _PHRASE = re.compile(rf"\b({'|'.join(COLORS)})\s+({'|'.join(SHAPES)})\b")
@@ -25,10 +25,10 @@ def things_of(text: str) -> list[Thing]:
 
 
 @dataclass
-class ShapesReading(Reward):
+class PixelCheck(Reward):
     """The questions of attribute binding, answered from palette and outlines (0 to 1), without any network.
 
-    The part `exact` is 1 where the picture shows just what the prompt names.
+    The part `exact` is 1 where the image shows just what the prompt names.
     """
 
     bounds: ClassVar[tuple[float | None, float | None]] = (0.0, 1.0)
@@ -37,19 +37,19 @@ class ShapesReading(Reward):
         for example in examples:
             if not things_of(example.text):
                 raise ConfigError(
-                    f"shapes_reading: the prompt {example.text!r} names no coloured shape of the embedded world"
+                    f"pixel_check: the prompt {example.text!r} names no coloured shape of the embedded world"
                 )
 
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
         if images.shape[-2:] != (SIZE, SIZE):
             raise ConfigError(
-                f"shapes_reading: found pictures of {images.shape[-2]} x {images.shape[-1]} pixels, expected {SIZE} x "
+                f"pixel_check: found images of {images.shape[-2]} x {images.shape[-1]} pixels, expected {SIZE} x "
                 f"{SIZE}, which the embedded world draws"
             )
-        pictures = (images.detach().permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
+        pixels = (images.detach().permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
         binding, whole = [], []
-        for picture, example in zip(pictures, examples, strict=True):
-            regions, things = read(picture), things_of(example.text)
+        for image, example in zip(pixels, examples, strict=True):
+            regions, things = read(image), things_of(example.text)
             replies = answers(regions, things)
             binding.append(sum(replies) / len(replies))
             whole.append(float(exact(regions, things)))

@@ -90,27 +90,27 @@ class Scene:
 
 
 def mask(shape: str, x: float, y: float, radius: float) -> Image.Image:
-    """The coverage of one shape as an 8-bit grey picture of `SIZE` x `SIZE`."""
+    """The coverage of one shape as an 8-bit grey image of `SIZE` x `SIZE`."""
     scale = _OVERSAMPLE
-    picture = Image.new("L", (SIZE * scale, SIZE * scale))
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("L", (SIZE * scale, SIZE * scale))
+    pen = ImageDraw.Draw(image)
     pen.polygon([((x + px * radius) * scale, (y + py * radius) * scale) for px, py in SHAPES[shape]], fill=255)
     if shape == "ring":
         hole = _circle(RING_HOLE)
         pen.polygon([((x + px * radius) * scale, (y + py * radius) * scale) for px, py in hole], fill=0)
-    return picture.reduce(scale)
+    return image.reduce(scale)
 
 
 def draw(scene: Scene) -> np.ndarray:
-    """The scene as a picture, uint8 (SIZE, SIZE, 3)."""
-    picture = Image.new("RGB", (SIZE, SIZE), scene.ground)
+    """The scene as an image, uint8 (SIZE, SIZE, 3)."""
+    image = Image.new("RGB", (SIZE, SIZE), scene.ground)
     for thing in scene.things:
-        picture.paste(COLORS[thing.color], (0, 0), mask(thing.shape, thing.x, thing.y, thing.radius))
-    return np.asarray(picture)
+        image.paste(COLORS[thing.color], (0, 0), mask(thing.shape, thing.x, thing.y, thing.radius))
+    return np.asarray(image)
 
 
 def _place(radii: list[float], rng: np.random.Generator) -> list[tuple[float, float]]:
-    """Centres that keep the things inside the picture and apart from each other."""
+    """Centres that keep the things inside the image and apart from each other."""
     while True:
         places: list[tuple[float, float]] = []
         for radius in radii:

@@ -105,7 +105,7 @@ def test_one_term_is_measured_as_it_is() -> None:
 
 
 def test_advantages_apart_tell_apart_what_the_sum_does_not() -> None:
-    """The sum takes the second and the third picture for equals; apart, the reward that few get counts for more."""
+    """The sum takes the second and the third image for equals; apart, the reward that few get counts for more."""
     often, seldom = [1.0, 1.0, 0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
     together = over_batch(torch.tensor(often) + torch.tensor(seldom), context())
     assert together[1] == together[2]

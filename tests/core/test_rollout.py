@@ -9,7 +9,7 @@ import torch
 
 from alignkit.interfaces import Sampler
 from alignkit.models.diffusers_policy import DiffusersPolicy
-from alignkit.rollout import sample, seeded_noises, walk
+from alignkit.rollout import run_sampler, sample, seeded_noises
 from alignkit_samplers.ddim import DDIM
 from alignkit_samplers.lcm import LCM
 
@@ -20,7 +20,7 @@ def test_every_state_is_the_next_state_of_the_step_before(tiny_lcm: Path) -> Non
     policy = DiffusersPolicy(str(tiny_lcm), trainable=False)
     prompt, noises = policy.encode(["a red circle", "a blue square"]), seeded_noises(SHAPE, 4, [(0, 0), (0, 1)])
     with torch.no_grad():
-        found = walk(policy, LCM(4), prompt, noises)
+        found = run_sampler(policy, LCM(4), prompt, noises)
     assert found.states.shape == found.next_states.shape == found.clean.shape == (2, 4, *SHAPE)
     assert torch.equal(found.states[:, 0], noises[:, 0])
     assert torch.equal(found.states[:, 1:], found.next_states[:, :-1])
@@ -34,14 +34,14 @@ def test_a_sampler_tells_beforehand_how_many_of_its_steps_have_chance(tiny_lcm: 
     policy = DiffusersPolicy(str(tiny_lcm), trainable=False)
     noises = seeded_noises(SHAPE, sampler.num_steps, [(0, 0)])
     with torch.no_grad():
-        found = walk(policy, sampler, policy.encode(["a red circle"]), noises)
+        found = run_sampler(policy, sampler, policy.encode(["a red circle"]), noises)
     assert int((found.std > 0).sum()) == sampler.stochastic_steps()
 
 
 def test_a_walk_with_too_little_noise_is_refused(tiny_lcm: Path) -> None:
     policy = DiffusersPolicy(str(tiny_lcm), trainable=False)
     with pytest.raises(ValueError, match="4 steps need 5 noises, found 3"):
-        walk(policy, LCM(4), policy.encode(["a red circle"]), seeded_noises(SHAPE, 2, [(0, 0)]))
+        run_sampler(policy, LCM(4), policy.encode(["a red circle"]), seeded_noises(SHAPE, 2, [(0, 0)]))
 
 
 def test_noise_depends_on_its_own_seed_and_index_alone() -> None:

@@ -109,7 +109,7 @@ def test_the_comparison_is_made_cell_by_cell_and_rendered(
     tuned = {r["rate"]: compare.trained_mean(r) for r in results.values() if r["tuning"]}
     assert len(results) == 4 and tuned[final["rate"]] == max(tuned.values())
     assert final["samples"] == 8 and final["updates"] == 2 and set(final["drift"]) == {"1", "2"}
-    assert len(final["values"]["2"]["reading"]) == 3
+    assert len(final["values"]["2"]["pixel_check"]) == 3
     with pytest.raises(ConfigError, match=r"--methods: found 'dddpo', expected one or more of 'DDPO', 'ddpo'$"):
         compare.main([*base, "--methods", "ddpo,dddpo"])
     before = sorted(file.stat().st_mtime_ns for file in out.rglob("result.json"))

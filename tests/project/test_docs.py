@@ -22,7 +22,7 @@ from alignkit.cli.app import app
 from alignkit.cli.options import overrides
 from alignkit.commands.new import new
 from alignkit.config import load as config
-from alignkit.data.images import open_pictures
+from alignkit.data.images import open_images
 from alignkit.data.preferences import open_pairs
 from alignkit.data.prompts import read_examples
 from alignkit.records import Example
@@ -140,14 +140,14 @@ def test_every_reward_has_a_page_with_its_fields_and_a_place_in_the_overview() -
             assert row.name in overview
 
 
-def test_the_design_page_names_every_module_and_plugin() -> None:
+def test_the_design_page_names_every_room_and_plugin() -> None:
     design = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     modules = {p.name for p in (ROOT / "alignkit").glob("[!_]*.py")}
+    folders = {f"{p.parent.name}/" for p in (ROOT / "alignkit").glob("*/__init__.py")}
     plugins = {p.name for p in (ROOT / "plugins").glob("alignkit_*")}
-    named = set(re.findall(r"`([a-z]\w*\.py)`", design)) | set(
-        re.findall(r"^\| `(alignkit_\w+)`", design, re.MULTILINE)
-    )
-    assert named == modules | plugins
+    named = set(re.findall(r"`([a-z]\w*\.py|[a-z]+/)`", design))
+    named |= set(re.findall(r"^\| `(alignkit_\w+)`", design, re.MULTILINE))
+    assert named == modules | folders | plugins
 
 
 @pytest.mark.parametrize("page", NAMES)
@@ -232,7 +232,7 @@ def test_the_data_of_the_docs_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "drawings").mkdir()
     for number in (1, 2):
         Image.new("RGB", (8, 8)).save(tmp_path / "drawings" / f"{number:04d}.png")
-    _, captions = open_pictures(str(tmp_path / "pictures.jsonl"), 8).batch(0, 2, seed=0)
+    _, captions = open_images(str(tmp_path / "images.jsonl"), 8).batch(0, 2, seed=0)
     assert sorted(captions) == ["a blue square", "a red circle"]
     assert open_pairs(str(tmp_path / "pairs.jsonl"), 8).batch(0, 1, seed=0).captions == ("a red circle",)
 

@@ -197,7 +197,7 @@ def test_offline_pso() -> None:
 
 
 def test_rg_lcd() -> None:
-    """Prediction, target and real picture in this order; kl_div of a softmax for each of the three pairs."""
+    """Prediction, target and real image in this order; kl_div of a softmax for each of the three pairs."""
     proxy, expert, scale, expert_scale = normal(COUNT, 3) / 10, normal(COUNT, 3, seed=1) / 10, 14.3, 100.0
     published, paper = 0.0, 0.0
     for i, j in ((0, 1), (0, 2), (1, 2)):
@@ -205,7 +205,7 @@ def test_rg_lcd() -> None:
         q = F.softmax(expert_scale * expert[:, [i, j]], dim=1)
         published += float(F.kl_div(p, q, reduction="batchmean"))
         paper += float(F.kl_div(q.log(), p.exp(), reduction="batchmean"))
-    # Ours has the real picture first.
+    # Ours has the real image first.
     ours, judged = (scores[:, [2, 0, 1]] for scores in (scale * proxy, expert_scale * expert))
     for direction, value in (("forward", published), ("reverse", paper)):
         assert float(preference_loss(margins(ours), margins(judged), direction)) == pytest.approx(value)

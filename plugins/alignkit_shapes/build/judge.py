@@ -3,7 +3,7 @@
 Trained end to end from scratch it stays at the majority answer, so it learns in stages: the vision tower first learns
 what is present (a throw-away linear head over max-pooled tokens), then the text encoder and decoder learn to read the
 frozen features, and then all of it learns together. Every batch shows fresh scenes. Once there is a teacher, the judge
-also learns from the teacher's unfinished pictures, as the drawing program reads them.
+also learns from the teacher's unfinished images, as the drawing program reads them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from alignkit.diffusion import add_noise
 from alignkit.models.diffusers_policy import DiffusersPolicy
 from alignkit_rewards.attribute_binding import answers, encode, yes_no
 from alignkit_shapes.build.questions import labels, pixels, question, spoiled
-from alignkit_shapes.reading import Region, read
-from alignkit_shapes.reading import answers as answers_of
+from alignkit_shapes.pixel_check import Region, read
+from alignkit_shapes.pixel_check import answers as answers_of
 from alignkit_shapes.scenes import COLORS, SHAPES, Scene, caption, draw, sample_scene
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]", "yes", "no", "is", "are", "there", "the"]
@@ -36,9 +36,9 @@ NAMES = [*list(SHAPES)[:3], "star", *list(SHAPES)[3:]]
 IMAGE = 64
 WIDTH = 96
 Sketch = tuple[np.ndarray, Scene, list[Region]]
-"""A picture, uint8 (SIZE, SIZE, 3), the scene it is meant to show, and what is read in it."""
+"""An image, uint8 (SIZE, SIZE, 3), the scene it is meant to show, and what is read in it."""
 Lesson = tuple[torch.Tensor, list[list[tuple[str, bool]]]]
-"""The image tokens (N, T, WIDTH) of N pictures, and equally many questions about each with their true answers."""
+"""The image tokens (N, T, WIDTH) of N images, and equally many questions about each with their true answers."""
 
 
 def tokenizer() -> BertTokenizer:
@@ -107,7 +107,7 @@ def _step(loss: torch.Tensor, parameters: list[Parameter], optimizer: AdamW, sch
 
 
 class Features:
-    """Scenes with the frozen vision tower's tokens of their pictures; some are drawn anew at each batch."""
+    """Scenes with the frozen vision tower's tokens of their images; some are drawn anew at each batch."""
 
     def __init__(self, model: BlipForQuestionAnswering, size: int, rng: np.random.Generator) -> None:
         self.model, self.rng = model, rng
@@ -200,12 +200,12 @@ def train_together(
 
 
 @torch.no_grad()
-def sketches(teacher: Path, count: int, rng: np.random.Generator, guidance: float = 2.0) -> list[Sketch]:
+def sketches(teacher: Path, count: int, rng: np.random.Generator, guidance_scale: float = 3.0) -> list[Sketch]:
     """What the teacher makes of noised drawings in one step or two, read by the drawing program.
 
-    Such pictures lie between right and melted, as those of few-step models do.
+    Such images lie between right and melted, as those of few-step models do.
     """
-    policy = DiffusersPolicy(str(teacher), trainable=False, guidance=guidance)
+    policy = DiffusersPolicy(str(teacher), trainable=False, guidance_scale=guidance_scale)
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
     found: list[Sketch] = []
     while len(found) < count:
@@ -219,8 +219,8 @@ def sketches(teacher: Path, count: int, rng: np.random.Generator, guidance: floa
             again = policy.denoise(add_noise(x, noise, *policy.schedule(t)), t, prompt)
             keep = torch.rand(len(x), generator=generator) < share
             x = torch.where(keep[:, None, None, None], again, x)
-        pictures = (policy.decode(x).permute(0, 2, 3, 1) * 255).round().byte().numpy()
-        found += [(picture, scene, read(picture)) for picture, scene in zip(pictures, scenes, strict=True)]
+        images = (policy.decode(x).permute(0, 2, 3, 1) * 255).round().byte().numpy()
+        found += [(image, scene, read(image)) for image, scene in zip(images, scenes, strict=True)]
     return found
 
 
@@ -255,9 +255,9 @@ def train_on_sketches(
         some = [known[i] for i in rng.integers(0, len(known), batch // 2)]
         scenes = [sample_scene(rng) for _ in range(batch - len(some))]
         drawn = [spoiled(s, rng) if rng.random() < 0.5 else (draw(s), s, []) for s in scenes]
-        pictures = [p for p, _, _ in drawn]
+        images = [p for p, _, _ in drawn]
         # The reading judges pixels as they are, so sketches are not roughened.
-        inputs = torch.cat([pixels(pictures, rng), pixels([p for p, _, _ in some], rng, rough=0.0)])
+        inputs = torch.cat([pixels(images, rng), pixels([p for p, _, _ in some], rng, rough=0.0)])
         features = model.vision_model(pixel_values=inputs).last_hidden_state
         asked = [[question(truth, rng, gone=gone) for _ in range(4)] for _, truth, gone in drawn]
         return features, asked + [[asked_of(sketch, rng) for _ in range(4)] for sketch in some]

@@ -15,9 +15,9 @@ import alignkit
 from alignkit_shapes.build.teacher import SCHEDULE, unet
 from alignkit_shapes.models import WIDE
 
-GUIDANCE = 2.0
-"""w of the embedding while sampling; diffusers' guidance_scale is one more."""
-W_MIN, W_MAX = 1.0, 3.0
+GUIDANCE_SCALE = 3.0
+"""The guidance scale while sampling."""
+SCALE_MIN, SCALE_MAX = 2.0, 4.0
 
 
 def student(teacher: Path, out: Path) -> None:
@@ -65,7 +65,7 @@ LEGS = (
 def train(teacher: Path, out: Path, run: Path, legs: Sequence[Leg] = LEGS, seed: int = 3) -> None:
     """Distil into `out` leg by leg, with the runs kept beside `run`; an interrupted run is resumed.
 
-    At the first rate alone, pictures of several steps get worse again after some 250 updates while those of one step
+    At the first rate alone, images of several steps get worse again after some 250 updates while those of one step
     still improve; the second, smaller rate brings them back. Faint specks on the ground stay; the third leg, a LoRA at
     the first rate, takes them away. Behind it single runs still lead a little further and drift besides, each its own
     way: the last leg is the mean of three.
@@ -102,9 +102,10 @@ def _distil(teacher: Path, start: Path, run: Path, leg: Leg, seed: int) -> None:
             None,
             {
                 "model.name": str(start), "model.teacher": str(teacher), "model.lora_rank": leg.rank,
-                "model.lora_targets": list(leg.targets), "model.guidance": GUIDANCE,
-                "sampler.name": "lcm", "algorithm.name": "lcd", "algorithm.w_min": W_MIN, "algorithm.w_max": W_MAX,
-                "reward": ["shapes_reading"], "data.pictures": "alignkit_shapes.data:Drawings",
+                "model.lora_targets": list(leg.targets), "model.guidance_scale": GUIDANCE_SCALE,
+                "sampler.name": "lcm", "algorithm.name": "lcd",
+                "algorithm.guidance_scale_min": SCALE_MIN, "algorithm.guidance_scale_max": SCALE_MAX,
+                "reward": ["pixel_check"], "data.images": "alignkit_shapes.data:Drawings",
                 "data.prompts": str(prompts / "train.txt"), "evaluate.prompts": str(prompts / "held_out.txt"),
                 "evaluate.limit": 60, "evaluate.every": 0, "evaluate.batch_size": 50, "train.updates": leg.updates,
                 "train.rows_per_update": leg.rows, "train.rows_per_pass": leg.rows, "train.learning_rate": leg.rate,

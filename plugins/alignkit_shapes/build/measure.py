@@ -11,19 +11,19 @@ from torch import Tensor
 from alignkit.data.prompts import read_examples
 from alignkit.records import Example
 from alignkit.rewards.weighted import quantize
-from alignkit.rollout import sample_pictures
+from alignkit.rollout import sample_images
 from alignkit.runs.run import open_run
 from alignkit_rewards.attribute_binding import AttributeBinding
 from alignkit_rewards.attribute_binding import questions as asked_by
 from alignkit_rewards.phrases import phrases
 from alignkit_shapes.build.questions import question
 from alignkit_shapes.models import FOLDER, WEIGHTS
-from alignkit_shapes.reading import answers, read
-from alignkit_shapes.reward import ShapesReading, things_of
+from alignkit_shapes.pixel_check import answers, read
+from alignkit_shapes.reward import PixelCheck, things_of
 from alignkit_shapes.scenes import Scene, draw, sample_scene
 
 
-def pictures_of(scenes: list[Scene]) -> Tensor:
+def images_of(scenes: list[Scene]) -> Tensor:
     """Drawings as float (N, 3, 64, 64) in [0, 1]."""
     return torch.from_numpy(np.stack([draw(s) for s in scenes])).permute(0, 3, 1, 2).float() / 255
 
@@ -35,13 +35,13 @@ def judge_on_drawings(judge: AttributeBinding, scenes: int = 500, each: int = 6,
     drawn = [sample_scene(rng) for _ in range(scenes)]
     asked = [question(scene, rng) for scene in drawn for _ in range(each)]
     rows = torch.arange(scenes).repeat_interleave(each)
-    logits = judge.ask(pictures_of(drawn), rows, judge.encode([text for text, _ in asked]))
+    logits = judge.ask(images_of(drawn), rows, judge.encode([text for text, _ in asked]))
     return float(((logits[:, 0] > logits[:, 1]) == torch.tensor([truth for _, truth in asked])).float().mean())
 
 
 @torch.no_grad()
 def agreement(judge: AttributeBinding, images: Tensor, examples: list[Example]) -> float:
-    """The share of the reward's questions that judge and reading answer alike about sampled pictures."""
+    """The share of the reward's questions that judge and pixel check answer alike about sampled images."""
     asked = [asked_by(phrases(example)) for example in examples]
     rows = torch.tensor([row for row, some in enumerate(asked) for _ in some])
     logits = judge.ask(images, rows, judge.encode([text for some in asked for text, _ in some]))
@@ -52,30 +52,31 @@ def agreement(judge: AttributeBinding, images: Tensor, examples: list[Example]) 
 
 @torch.no_grad()
 def draw_prompts(model: str, steps: int, examples: list[Example], seed: int = 1000) -> Tensor:
-    """One picture a prompt, quantised as a file would be."""
+    """One image a prompt, quantised as a file would be."""
     run = open_run(model)
     policy, sampler = run.policy(), run.sampler(steps)
     parts = []
     for start in range(0, len(examples), 50):
         part = examples[start : start + 50]
         seeds = [(seed, start + i) for i in range(len(part))]
-        parts.append(sample_pictures(policy, sampler, [e.text for e in part], seeds))
+        parts.append(sample_images(policy, sampler, [e.text for e in part], seeds))
     return quantize(torch.cat(parts))
 
 
 def measure(limit: int = 200) -> None:
-    """Print judge accuracy, and for each model and number of steps judge, reading and how often they agree."""
+    """Print judge accuracy, and for each model and number of steps judge, pixel check and how often they agree."""
     examples = read_examples(FOLDER / "prompts" / "held_out.txt")[:limit]
-    judge, reading = AttributeBinding(judge=str(WEIGHTS / "judge")), ShapesReading()
+    judge, pixel_check = AttributeBinding(judge=str(WEIGHTS / "judge")), PixelCheck()
     judge.load(torch.device("cpu"))
     console = Console(width=120)
     console.print(f"judge on 3000 questions about fresh drawings: {judge_on_drawings(judge):.4f} right")
-    table = Table("model", "steps", "judge", "reading", "exact", "agreement", title=f"{len(examples)} held-out prompts")
+    columns = ("model", "steps", "judge", "pixel check", "exact", "agreement")
+    table = Table(*columns, title=f"{len(examples)} held-out prompts")
     jobs = [("shapes_teacher", 25)] + [(m, k) for m in ("shapes_lcm", "shapes_turbo") for k in (1, 2, 4, 8)]
     for model, steps in jobs:
         images = draw_prompts(model, steps, examples)
         with torch.no_grad():
-            judged, read_off = judge(images, examples), reading(images, examples)
+            judged, read_off = judge(images, examples), pixel_check(images, examples)
         means = [judged.values.mean(), read_off.values.mean(), read_off.parts["exact"].mean()]
         table.add_row(
             model, str(steps), *(f"{float(m):.3f}" for m in means), f"{agreement(judge, images, examples):.3f}"

@@ -34,15 +34,15 @@ def _blended(first: np.ndarray, second: np.ndarray, rng: np.random.Generator) ->
 def spoiled(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, Scene, list[str]]:
     """The scene as a few-step model might draw it: some outlines melted or between two shapes, some colours mixed.
 
-    The picture, uint8 (SIZE, SIZE, 3); what is still true of it, where a thing of mixed colour has the colour ""; and
+    The image, uint8 (SIZE, SIZE, 3); what is still true of it, where a thing of mixed colour has the colour ""; and
     the shapes that are gone.
     """
-    picture: np.ndarray = np.empty((SIZE, SIZE, 3))
-    picture[:] = scene.ground
+    image: np.ndarray = np.empty((SIZE, SIZE, 3))
+    image[:] = scene.ground
     kept, gone = [], []
     for thing in scene.things:
         outline = np.asarray(mask(thing.shape, thing.x, thing.y, thing.radius), np.float32) / 255
-        paint = np.broadcast_to(np.array(COLORS[thing.color], np.float32), picture.shape)
+        paint = np.broadcast_to(np.array(COLORS[thing.color], np.float32), image.shape)
         color, chance = thing.color, rng.random()
         if chance < 0.2:
             outline = _warped(outline, rng.uniform(2.5, 4.5), rng)
@@ -60,14 +60,14 @@ def spoiled(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, Scene, 
             gone.append(thing.shape)
         else:
             kept.append(replace(thing, color=color))
-        picture = outline[..., None] * paint + (1 - outline[..., None]) * picture
-    return picture.round().astype(np.uint8), Scene(tuple(kept), scene.ground), gone
+        image = outline[..., None] * paint + (1 - outline[..., None]) * image
+    return image.round().astype(np.uint8), Scene(tuple(kept), scene.ground), gone
 
 
-def pixels(pictures: list[np.ndarray], rng: np.random.Generator, rough: float = 0.5) -> torch.Tensor:
-    """Normalised pictures; a share of them blurred or noisy as a decoder's are, so that the judge reads samples too."""
-    x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
-    spoil = torch.from_numpy(rng.random(len(pictures)) < rough)
+def pixels(images: list[np.ndarray], rng: np.random.Generator, rough: float = 0.5) -> torch.Tensor:
+    """Normalised images; a share of them blurred or noisy as a decoder's are, so that the judge reads samples too."""
+    x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+    spoil = torch.from_numpy(rng.random(len(images)) < rough)
     width = float(rng.uniform(0.3, 1.1))
     taps = torch.exp(-((torch.arange(-2, 3).float() / width) ** 2) / 2)
     taps = taps / taps.sum()

@@ -18,13 +18,13 @@ from torch import Tensor
 from alignkit import diffusion
 from alignkit.models.diffusers_policy import DiffusersPolicy
 from alignkit.records import Prompt
-from alignkit.rollout import walk
+from alignkit.rollout import run_sampler
 from alignkit_lcd.distillation import pseudo_huber
 from alignkit_samplers.ddim import DDIM
 from alignkit_shapes.build.teacher import SCHEDULE
 from alignkit_shapes.scenes import caption, sample_scene
 
-GUIDANCE = 2.0
+GUIDANCE_SCALE = 3.0
 """w of the teacher's walks; the student needs none."""
 SAMPLER = DDIM(8, eta=0.0)
 """Times 999, 874, ..., 124: those of 1, 2, 4 and 8 trailing steps."""
@@ -49,7 +49,7 @@ def build(teacher: Path, work: Path, out: Path) -> None:
 def collect(teacher: Path, pool: Path, shards: int = 20, rows: int = 512, batch: int = 64, seed: int = 6) -> None:
     """`shards` files of `rows` walks each: latents (N, 8, 4, 8, 8), ends (N, 4, 8, 8), text features. Those that are
     there are kept."""
-    policy = DiffusersPolicy(str(teacher), trainable=False, guidance=GUIDANCE)
+    policy = DiffusersPolicy(str(teacher), trainable=False, guidance_scale=GUIDANCE_SCALE)
     pool.mkdir(parents=True, exist_ok=True)
     start = time.time()
     for shard in range(shards):
@@ -62,7 +62,7 @@ def collect(teacher: Path, pool: Path, shards: int = 20, rows: int = 512, batch:
             prompt = policy.encode([caption(sample_scene(rng), rng) for _ in range(batch)])
             noises = torch.randn((batch, SAMPLER.num_steps + 1, *policy.latent_shape), generator=chance)
             with torch.no_grad():
-                rollout = walk(policy, SAMPLER, prompt, noises)
+                rollout = run_sampler(policy, SAMPLER, prompt, noises)
             parts.append({"states": rollout.states, "ends": rollout.clean[:, -1], "features": prompt.features})
         tensors = {name: torch.cat([part[name] for part in parts]).half() for name in parts[0]}
         save_file(tensors, file)
@@ -112,7 +112,9 @@ def train(
     the first step; the root of that is left.
     """
     torch.manual_seed(seed)
-    policy = DiffusersPolicy(str(teacher), prediction="epsilon", guidance=0.0, lora_rank=rank, lora_targets=TARGETS)
+    policy = DiffusersPolicy(
+        str(teacher), prediction="epsilon", guidance_scale=1.0, lora_rank=rank, lora_targets=TARGETS
+    )
     walks, chance = Walks(pool), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=updates, pct_start=0.05)

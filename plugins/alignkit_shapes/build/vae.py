@@ -36,10 +36,10 @@ def drawings(count: int, rng: np.random.Generator) -> torch.Tensor:
     return drawings_of([sample_scene(rng) for _ in range(count)])
 
 
-def crops(pictures: torch.Tensor, edge: int, rng: np.random.Generator) -> torch.Tensor:
-    """One crop of `edge` pixels from each picture, at multiples of the VAE's 8."""
-    places = rng.integers(0, (pictures.shape[-1] - edge) // 8 + 1, (len(pictures), 2)) * 8
-    return torch.stack([p[:, y : y + edge, x : x + edge] for p, (y, x) in zip(pictures, places, strict=True)])
+def crops(images: torch.Tensor, edge: int, rng: np.random.Generator) -> torch.Tensor:
+    """One crop of `edge` pixels from each image, at multiples of the VAE's 8."""
+    places = rng.integers(0, (images.shape[-1] - edge) // 8 + 1, (len(images), 2)) * 8
+    return torch.stack([p[:, y : y + edge, x : x + edge] for p, (y, x) in zip(images, places, strict=True)])
 
 
 def distance(decoded: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 import alignkit
 from alignkit.cli.app import app
+from alignkit.commands.evaluate import as_csv
 from alignkit.config.sections import EvaluateConfig
 from alignkit.errors import ConfigError
 from alignkit.evaluation.rows import Row
@@ -79,7 +80,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
         module.calls.append(("score", reward, folder, prompts, overrides, device))
         parts = {"acme_red": 0.5, "acme_red/truncated": 0.0}
         for score, own, reason in ((0.5, parts, ""), (None, {}, "no answer")):
-            yield [{"picture": f"{score}.png", "prompt": "text", "score": score, "parts": own, "reason": reason}]
+            yield [{"image": f"{score}.png", "prompt": "text", "score": score, "parts": own, "reason": reason}]
 
     def evaluate(runs: list[FakeRun], steps: Any, rewards: Any, seen: bool, console: Console) -> list[Row]:
         assert console.stderr  # so that what is printed can be piped
@@ -90,10 +91,15 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
         module.opened = overrides
         return FakeRun(module.calls)
 
-    module.load, module.score_batches, module.open_run = load, score_batches, open_run
-    module.evaluate = evaluate
+    module.load, module.open_run = load, open_run
     monkeypatch.setitem(sys.modules, "alignkit.runs.run", module)
-    monkeypatch.setattr(alignkit, "run", module, raising=False)
+    for name, attributes in (
+        ("score", {"score_batches": score_batches}),
+        ("evaluate", {"evaluate": evaluate, "as_csv": as_csv}),
+    ):
+        command: Any = ModuleType(f"alignkit.commands.{name}")
+        vars(command).update(attributes)
+        monkeypatch.setitem(sys.modules, command.__name__, command)
     return module
 
 
@@ -241,7 +247,7 @@ def test_check_prints_one_line_where_all_is_well(engine: Any) -> None:
     assert engine.calls[-1] == "check"
 
 
-def test_check_tells_what_is_watched_and_never_measured(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_tells_what_is_held_out_and_never_measured(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeRun.config, "evaluate", EvaluateConfig(rewards=["shine", {"name": "size"}]))
     assert "evaluate.rewards: not measured (shine, size), because evaluate.prompts" in run("check", "run.toml").stdout
     monkeypatch.setattr(FakeRun.config, "evaluate", EvaluateConfig(rewards=["shine"], prompts="p.txt"))
@@ -281,7 +287,7 @@ def test_a_flag_that_cannot_be_read_is_one_line(engine: Any, arguments: list[str
     assert result.exit_code == 1 and result.stderr.startswith(message) and result.stderr.count("\n") == 1
 
 
-def test_sample_writes_a_picture_for_each_prompt_count_and_number_of_steps(engine: Any, tmp_path: Path) -> None:
+def test_sample_writes_an_image_for_each_prompt_count_and_number_of_steps(engine: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["sample", "m", "one", "two", "--steps", "1,2", "--count", "2", "--seed", "5", "--out", str(out)]
     result = run(*arguments)
@@ -295,7 +301,7 @@ def test_sample_writes_a_picture_for_each_prompt_count_and_number_of_steps(engin
 def test_score_prints_lines_or_json(engine: Any) -> None:
     arguments = ["score", "acme_red", "images", "--prompts", "p.txt", "--model", "m", "--set", "reward.acme_red.x=1"]
     heading, *lines = run(*arguments, "--device", "cpu").stdout.splitlines()
-    assert heading == "     score  truncated  picture  prompt"
+    assert heading == "     score  truncated  image  prompt"
     assert lines == ["    0.5000          0  0.5.png  text", "not scored             None.png  text  (no answer)"]
     changes = {"model.name": "m", "reward.acme_red.x": 1}
     assert engine.calls == [("score", "acme_red", Path("images"), Path("p.txt"), changes, "cpu")]

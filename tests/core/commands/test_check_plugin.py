@@ -92,7 +92,7 @@ def test_every_component_gets_a_verdict_with_its_reason(mixed: None) -> None:
         "good": "passed", "bad": "failed", "heavy": "skipped", "demanding": "skipped", "gone": "failed",
         "fine_model": "passed", "odd_model": "failed",
     }  # fmt: skip
-    assert found["bad"][1].startswith("reward Bad: picture 0 alone against in a batch of 4")
+    assert found["bad"][1].startswith("reward Bad: image 0 alone against in a batch of 4")
     assert found["heavy"][1] == "heavy: owner/heavy is not on this disk; set reward.heavy.checkpoint"
     assert found["demanding"][1] == "words has no default; hand it over with --set reward.demanding.words="
     assert "does not import" in found["gone"][1]

@@ -82,8 +82,8 @@ def test_a_unet_without_a_middle_block_has_features(tiny_run: MakeRun) -> None:
 
 
 def test_a_further_reward_is_measured_and_not_summed(tiny_run: MakeRun) -> None:
-    rows = {row.reward: row for row in evaluate([tiny_run()], [1], rewards=["shapes_reading"], seen=False)}
-    assert rows["reward"].before == rows["brightness"].before != rows["shapes_reading"].before
+    rows = {row.reward: row for row in evaluate([tiny_run()], [1], rewards=["pixel_check"], seen=False)}
+    assert rows["reward"].before == rows["brightness"].before != rows["pixel_check"].before
 
 
 def test_without_held_out_prompts_the_seen_ones_are_measured_or_it_is_told(tiny_run: MakeRun) -> None:

@@ -46,7 +46,7 @@ def brightness(file: Path) -> float:
         ([math.nan, math.nan], False, 0.0, []),
     ],
 )
-def test_the_better_picture_wins_and_no_preference_is_no_pair(
+def test_the_better_image_wins_and_no_preference_is_no_pair(
     scores: list[float], every: bool, margin: float, expected: list[tuple[int, int]]
 ) -> None:
     assert list(preferred(scores, every, margin)) == expected
@@ -86,7 +86,7 @@ def test_prompts_without_a_preference_are_counted_and_none_at_all_is_an_error(
     some = make_pairs(tiny_run(overrides={"reward": ["two_of_three"]}), tmp_path / "some", count=2)
     assert some.undecided > 0 and some.pairs == len(read(tmp_path / "some")) == 5 - some.undecided
     for reward in ("constant", "unscored"):
-        with pytest.raises(AlignkitError, match="of none of 5 prompts the scores told two pictures apart"):
+        with pytest.raises(AlignkitError, match="of none of 5 prompts the scores told two images apart"):
             make_pairs(tiny_run(overrides={"reward": [reward]}), tmp_path / reward, count=2)
 
 

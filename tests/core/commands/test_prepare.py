@@ -1,4 +1,4 @@
-"""Runs on pictures of their own: with a cache, prepared ahead, with broken data in them."""
+"""Runs on images of their own: with a cache, prepared ahead, with broken data in them."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ MakeRun = Callable[..., Run]
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Five captioned pictures, the third of them broken."""
-    folder = tmp_path / "pictures"
+def images(tmp_path: Path) -> Path:
+    """Five captioned images, the third of them broken."""
+    folder = tmp_path / "images"
     folder.mkdir()
     rng = np.random.default_rng(0)
     for name in "abcde":
         Image.fromarray(rng.integers(0, 256, (80, 70, 3), dtype=np.uint8)).save(folder / f"{name}.png")
-        (folder / f"{name}.txt").write_text(f"picture {name}")
+        (folder / f"{name}.txt").write_text(f"image {name}")
     (folder / "c.png").write_bytes((folder / "c.png").read_bytes()[:500])
     return folder
 
 
 @pytest.fixture
-def settings(pictures: Path) -> dict[str, Any]:
-    return {"data.pictures": str(pictures), "data.broken": "skip", "evaluate.every": 0}
+def settings(images: Path) -> dict[str, Any]:
+    return {"data.images": str(images), "data.on_error": "skip", "evaluate.every": 0}
 
 
 def left(folder: Path) -> dict[str, bytes | list[Any]]:
@@ -75,9 +75,9 @@ def test_a_cache_changes_no_bit_of_a_run(tiny_run: MakeRun, settings: dict[str, 
 
 
 def test_a_run_names_what_it_skips_once_and_resumes_to_the_same_bits(
-    tiny_run: MakeRun, settings: dict[str, Any], pictures: Path
+    tiny_run: MakeRun, settings: dict[str, Any], images: Path
 ) -> None:
-    (pictures / "d.txt").unlink()
+    (images / "d.txt").unlink()
     settings |= {"train.updates": 6, "train.rows_per_update": 4}
     unbroken, broken = tiny_run("unbroken", settings), tiny_run("broken", settings)
     list(unbroken.train())
@@ -93,19 +93,19 @@ def test_a_run_names_what_it_skips_once_and_resumes_to_the_same_bits(
 
 
 def test_a_resumed_run_names_what_is_missing_only_since(
-    tiny_run: MakeRun, settings: dict[str, Any], pictures: Path
+    tiny_run: MakeRun, settings: dict[str, Any], images: Path
 ) -> None:
     run = tiny_run(overrides=settings)
     for _ in run.train():
         run.stop()
-    (pictures / "e.txt").unlink()
+    (images / "e.txt").unlink()
     list(alignkit.load(resume=run.folder).train())
     assert any("e.png: its caption e.txt" in line for line in warnings(run.folder))
 
 
-def test_a_run_that_refuses_broken_pictures_names_the_first(tiny_run: MakeRun, settings: dict[str, Any]) -> None:
+def test_a_run_that_refuses_broken_images_names_the_first(tiny_run: MakeRun, settings: dict[str, Any]) -> None:
     with pytest.raises(AlignkitError, match=r"c\.png cannot be read"):
-        list(tiny_run(overrides=settings | {"data.broken": "refuse"}).train())
+        list(tiny_run(overrides=settings | {"data.on_error": "raise"}).train())
 
 
 def test_broken_prompts_are_refused_by_check_or_named_by_the_run(
@@ -115,7 +115,7 @@ def test_broken_prompts_are_refused_by_check_or_named_by_the_run(
     prompts.write_text('{"text": "a red circle"}\n{"txet": "a blue square"}\n{"text": "a white ring"}')
     settings |= {"data.prompts": str(prompts), "train.updates": 1}
     with pytest.raises(ConfigError, match=r"some\.jsonl, line 2"):
-        tiny_run(overrides=settings | {"data.broken": "refuse"}).check()
+        tiny_run(overrides=settings | {"data.on_error": "raise"}).check()
     run = tiny_run(overrides=settings)
     list(run.train())
     assert any("some.jsonl, line 2" in line for line in warnings(run.folder))
@@ -129,7 +129,7 @@ def test_broken_held_out_prompts_are_refused_either_way(
 ) -> None:
     prompts = tmp_path / "held_out.jsonl"
     prompts.write_text('{"text": "a red circle"}\n{"txet": "a blue square"}')
-    assert settings["data.broken"] == "skip"
+    assert settings["data.on_error"] == "skip"
     with pytest.raises(ConfigError, match=r"held_out\.jsonl, line 2"):
         tiny_run(overrides=settings | {"evaluate.prompts": str(prompts)}).check()
 
@@ -140,7 +140,7 @@ def test_what_was_prepared_is_not_encoded_again(
     cached = settings | {"data.cache": str(tmp_path / "cache")}
     prepared, notes = prepare(tiny_run(overrides=cached))
     found = {row.what: row for row in prepared}
-    assert (found["pictures"].read, found["pictures"].encoded, found["pictures"].entries) == (4, 4, 4)
+    assert (found["images"].read, found["images"].encoded, found["images"].entries) == (4, 4, 4)
     assert (found["texts"].read, found["texts"].encoded) == (10, 10)  # of 5 prompts, 4 captions and no text
     for row in prepared:
         files = list(Path(row.folder).rglob("*.safetensors"))
@@ -160,18 +160,18 @@ def test_what_was_prepared_is_not_encoded_again(
     assert left(run.folder) == left(plain.folder)
 
 
-def test_both_pictures_of_a_pair_and_its_text_are_prepared(
-    tiny_run: MakeRun, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_both_images_of_a_pair_and_its_text_are_prepared(
+    tiny_run: MakeRun, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = [{"text": f"{a} or {b}", "winner": f"{a}.png", "loser": f"{b}.png"} for a, b in ("ab", "ac", "de")]
-    (pictures / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (images / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
     settings = {
-        "algorithm.name": "diffusion_dpo", "algorithm.flip": False, "data.pairs": str(pictures), "data.prompts": "",
-        "data.pictures": "", "data.broken": "skip", "data.cache": str(tmp_path / "cache"), "evaluate.prompts": "",
+        "algorithm.name": "diffusion_dpo", "algorithm.flip": False, "data.pairs": str(images), "data.prompts": "",
+        "data.images": "", "data.on_error": "skip", "data.cache": str(tmp_path / "cache"), "evaluate.prompts": "",
         "train.updates": 3,
     }  # fmt: skip
     prepared, notes = prepare(tiny_run(overrides=settings))
-    assert [(row.what, row.read, row.encoded) for row in prepared] == [("pictures", 4, 4), ("texts", 3, 3)]
+    assert [(row.what, row.read, row.encoded) for row in prepared] == [("images", 4, 4), ("texts", 3, 3)]
     assert "line 2 cannot be read (c.png: " in notes[0] and len(notes) == 2
 
     def unprepared(*_: Any) -> Any:
@@ -206,7 +206,7 @@ def test_an_interrupted_preparation_goes_on_where_it_was(
 def test_what_has_no_end_is_not_prepared_and_that_is_said(tiny_run: MakeRun, tmp_path: Path) -> None:
     prepared, notes = prepare(tiny_run(overrides={"data.cache": str(tmp_path / "cache")}))
     assert [row.what for row in prepared] == ["texts"]
-    assert notes == ["data.pictures: alignkit_shapes.data:Drawings has no end, so none of it is encoded ahead"]
+    assert notes == ["data.images: alignkit_shapes.data:Drawings has no end, so none of it is encoded ahead"]
 
 
 def test_without_a_cache_there_is_nothing_to_prepare(tiny_run: MakeRun) -> None:
@@ -217,7 +217,7 @@ def test_without_a_cache_there_is_nothing_to_prepare(tiny_run: MakeRun) -> None:
 def test_the_command_tells_what_it_did(tiny_lcm: Path, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a red circle\na blue square\n")
     (tmp_path / "run.toml").write_text(
-        '[data]\nprompts = "p.txt"\n[[reward]]\nname = "shapes_reading"\n[sampler]\nname = "lcm"\nnum_steps = 2\n'
+        '[data]\nprompts = "p.txt"\n[[reward]]\nname = "pixel_check"\n[sampler]\nname = "lcm"\nnum_steps = 2\n'
         '[algorithm]\nname = "ddpo"\n'
     )
     line = ["prepare", str(tmp_path / "run.toml"), "--model", str(tiny_lcm), "--cache", str(tmp_path / "cache")]

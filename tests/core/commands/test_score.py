@@ -1,4 +1,4 @@
-"""Scoring pictures that are files: in batches, with parts, and what is lost where something breaks in the middle."""
+"""Scoring images that are files: in batches, with parts, and what is lost where something breaks in the middle."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from alignkit.rewards.weighted import WeightedRewards
 from alignkit_rewards.jpeg import JpegIncompressibility
 from servers import Endpoint, running
 
-BROKEN = "this is no picture"
+BROKEN = "this is no image"
 JPEG = "jpeg_incompressibility"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a folder of pictures 00.png, 01.png, ... of these sizes; one that is None cannot be read."""
+    """Writes a folder of images 00.png, 01.png, ... of these sizes; one that is None cannot be read."""
 
     def write(*sizes: int | None) -> Path:
-        (out := tmp_path / "pictures").mkdir()
+        (out := tmp_path / "images").mkdir()
         (tmp_path / "prompts.txt").write_text("a red circle\n")
         for number, size in enumerate(sizes):
             path = out / f"{number:02d}.png"
@@ -49,69 +49,67 @@ def command(reward: str, folder: Path, *more: str) -> Result:
 
 
 def names(records: Any) -> list[str]:
-    return [Path(record["picture"]).name for record in records]
+    return [Path(record["image"]).name for record in records]
 
 
-def test_pictures_of_a_folder_are_scored_by_name(brightness: None, tmp_path: Path) -> None:
-    folder = tmp_path / "pictures"
+def test_images_of_a_folder_are_scored_by_name(brightness: None, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
     folder.mkdir()
     for name, grey in (("b.png", 255), ("a.png", 51)):
         Image.new("RGB", (8, 8), (grey, grey, grey)).save(folder / name)
     prompts = tmp_path / "one.txt"
     prompts.write_text("anything")
     records = score("brightness", folder, prompts, device="cpu")
-    assert [(Path(r["picture"]).name, r["score"]) for r in records] == [
+    assert [(Path(r["image"]).name, r["score"]) for r in records] == [
         ("a.png", pytest.approx(0.2)), ("b.png", pytest.approx(1.0))
     ]  # fmt: skip
     prompts.write_text("one\ntwo\nthree")
-    with pytest.raises(ConfigError, match="3 prompts for 2 pictures"):
+    with pytest.raises(ConfigError, match="3 prompts for 2 images"):
         score("brightness", folder, prompts)
-    with pytest.raises(ConfigError, match="no pictures"):
+    with pytest.raises(ConfigError, match="no images"):
         score("brightness", tmp_path / "nowhere", prompts)
     prompts.write_text("anything")
     with pytest.raises(ConfigError, match="--device quantum: cannot be used"):
         score("brightness", folder, prompts, device="quantum")
 
 
-def test_without_a_file_of_prompts_each_picture_has_its_own_beside_it(folder: Callable[..., Path]) -> None:
-    pictures = folder(8, 8)
-    (pictures / "00.txt").write_text("\ufeffa red circle\n", encoding="utf-8")
-    typed = ["score", JPEG, str(pictures), "--device", "cpu"]
+def test_without_a_file_of_prompts_each_image_has_its_own_beside_it(folder: Callable[..., Path]) -> None:
+    images = folder(8, 8)
+    (images / "00.txt").write_text("\ufeffa red circle\n", encoding="utf-8")
+    typed = ["score", JPEG, str(images), "--device", "cpu"]
     missing = CliRunner().invoke(app, typed)
     assert missing.exit_code == 1
-    assert (
-        f"{pictures / '01.png'}: its prompt 01.txt cannot be read" in missing.stderr and "--prompts" in missing.stderr
-    )
-    (pictures / "01.txt").write_text("a blue ring")
-    assert [r["prompt"] for r in score(JPEG, pictures, device="cpu")] == ["a red circle", "a blue ring"]
+    assert f"{images / '01.png'}: its prompt 01.txt cannot be read" in missing.stderr and "--prompts" in missing.stderr
+    (images / "01.txt").write_text("a blue ring")
+    assert [r["prompt"] for r in score(JPEG, images, device="cpu")] == ["a red circle", "a blue ring"]
     whole = CliRunner().invoke(app, typed)
     assert whole.exit_code == 0 and "01.png  a blue ring" in whole.stdout
 
 
-def test_pictures_of_one_size_are_scored_together_to_the_bit_as_in_a_run(
+def test_images_of_one_size_are_scored_together_to_the_bit_as_in_a_run(
     folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, int]] = []
     whole = WeightedRewards.score
 
-    def watched(self: WeightedRewards, images: torch.Tensor, examples: Any, chunk: int) -> Any:
+    def held_out(self: WeightedRewards, images: torch.Tensor, examples: Any, chunk: int) -> Any:
         seen.append((len(images), images.shape[-1]))
         return whole(self, images, examples, chunk)
 
-    monkeypatch.setattr(WeightedRewards, "score", watched)
+    monkeypatch.setattr(WeightedRewards, "score", held_out)
     path = folder(8, 8, 8, 16, 16, 8)
     found = score(JPEG, path, path.parent / "prompts.txt", {"evaluate.batch_size": 2}, "cpu")
     assert seen == [(2, 8), (1, 8), (2, 16), (1, 8)]
     assert names(found) == [f"{i:02d}.png" for i in range(6)]
     pixels = torch.rand(16, 16, 3, generator=torch.Generator().manual_seed(3)) * 255
-    picture = (pixels.byte().float() / 255).permute(2, 0, 1)[None].contiguous()
-    assert found[3]["score"] == float(JpegIncompressibility()(picture, [Example("a red circle")])[0])
+    image = (pixels.byte().float() / 255).permute(2, 0, 1)[None].contiguous()
+    assert found[3]["score"] == float(JpegIncompressibility()(image, [Example("a red circle")])[0])
 
 
 @pytest.mark.parametrize("form", [[], ["--json"]])
 def test_what_was_scored_before_an_unreadable_file_is_printed(folder: Callable[..., Path], form: list[str]) -> None:
     result = command(JPEG, folder(8, 8, 8, None, 8), *form, "--set", "evaluate.batch_size=2")
-    assert result.exit_code == 1 and "03.png: cannot be read as a picture" in result.stderr
+    assert result.exit_code == 1 and "03.png: cannot be read as an image" in result.stderr
     assert result.stderr.count("\n") == 1
     if form:
         assert names(json.loads(result.stdout)) == ["00.png", "01.png", "02.png"]
@@ -125,13 +123,13 @@ def judged(url: str, *more: str) -> list[str]:
     return [word for one in [*assignments, "scoring.retries=0", *more] for word in ("--set", one)]
 
 
-def test_a_judge_is_asked_about_several_pictures_at_once_and_its_parts_are_columns(folder: Callable[..., Path]) -> None:
+def test_a_judge_is_asked_about_several_images_at_once_and_its_parts_are_columns(folder: Callable[..., Path]) -> None:
     endpoint = Endpoint(lambda *_: '{"alignment": 4, "quality": 5}', slow=0.1)
     with running(endpoint):
         result = command("vlm_judge", folder(8, 8, 8, 8), *judged(endpoint.url))
     assert result.exit_code == 0 and endpoint.most_at_once > 1
     heading, *lines = result.stdout.splitlines()
-    assert heading.split() == ["score", "alignment", "quality", "picture", "prompt"]
+    assert heading.split() == ["score", "alignment", "quality", "image", "prompt"]
     assert [line.split()[:3] for line in lines] == [["0.8750", "4", "5"]] * 4
 
 
@@ -143,14 +141,14 @@ def test_what_was_scored_before_a_server_died_is_printed(folder: Callable[..., P
     assert names(json.loads(result.stdout)) == ["00.png", "01.png"]
 
 
-def test_pictures_none_of_which_could_be_scored_are_an_error_that_says_why(folder: Callable[..., Path]) -> None:
+def test_images_none_of_which_could_be_scored_are_an_error_that_says_why(folder: Callable[..., Path]) -> None:
     endpoint = Endpoint(lambda *_: "It is lovely.")
     with running(endpoint):
         result = command("vlm_judge", path := folder(8, 8), *judged(endpoint.url))
     assert result.exit_code == 1
     assert (
         result.stderr
-        == f"error: {path}: vlm_judge could score none of the 2 pictures: no JSON object in 'It is lovely.'\n"
+        == f"error: {path}: vlm_judge could score none of the 2 images: no JSON object in 'It is lovely.'\n"
     )
     assert [line.split()[:2] for line in result.stdout.splitlines()[1:]] == [["not", "scored"]] * 2
 
@@ -166,7 +164,7 @@ HOOKS = """
 
     @hookimpl
     def register_rewards(register):
-        register("parted", "parted.rewards:Parted", "A part of the first picture alone")
+        register("parted", "parted.rewards:Parted", "A part of the first image alone")
 """
 PARTED = """
     import torch

@@ -92,7 +92,7 @@ def test_the_width_of_an_input_for_the_guidance_has_a_least() -> None:
         ("train.learning_rate", INF, "more than 0, and finite"),
         ("train.weight_decay", INF, "0 or more, and finite"),
         ("train.max_grad_norm", NAN, "number"),
-        ("model.guidance", -INF, "a finite number"),
+        ("model.guidance_scale", -INF, "a finite number"),
         ("scoring.retry_seconds", INF, "0 or more, and finite"),
         ("algorithm.clip", NAN, "number"),
         ("train.ema_decay", 1.0, "at least 0 and less than 1"),
@@ -236,17 +236,19 @@ judge = "mine"
 
 
 @pytest.mark.parametrize("text", [WATCHING, TABLES])
-def test_a_watched_reward_has_fields_as_one_that_is_trained_on(load_acme: Any, text: str) -> None:
-    assert load_acme(text).evaluate.watched() == {"acme_red": {}, "acme_blue": {"judge": "mine"}}
+def test_a_held_out_reward_has_fields_as_one_that_is_trained_on(load_acme: Any, text: str) -> None:
+    assert load_acme(text).evaluate.held_out_rewards() == {"acme_red": {}, "acme_blue": {"judge": "mine"}}
     changed = load_acme(text, {"evaluate.rewards.acme_blue.judge": "other"})
-    assert changed.evaluate.watched()["acme_blue"] == {"judge": "other"}
-    assert load_acme(text, {"evaluate.rewards": []}).evaluate.watched() == {}
-    assert load_acme(text, {"evaluate.rewards": ["acme_blue"]}).evaluate.watched() == {"acme_blue": {"judge": "mine"}}
+    assert changed.evaluate.held_out_rewards()["acme_blue"] == {"judge": "other"}
+    assert load_acme(text, {"evaluate.rewards": []}).evaluate.held_out_rewards() == {}
+    assert load_acme(text, {"evaluate.rewards": ["acme_blue"]}).evaluate.held_out_rewards() == {
+        "acme_blue": {"judge": "mine"}
+    }
     alike = load_acme(text, {"reward": [{"name": "acme_blue", "judge": "mine"}], "evaluate.rewards": ["acme_blue"]})
-    assert alike.evaluate.watched() == {"acme_blue": {}}
+    assert alike.evaluate.held_out_rewards() == {"acme_blue": {}}
 
 
-def test_mistakes_in_a_watched_reward_are_told_with_their_line(load_acme: Any) -> None:
+def test_mistakes_in_a_held_out_reward_are_told_with_their_line(load_acme: Any) -> None:
     end = "evaluate.rewards.judge: found 3, expected string"
     assert problems(load_acme, WATCHING.replace('"mine"', "3"))[0].endswith(f"run.toml:9: {end}")
     assert problems(load_acme, TABLES.replace('"mine"', "3"))[0].endswith(f"run.toml:14: {end}")
@@ -302,11 +304,11 @@ def test_paths_are_taken_from_the_files_folder_first(
         path.touch()
     config = load_acme(
         '[model]\nname = "acme_model"\n[algorithm]\nname = "acme_plain"\n[data]\nprompts = "both.txt"\n'
-        'pictures = "acme.data:Drawings"\n[evaluate]\nprompts = "here.txt"\n'
+        'images = "acme.data:Drawings"\n[evaluate]\nprompts = "here.txt"\n'
     )
     assert config.data.prompts == str(tmp_path / "both.txt")
     assert config.evaluate.prompts == str(elsewhere / "here.txt")
-    assert config.data.pictures == "acme.data:Drawings"
+    assert config.data.images == "acme.data:Drawings"
 
 
 @pytest.mark.parametrize(
@@ -317,8 +319,8 @@ def test_paths_are_taken_from_the_files_folder_first(
         ("s-*.tar", "{root}/s-*.tar"),
         ("other/*.tar", "{here}/other/*.tar"),
         ("shards", "{root}/shards"),
-        ("datasets:acme/pictures:test[:10]", "datasets:acme/pictures:test[:10]"),
-        ("datasets:pictures", "datasets:pictures"),
+        ("datasets:acme/images:test[:10]", "datasets:acme/images:test[:10]"),
+        ("datasets:images", "datasets:images"),
     ],
 )
 def test_patterns_of_shards_are_resolved_by_their_folder_and_names_of_data_sets_not_at_all(
@@ -327,11 +329,9 @@ def test_patterns_of_shards_are_resolved_by_their_folder_and_names_of_data_sets_
     (tmp_path / "shards").mkdir()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    config = load_acme(
-        f'[model]\nname = "acme_model"\n[algorithm]\nname = "acme_plain"\n[data]\npictures = "{given}"\n'
-    )
+    config = load_acme(f'[model]\nname = "acme_model"\n[algorithm]\nname = "acme_plain"\n[data]\nimages = "{given}"\n')
     expected = found.replace("{root}", str(tmp_path)).replace("{here}", str(tmp_path / "elsewhere"))
-    assert config.data.pictures == expected
+    assert config.data.images == expected
 
 
 def test_a_model_folder_beside_the_run_file_is_found(load_acme: Any, tmp_path: Path) -> None:
@@ -377,7 +377,7 @@ def test_the_resolved_file_loads_to_an_equal_run(load_acme: Any, algorithm: str,
             "output": 'a "quoted" \\ name\nü\x7f',
             "train.max_grad_norm": float("inf"),
             "train.trackers": ["wandb"],
-            "model.guidance": 7.5,
+            "model.guidance_scale": 7.5,
             "reward": [{"name": "acme_red", "weight": 0.1}, {"name": "acme_blue"}][:trained],
             "evaluate.rewards": ["acme_blue", "acme_red"],
         },
@@ -391,3 +391,24 @@ def test_the_resolved_file_loads_to_an_equal_run(load_acme: Any, algorithm: str,
 def test_the_resolved_file_writes_what_was_left_at_its_default(load_acme: Any) -> None:
     text = to_toml(load_acme(None, MODEL))
     assert "rows_per_pass = 32" in text and 'mode = "hard"' in text
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "now"),
+    [
+        ("data.pictures", "images", "data.images"),
+        ("data.broken", "skip", 'data.on_error, "raise" or "skip"'),
+        ("scoring.broken", "skip", 'scoring.on_error, "raise" or "skip"'),
+        ("model.guidance", 2.0, "model.guidance_scale, whose value is one more"),
+        ("algorithm.w_min", 2.0, "algorithm.guidance_scale_min, whose value is one more"),
+        ("algorithm.w_max", 2.0, "algorithm.guidance_scale_max, whose value is one more"),
+    ],
+)
+def test_a_key_of_an_earlier_version_is_refused_with_the_new_one(key: str, value: object, now: str) -> None:
+    with pytest.raises(ConfigError, match=f"{re.escape(key)}: was renamed; write {re.escape(now)}"):
+        load(None, {key: value})
+
+
+def test_a_reward_of_an_earlier_version_is_refused_with_its_new_name() -> None:
+    with pytest.raises(ConfigError, match="reward 'shapes_reading' was renamed; write pixel_check"):
+        load(None, {"reward": ["shapes_reading"]})

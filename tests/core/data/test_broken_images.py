@@ -1,4 +1,4 @@
-"""Captioned pictures that are broken: named with their place, and refused or skipped."""
+"""Captioned images that are broken: named with their place, and refused or skipped."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alignkit.data.images import check_pictures, open_pictures
+from alignkit.data.images import check_images, open_images
 from alignkit.errors import AlignkitError, ConfigError
-from picture_fixtures import COLOURS, EXPECTED, dataset, png, seen, write_shard
+from image_fixtures import COLOURS, EXPECTED, dataset, png, seen, write_shard
 
 
-def test_a_missing_picture_or_table_is_refused_by_line(folder: Path) -> None:
+def test_a_missing_image_or_table_is_refused_by_line(folder: Path) -> None:
     (folder / "b.png").unlink()
     with pytest.raises(ConfigError, match=r"metadata\.jsonl, line 2: there is no file .*b\.png"):
         seen(folder)
@@ -30,13 +30,13 @@ def test_a_missing_picture_or_table_is_refused_by_line(folder: Path) -> None:
     [
         ("{", "line 2"),
         ("[]", "line 2: no JSON object"),
-        ('{"text": "a"}', 'line 2: expected the picture\'s path as "image" or "file_name"'),
+        ('{"text": "a"}', 'line 2: expected the image\'s path as "image" or "file_name"'),
         ('{"image": "a.png"}', "line 2: .*has no prompt, caption or text"),
         ('{"image": "a.png", "text": 5}', "line 2: expected the caption as a string"),
         ('{"image": "a.png", "text": " "}', "line 2: expected the caption as a string that is not empty"),
     ],
 )
-def test_a_line_that_is_no_captioned_picture_is_refused_or_skipped(folder: Path, line: str, message: str) -> None:
+def test_a_line_that_is_no_captioned_image_is_refused_or_skipped(folder: Path, line: str, message: str) -> None:
     table = folder / "metadata.jsonl"
     lines = table.read_text().splitlines()
     table.write_text("\n".join([lines[0], line, lines[2]]))
@@ -44,83 +44,81 @@ def test_a_line_that_is_no_captioned_picture_is_refused_or_skipped(folder: Path,
         seen(folder)
     assert "\n" not in str(caught.value)
     skipped: list[str] = []
-    assert set(seen(folder, skipped)) == {"picture a", "picture c"}
+    assert set(seen(folder, skipped)) == {"image a", "image c"}
     assert len(skipped) == 1 and f"{table}, line 2" in skipped[0]
 
 
-def test_a_picture_without_a_text_is_refused_or_skipped(captioned: Path) -> None:
+def test_an_image_without_a_text_is_refused_or_skipped(captioned: Path) -> None:
     (captioned / "b.txt").unlink()
     with pytest.raises(ConfigError, match=r"b\.png: its caption b\.txt cannot be read"):
         seen(captioned)
     skipped: list[str] = []
-    assert set(seen(captioned, skipped)) == {"picture a", "picture c"} and len(skipped) == 1
+    assert set(seen(captioned, skipped)) == {"image a", "image c"} and len(skipped) == 1
     (captioned / "b.txt").write_text("\n")
     with pytest.raises(ConfigError, match=r"b\.png: its caption b\.txt is empty"):
         seen(captioned)
-    assert set(seen(captioned, skipped)) == {"picture a", "picture c"} and "is empty" in skipped[1]
+    assert set(seen(captioned, skipped)) == {"image a", "image c"} and "is empty" in skipped[1]
 
 
-def test_a_class_of_pictures_that_is_not_there_is_found_by_check() -> None:
-    check_pictures("alignkit_shapes.data:Drawings")
+def test_a_class_of_images_that_is_not_there_is_found_by_check() -> None:
+    check_images("alignkit_shapes.data:Drawings")
     for source, message in (
         ("alignkit_shapes.data:Nope", "no attribute 'Nope'"),
         ("nowhere:Drawings", "No module named 'nowhere'"),
-        ("alignkit_shapes.data:DrawingPairs", "is no alignkit.data.sources.Pictures"),
+        ("alignkit_shapes.data:DrawingPairs", "is no alignkit.data.sources.Images"),
     ):
-        with pytest.raises(ConfigError, match=f"^data.pictures: .*{message}"):
-            check_pictures(source)
+        with pytest.raises(ConfigError, match=f"^data.images: .*{message}"):
+            check_images(source)
 
 
-def test_a_text_without_a_picture_is_refused_or_skipped(captioned: Path) -> None:
+def test_a_text_without_an_image_is_refused_or_skipped(captioned: Path) -> None:
     (captioned / "b.png").rename(captioned / "b.avif")
-    with pytest.raises(ConfigError, match=r"b\.txt: there is no picture of that name, expected \.bmp, .*\.webp"):
+    with pytest.raises(ConfigError, match=r"b\.txt: there is no image of that name, expected \.bmp, .*\.webp"):
         seen(captioned)
     skipped: list[str] = []
-    assert set(seen(captioned, skipped)) == {"picture a", "picture c"} and len(skipped) == 1
+    assert set(seen(captioned, skipped)) == {"image a", "image c"} and len(skipped) == 1
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda b: b[:45], lambda b: b"", lambda b: b"no picture", lambda b: b[:50] + b[60:]]
-)
-def test_a_picture_that_cannot_be_read_is_refused_or_replaced_by_the_next(folder: Path, damage: Any) -> None:
-    whole = open_pictures(str(folder), 4).batch(0, 30, seed=0)[1]
+@pytest.mark.parametrize("damage", [lambda b: b[:45], lambda b: b"", lambda b: b"no image", lambda b: b[:50] + b[60:]])
+def test_an_image_that_cannot_be_read_is_refused_or_replaced_by_the_next(folder: Path, damage: Any) -> None:
+    whole = open_images(str(folder), 4).batch(0, 30, seed=0)[1]
     (folder / "b.png").write_bytes(damage((folder / "b.png").read_bytes()))
-    with pytest.raises(AlignkitError, match=r'line 2: b\.png cannot be read .*data\.broken = "skip"') as caught:
-        open_pictures(str(folder), 4).batch(0, 3, seed=0)
+    with pytest.raises(AlignkitError, match=r'line 2: b\.png cannot be read .*data\.on_error = "skip"') as caught:
+        open_images(str(folder), 4).batch(0, 3, seed=0)
     assert "\n" not in str(caught.value)
     skipped: list[str] = []
-    pictures = open_pictures(str(folder), 4, skipped=skipped)
-    expected = ["picture c" if caption == "picture b" else caption for caption in whole]
-    assert pictures.batch(0, 30, seed=0)[1] == expected
+    images = open_images(str(folder), 4, skipped=skipped)
+    expected = ["image c" if caption == "image b" else caption for caption in whole]
+    assert images.batch(0, 30, seed=0)[1] == expected
     assert len(skipped) == 1 and "b.png" in skipped[0]
     for start in (3, 17):  # whatever was read before
-        assert open_pictures(str(folder), 4, skipped=[]).batch(start, 5, seed=0)[1] == expected[start : start + 5]
+        assert open_images(str(folder), 4, skipped=[]).batch(start, 5, seed=0)[1] == expected[start : start + 5]
 
 
 def test_a_set_of_which_nothing_can_be_read_is_refused_all_the_same(folder: Path) -> None:
     for name in COLOURS:
         (folder / f"{name}.png").write_bytes(b"")
     with pytest.raises(AlignkitError, match=r"none of 3 can be read; the first is .*a\.png"):
-        open_pictures(str(folder), 4, skipped=[]).batch(0, 1, seed=0)
+        open_images(str(folder), 4, skipped=[]).batch(0, 1, seed=0)
     for name in COLOURS:
         (folder / f"{name}.png").unlink()
-    with pytest.raises(ConfigError, match=r"holds no captioned picture; .*line 1"):
-        open_pictures(str(folder), 4, skipped=[])
+    with pytest.raises(ConfigError, match=r"holds no captioned image; .*line 1"):
+        open_images(str(folder), 4, skipped=[])
 
 
 def test_broken_samples_of_a_shard_are_named_by_member(tmp_path: Path) -> None:
     red = png(COLOURS["a"])
     members = {
-        "a.png": red, "a.txt": b"picture a",
+        "a.png": red, "a.txt": b"image a",
         "lost.png": red, "void.png": red, "void.txt": b" ",
-        "bare.txt": b"no picture", "two.png": red, "two.jpg": red, "two.txt": b"which?",
+        "bare.txt": b"no image", "two.png": red, "two.jpg": red, "two.txt": b"which?",
         "odd.png": red, "odd.json": b"[1]", "latin.png": red, "latin.txt": b"\xff\xfe",
     }  # fmt: skip
     shard = write_shard(tmp_path / "s.tar", members)
     with pytest.raises(ConfigError, match=r"s\.tar, member lost: expected a caption as \.txt or \.json"):
         seen(shard)
     skipped: list[str] = []
-    assert seen(shard, skipped) == {"picture a": COLOURS["a"]}
+    assert seen(shard, skipped) == {"image a": COLOURS["a"]}
     assert [
         f"member {name}:" in line
         for name, line in zip(("lost", "void", "bare", "two", "odd", "latin"), skipped, strict=True)
@@ -128,7 +126,7 @@ def test_broken_samples_of_a_shard_are_named_by_member(tmp_path: Path) -> None:
 
 
 def test_a_second_member_of_one_name_is_refused_or_skipped(tmp_path: Path) -> None:
-    path = write_shard(tmp_path / "s.tar", {"a.png": png(COLOURS["a"]), "a.txt": b"picture a"})
+    path = write_shard(tmp_path / "s.tar", {"a.png": png(COLOURS["a"]), "a.txt": b"image a"})
     with tarfile.open(path, "a") as tar:
         info = tarfile.TarInfo("a.txt")
         info.size = 5
@@ -136,7 +134,7 @@ def test_a_second_member_of_one_name_is_refused_or_skipped(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match=r"s\.tar, member a\.txt: a second one of this name"):
         seen(path)
     skipped: list[str] = []
-    assert set(seen(path, skipped)) == {"picture a"} and len(skipped) == 1
+    assert set(seen(path, skipped)) == {"image a"} and len(skipped) == 1
 
 
 @pytest.mark.parametrize("left", [0.05, 0.3, 0.5, 0.62, 0.75])
@@ -162,7 +160,7 @@ def test_a_shard_with_a_damaged_header_never_passes_for_whole(shard: Path) -> No
     with pytest.raises(ConfigError, match=r"cut short or damaged behind member x/a"):
         seen(first)
     skipped: list[str] = []
-    assert set(seen(shard.with_name("s-*.tar"), skipped)) == {"picture a", "picture c"} and len(skipped) == 1
+    assert set(seen(shard.with_name("s-*.tar"), skipped)) == {"image a", "image c"} and len(skipped) == 1
 
 
 def test_a_shard_that_is_missing_or_compressed_is_refused_or_skipped(shard: Path) -> None:
@@ -174,7 +172,7 @@ def test_a_shard_that_is_missing_or_compressed_is_refused_or_skipped(shard: Path
         tar.add(shard, "s.tar")
     with pytest.raises(ConfigError, match=r"z\.tar cannot be read as an uncompressed tar file"):
         seen(shard.with_name("z.tar"))
-    with pytest.raises(ConfigError, match="holds no captioned picture"):
+    with pytest.raises(ConfigError, match="holds no captioned image"):
         seen(shard.with_name("q-*.tar"))
 
 
@@ -185,5 +183,5 @@ def test_a_broken_row_of_a_data_set_is_named_by_its_number(tmp_path: Path) -> No
     with pytest.raises(AlignkitError, match=r"saved, row 1 cannot be read"):
         seen(tmp_path / "saved")
     skipped: list[str] = []
-    assert seen(tmp_path / "saved", skipped) == {"picture a": COLOURS["a"]}
+    assert seen(tmp_path / "saved", skipped) == {"image a": COLOURS["a"]}
     assert ["row 1" in skipped[0], "row 2" in skipped[1], len(skipped)] == [True, True, 2]

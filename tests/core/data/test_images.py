@@ -1,4 +1,4 @@
-"""Captioned pictures: where they may lie, and how they are made fit."""
+"""Captioned images: where they may lie, and how they are made fit."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from PIL import Image
 
 from alignkit.data.decode import as_rgb
 from alignkit.data.image_files import shards
-from alignkit.data.images import PictureSet, open_pictures
+from alignkit.data.images import ImageSet, open_images
 from alignkit.errors import ConfigError
-from picture_fixtures import EXPECTED, dataset, seen
+from image_fixtures import EXPECTED, dataset, seen
 
 # where they lie
 
@@ -26,19 +26,19 @@ def test_a_folder_with_a_table_is_read(folder: Path) -> None:
     assert seen(folder) == EXPECTED
 
 
-def test_a_folder_with_a_text_beside_each_picture_is_read_to_its_depth(captioned: Path) -> None:
+def test_a_folder_with_a_text_beside_each_image_is_read_to_its_depth(captioned: Path) -> None:
     assert seen(captioned) == EXPECTED
 
 
-def test_a_table_names_pictures_from_its_own_folder_or_anywhere(folder: Path, tmp_path: Path) -> None:
-    paths = {"a": "pictures/a.png", "b": str(folder / "b.png"), "c": "pictures/../pictures/c.png"}
-    records = [{"image": path, "caption": f"picture {name}"} for name, path in paths.items()]
+def test_a_table_names_images_from_its_own_folder_or_anywhere(folder: Path, tmp_path: Path) -> None:
+    paths = {"a": "images/a.png", "b": str(folder / "b.png"), "c": "images/../images/c.png"}
+    records = [{"image": path, "caption": f"image {name}"} for name, path in paths.items()]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, records)))
     assert seen(tmp_path / "t.jsonl") == EXPECTED
 
 
 def test_a_caption_is_named_where_there_are_several(tmp_path: Path, folder: Path) -> None:
-    line = {"image": "pictures/a.png", "text": "short", "caption": "long"}
+    line = {"image": "images/a.png", "text": "short", "caption": "long"}
     (tmp_path / "t.jsonl").write_text(json.dumps(line))
     with pytest.raises(ConfigError, match=r"line 1: data\.caption_column: it has caption and text; say which"):
         seen(tmp_path / "t.jsonl")
@@ -58,12 +58,12 @@ def test_braces_keep_their_zeros_and_their_order() -> None:
 
 def test_members_of_a_shard_are_read_where_they_lie(shard: Path) -> None:
     """Against the tarfile module's own reading, after positions were taken from headers alone."""
-    pictures = open_pictures(str(shard.with_name("s-00.tar")), 4)
-    assert isinstance(pictures, PictureSet)
+    images = open_images(str(shard.with_name("s-00.tar")), 4)
+    assert isinstance(images, ImageSet)
     with tarfile.open(shard.with_name("s-00.tar")) as tar:
         for index, name in enumerate(("x/a.png", "b.png")):
             member = tar.extractfile(name)
-            assert member is not None and pictures.stored(index)[0] == member.read()
+            assert member is not None and images.stored(index)[0] == member.read()
 
 
 def test_a_data_set_on_disk_is_read(tmp_path: Path) -> None:
@@ -83,8 +83,8 @@ def test_a_data_set_by_name_is_loaded_by_the_library(tmp_path: Path, monkeypatch
     data, datasets = dataset(tmp_path), sys.modules["datasets"]
     asked: list[tuple[str, str]] = []
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: asked.append((name, split)) or data)
-    assert seen("datasets:acme/pictures") == seen("datasets:acme/pictures:test[:10]") == EXPECTED
-    assert asked == [("acme/pictures", "train"), ("acme/pictures", "test[:10]")]
+    assert seen("datasets:acme/images") == seen("datasets:acme/images:test[:10]") == EXPECTED
+    assert asked == [("acme/images", "train"), ("acme/images", "test[:10]")]
 
 
 def test_a_data_set_from_files_is_loaded_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +103,7 @@ def test_what_a_data_set_lacks_is_told(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(ConfigError, match=r"data\.caption_column: .*has caption and text"):
         seen(tmp_path / "two")
     dataset(tmp_path).select_columns("text").save_to_disk(tmp_path / "none")
-    with pytest.raises(ConfigError, match="has 0 columns of pictures"):
+    with pytest.raises(ConfigError, match="has 0 columns of images"):
         seen(tmp_path / "none")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match=r"pip install 'alignkit\[datasets\]'"):
@@ -122,25 +122,25 @@ def test_what_a_data_set_lacks_is_told(tmp_path: Path, monkeypatch: pytest.Monke
         ":Y",
     ],
 )
-def test_a_source_of_pictures_that_is_none_is_refused(source: str) -> None:
-    with pytest.raises(ConfigError, match=r"data\.pictures"):
-        open_pictures(source or "nowhere/at/all", 32)
+def test_a_source_of_images_that_is_none_is_refused(source: str) -> None:
+    with pytest.raises(ConfigError, match=r"data\.images"):
+        open_images(source or "nowhere/at/all", 32)
 
 
 def test_drawings_of_another_size_are_refused() -> None:
     with pytest.raises(ConfigError, match="64 pixels"):
-        open_pictures("alignkit_shapes.data:Drawings", 512)
+        open_images("alignkit_shapes.data:Drawings", 512)
 
 
 # the stream
 
 
 def test_the_stream_is_addressed_by_position_and_differs_by_seed(folder: Path) -> None:
-    whole, captions = open_pictures(str(folder), 32).batch(0, 9, seed=1)
-    part, their = open_pictures(str(folder), 32).batch(4, 3, seed=1)
+    whole, captions = open_images(str(folder), 32).batch(0, 9, seed=1)
+    part, their = open_images(str(folder), 32).batch(4, 3, seed=1)
     assert their == captions[4:7] and torch.equal(part, whole[4:7])
     assert all(sorted(captions[i : i + 3]) == sorted(EXPECTED) for i in (0, 3, 6))
-    assert open_pictures(str(folder), 32).batch(0, 9, seed=2)[1] != captions
+    assert open_images(str(folder), 32).batch(0, 9, seed=2)[1] != captions
 
 
 # how they are made fit
@@ -148,17 +148,17 @@ def test_the_stream_is_addressed_by_position_and_differs_by_seed(folder: Path) -
 
 def test_the_middle_square_is_kept(tmp_path: Path) -> None:
     for name, size in (("wide", (64, 32)), ("high", (16, 48))):
-        picture = Image.new("RGB", size, (255, 0, 0))
-        picture.paste((0, 0, 255), (0, 0, 4, 4))
-        picture.save(tmp_path / f"{name}.png")
+        image = Image.new("RGB", size, (255, 0, 0))
+        image.paste((0, 0, 255), (0, 0, 4, 4))
+        image.save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(name)
-    pictures, _ = open_pictures(str(tmp_path), 32).batch(0, 2, seed=0)
-    assert pictures.shape == (2, 3, 32, 32) and pictures.dtype == torch.float32
-    assert bool((pictures[:, 0] == 1).all()) and bool((pictures[:, 1:] == 0).all())  # the blue corner is cropped away
+    images, _ = open_images(str(tmp_path), 32).batch(0, 2, seed=0)
+    assert images.shape == (2, 3, 32, 32) and images.dtype == torch.float32
+    assert bool((images[:, 0] == 1).all()) and bool((images[:, 1:] == 0).all())  # the blue corner is cropped away
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_stands_upright_as_its_exif_orientation_says(orientation: int) -> None:
+def test_an_image_stands_upright_as_its_exif_orientation_says(orientation: int) -> None:
     upright = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3) * 5)
     turned = {
         2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -175,10 +175,10 @@ def test_a_picture_stands_upright_as_its_exif_orientation_says(orientation: int)
 
 def test_what_is_transparent_lies_on_white() -> None:
     clear, half = (0, 0, 0, 0), (255, 0, 0, 128)
-    picture = Image.new("RGBA", (2, 1))
-    picture.putpixel((0, 0), clear)
-    picture.putpixel((1, 0), half)
-    found = np.asarray(as_rgb(picture))[0]
+    image = Image.new("RGBA", (2, 1))
+    image.putpixel((0, 0), clear)
+    image.putpixel((1, 0), half)
+    found = np.asarray(as_rgb(image))[0]
     assert found[0].tolist() == [255, 255, 255] and found[1].tolist() == [255, 127, 127]
     grey = Image.new("LA", (1, 1), (0, 0))
     assert as_rgb(grey).getpixel((0, 0)) == (255, 255, 255)
@@ -189,14 +189,14 @@ def test_what_is_transparent_lies_on_white() -> None:
     assert as_rgb(palette).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_grey_and_ink_pictures_become_rgb(tmp_path: Path) -> None:
+def test_grey_and_ink_images_become_rgb(tmp_path: Path) -> None:
     assert as_rgb(Image.new("L", (1, 1), 77)).getpixel((0, 0)) == (77, 77, 77)
     assert as_rgb(Image.new("1", (1, 1), 1)).getpixel((0, 0)) == (255, 255, 255)
     deep = Image.fromarray(np.array([[0, 32768, 65535]], dtype=np.uint16))
     file = io.BytesIO()
     deep.save(file, "png")
-    for picture in (deep, Image.open(file)):
-        assert np.asarray(as_rgb(picture))[0, :, 0].tolist() == [0, 128, 255]
+    for image in (deep, Image.open(file)):
+        assert np.asarray(as_rgb(image))[0, :, 0].tolist() == [0, 128, 255]
     ink = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
     file = io.BytesIO()
     ink.save(file, "jpeg", quality=100)

@@ -23,7 +23,7 @@ SIZE = 16
 WINNER, LOSER = (0, 255, 0), (255, 0, 0)
 
 
-def picture(color: tuple[int, int, int], number: int, size: tuple[int, int] = (24, 16)) -> Image.Image:
+def image(color: tuple[int, int, int], number: int, size: tuple[int, int] = (24, 16)) -> Image.Image:
     """Of a colour, its blue telling the number."""
     return Image.new("RGB", size, (*color[:2], number * 10))
 
@@ -41,15 +41,15 @@ def folder(tmp_path: Path) -> Path:
     path.mkdir()
     lines = []
     for number in range(5):
-        picture(WINNER, number).save(path / f"{number}_w.png")
-        picture(LOSER, number).save(path / f"{number}_l.png")
+        image(WINNER, number).save(path / f"{number}_w.png")
+        image(LOSER, number).save(path / f"{number}_l.png")
         lines.append({"text": f"number {number}", "winner": f"{number}_w.png", "loser": f"{number}_l.png", "seed": 3})
     (path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
     return path
 
 
 def numbers(pairs: Preferences, start: int, size: int, seed: int = 0) -> list[int]:
-    """Which pairs stand there, held against pictures and captions at once."""
+    """Which pairs stand there, held against images and captions at once."""
     batch = pairs.batch(start, size, seed)
     assert batch.winners.shape == batch.losers.shape == (size, 3, SIZE, SIZE)
     assert batch.winners.dtype == torch.float32
@@ -102,7 +102,7 @@ def test_a_line_that_is_no_pair_is_refused_or_left_out_with_its_number(folder: P
     for read in (lambda: open_pairs(str(folder), SIZE), lambda: check_pairs(str(folder))):
         with pytest.raises(ConfigError, match=rf"pairs\.jsonl, line 6: {message}") as caught:
             read()
-        assert str(caught.value).endswith('mend it, or set data.broken = "skip"')
+        assert str(caught.value).endswith('mend it, or set data.on_error = "skip"')
     skipped: list[str] = []
     pairs = open_pairs(str(folder), SIZE, skipped)
     assert sorted(numbers(pairs, 0, 5)) == [0, 1, 2, 3, 4]
@@ -113,7 +113,7 @@ def cut_short(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:50])
 
 
-def test_a_picture_that_is_cut_short_ends_the_run_or_gives_its_place_to_the_next(folder: Path) -> None:
+def test_an_image_that_is_cut_short_ends_the_run_or_gives_its_place_to_the_next(folder: Path) -> None:
     cut_short(folder / "2_l.png")
     with pytest.raises(AlignkitError, match=r"pairs\.jsonl, line 3 cannot be read \(2_l\.png: "):
         numbers(open_pairs(str(folder), SIZE), 0, 5)
@@ -127,14 +127,14 @@ def test_a_picture_that_is_cut_short_ends_the_run_or_gives_its_place_to_the_next
     assert numbers(open_pairs(str(folder), SIZE, []), 6, 4) == whole[6:]  # a resumed run reads the same
 
 
-def test_where_no_picture_can_be_read_skipping_ends_too(folder: Path) -> None:
+def test_where_no_image_can_be_read_skipping_ends_too(folder: Path) -> None:
     for file in folder.glob("*_w.png"):
         cut_short(file)
     with pytest.raises(AlignkitError, match="none of 5 can be read"):
         open_pairs(str(folder), SIZE, []).batch(0, 2, 0)
 
 
-def test_pictures_lose_their_sides_and_take_the_size_of_the_model(folder: Path) -> None:
+def test_images_lose_their_sides_and_take_the_size_of_the_model(folder: Path) -> None:
     wide = Image.new("RGB", (48, 16), LOSER)
     wide.paste((0, 255, 0), (16, 0, 32, 16))
     wide.save(folder / "0_w.png")
@@ -170,26 +170,26 @@ def write_parquet(path: Path, records: list[dict[str, Any]], row_group_size: int
 
 
 def record(number: int, label: float | None, **changes: Any) -> dict[str, Any]:
-    """A row in Pick-a-Pic's columns; the preferred picture is the green one."""
+    """A row in Pick-a-Pic's columns; the preferred image is the green one."""
     first, second = (LOSER, WINNER) if label == 0 else (WINNER, LOSER)
     return {
-        "caption": f"number {number}", "jpg_0": file_bytes(picture(first, number)),
-        "jpg_1": file_bytes(picture(second, number)), "label_0": label,
+        "caption": f"number {number}", "jpg_0": file_bytes(image(first, number)),
+        "jpg_1": file_bytes(image(second, number)), "label_0": label,
         "label_1": None if label is None else 1 - label, "has_label": True, "model_0": "a",
     } | changes  # fmt: skip
 
 
-def test_parquet_in_pick_a_pics_columns_puts_the_preferred_picture_first_and_drops_ties(tmp_path: Path) -> None:
+def test_parquet_in_pick_a_pics_columns_puts_the_preferred_image_first_and_drops_ties(tmp_path: Path) -> None:
     records = [record(0, 1.0), record(1, 0.0), record(2, 0.5), record(3, 1.0), record(4, None), record(5, 0.0)]
     records.append(record(6, 1.0, has_label=False))
     pairs = open_pairs(str(write_parquet(tmp_path / "p.parquet", records)), SIZE)
     assert sorted(numbers(pairs, 0, 4)) == [0, 1, 3, 5]
     assert numbers(pairs, 3, 6) == numbers(pairs, 0, 9)[3:]
     (note,) = pairs.notes
-    assert "3 of 7 rows" in note and "prefer neither picture" in note
+    assert "3 of 7 rows" in note and "prefer neither image" in note
 
 
-def test_a_folder_of_shards_is_one_set_and_pictures_may_be_as_the_datasets_library_keeps_them(tmp_path: Path) -> None:
+def test_a_folder_of_shards_is_one_set_and_images_may_be_as_the_datasets_library_keeps_them(tmp_path: Path) -> None:
     kept = {name: {"bytes": record(1, 0.0)[name], "path": "x.png"} for name in ("jpg_0", "jpg_1")}
     write_parquet(tmp_path / "train-0.parquet", [record(0, 1.0), record(2, 0.0)])
     write_parquet(tmp_path / "train-1.parquet", [record(1, 0.0) | kept])
@@ -216,8 +216,8 @@ def test_a_row_that_is_no_pair_is_refused_or_left_out_with_its_number(
     assert sorted(numbers(pairs, 0, 2)) == [0, 1] and len(skipped) == 1 and "row 2: " in skipped[0]
 
 
-def test_a_picture_in_parquet_that_is_broken_or_missing_is_named(tmp_path: Path) -> None:
-    records = [record(0, 1.0), record(1, 0.0, jpg_1=b"no picture"), record(2, 1.0, jpg_0=None)]
+def test_an_image_in_parquet_that_is_broken_or_missing_is_named(tmp_path: Path) -> None:
+    records = [record(0, 1.0), record(1, 0.0, jpg_1=b"no image"), record(2, 1.0, jpg_0=None)]
     path = str(write_parquet(tmp_path / "p.parquet", records))
     with pytest.raises(AlignkitError, match=r"row 1 cannot be read \(jpg_1: cannot identify"):
         open_pairs(path, SIZE).batch(0, 3, 0)
@@ -246,7 +246,7 @@ def test_without_pyarrow_one_line_says_what_to_install(tmp_path: Path, monkeypat
 
 # in a run
 
-DPO = {"algorithm.name": "diffusion_dpo", "train.updates": 3, "evaluate.prompts": "", "data.pictures": ""}
+DPO = {"algorithm.name": "diffusion_dpo", "train.updates": 3, "evaluate.prompts": "", "data.images": ""}
 
 
 def test_a_run_without_pairs_or_with_broken_ones_is_refused_before_any_weight_loads(
@@ -268,7 +268,7 @@ def test_pairs_have_their_own_texts_so_prompts_may_be_missing(tiny_run: Callable
 def test_pairs_that_were_left_out_are_in_the_record_of_the_run(tiny_run: Callable[..., Run], folder: Path) -> None:
     cut_short(folder / "4_w.png")
     (folder / "1_w.png").unlink()
-    settings = DPO | {"data.pairs": str(folder), "data.broken": "skip", "train.rows_per_update": 5}
+    settings = DPO | {"data.pairs": str(folder), "data.on_error": "skip", "train.rows_per_update": 5}
     run = tiny_run(overrides=settings)
     list(run.train())
     record = (run.folder / "metrics.jsonl").read_text()
@@ -280,5 +280,5 @@ def test_a_stopped_run_goes_on_with_the_pairs_that_would_have_come_next(
     tiny_run: Callable[..., Run], folder: Path
 ) -> None:
     cut_short(folder / "4_w.png")
-    settings = DPO | {"data.pairs": str(folder), "data.broken": "skip", "train.rows_per_update": 2}
+    settings = DPO | {"data.pairs": str(folder), "data.on_error": "skip", "train.rows_per_update": 2}
     assert_a_stopped_run_ends_with_the_same_bits(tiny_run, settings)

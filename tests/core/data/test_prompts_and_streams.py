@@ -119,11 +119,11 @@ def test_a_text_of_blanks_is_no_prompt(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"text": "a"}\n{"text": " "}')
     # Prompts that are trained on may be skipped, held-out ones may not.
-    with pytest.raises(ConfigError, match=r'^data\.prompts: .*line 2.*not empty.*set data\.broken = "skip"$'):
+    with pytest.raises(ConfigError, match=r'^data\.prompts: .*line 2.*not empty.*set data\.on_error = "skip"$'):
         read_examples(path, key="data.prompts")
     with pytest.raises(ConfigError, match=r"^evaluate\.prompts: .*line 2.*not empty, found .*$") as caught:
         read_examples(path, key="evaluate.prompts")
-    assert "data.broken" not in str(caught.value)
+    assert "data.on_error" not in str(caught.value)
     assert [e.text for e in read_examples(path, skipped=[])] == ["a"]
 
 
@@ -142,7 +142,7 @@ def table(tmp_path: Path) -> Callable[..., Path]:
 @pytest.mark.parametrize("name", ["prompt", "caption", "text"])
 def test_prompts_of_a_parquet_file_bring_its_plain_columns_as_metadata(table: Callable[..., Path], name: str) -> None:
     path = table(
-        **{name: ["a red circle", "a café"]}, target=["OPEN", None], count=[1, 2], picture=[b"1", b"2"], list=[[1], []]
+        **{name: ["a red circle", "a café"]}, target=["OPEN", None], count=[1, 2], image=[b"1", b"2"], list=[[1], []]
     )
     assert (found := read_examples(path)) == [
         Example("a red circle", {"target": "OPEN", "count": 1}),

@@ -1,4 +1,4 @@
-"""The kernel distance between two sets of pictures' features."""
+"""The kernel distance between two sets of images' features."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_it_equals_the_sum_over_all_pairs_of_different_rows() -> None:
     assert kernel_distance(x, y)[0] == pytest.approx(expected)
 
 
-def test_equal_pictures_have_no_distance() -> None:
+def test_equal_images_have_no_distance() -> None:
     x = normal(30, 0)
     assert kernel_distance(x, x) == pytest.approx((0, 0, 0), abs=1e-9)
 
@@ -40,8 +40,8 @@ def test_the_same_distribution_is_near_zero_and_another_one_far() -> None:
     assert low > 0.2 and low < moved < high
 
 
-def test_prompts_are_drawn_with_all_of_their_pictures() -> None:
-    # The change is the prompt's own, so three pictures of each tell hardly more than one: repeated draws show it.
+def test_prompts_are_drawn_with_all_of_their_images() -> None:
+    # The change is the prompt's own, so three images of each tell hardly more than one: repeated draws show it.
     def sets(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         before = torch.cat([normal(40, 3 * seed + i) for i in range(3)])
         return before, before + (0.5 * normal(40, 1000 + seed) + 0.5).repeat(3, 1)
@@ -53,9 +53,9 @@ def test_prompts_are_drawn_with_all_of_their_pictures() -> None:
     assert float(((rows[:, 2] - rows[:, 1]) / 3.92 / told[:5]).mean()) < 0.85
 
 
-def test_pictures_of_one_prompt_are_no_pair() -> None:
+def test_images_of_one_prompt_are_no_pair() -> None:
     x, y = normal(3, 0), normal(3, 1)
-    # Rows that are the same picture twice add nothing.
+    # Rows that are the same image twice add nothing.
     assert kernel_distance(x.repeat(2, 1), y.repeat(2, 1), prompts=3)[0] == pytest.approx(kernel_distance(x, y)[0])
     with pytest.raises(ValueError, match="of 4 prompts"):
         kernel_distance(x, y, prompts=4)
@@ -74,6 +74,6 @@ def test_it_repeats_and_touches_no_global_chance() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_single_picture_is_refused() -> None:
+def test_a_single_image_is_refused() -> None:
     with pytest.raises(ValueError, match="two prompts"):
         kernel_distance(normal(1, 0), normal(1, 1))

@@ -21,11 +21,11 @@ from alignkit.rollout import seeded_noises
 
 
 class Toy(Policy):
-    """clean = x / 2 + brightness + the length of the text / 100, on latents that are themselves the picture."""
+    """clean = x / 2 + brightness + the length of the text / 100, on latents that are themselves the image."""
 
     latent_shape = (3, 4, 4)
     device = torch.device("cpu")
-    guidance = 0.0
+    guidance_scale = 1.0
 
     def __init__(self, brightness: float = 0.0) -> None:
         self.brightness = torch.nn.Parameter(torch.tensor(brightness))
@@ -42,7 +42,7 @@ class Toy(Policy):
     def schedule(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return 1 - t, t
 
-    def denoise(self, x: Tensor, t: Tensor, prompt: Prompt, guidance: Tensor | None = None) -> Tensor:
+    def denoise(self, x: Tensor, t: Tensor, prompt: Prompt, guidance_scale: Tensor | None = None) -> Tensor:
         return x / 2 + self.brightness + prompt.features[:, :, :, None]
 
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -75,7 +75,7 @@ class Noisy(Sampler):
 
 
 class Brightness(Reward):
-    """The mean of the picture; what an example calls dark cannot be scored."""
+    """The mean of the image; what an example calls dark cannot be scored."""
 
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
         valid = torch.tensor(["dark" not in example.metadata for example in examples])
@@ -91,7 +91,7 @@ REWARDS = WeightedRewards([("brightness", 2.0, Brightness())])
 def measure(
     brightness: float = 0.0, steps: Sequence[int] = (1, 2, 4), size: int = 3, seed: int = 5, samples: int = 1
 ) -> Measurement:
-    return evaluate(Toy(brightness), Noisy(), REWARDS, EXAMPLES, steps, seed, size, pictures=4, samples=samples)
+    return evaluate(Toy(brightness), Noisy(), REWARDS, EXAMPLES, steps, seed, size, grid_size=4, samples=samples)
 
 
 def test_a_part_that_is_given_only_before_training_is_not_compared() -> None:
@@ -115,7 +115,7 @@ def test_a_prompts_value_is_the_mean_over_its_samples() -> None:
     several, one = measure(samples=3, size=4), [measure(seed=seed) for seed in (5, 6, 7)]
     for key, found in several.values.items():
         assert torch.allclose(found, torch.stack([m.values[key] for m in one]).mean(0))
-    assert torch.equal(several.pictures, one[0].pictures)
+    assert torch.equal(several.images, one[0].images)
 
 
 def test_another_seed_gives_other_noise() -> None:
@@ -137,10 +137,10 @@ def test_one_step_gives_what_the_policy_predicts_from_the_seeded_noise() -> None
     torch.testing.assert_close(measure().values[1, "reward"][2], 2 * expected)
 
 
-def test_the_first_pictures_are_kept_for_the_grid() -> None:
-    found = measure(steps=[1, 2]).pictures
+def test_the_first_images_are_kept_for_the_grid() -> None:
+    found = measure(steps=[1, 2]).images
     assert found.shape == (4, 2, 3, 4, 4) and found.dtype == torch.uint8
-    assert torch.equal(measure(steps=[1, 2], size=1).pictures, found)
+    assert torch.equal(measure(steps=[1, 2], size=1).images, found)
 
 
 def test_a_brighter_model_is_seen_prompt_by_prompt() -> None:
@@ -153,7 +153,7 @@ def test_a_brighter_model_is_seen_prompt_by_prompt() -> None:
         assert row.low is not None and row.high is not None and 0 < row.low <= row.difference <= row.high
 
 
-def test_a_picture_that_cannot_be_scored_is_left_out_of_both_sides() -> None:
+def test_an_image_that_cannot_be_scored_is_left_out_of_both_sides() -> None:
     examples = [*EXAMPLES[:3], Example("night", {"dark": True})]
     before, after = (evaluate(Toy(b), Noisy(), REWARDS, examples, [1], 5, 4) for b in (0.0, 0.1))
     assert math.isnan(before.values[1, "reward"][3])

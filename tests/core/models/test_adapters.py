@@ -75,7 +75,7 @@ def test_what_a_run_exports_loads_in_plain_diffusers(tiny_family: Any, tmp_path:
     pipe = plain(tiny_family(name))
     pipe.load_lora_weights(tmp_path)
     sampler = LCM(2) if name.startswith("lcm") else EulerAncestral(2, eta=float(name == "sdxl_turbo"))
-    assert_parity(policy, sampler, pipe, policy.guidance + 1 if name.startswith("lcm") else 0.0)
+    assert_parity(policy, sampler, pipe, policy.guidance_scale if name.startswith("lcm") else 0.0)
     again = DiffusersPolicy(str(tiny_family(name)), adapter=str(tmp_path), trainable=False)
     x, t = torch.ones(2, *policy.latent_shape), torch.tensor([999, 499])
     with torch.no_grad():

@@ -36,7 +36,7 @@ def predict(policy: DiffusersPolicy) -> torch.Tensor:
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 6, 8])
 def test_lcm_samples_equal_those_of_plain_diffusers_on_the_same_noise(tiny_lcm: Path, num_steps: int) -> None:
-    policy = DiffusersPolicy(str(tiny_lcm), trainable=False, guidance=2.5)
+    policy = DiffusersPolicy(str(tiny_lcm), trainable=False, guidance_scale=3.5)
     pipe = DiffusionPipeline.from_pretrained(tiny_lcm, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     initial = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(7))
@@ -50,31 +50,31 @@ def test_lcm_samples_equal_those_of_plain_diffusers_on_the_same_noise(tiny_lcm: 
     with torch.no_grad():
         images = policy.decode(sample(policy, LCM(num_steps), policy.encode(TEXTS), noises))
     assert np.abs(images.permute(0, 2, 3, 1).numpy() - expected).max() < 1e-3
-    assert expected.std() > 0.01  # pictures, not a plain ground
+    assert expected.std() > 0.01  # images, not a plain ground
 
 
-@pytest.mark.parametrize("guidance", [0.0, 2.0])
-def test_deterministic_ddim_samples_equal_those_of_plain_diffusers(tiny_teacher: Path, guidance: float) -> None:
-    policy = DiffusersPolicy(str(tiny_teacher), trainable=False, guidance=guidance)
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_deterministic_ddim_samples_equal_those_of_plain_diffusers(tiny_teacher: Path, guidance_scale: float) -> None:
+    policy = DiffusersPolicy(str(tiny_teacher), trainable=False, guidance_scale=guidance_scale)
     pipe = DiffusionPipeline.from_pretrained(tiny_teacher, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler.register_to_config(set_alpha_to_one=False)
     pipe.scheduler.final_alpha_cumprod = pipe.scheduler.alphas_cumprod[0]
     initial = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(7))
     expected = pipe(
-        TEXTS, num_inference_steps=5, guidance_scale=1 + guidance, latents=initial, output_type="latent"
+        TEXTS, num_inference_steps=5, guidance_scale=guidance_scale, latents=initial, output_type="latent"
     ).images  # fmt: skip
     noises = initial[:, None].expand(-1, 6, *initial.shape[1:])
     latents = sample(policy, DDIM(5, eta=0.0), policy.encode(TEXTS), noises)
     assert torch.allclose(latents, expected, atol=1e-3 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("guidance", [None, 2.0])
+@pytest.mark.parametrize("guidance_scale", [None, 3.0])
 def test_without_gradient_a_few_rows_at_a_time_go_through_the_network_and_nothing_changes(
-    tiny_lcm: Path, tiny_teacher: Path, guidance: float | None
+    tiny_lcm: Path, tiny_teacher: Path, guidance_scale: float | None
 ) -> None:
-    folder = tiny_lcm if guidance is None else tiny_teacher
-    policy = DiffusersPolicy(str(folder), lora_rank=4, guidance=guidance)
+    folder = tiny_lcm if guidance_scale is None else tiny_teacher
+    policy = DiffusersPolicy(str(folder), lora_rank=4, guidance_scale=guidance_scale)
     x = torch.randn(7, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     t, prompt = torch.tensor([999, 499, 19, 259, 779, 39, 99]), policy.encode([*TEXTS, "a white ring", *TEXTS, *TEXTS])
     w = torch.arange(7) / 2
@@ -85,7 +85,7 @@ def test_without_gradient_a_few_rows_at_a_time_go_through_the_network_and_nothin
         policy.rows_per_pass = 3
         del seen[:]
         parts = [policy.denoise(x, t, prompt), policy.denoise(x, t, prompt, w)]
-        passes = 1 if guidance is None else 2  # with text and without
+        passes = 1 if guidance_scale is None else 2  # with text and without
         assert seen == [passes * rows for rows in (3, 3, 1)] * 2
     for one, other in zip(whole, parts, strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-4 * float(one.abs().max()))
@@ -95,22 +95,22 @@ def test_without_gradient_a_few_rows_at_a_time_go_through_the_network_and_nothin
 
 def test_a_guidance_that_is_embedded_changes_the_prediction(tiny_lcm: Path) -> None:
     policy = DiffusersPolicy(str(tiny_lcm), trainable=False)
-    assert policy.guidance == 7.5
+    assert policy.guidance_scale == 8.5
     x, t, prompt = torch.ones(2, *policy.latent_shape), torch.tensor([999, 999]), policy.encode(TEXTS)
     with torch.no_grad():
         default = policy.denoise(x, t, prompt)
-        assert torch.equal(default, policy.denoise(x, t, prompt, torch.full((2,), 7.5)))
+        assert torch.equal(default, policy.denoise(x, t, prompt, torch.full((2,), 8.5)))
         assert not torch.allclose(default, policy.denoise(x, t, prompt, torch.full((2,), 2.0)))
 
 
 def test_without_an_embedding_guidance_is_linear_in_two_passes(tiny_teacher: Path) -> None:
     policy = DiffusersPolicy(str(tiny_teacher), trainable=False)
-    assert policy.guidance == 0
+    assert policy.guidance_scale == 1
     x, t = torch.ones(2, *policy.latent_shape), torch.tensor([999, 499])
     with torch.no_grad():
         conditional = policy.denoise(x, t, policy.encode(TEXTS))
         null = policy.denoise(x, t, policy.encode(["", ""]))
-        guided = policy.denoise(x, t, policy.encode(TEXTS), torch.tensor([0.0, 3.0]))
+        guided = policy.denoise(x, t, policy.encode(TEXTS), torch.tensor([1.0, 4.0]))
     expected = conditional + torch.tensor([0.0, 3.0]).view(2, 1, 1, 1) * (conditional - null)
     assert torch.allclose(guided, expected, atol=1e-3)
 
@@ -131,7 +131,7 @@ def test_equal_texts_share_a_row_of_the_table(tiny_lcm: Path) -> None:
     assert torch.allclose(prompt.features[1], policy.encode([TEXTS[1]]).features[0], atol=1e-6)
 
 
-def test_pictures_and_latents_have_the_shapes_and_ranges_that_are_promised(tiny_lcm: Path) -> None:
+def test_images_and_latents_have_the_shapes_and_ranges_that_are_promised(tiny_lcm: Path) -> None:
     policy = DiffusersPolicy(str(tiny_lcm), trainable=False)
     latents = policy.encode_images(torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
     assert latents.shape == (2, *policy.latent_shape) and policy.latent_shape == (4, 8, 8)
@@ -223,11 +223,11 @@ def test_gradient_checkpointing_computes_twice_and_changes_no_gradient(
             layer.register_forward_pre_hook(lambda layer, _, begun=begun: begun.append(layer))
         x = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(5))
         clean = policy.denoise(x, torch.tensor([999, 499]), policy.encode(TEXTS))
-        pictures = policy.decode(clean)
+        images = policy.decode(clean)
         with policy.reference():  # the adapter is off and on again before the way back
             policy.denoise(x, torch.tensor([999, 499]), policy.encode(TEXTS))
         count = len(begun)
-        pictures.square().mean().backward()
+        images.square().mean().backward()
         assert len(begun) == count + 2 * again
         found.append([p.grad for p in policy.parameters()])
     torch.testing.assert_close(found[1], found[0])

@@ -131,14 +131,14 @@ def test_an_encoder_is_known_by_what_it_computes_and_not_by_where_it_lies(tiny_l
     weights = copy_of(tiny_lcm, tmp_path / "weights")
     change_weight(weights / "vae" / "diffusion_pytorch_model.safetensors")
     changed = DiffusersPolicy(str(weights)).encoders
-    assert changed["pictures"] != here["pictures"] and changed["texts"] == here["texts"]
+    assert changed["images"] != here["images"] and changed["texts"] == here["texts"]
     config = copy_of(tiny_lcm, tmp_path / "config")
     change_config(config / "vae" / "config.json", scaling_factor=0.5)
     change_config(config / "text_encoder" / "config.json", hidden_act="gelu")
     changed = DiffusersPolicy(str(config)).encoders
-    assert changed["pictures"] != here["pictures"] and changed["texts"] != here["texts"]
+    assert changed["images"] != here["images"] and changed["texts"] != here["texts"]
     half = DiffusersPolicy(str(tiny_lcm), dtype=torch.bfloat16).encoders
-    assert half["pictures"] != here["pictures"] and half["texts"] != here["texts"]
+    assert half["images"] != here["images"] and half["texts"] != here["texts"]
 
 
 def test_a_tokenizer_is_known_by_its_vocabulary_and_not_by_what_it_read(tiny_lcm: Path) -> None:
@@ -180,4 +180,4 @@ def test_an_encoding_depends_neither_on_its_neighbours_nor_on_the_precision_arou
 def test_what_is_drawn_to_be_measured_is_not_kept(tiny_lcm: Path, tmp_path: Path) -> None:
     policy = DiffusersPolicy(str(tiny_lcm), cache=EncoderCache(tmp_path))
     policy.features(images())
-    assert policy.cache is not None and policy.cache.size(policy.encoders["pictures"])[0] == 0
+    assert policy.cache is not None and policy.cache.size(policy.encoders["images"])[0] == 0

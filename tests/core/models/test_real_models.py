@@ -35,20 +35,20 @@ def test_stable_diffusion_walks_many_steps_with_noise(
 ) -> None:
     pipe = plain(tiny_family(name))
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)  # as the policy-gradient papers do
-    policy = DiffusersPolicy(str(tiny_family(name)), trainable=False, guidance=guidance_scale - 1)
+    policy = DiffusersPolicy(str(tiny_family(name)), trainable=False, guidance_scale=guidance_scale)
     assert_parity(policy, DDIM(num_steps, eta=1.0, spacing="leading"), pipe, guidance_scale, eta=1.0)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
 def test_stable_diffusion_2_predicts_the_velocity(tiny_family: Any, guidance_scale: float) -> None:
-    policy = DiffusersPolicy(str(tiny_family("sd_2_1")), trainable=False, guidance=guidance_scale - 1)
+    policy = DiffusersPolicy(str(tiny_family("sd_2_1")), trainable=False, guidance_scale=guidance_scale)
     assert_parity(policy, DDIM(5, eta=0.0, spacing="leading"), plain(tiny_family("sd_2_1")), guidance_scale)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 4])
 def test_sd_turbo_takes_euler_steps(tiny_family: Any, num_steps: int) -> None:
     policy = DiffusersPolicy(str(tiny_family("sd_turbo")), trainable=False)
-    assert policy.guidance == 0
+    assert policy.guidance_scale == 1
     assert_parity(policy, EulerAncestral(num_steps, eta=0.0), plain(tiny_family("sd_turbo")), 0.0)
 
 
@@ -67,7 +67,7 @@ def test_sdxl_turbo_takes_ancestral_steps(tiny_family: Any, num_steps: int) -> N
 
 
 def test_guidance_of_sdxl_leads_away_from_zeros_and_not_from_the_empty_text(tiny_family: Any) -> None:
-    policy = DiffusersPolicy(str(tiny_family("sdxl")), trainable=False, guidance=4.0)
+    policy = DiffusersPolicy(str(tiny_family("sdxl")), trainable=False, guidance_scale=5.0)
     assert_parity(policy, EulerAncestral(4, eta=0.0, spacing="leading"), plain(tiny_family("sdxl")), 5.0)
 
 
@@ -89,7 +89,7 @@ def test_sdxl_lightning_is_a_unet_file_in_the_pipeline_of_sdxl(
 
 @pytest.mark.parametrize("num_steps", [1, 2, 4, 8])
 def test_a_full_lcm_embeds_its_guidance(tiny_family: Any, num_steps: int) -> None:
-    policy = DiffusersPolicy(str(tiny_family("lcm_dreamshaper")), trainable=False, guidance=7.0)
+    policy = DiffusersPolicy(str(tiny_family("lcm_dreamshaper")), trainable=False, guidance_scale=8.0)
     assert_parity(policy, LCM(num_steps), plain(tiny_family("lcm_dreamshaper")), 8.0)
 
 
@@ -102,7 +102,7 @@ def test_an_lcm_of_the_sdxl_family_is_a_unet_folder_in_its_pipeline(
     pipe = plain(tiny_family("sdxl"), unet=UNet2DConditionModel.from_pretrained(tmp_path))
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     policy = DiffusersPolicy(
-        str(tiny_family("sdxl")), unet=str(tmp_path), prediction="consistency", trainable=False, guidance=7.0
+        str(tiny_family("sdxl")), unet=str(tmp_path), prediction="consistency", trainable=False, guidance_scale=8.0
     )
     assert_parity(policy, LCM(num_steps), pipe, 8.0)
     x, zero = torch.ones(2, *policy.latent_shape), torch.zeros(2, dtype=torch.long)
@@ -122,14 +122,16 @@ def test_lcm_lora_turns_a_plain_pipeline_into_an_lcm(
     pipe.load_lora_weights(folder)
     policy = DiffusersPolicy(
         str(tiny_family(name)), adapter=str(folder), prediction="consistency", trainable=False,
-        guidance=guidance_scale - 1,
+        guidance_scale=guidance_scale,
     )  # fmt: skip
     assert_parity(policy, LCM(num_steps), pipe, guidance_scale)
 
 
 @pytest.mark.parametrize("name", ["sd_1_5", "sd_turbo", "sdxl", "sdxl_turbo"])
 def test_a_preference_on_each_family_is_told_by_the_errors_of_the_plain_unet(tiny_family: Any, name: str) -> None:
-    policy = DiffusersPolicy(str(tiny_family(name)), lora_rank=2, guidance=4.0 if name in ("sd_1_5", "sdxl") else None)
+    policy = DiffusersPolicy(
+        str(tiny_family(name)), lora_rank=2, guidance_scale=5.0 if name in ("sd_1_5", "sdxl") else None
+    )
     pipe, turbo = plain(tiny_family(name)), name.endswith("turbo")
     winner, loser, noise = torch.randn(3, 2, *policy.latent_shape, generator=torch.Generator().manual_seed(1))
     t = torch.tensor([999, 249])
@@ -165,7 +167,7 @@ def test_a_cache_keeps_both_encoders_of_an_sdxl_model(tiny_family: Any, tmp_path
     with torch.no_grad():
         next(warm.pipe.text_encoder_2.parameters()).view(-1)[0] += 1
     del warm.encoders
-    assert warm.encoders["texts"] != cold.encoders["texts"] and warm.encoders["pictures"] == cold.encoders["pictures"]
+    assert warm.encoders["texts"] != cold.encoders["texts"] and warm.encoders["images"] == cold.encoders["images"]
 
 
 @pytest.mark.parametrize("form", ["lcm", "turbo"])
@@ -180,7 +182,8 @@ def test_every_method_learns_on_the_sdxl_family_with_its_two_text_encoders(
     if form == "lcm":
         tiny_unet("lcm_sdxl").save_pretrained(tmp_path / "unet")
         settings |= {
-            "model.name": str(tiny_family("sdxl")), "model.teacher": str(tiny_family("sdxl")), "model.guidance": 7.0,
+            "model.name": str(tiny_family("sdxl")), "model.teacher": str(tiny_family("sdxl")),
+            "model.guidance_scale": 8.0,
             "model.unet": str(tmp_path / "unet"), "model.prediction": "consistency",
         }  # fmt: skip
     else:

@@ -15,15 +15,15 @@ from torch import Tensor
 from alignkit.errors import AlignkitError
 from alignkit.records import Example, Scores
 from alignkit.rewards.cache import ScoreCache, keys_of
-from alignkit.rewards.checked import Asking
-from asking_fixtures import EXAMPLES, IMAGES, Judge, loaded
+from alignkit.rewards.checked import Scoring
+from scoring_fixtures import EXAMPLES, IMAGES, Judge, loaded
 
 
 def test_a_score_is_found_again_to_the_bit_by_content(tmp_path: Path) -> None:
     first, second = Judge(), Judge()
-    made = loaded(first, Asking(cache=ScoreCache(tmp_path / "scores"))).score(IMAGES, EXAMPLES, 4)
+    made = loaded(first, Scoring(cache=ScoreCache(tmp_path / "scores"))).score(IMAGES, EXAMPLES, 4)
     cache = ScoreCache(tmp_path / "scores")
-    found = loaded(second, Asking(cache=cache)).score(IMAGES, EXAMPLES, 4)
+    found = loaded(second, Scoring(cache=cache)).score(IMAGES, EXAMPLES, 4)
     assert (first.asked, second.asked, len(cache)) == (2, 0, 6)
     assert torch.equal(found.values, made.values) and found.valid.all()
     assert torch.equal(found.parts["judge/twice"], made.parts["judge/twice"])
@@ -48,9 +48,9 @@ def test_any_other_content_is_another_key(change: Callable[..., Any]) -> None:
     assert len(set(keys)) == 6 and not set(keys) & set(keys_of(fingerprint, images, examples))
 
 
-def test_a_chunk_of_which_one_picture_is_new_is_asked_for_as_a_whole(tmp_path: Path) -> None:
+def test_a_chunk_of_which_one_image_is_new_is_asked_for_as_a_whole(tmp_path: Path) -> None:
     judge = Judge()
-    rewards = loaded(judge, Asking(cache=ScoreCache(tmp_path / "scores")))
+    rewards = loaded(judge, Scoring(cache=ScoreCache(tmp_path / "scores")))
     rewards.score(IMAGES[:3], EXAMPLES[:3], 3)
     seen: list[int] = []
     ask = Judge.__call__
@@ -71,21 +71,21 @@ def test_only_a_black_box_that_says_it_repeats_itself_is_kept(tmp_path: Path) ->
         deterministic = False
 
     for judge in (Smooth(), Moody(), Judge(mark="")):
-        rewards = loaded(judge, Asking(cache=ScoreCache(tmp_path / "scores")))
+        rewards = loaded(judge, Scoring(cache=ScoreCache(tmp_path / "scores")))
         for _ in range(2):
             rewards.score(IMAGES, EXAMPLES, 6)
         assert judge.asked == 2
     assert not (tmp_path / "scores").exists()
 
 
-def test_a_picture_that_could_not_be_scored_is_asked_for_again(tmp_path: Path) -> None:
+def test_an_image_that_could_not_be_scored_is_asked_for_again(tmp_path: Path) -> None:
     class Shy(Judge):
         def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
             self.asked += 1
             return Scores(images.mean((1, 2, 3)), torch.arange(len(images)) != 1)
 
     judge = Shy()
-    rewards = loaded(judge, Asking(cache=ScoreCache(tmp_path / "scores")))
+    rewards = loaded(judge, Scoring(cache=ScoreCache(tmp_path / "scores")))
     for _ in range(2):
         assert rewards.score(IMAGES, EXAMPLES, 3).valid.tolist() == [True, False, True] * 2
     assert judge.asked == 4
@@ -96,7 +96,7 @@ def test_a_file_that_is_no_cache_is_one_clear_line_and_stays(tmp_path: Path) -> 
     file = tmp_path / "scores"
     file.write_bytes(b"a letter to my mother" * 100)
     with pytest.raises(AlignkitError, match=r"scores: cannot be used as a cache of scores \(.*\); delete it"):
-        loaded(Judge(), Asking(cache=ScoreCache(file))).score(IMAGES, EXAMPLES, 6)
+        loaded(Judge(), Scoring(cache=ScoreCache(file))).score(IMAGES, EXAMPLES, 6)
     assert file.read_bytes().startswith(b"a letter")
 
 

@@ -11,17 +11,17 @@ from torch import Tensor
 from alignkit.errors import PluginError, TransientError
 from alignkit.interfaces import Reward
 from alignkit.records import Example, Scores
-from alignkit.rewards.checked import Asking
+from alignkit.rewards.checked import Scoring
 from alignkit.rewards.weighted import WeightedRewards
-from asking_fixtures import EXAMPLES, IMAGES, Judge, Slow, loaded
+from scoring_fixtures import EXAMPLES, IMAGES, Judge, Slow, loaded
 
 # what passes is tried again
 
 
 def test_a_failure_that_passes_changes_nothing_but_the_time(waits: list[float]) -> None:
     judge = Judge(fail=[1, 2])
-    scores = loaded(judge, Asking(retry_seconds=0.5)).score(IMAGES, EXAMPLES, 6)
-    assert torch.equal(scores.values, loaded(Judge(), Asking()).score(IMAGES, EXAMPLES, 6).values)
+    scores = loaded(judge, Scoring(retry_seconds=0.5)).score(IMAGES, EXAMPLES, 6)
+    assert torch.equal(scores.values, loaded(Judge(), Scoring()).score(IMAGES, EXAMPLES, 6).values)
     assert judge.asked == 3 and waits == [0.5, 1.0]
 
 
@@ -31,7 +31,7 @@ def test_a_reward_that_never_answers_is_named_after_a_bounded_number_of_tries(
 ) -> None:
     judge = reward(fail=range(100))
     with pytest.raises(TransientError, match=r"^reward 'judge' did not answer, asked 4 times in 7 seconds: connection"):
-        loaded(judge, Asking(retries=3)).score(IMAGES, EXAMPLES, 6)
+        loaded(judge, Scoring(retries=3)).score(IMAGES, EXAMPLES, 6)
     assert judge.asked == 4 and waits == [1.0, 2.0, 4.0]
 
 
@@ -42,15 +42,15 @@ def test_a_reward_that_hangs_is_asked_no_more_once_the_time_is_up(waits: list[fl
             return super().__call__(images, examples)
 
     with pytest.raises(TransientError, match="did not answer, asked 3 times in 363 seconds"):
-        loaded(Hangs(fail=range(100)), Asking()).score(IMAGES, EXAMPLES, 6)
+        loaded(Hangs(fail=range(100)), Scoring()).score(IMAGES, EXAMPLES, 6)
     assert waits == [120, 1, 120, 2, 120]
     with pytest.raises(TransientError, match="did not answer, asked once"):
-        loaded(Hangs(fail=range(100)), Asking(retry_limit=120)).score(IMAGES, EXAMPLES, 6)
+        loaded(Hangs(fail=range(100)), Scoring(retry_limit=120)).score(IMAGES, EXAMPLES, 6)
 
 
 def test_one_second_is_told_as_one(waits: list[float]) -> None:
     with pytest.raises(TransientError, match="did not answer, asked 2 times in 1 second: connection refused"):
-        loaded(Judge(fail=range(100)), Asking(retries=1)).score(IMAGES, EXAMPLES, 6)
+        loaded(Judge(fail=range(100)), Scoring(retries=1)).score(IMAGES, EXAMPLES, 6)
 
 
 def test_what_does_not_pass_is_not_tried_again(waits: list[float]) -> None:
@@ -60,10 +60,10 @@ def test_what_does_not_pass_is_not_tried_again(waits: list[float]) -> None:
             raise ValueError("no JSON: I would rather talk about ships")
 
     judge = Broken()
-    told = "reward 'judge' failed while scoring picture 0, 'prompt 0': ValueError: no JSON"
+    told = "reward 'judge' failed while scoring image 0, 'prompt 0': ValueError: no JSON"
     with pytest.raises(PluginError, match=told):
-        loaded(judge, Asking()).score(IMAGES, EXAMPLES, 6)
-    assert judge.asked == 2 and waits == []  # the second time to find the picture
+        loaded(judge, Scoring()).score(IMAGES, EXAMPLES, 6)
+    assert judge.asked == 2 and waits == []  # the second time to find the image
 
 
 # numbers that are none
@@ -75,17 +75,17 @@ def test_a_score_that_is_no_number_is_refused_or_left_out_by_choice() -> None:
             return images.mean((1, 2, 3)).index_fill(0, torch.tensor([2]), torch.nan)
 
     told: list[str] = []
-    with pytest.raises(PluginError, match=r"'odd' returned nan for picture 2, 'prompt 2'.*scoring\.broken"):
-        loaded(Odd(), Asking(), "odd").score(IMAGES, EXAMPLES, 6)
-    scores = loaded(Odd(), Asking(broken="skip", warn=told.append), "odd").score(IMAGES, EXAMPLES, 6)
+    with pytest.raises(PluginError, match=r"'odd' returned nan for image 2, 'prompt 2'.*scoring\.on_error"):
+        loaded(Odd(), Scoring(), "odd").score(IMAGES, EXAMPLES, 6)
+    scores = loaded(Odd(), Scoring(on_error="skip", warn=told.append), "odd").score(IMAGES, EXAMPLES, 6)
     assert scores.valid.tolist() == [True, True, False, True, True, True]
     assert list(scores.reasons) == ["", "", "odd: its score is not finite", "", "", ""]
     assert scores.values.isnan().tolist() == (~scores.valid).tolist()
     assert len(told) == 1 and "'odd'" in told[0]
 
 
-def test_a_picture_that_is_not_scored_has_no_gradient_and_spoils_none() -> None:
-    """The root is of a number below 0 for one picture: its score is masked, and without more its gradient is NaN."""
+def test_an_image_that_is_not_scored_has_no_gradient_and_spoils_none() -> None:
+    """The root is of a number below 0 for one image: its score is masked, and without more its gradient is NaN."""
 
     class Root(Reward):
         differentiable = True
@@ -94,7 +94,7 @@ def test_a_picture_that_is_not_scored_has_no_gradient_and_spoils_none() -> None:
             return (images.mean((1, 2, 3)) - 2.0 * torch.tensor([e.text == "prompt 2" for e in examples])).sqrt()
 
     images = IMAGES.clone().requires_grad_()
-    scores = loaded(Root(), Asking(broken="skip"), "root")(images, EXAMPLES)
+    scores = loaded(Root(), Scoring(on_error="skip"), "root")(images, EXAMPLES)
     scores.values[scores.valid].sum().backward()
     assert images.grad is not None and scores.valid.tolist() == [True, True, False, True, True, True]
     assert images.grad.flatten(1).abs().amax(1).gt(0).tolist() == scores.valid.tolist()

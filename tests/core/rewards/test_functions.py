@@ -16,10 +16,10 @@ from alignkit.interfaces import Reward
 from alignkit.records import Example, Scores
 from alignkit.registry import default_registry
 from alignkit.rewards.weighted import WeightedRewards
-from alignkit.testing import check_reward, coarse_pictures
+from alignkit.testing import check_reward, coarse_images
 from method_checks import assert_a_stopped_run_ends_with_the_same_bits
 
-IMAGES = coarse_pictures(3)
+IMAGES = coarse_images(3)
 EXAMPLES = [Example("a"), Example("bb"), Example("ccc")]
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from alignkit.errors import AlignkitError, PluginError, TransientError
 from alignkit.records import Example, Scores
-from alignkit.rewards.checked import Asking
+from alignkit.rewards.checked import Scoring
 from alignkit.rewards.weighted import WeightedRewards
-from asking_fixtures import EXAMPLES, IMAGES, Judge, Slow, loaded
+from scoring_fixtures import EXAMPLES, IMAGES, Judge, Slow, loaded
 
 
 def test_a_process_ends_while_a_slow_reward_still_answers() -> None:
@@ -64,13 +64,13 @@ ends.append(time.monotonic())
     assert ended.stdout == "True\n", ended.stderr
 
 
-def test_pictures_are_let_go_once_they_are_scored_and_a_closed_reward_is_opened_again() -> None:
-    rewards = loaded(Slow(fail=[2]), Asking(retry_seconds=0.01))
-    pictures = IMAGES.clone()
-    (asked,) = rewards._asked
-    held = weakref.ref(pictures)
-    asked.begin(pictures, EXAMPLES).result()
-    del pictures
+def test_images_are_let_go_once_they_are_scored_and_a_closed_reward_is_opened_again() -> None:
+    rewards = loaded(Slow(fail=[2]), Scoring(retry_seconds=0.01))
+    images = IMAGES.clone()
+    (asked,) = rewards._members
+    held = weakref.ref(images)
+    asked.begin(images, EXAMPLES).result()
+    del images
     for _ in range(100):
         gc.collect()
         if held() is None:
@@ -92,8 +92,8 @@ def test_a_slow_reward_that_was_let_go_is_not_asked_again() -> None:
             begun.set()
             raise TransientError("connection refused")
 
-    rewards = WeightedRewards([("away", 1.0, Away())], asking=Asking(retries=3, retry_seconds=600, retry_limit=6000))
-    (asked,) = rewards._asked
+    rewards = WeightedRewards([("away", 1.0, Away())], scoring=Scoring(retries=3, retry_seconds=600, retry_limit=6000))
+    (asked,) = rewards._members
     answer = asked.begin(IMAGES, EXAMPLES)
     answer.add_done_callback(lambda _: ended.set())
     assert begun.wait(60)
@@ -142,7 +142,7 @@ def test_a_slow_reward_is_asked_in_order_one_call_at_a_time_without_gradient_and
             return super().__call__(images, examples)
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loaded(Strict(), Asking()).score(IMAGES.clone().requires_grad_(), EXAMPLES, 1)
+        loaded(Strict(), Scoring()).score(IMAGES.clone().requires_grad_(), EXAMPLES, 1)
     assert seen == [e.text for e in EXAMPLES]
 
 
@@ -154,22 +154,22 @@ def test_without_overlap_and_with_a_gradient_a_slow_reward_is_asked_where_one_st
             threads.add(threading.current_thread())
             return super().__call__(images, examples)
 
-    loaded(Here(), Asking(overlap=False)).score(IMAGES, EXAMPLES, 2)
+    loaded(Here(), Scoring(overlap=False)).score(IMAGES, EXAMPLES, 2)
     x = IMAGES.clone().requires_grad_()
-    loaded(Here(), Asking())(x, EXAMPLES).values.sum().backward()
+    loaded(Here(), Scoring())(x, EXAMPLES).values.sum().backward()
     assert threads == {threading.main_thread()} and x.grad is not None
 
 
 @pytest.mark.parametrize("slow", [True, False])
-def test_messages_count_pictures_over_the_chunks_of_a_call(slow: bool) -> None:
+def test_messages_count_images_over_the_chunks_of_a_call(slow: bool) -> None:
     class Picky(Slow if slow else Judge):  # type: ignore[misc]
         def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
             if any(e.text == "prompt 5" for e in examples):
                 raise ValueError("not this one")
             return images.mean((1, 2, 3))
 
-    rewards = loaded(Picky(), Asking())
-    with pytest.raises(PluginError, match=r"failed while scoring picture 5, 'prompt 5': ValueError: not this one"):
+    rewards = loaded(Picky(), Scoring())
+    with pytest.raises(PluginError, match=r"failed while scoring image 5, 'prompt 5': ValueError: not this one"):
         rewards.score(IMAGES, EXAMPLES, 4)
     rewards.close()
 
@@ -190,7 +190,7 @@ def test_behind_a_failure_a_slow_reward_is_not_asked_for_the_rest(waits: list[fl
         raise AlignkitError("the decoder broke")
 
     judge = Failing()
-    rewards = loaded(judge, Asking())
+    rewards = loaded(judge, Scoring())
     with pytest.raises(AlignkitError, match="decoder"):
         rewards.score_each(chunks())
     rewards.close()

@@ -11,7 +11,7 @@ from alignkit.errors import AlignkitError, ConfigError, PluginError, TransientEr
 from alignkit.interfaces import Reward
 from alignkit.records import Example, Scores
 from alignkit.registry import default_registry
-from alignkit.rewards.checked import Asking
+from alignkit.rewards.checked import Scoring
 from alignkit.rewards.weighted import WeightedRewards, quantize
 
 EXAMPLES = [Example(f"prompt {i}") for i in range(5)]
@@ -47,7 +47,7 @@ def test_the_sum_is_weighted_and_the_parts_are_raw() -> None:
     torch.testing.assert_close(scores.parts["number/half"], torch.arange(5.0) / 2)
 
 
-def test_what_a_reward_writes_into_its_pictures_and_examples_stays_its_own() -> None:
+def test_what_a_reward_writes_into_its_images_and_examples_stays_its_own() -> None:
     def writes(images: Tensor, examples: Sequence[Example]) -> Tensor:
         values = images.mean((1, 2, 3))
         images.mul_(-1).add_(1)
@@ -65,7 +65,7 @@ def test_what_a_reward_writes_into_its_pictures_and_examples_stays_its_own() -> 
     assert given[1] == EXAMPLES and torch.equal(given[0], quantize(IMAGES))
 
 
-def test_a_reward_that_writes_into_its_pictures_before_it_fails_is_asked_again_about_the_same() -> None:
+def test_a_reward_that_writes_into_its_images_before_it_fails_is_asked_again_about_the_same() -> None:
     seen: list[Tensor] = []
 
     def fails_once(images: Tensor, examples: Sequence[Example]) -> Tensor:
@@ -75,7 +75,7 @@ def test_a_reward_that_writes_into_its_pictures_before_it_fails_is_asked_again_a
             raise TransientError("come again")
         return torch.zeros(len(images))
 
-    WeightedRewards([("r", 1.0, Given(fails_once))], asking=Asking(retry_seconds=0))(IMAGES, EXAMPLES)
+    WeightedRewards([("r", 1.0, Given(fails_once))], scoring=Scoring(retry_seconds=0))(IMAGES, EXAMPLES)
     assert len(seen) == 2 and torch.equal(*seen)
 
 
@@ -97,7 +97,7 @@ def test_a_row_is_valid_only_if_all_rewards_say_so_and_is_nan_where_not() -> Non
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5])
-def test_why_a_picture_could_not_be_scored_is_told_of_each(chunk: int) -> None:
+def test_why_an_image_could_not_be_scored_is_told_of_each(chunk: int) -> None:
     def odd_ones(images: Tensor, examples: Sequence[Example]) -> Scores:
         odd = [int(e.text.split()[1]) % 2 for e in examples]
         return Scores(images.mean((1, 2, 3)), torch.tensor(odd) == 0, {}, [f"{i} is odd" if i else "" for i in odd])
@@ -112,8 +112,8 @@ def test_why_a_picture_could_not_be_scored_is_told_of_each(chunk: int) -> None:
     assert scores.reason == "odd: 1 is odd" and scores.select(slice(1)).reason == ""
     assert list(scores.select(torch.tensor([3, 0])).reasons) == ["odd: 1 is odd", ""]
     assert list(scores.select(~scores.valid).reasons) == ["odd: 1 is odd", "odd: 1 is odd", ""]
-    watched = WeightedRewards([("bright", 1.0, Brightness())], [("odd", Given(odd_ones))])
-    assert not watched.score(IMAGES, EXAMPLES, chunk).reason
+    held_out = WeightedRewards([("bright", 1.0, Brightness())], [("odd", Given(odd_ones))])
+    assert not held_out.score(IMAGES, EXAMPLES, chunk).reason
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 100])
@@ -149,14 +149,14 @@ def test_a_part_that_only_some_chunks_have_is_nan_elsewhere() -> None:
     [
         (torch.ones(5, 1), r"'bad' returned values of shape \(5, 1\), expected shape \(5,\)"),
         (torch.tensor(1.0), r"'bad' returned values of shape \(\), expected shape \(5,\)"),
-        (Scores(torch.ones(5), torch.ones(5) > 0, {}, ["x"]), "'bad' returned 1 reasons for 5 pictures, expected one"),
+        (Scores(torch.ones(5), torch.ones(5) > 0, {}, ["x"]), "'bad' returned 1 reasons for 5 images, expected one"),
         ([1.0] * 5, r"'bad' returned list, expected a tensor \(5,\) or Scores"),
         (None, "'bad' returned NoneType"),
         (Scores(torch.ones(5), torch.ones(4)), r"'bad' returned valid of shape \(4,\)"),
         (Scores(torch.ones(5), torch.ones(5), {"x": torch.ones(2)}), r"'bad' returned part 'x' of shape \(2,\)"),
         (Scores([1.0] * 5, torch.ones(5)), "'bad' returned values of list"),  # type: ignore[arg-type]
-        (torch.tensor([0, 0, torch.nan, 0, 0]), "'bad' returned nan for picture 2, 'prompt 2'"),
-        (torch.tensor([0, 0, 0, -torch.inf, 0]), "'bad' returned -inf for picture 3, 'prompt 3'"),
+        (torch.tensor([0, 0, torch.nan, 0, 0]), "'bad' returned nan for image 2, 'prompt 2'"),
+        (torch.tensor([0, 0, 0, -torch.inf, 0]), "'bad' returned -inf for image 3, 'prompt 3'"),
     ],
 )
 def test_a_broken_contract_is_one_line_that_names_the_reward(answer: Any, message: str) -> None:
@@ -170,16 +170,14 @@ def test_an_exception_inside_a_reward_is_chained_and_told_in_one_line() -> None:
     def fail(images: Tensor, examples: Sequence[Example]) -> Tensor:
         raise KeyError("no such\nthing")
 
-    with pytest.raises(
-        PluginError, match="reward 'bad' failed while scoring picture 0, 'prompt 0': KeyError"
-    ) as caught:
+    with pytest.raises(PluginError, match="reward 'bad' failed while scoring image 0, 'prompt 0': KeyError") as caught:
         WeightedRewards([("bad", 1.0, Given(fail))])(IMAGES, EXAMPLES)
     assert isinstance(caught.value.__cause__, KeyError)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("chunk", [2, 8])
-def test_a_reward_that_fails_is_named_with_its_plugin_and_the_picture_it_fails_on(plugins: Any, chunk: int) -> None:
+def test_a_reward_that_fails_is_named_with_its_plugin_and_the_image_it_fails_on(plugins: Any, chunk: int) -> None:
     plugins.install("acme_judges", JUDGES, version="0.7")
     registry = default_registry()
 
@@ -189,12 +187,12 @@ def test_a_reward_that_fails_is_named_with_its_plugin_and_the_picture_it_fails_o
         return str(caught.value)
 
     origin = "(plugin acme_judges of acme_judges 0.7)"
-    raised = f"reward 'raises' {origin} failed while scoring picture 3, 'prompt 3': KeyError: 'gone' ("
+    raised = f"reward 'raises' {origin} failed while scoring image 3, 'prompt 3': KeyError: 'gone' ("
     assert message("raises").startswith(raised)
-    assert message("nans").startswith(f"reward 'nans' {origin} returned nan for picture 3, 'prompt 3', expected a")
+    assert message("nans").startswith(f"reward 'nans' {origin} returned nan for image 3, 'prompt 3', expected a")
     assert message("misshapen").startswith(f"reward 'misshapen' {origin} returned values of shape")
     crowded = message("crowded")
-    assert f"scoring {min(chunk, 5)} pictures together, each of which it scores alone: ValueError" in crowded
+    assert f"scoring {min(chunk, 5)} images together, each of which it scores alone: ValueError" in crowded
 
 
 JUDGES = """

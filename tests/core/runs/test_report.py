@@ -20,7 +20,7 @@ ROW = Row("attribute_binding", 2, 64, 0.5, 0.75, 0.25, 0.1, 0.4)
 
 def lines(folder: Path) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k not in ("seconds", "pictures_per_second")} for record in found]
+    return [{k: v for k, v in record.items() if k not in ("seconds", "images_per_second")} for record in found]
 
 
 def shown(console: Console) -> str:
@@ -47,10 +47,10 @@ def a_few_updates(report: Report, first: int, last: int) -> None:
 
 def test_each_event_is_one_json_line_on_disk_at_once(tmp_path: Path) -> None:
     with Report(tmp_path, None, total=10) as report:
-        report.update(1, {"reward": 0.5, "loss": float("nan")}, pictures=16)
+        report.update(1, {"reward": 0.5, "loss": float("nan")}, images=16)
         first = json.loads((tmp_path / "metrics.jsonl").read_text())
         assert first["reward"] == 0.5 and first["loss"] is None
-        assert first["pictures_per_second"] == pytest.approx(16 / first["seconds"])
+        assert first["images_per_second"] == pytest.approx(16 / first["seconds"])
         report.warn("careful")
         report.evaluation(1, [ROW])
         assert report.lines == 3
@@ -99,11 +99,11 @@ def test_without_a_terminal_an_update_is_one_line_with_every_metric(tmp_path: Pa
     console = plain()
     with Report(tmp_path, console, total=200) as report:
         report.update(0, {"surrogate_loss": 0.7})
-        report.update(1, {"of_my_own": 3.0, "grad_norm": 1.25, "reward": 0.5}, pictures=8)
+        report.update(1, {"of_my_own": 3.0, "grad_norm": 1.25, "reward": 0.5}, images=8)
     warmup, update = shown(console).splitlines()
     assert warmup.startswith("0/200  surrogate_loss 0.7") and warmup.endswith("warming up")
     assert update.startswith("1/200  reward 0.5") and update.endswith(" left")
-    for part in ("of_my_own 3", "grad_norm 1.25", "pictures_per_second"):
+    for part in ("of_my_own 3", "grad_norm 1.25", "images_per_second"):
         assert part in update
 
 
@@ -150,23 +150,23 @@ def test_a_process_that_does_not_write_leaves_no_trace(tmp_path: Path) -> None:
 
 
 def test_a_grid_is_saved_under_its_step(tmp_path: Path) -> None:
-    pictures = torch.rand(2, 3, 3, 64, 64)
+    images = torch.rand(2, 3, 3, 64, 64)
     with Report(tmp_path, None, total=100) as report:
-        path = report.grid(100, pictures, ["a red circle", "a blue square"], ["1 step", "2 steps", "4 steps"])
+        path = report.grid(100, images, ["a red circle", "a blue square"], ["1 step", "2 steps", "4 steps"])
     assert path == tmp_path / "samples" / "000100.png"
     assert [other.name for other in path.parent.iterdir()] == ["000100.png"]
     with Image.open(path) as image:
         assert image.size[0] > 3 * 128 and image.size[1] > 2 * 128
 
 
-def test_the_pictures_of_a_grid_are_enlarged_and_otherwise_unchanged() -> None:
-    pictures = torch.randint(0, 256, (2, 2, 3, 64, 64), dtype=torch.uint8)
-    sheet = draw_grid(pictures, ["a " * 400, "\u4e00\n\u00e9"], ["before", "after"])
+def test_the_images_of_a_grid_are_enlarged_and_otherwise_unchanged() -> None:
+    images = torch.randint(0, 256, (2, 2, 3, 64, 64), dtype=torch.uint8)
+    sheet = draw_grid(images, ["a " * 400, "\u4e00\n\u00e9"], ["before", "after"])
     assert sheet.size == (4 + 2 * 132, 18 + 2 * 150)
     for row in range(2):
         for column in range(2):
             left, top = 4 + column * 132, 18 + row * 150 + 18
             small = sheet.crop((left, top, left + 128, top + 128)).resize((64, 64), Image.Resampling.NEAREST)
-            expected = Image.fromarray(pictures[row, column].permute(1, 2, 0).numpy())
+            expected = Image.fromarray(images[row, column].permute(1, 2, 0).numpy())
             assert small.tobytes() == expected.tobytes()
-    assert draw_grid(pictures.float() / 255, ["a " * 400, "\u4e00\n\u00e9"], ["before", "after"]) == sheet
+    assert draw_grid(images.float() / 255, ["a " * 400, "\u4e00\n\u00e9"], ["before", "after"]) == sheet

@@ -27,8 +27,8 @@ MakeRun = Callable[..., Run]
 TEXTS = ["a red circle", "a blue square and a green cross"]
 
 
-def pixels(pictures: list[Image.Image]) -> np.ndarray:
-    return np.stack([np.asarray(p, dtype=np.float32) for p in pictures])
+def pixels(images: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(p, dtype=np.float32) for p in images])
 
 
 def records_of(folder: Path) -> list[dict[str, Any]]:
@@ -116,12 +116,12 @@ def test_a_run_that_has_just_trained_draws_and_measures_as_when_it_is_opened_aga
     list(run.train())
     again = alignkit.load(resume=run.folder)
     for steps in (1, 2, 4):
-        pictures = (one.sample(TEXTS, steps=steps, seed=3) for one in (run, again))
-        assert np.array_equal(*map(pixels, pictures))
+        images = (one.sample(TEXTS, steps=steps, seed=3) for one in (run, again))
+        assert np.array_equal(*map(pixels, images))
     assert evaluate([run], seen=False) == evaluate([again], seen=False)
 
 
-def test_drawing_does_not_depend_on_the_batch_size_and_counts_pictures_by_prompt(tiny_run: MakeRun) -> None:
+def test_drawing_does_not_depend_on_the_batch_size_and_counts_images_by_prompt(tiny_run: MakeRun) -> None:
     texts = [*TEXTS, "a black heart"]
     one = pixels(tiny_run(overrides={"evaluate.batch_size": 1}).sample(texts, count=2))
     all_at_once = pixels(tiny_run().sample(texts, count=2))
@@ -206,9 +206,9 @@ def test_resuming_takes_no_other_settings(finished: Run) -> None:
         ({"evaluate.steps": [99]}, "steps: .*99"),
         ({"sampler.num_steps": 3}, "step_weights"),
         ({"data.prompts": ""}, "data.prompts"),
-        ({"data.pictures": ""}, "data.pictures"),
+        ({"data.images": ""}, "data.images"),
         ({"data.prompts": "EMPTY"}, "holds no prompt"),
-        ({"data.pictures": "nowhere"}, "data.pictures"),
+        ({"data.images": "nowhere"}, "data.images"),
         ({"model.teacher": ""}, "model.teacher"),
         ({"model.name": "FOLDER"}, "model_index"),
         ({"model.name": "./nowhere"}, "nowhere"),
@@ -253,7 +253,7 @@ def test_what_asks_no_reward_runs_without_one_and_measures_what_is_named(algorit
     assert {row.reward for row in evaluate([again], seen=False)} == {"drift"}
     named = evaluate([again], rewards=["brightness"], seen=False)
     assert {row.reward for row in named} == {"brightness", "drift"}
-    assert all(row.watched for row in named if row.reward == "brightness")
+    assert all(row.held_out for row in named if row.reward == "brightness")
 
 
 def test_what_is_named_for_a_method_that_asks_no_reward_is_measured_and_not_called_trained(tiny_run: MakeRun) -> None:
@@ -265,7 +265,7 @@ def test_what_is_named_for_a_method_that_asks_no_reward_is_measured_and_not_call
     records = records_of(run.folder)
     rows = [row for record in records for row in record.get("evaluation", [])]
     assert {row["reward"] for row in rows} == {"brightness", "jpeg_compressibility"}
-    assert all(row["watched"] for row in rows) and not any("verdict" in record for record in records)
+    assert all(row["held_out"] for row in rows) and not any("verdict" in record for record in records)
 
 
 def test_without_prompts_there_is_nothing_to_evaluate_on(tiny_run: MakeRun) -> None:

@@ -37,7 +37,7 @@ JUDGES = """
         register("judge", "judges.rewards:Judge", "A slow judge behind a server that can be switched off")
         register("redness", "judges.rewards:Redness", "How much red there is")
         register("darkness", "judges.rewards:Darkness", "Minus the mean of all pixels")
-        register("hundredth", "judges.rewards:Hundredth", "NaN for one picture in ten, by its content")
+        register("hundredth", "judges.rewards:Hundredth", "NaN for one image in ten, by its content")
         register("nonsense", "judges.rewards:Nonsense", "Answers what is no answer once it is down")
 """
 
@@ -209,24 +209,24 @@ def test_metrics_hold_each_reward_its_floor_and_its_multiplier(
     assert later["reward/redness/floor"] == 0.5 and later["reward/redness/multiplier"] > 0
 
 
-def test_one_picture_in_ten_that_is_no_number_ends_the_run_or_is_left_out(tiny_run: MakeRun, judges: Any) -> None:
+def test_one_image_in_ten_that_is_no_number_ends_the_run_or_is_left_out(tiny_run: MakeRun, judges: Any) -> None:
     settings = {**DDPO, "reward": ["hundredth"], "train.updates": 12}
     stopped = tiny_run("stopped", settings)
-    with pytest.raises(PluginError, match=r"'hundredth' .* returned nan for picture \d+, '.*scoring\.broken=skip"):
+    with pytest.raises(PluginError, match=r"'hundredth' .* returned nan for image \d+, '.*scoring\.on_error=skip"):
         list(stopped.train())
     assert checkpoint.latest(stopped.folder / "checkpoints") is not None
-    run = tiny_run("going on", {**settings, "scoring.broken": "skip"})
+    run = tiny_run("going on", {**settings, "scoring.on_error": "skip"})
     updates = list(run.train())
     assert len(updates) == 12 and all(math.isfinite(u.reward) for u in updates if "reward" in u.metrics)
     assert any(0 < u.metrics.get("unscored", 0) < 1 for u in updates)
     warnings = [r["warning"] for r in metrics(run.folder) if "warning" in r]
     assert sum("not finite" in text for text in warnings) == 1
     # What the message says can be done, and leads to where the other run is.
-    go_on = ["train", "--resume", str(stopped.folder), "--set", "scoring.broken=skip", "--quiet"]
+    go_on = ["train", "--resume", str(stopped.folder), "--set", "scoring.on_error=skip", "--quiet"]
     result = CliRunner().invoke(app, go_on)
     assert result.exit_code == 0, result.output
     same_run(stopped, run)
-    assert alignkit.load(resume=stopped.folder).config.scoring.broken == "skip"
+    assert alignkit.load(resume=stopped.folder).config.scoring.on_error == "skip"
 
 
 def test_a_resumed_run_takes_how_rewards_are_asked_and_nothing_else(tiny_run: MakeRun, judges: Any) -> None:
@@ -241,7 +241,7 @@ def test_a_resumed_run_takes_how_rewards_are_asked_and_nothing_else(tiny_run: Ma
     assert (again.scoring.retries, again.scoring.retry_seconds, again.scoring.retry_limit) == (9, 0.5, 60.0)
     assert replace(again, scoring=run.config.scoring) == run.config
     for refused in ({"train.updates": 9}, {**patient, "scoring.combine": "normalised"}, {"scoring.cache": "elsewhere"}):
-        told = r"keeps its own settings; .* but for --set of scoring\.broken, scoring\.retries, scoring\.retry_limit"
+        told = r"keeps its own settings; .* but for --set of scoring\.on_error, scoring\.retries, scoring\.retry_limit"
         with pytest.raises(ConfigError, match=told):
             alignkit.load(resume=run.folder, overrides=refused)
 
@@ -291,10 +291,10 @@ def test_methods_that_take_advantages_take_them_apart(
     assert float((one - both).abs().max()) < 0.1 * float(one.abs().max())
 
 
-def test_a_watched_reward_that_falls_is_told_live_at_the_end_and_by_evaluate(
+def test_a_held_out_reward_that_falls_is_told_live_at_the_end_and_by_evaluate(
     tiny_run: MakeRun, judges: Any, brightness: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Brightness is trained on, its negative is watched: whatever is gained by one is lost by the other."""
+    """Brightness is trained on, its negative is held out: whatever is gained by one is lost by the other."""
 
     def decode(self: Any, latents: Tensor) -> Tensor:
         return interpolate((latents[:, :3] / 4).sigmoid(), scale_factor=8.0)
@@ -311,9 +311,9 @@ def test_a_watched_reward_that_falls_is_told_live_at_the_end_and_by_evaluate(
     assert found == [(2, "hacking"), (4, "hacking")]
     result = CliRunner().invoke(app, ["evaluate", str(run.folder), "--unseen"])
     assert result.exit_code == 0, result.output
-    assert "run, unseen prompts: reward hacking: the trained reward rises while a watched one falls" in result.output
+    assert "run, unseen prompts: reward hacking: the trained reward rises while a held-out one falls" in result.output
     (rows,) = [r["evaluation"] for r in metrics(run.folder) if "evaluation" in r and r["step"] == 4]
-    assert {row["reward"]: row["watched"] for row in rows} == {"reward": False, "brightness": False, "darkness": True}
+    assert {row["reward"]: row["held_out"] for row in rows} == {"reward": False, "brightness": False, "darkness": True}
 
 
 def test_a_floor_is_a_number_or_the_start(tiny_run: MakeRun, judges: Any) -> None:
@@ -323,19 +323,19 @@ def test_a_floor_is_a_number_or_the_start(tiny_run: MakeRun, judges: Any) -> Non
     assert [reward.at_least for reward in run.config.rewards] == [None, -1.0]
 
 
-def test_a_watched_reward_is_built_with_its_fields(tiny_run: MakeRun) -> None:
-    watched: list[Any] = [{"name": "jpeg_compressibility", "quality": 50}, "jpeg_incompressibility"]
-    run = tiny_run("fields", {"reward": ["jpeg_incompressibility"], "evaluate.rewards": watched})
+def test_a_held_out_reward_is_built_with_its_fields(tiny_run: MakeRun) -> None:
+    held_out: list[Any] = [{"name": "jpeg_compressibility", "quality": 50}, "jpeg_incompressibility"]
+    run = tiny_run("fields", {"reward": ["jpeg_incompressibility"], "evaluate.rewards": held_out})
     rewards = run.with_measured()
-    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    found = rewards(picture, [Example("noise")]).parts
-    expected = JpegCompressibility(quality=50)(picture, [Example("noise")])
-    assert rewards.watched == ["jpeg_compressibility"]
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = rewards(image, [Example("noise")]).parts
+    expected = JpegCompressibility(quality=50)(image, [Example("noise")])
+    assert rewards.held_out == ["jpeg_compressibility"]
     assert torch.equal(found["jpeg_compressibility"], expected)
     assert not torch.equal(found["jpeg_compressibility"], -found["jpeg_incompressibility"])
 
 
-def test_what_is_only_watched_decides_nothing(tiny_run: MakeRun, odd_rewards: None, brightness: None) -> None:
+def test_what_is_only_held_out_decides_nothing(tiny_run: MakeRun, odd_rewards: None, brightness: None) -> None:
     plain, watching = (
         tiny_run("plain", {"train.updates": 1}),
         tiny_run("watching", {"train.updates": 1, "evaluate.rewards": ["unscored"]}),
@@ -364,6 +364,6 @@ def test_a_cache_can_be_shared_between_runs(tiny_run: MakeRun, judges: Any, tmp_
 def test_an_error_of_the_run_itself_is_told_with_the_way_on(tiny_run: MakeRun, odd_rewards: None) -> None:
     with pytest.raises(
         AlignkitError,
-        match=r"from: no picture could be scored \(unscored: no reader\);.*go on with: alignkit train --resume",
+        match=r"from: no image could be scored \(unscored: no reader\);.*go on with: alignkit train --resume",
     ):
         list(tiny_run(overrides={**DDPO, "reward": ["unscored"]}).train())

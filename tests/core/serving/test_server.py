@@ -24,7 +24,7 @@ from alignkit.errors import AlignkitError, ConfigError, TransientError
 from alignkit.interfaces import Reward
 from alignkit.records import Example
 from alignkit.rewards.cache import ScoreCache
-from alignkit.rewards.checked import Asking
+from alignkit.rewards.checked import Scoring
 from alignkit.rewards.weighted import WeightedRewards
 from alignkit.serving.http import is_loopback
 from alignkit.serving.server import Limits, RewardServer, fingerprint, open_server
@@ -79,7 +79,7 @@ def test_it_says_what_it_serves(ask: Ask) -> None:
     assert spec["limits"] == {"items": 2, "bytes": 200_000, "pixels": 8192}
 
 
-def test_pictures_of_every_kind_of_png_are_scored(ask: Ask) -> None:
+def test_images_of_every_kind_of_png_are_scored(ask: Ask) -> None:
     plain = {"png": png(color=(255, 0, 0)), "text": "a"}
     status, answer = ask("POST", "/score", json=body(plain, {**plain, "png": png(mode="RGBA", color=(255, 0, 0, 0))}))
     assert status == 200 and answer["fingerprint"] == MARK
@@ -127,13 +127,13 @@ ONE = {"png": png(), "text": "a"}
         ({"json": body({"text": "a"})}, 400, "lacks png, expected a PNG file in base64"),
         ({"json": body({**ONE, "png": "/etc/passwd"})}, 400, "lacks png, expected a PNG file in base64"),
         ({"json": body({**ONE, "png": "file:///etc/passwd"})}, 400, "lacks png, expected a PNG file in base64"),
-        ({"json": body(coded(jpeg()))}, 400, "a picture is no PNG file"),
-        ({"json": body(coded(b"\x80\x04K\x01."))}, 400, "a picture is no PNG file"),
-        ({"json": body(coded(head(8, 8)))}, 400, "a picture cannot be read"),
-        ({"json": body(coded(head(50_000, 50_000)))}, 413, "1 pictures of 50000x50000, more than 8192 pixels"),
-        ({"json": body(coded(head(0, 8)))}, 400, "a picture cannot be read"),
+        ({"json": body(coded(jpeg()))}, 400, "an image is no PNG file"),
+        ({"json": body(coded(b"\x80\x04K\x01."))}, 400, "an image is no PNG file"),
+        ({"json": body(coded(head(8, 8)))}, 400, "an image cannot be read"),
+        ({"json": body(coded(head(50_000, 50_000)))}, 413, "1 images of 50000x50000, more than 8192 pixels"),
+        ({"json": body(coded(head(0, 8)))}, 400, "an image cannot be read"),
         ({"json": body(ONE, ONE, ONE)}, 413, "3 items, expected 2 or fewer"),
-        ({"json": body(ONE, {**ONE, "png": png((8, 9))})}, 400, "pictures of 2 sizes, expected one"),
+        ({"json": body(ONE, {**ONE, "png": png((8, 9))})}, 400, "images of 2 sizes, expected one"),
         ({"json": body({**ONE, "text": "x" * 200_000})}, 413, "bytes, expected 200000 or fewer"),
         ({"json": [1]}, 400, "expected a JSON object"),
         ({"content": b"{", "headers": {"Content-Type": "application/json"}}, 400, "expected a JSON object"),
@@ -283,7 +283,7 @@ def test_a_function_that_was_edited_is_another_reward_and_its_kept_scores_are_no
 
     def scored(server: RewardServer) -> list[float]:
         remote = Remote(url=server.url, serves=server.fingerprint)
-        rewards = WeightedRewards([("remote", 1.0, remote)], asking=Asking(cache=cache))
+        rewards = WeightedRewards([("remote", 1.0, remote)], scoring=Scoring(cache=cache))
         rewards.load(torch.device("cpu"))
         return rewards(torch.ones(1, 3, 8, 8), [Example("a")]).values.tolist()
 

@@ -24,8 +24,8 @@ BUNDLES = """
     LOST = Bundle("/nowhere/at/all")
     TEACHERLESS = Bundle("a/b", teacher="x")
     WRONG = Bundle("a/b", algorithm_defaults={"ddpo": {"algorithm": {"samples": "two"}}})
-    PICTURES = Bundle(HERE, defaults={
-        "sampler": {"name": "lcm"}, "data": {"pictures": "bundles.models:Drawn"},
+    IMAGES = Bundle(HERE, defaults={
+        "sampler": {"name": "lcm"}, "data": {"images": "bundles.models:Drawn"},
     })
 
     class Drawn: ...
@@ -38,12 +38,12 @@ BUNDLES = """
         ("lost", "model: '/nowhere/at/all' is no folder and no hub id"),
         ("teacherless", "model: 'x' is no folder and no hub id"),
         ("wrong", 'under ddpo: model wrong: algorithm.samples: found "two", expected integer'),
-        ("pictures", "data.pictures: 'bundles.models:Drawn' gives no source at 64 pixels: data.pictures: bundles"),
+        ("images", "data.images: 'bundles.models:Drawn' gives no source at 64 pixels: data.images: bundles"),
     ],
 )
 def test_a_model(plugins: PluginFolder, name: str, message: str) -> None:
     init = "from alignkit import hookimpl\n\n@hookimpl\ndef register_models(register):\n"
-    for one in ("growing", "lost", "teacherless", "wrong", "pictures"):
+    for one in ("growing", "lost", "teacherless", "wrong", "images"):
         target = one if one == "growing" else one.upper()
         init += f'    register("{one}", "bundles.models:{target}", "One")\n'
     source = textwrap.dedent(BUNDLES).replace("HERE", repr(str(tiny_pipeline())))

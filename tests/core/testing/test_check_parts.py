@@ -168,13 +168,13 @@ class YieldsLists(D3PO):
 
 @dataclass
 class AsksAllTheSame(D3PO):
-    asks_rewards = False
+    uses_rewards = False
 
 
 @pytest.mark.parametrize(
     ("algorithm", "message"),
     [
-        (AsksAllTheSame, "the algorithm asks for scores and says asks_rewards = False"),
+        (AsksAllTheSame, "the algorithm asks for scores and says uses_rewards = False"),
         (SumOverRows, "loss: found .* in one pass and .* in several, expected a mean over rows"),
         (DrawsInTheLoss, "loss drew from ctx.generator; draw in updates, into the rows"),
         (CollectsGlobally, "in collect the global random generator of torch was used"),

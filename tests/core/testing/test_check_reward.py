@@ -144,8 +144,8 @@ class OneTooMany(Brightness):
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        (LooksAtItsNeighbours, "picture 0 alone against in a batch of 4: found a difference of"),
-        (TellsOfItsNeighbours, "the part 'rank' of picture [0-9] alone against in a batch of 4: found a difference"),
+        (LooksAtItsNeighbours, "image 0 alone against in a batch of 4: found a difference of"),
+        (TellsOfItsNeighbours, "the part 'rank' of image [0-9] alone against in a batch of 4: found a difference"),
         (LeavesItsBoundsOnWhite, r"found a score of 1, expected it within bounds = \(0.0, 0.99\)"),
         (Restless, "the same call twice: found other scores, expected the same, or deterministic = False"),
         (ForgetsWhatItIs, r"fingerprint\(\): found 'call 2' behind two calls, 'call 0' before"),
@@ -159,10 +159,10 @@ class OneTooMany(Brightness):
         (SaysItHasAGradient, "differentiable = True, but the scores lack a gradient to the pixels"),
         (HidesItsGradient, "differentiable = False, but the scores have a gradient to the pixels; detach them"),
         (HasTheWrongGradient, "the gradient against finite differences: found a difference of"),
-        (LeadsOverToOthers, "the score of one picture has a gradient to another"),
+        (LeadsOverToOthers, "the score of one image has a gradient to another"),
         (OutOfBounds, r"expected it within bounds = \(0.9, 1.0\)"),
-        (FailsOnTheEmptyPrompt, "returned (inf|nan) for picture 0, '', expected a finite number"),
-        (WantsSquares, "pictures of 48 x 80 pixels .* failed while scoring picture 0, 'a red circle': ValueError"),
+        (FailsOnTheEmptyPrompt, "returned (inf|nan) for image 0, '', expected a finite number"),
+        (WantsSquares, "images of 48 x 80 pixels .* failed while scoring image 0, 'a red circle': ValueError"),
         (OneTooMany, r"returned values of shape \(5,\), expected shape \(4,\)"),
     ],
 )
@@ -172,7 +172,7 @@ def test_a_reward(reward: type[Brightness], message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_reward_may_refuse_odd_prompts_and_sizes_mark_pictures_and_be_random() -> None:
+def test_a_reward_may_refuse_odd_prompts_and_sizes_mark_images_and_be_random() -> None:
     class Careful(Brightness):
         deterministic = False
         differentiable = False
@@ -183,7 +183,7 @@ def test_a_reward_may_refuse_odd_prompts_and_sizes_mark_pictures_and_be_random()
 
         def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
             if images.shape[2] != images.shape[3]:
-                raise ConfigError("careful: expected square pictures")
+                raise ConfigError("careful: expected square images")
             valid = torch.arange(len(images)) > 0
             return Scores(torch.full((len(images),), random.Random().random()), valid)
 

@@ -1,4 +1,4 @@
-"""A promise that is broken is found, and told in one line; one test a promise: sources of pictures and pairs."""
+"""A promise that is broken is found, and told in one line; one test a promise: sources of images and pairs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 from alignkit.records import PreferencePairs
 from alignkit.testing import (
+    check_images,
     check_pairs,
-    check_pictures,
 )
-from alignkit.testing.world import TinyPairs, TinyPictures
+from alignkit.testing.world import TinyImages, TinyPairs
 
 Batch = tuple[Tensor, list[str]]
 
 
-class CountsCalls(TinyPictures):
+class CountsCalls(TinyImages):
     calls = 0
 
     def batch(self, start: int, size: int, seed: int) -> Batch:
@@ -26,47 +26,47 @@ class CountsCalls(TinyPictures):
         return super().batch(start, size, seed + self.calls)
 
 
-class DrawsPicturesGlobally(TinyPictures):
+class DrawsImagesGlobally(TinyImages):
     def batch(self, start: int, size: int, seed: int) -> Batch:
         np.random.rand()
         return super().batch(start, size, seed)
 
 
-class LooksAtTheBatch(TinyPictures):
+class LooksAtTheBatch(TinyImages):
     def batch(self, start: int, size: int, seed: int) -> Batch:
-        pictures, captions = super().batch(start, size, seed)
-        return pictures / pictures.max(), captions
+        images, captions = super().batch(start, size, seed)
+        return images / images.max(), captions
 
 
-class Levels(TinyPictures):
+class Levels(TinyImages):
     def batch(self, start: int, size: int, seed: int) -> Batch:
-        pictures, captions = super().batch(start, size, seed)
-        return pictures * 255, captions
+        images, captions = super().batch(start, size, seed)
+        return images * 255, captions
 
 
-class ForgetsACaption(TinyPictures):
+class ForgetsACaption(TinyImages):
     def batch(self, start: int, size: int, seed: int) -> Batch:
-        pictures, captions = super().batch(start, size, seed)
-        return pictures, captions[1:]
+        images, captions = super().batch(start, size, seed)
+        return images, captions[1:]
 
 
-class NoCaption(TinyPictures):
+class NoCaption(TinyImages):
     def batch(self, start: int, size: int, seed: int) -> Batch:
-        pictures, captions = super().batch(start, size, seed)
-        return pictures, [*captions[1:], None]  # type: ignore[list-item]
+        images, captions = super().batch(start, size, seed)
+        return images, [*captions[1:], None]  # type: ignore[list-item]
 
 
-class OneOrder(TinyPictures):
+class OneOrder(TinyImages):
     def batch(self, start: int, size: int, seed: int) -> Batch:
         return super().batch(start, size, 0)
 
 
-class Ends(TinyPictures):
+class Ends(TinyImages):
     def batch(self, start: int, size: int, seed: int) -> Batch:
         return super().batch(range(100)[start], size, seed)
 
 
-class HandsOutItsOwn(TinyPictures):
+class HandsOutItsOwn(TinyImages):
     kept: dict[tuple[int, int, int], Batch]
 
     def __init__(self) -> None:
@@ -76,35 +76,35 @@ class HandsOutItsOwn(TinyPictures):
         return self.kept.setdefault((start, size, seed), super().batch(start, size, seed))
 
 
-class Doubles(TinyPictures):
+class Doubles(TinyImages):
     def batch(self, start: int, size: int, seed: int) -> Batch:
-        pictures, captions = super().batch(start, size, seed)
-        return pictures.double(), captions
+        images, captions = super().batch(start, size, seed)
+        return images.double(), captions
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
         (CountsCalls, "the same positions a second time: found other items"),
-        (DrawsPicturesGlobally, "while reading the global random generator of NumPy was used"),
+        (DrawsImagesGlobally, "while reading the global random generator of NumPy was used"),
         (LooksAtTheBatch, r"(from the third position on|position \d alone): found other items"),
-        (Levels, r"found pictures from .* to 2.., expected values in \[0, 1\]"),
+        (Levels, r"found images from .* to 2.., expected values in \[0, 1\]"),
         (ForgetsACaption, "found 5 captions at 6 positions, expected one each"),
         (NoCaption, "found None as a caption, expected a string"),
         (OneOrder, "seed 1 gives what seed 0 gives, expected another order"),
         (Ends, "raised IndexError"),
         (HandsOutItsOwn, "the same positions a second time"),
-        (Doubles, r"found pictures torch.float64 of shape \(6, 3, 64, 64\), expected float32"),
+        (Doubles, r"found images torch.float64 of shape \(6, 3, 64, 64\), expected float32"),
     ],
 )
-def test_a_source_of_pictures(source: type[TinyPictures], message: str) -> None:
-    with pytest.raises(AssertionError, match=rf"^pictures {source.__name__}: {message}"):
-        check_pictures(source(), 64)  # type: ignore[arg-type]
+def test_a_source_of_images(source: type[TinyImages], message: str) -> None:
+    with pytest.raises(AssertionError, match=rf"^images {source.__name__}: {message}"):
+        check_images(source(), 64)  # type: ignore[arg-type]
 
 
-def test_a_source_of_pictures_of_another_size() -> None:
-    with pytest.raises(AssertionError, match=r"found pictures of \(64, 64\) pixels, expected 32 x 32"):
-        check_pictures(TinyPictures(), 32)  # type: ignore[arg-type]
+def test_a_source_of_images_of_another_size() -> None:
+    with pytest.raises(AssertionError, match=r"found images of \(64, 64\) pixels, expected 32 x 32"):
+        check_images(TinyImages(), 32)  # type: ignore[arg-type]
 
 
 class PrefersNothing(TinyPairs):
@@ -126,7 +126,7 @@ class NotesAsText(TinyPairs):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (PrefersNothing, "at position 0 winner and loser are the same picture"),
+        (PrefersNothing, "at position 0 winner and loser are the same image"),
         (UnequalPairs, r"found winners \(6, 3, 64, 64\) and losers \(6, 3, 64, 32\), expected alike"),
         (NotesAsText, "notes: found 'two were left out', expected a list of lines"),
     ],

@@ -13,23 +13,23 @@ import torch
 from PIL import Image
 
 import alignkit
-from alignkit.data.images import open_pictures
+from alignkit.data.images import open_images
 from alignkit.data.preferences import open_pairs
 from alignkit.interfaces import Algorithm, Reward, Sampler
 from alignkit.registry import default_registry
 from alignkit.testing import (
     check_algorithm,
+    check_images,
     check_model,
     check_pairs,
-    check_pictures,
     check_reward,
     check_sampler,
     check_surrogate,
-    coarse_pictures,
+    coarse_images,
     refusal,
 )
 from alignkit.testing.algorithm import tiny_trainer
-from alignkit.testing.world import Form, TinyPairs, TinyPictures
+from alignkit.testing.world import Form, TinyImages, TinyPairs
 from alignkit_lasro.algorithm import LaSRO
 from alignkit_models import MODELS
 from alignkit_rewards.attribute_binding import Asked, Mode
@@ -54,7 +54,7 @@ REWARDS: dict[str, list[dict[str, Any]]] = {
     "function": [{"target": "reward_fixtures:mean_of_pixels", "gradient": g} for g in (False, True)],
     "jpeg_compressibility": [{}],
     "jpeg_incompressibility": [{}],
-    "shapes_reading": [{}],
+    "pixel_check": [{}],
 }
 ELSEWHERE = {
     "aesthetic": "test_aesthetic.py",
@@ -110,22 +110,22 @@ def test_rewards(name: str) -> None:
 @pytest.mark.parametrize("name", names("model"))
 def test_models(name: str) -> None:
     checked = check_model(name)
-    embedded = {"alignkit_shapes.data:Drawings", "alignkit_shapes.data:DrawingPairs", "a picture of 64 pixels"}
+    embedded = {"alignkit_shapes.data:Drawings", "alignkit_shapes.data:DrawingPairs", "an image of 64 pixels"}
     assert embedded <= set(checked.split("; ")) if name.startswith("shapes_") else checked.startswith("its settings")
 
 
-def test_sources_of_pictures_and_pairs(tmp_path: Path) -> None:
-    for i, picture in enumerate(coarse_pictures(5, 40, 56)):
-        Image.fromarray((picture.permute(1, 2, 0) * 255).byte().numpy()).save(tmp_path / f"{i}.png")
-        (tmp_path / f"{i}.txt").write_text(f"picture {i}", encoding="utf-8")
-    check_pictures(open_pictures(str(tmp_path), 32), 32)
+def test_sources_of_images_and_pairs(tmp_path: Path) -> None:
+    for i, image in enumerate(coarse_images(5, 40, 56)):
+        Image.fromarray((image.permute(1, 2, 0) * 255).byte().numpy()).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"image {i}", encoding="utf-8")
+    check_images(open_images(str(tmp_path), 32), 32)
     rows = [{"text": f"pair {i}", "winner": f"{i}.png", "loser": f"{(i + 1) % 5}.png"} for i in range(5)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     check_pairs(open_pairs(str(tmp_path), 32), 32)
 
 
 def test_sources_that_the_checks_themselves_use() -> None:
-    check_pictures(TinyPictures(), 64)  # type: ignore[arg-type]
+    check_images(TinyImages(), 64)  # type: ignore[arg-type]
     check_pairs(TinyPairs(), 64)  # type: ignore[arg-type]
 
 
@@ -172,7 +172,7 @@ def published() -> dict[str, tuple[Form, Algorithm[Any, Any], Sampler]]:
         settings = {
             "model.name": model,
             "algorithm.name": name,
-            "reward": ["shapes_reading"],
+            "reward": ["pixel_check"],
             "data.prompts": "animals",
         }
         run = alignkit.load(None, settings)

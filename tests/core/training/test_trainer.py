@@ -30,7 +30,7 @@ def test_batches_follow_the_stream_of_the_seed(make_trainer: Callable[..., Train
     for trainer.batches in range(4):
         batch = trainer.batch()
         found += [e.text for e in batch.examples]
-        assert batch.pictures is not None and len(batch.pictures) == len(batch.captions) == 4
+        assert batch.images is not None and len(batch.images) == len(batch.captions) == 4
     assert found == [trainer._examples[i].text for i in Stream(5, 3).indices(0, 8)]
 
 
@@ -94,7 +94,7 @@ def test_pairs_are_read_some_at_a_time_as_they_are_asked_for(
 ) -> None:
     trainer = make_trainer({
         "algorithm.name": "diffusion_dpo", "data.pairs": "alignkit_shapes.data:DrawingPairs",
-        "train.rows_per_update": 7, "data.pictures": "",
+        "train.rows_per_update": 7, "data.images": "",
     })  # fmt: skip
     assert trainer._pairs is not None
     monkeypatch.setattr(train, "PAIRS_AT_ONCE", 3)
@@ -174,7 +174,7 @@ def test_collecting_takes_the_precision_of_the_loss_and_rewards_take_their_own(
     assert set(mixed) == {("denoise", True), ("decode", False)}
 
 
-def test_other_questions_about_pictures_decode_nothing_again_and_are_not_logged(
+def test_other_questions_about_images_decode_nothing_again_and_are_not_logged(
     make_trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Weighed(Reward):

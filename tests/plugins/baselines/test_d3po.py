@@ -71,15 +71,15 @@ def test_the_better_walk_comes_first_at_every_stochastic_step(make: MakeTrainer)
     assert torch.equal(first.x[:, 0], first.x[:, 1])  # one initial noise
     assert not torch.equal(first.x_next[:, 0], first.x_next[:, 1])
     last, ctx = rows.select((rows.k[:, 0] == 1).nonzero()[:, 0]), trainer.ctx
-    pictures = []
+    images = []
     for member in (0, 1):
         with torch.no_grad():
             k = torch.full((6,), 2)
-            pictures.append(
+            images.append(
                 ctx.policy.decode(ctx.sampler.transition(ctx.policy, last.x_next[:, member, 0], k, last.prompt).clean)
             )
-    better, worse = (p.mean((1, 2, 3)) for p in pictures)
-    assert bool((better > worse - 1e-4).all()) and float((better - worse).mean()) > 2e-4  # of 8-bit pictures
+    better, worse = (p.mean((1, 2, 3)) for p in images)
+    assert bool((better > worse - 1e-4).all()) and float((better - worse).mean()) > 2e-4  # of 8-bit images
 
 
 def test_which_walk_of_a_pair_was_drawn_first_changes_nothing(make: MakeTrainer) -> None:
@@ -93,11 +93,11 @@ def test_which_walk_of_a_pair_was_drawn_first_changes_nothing(make: MakeTrainer)
     assert (D3PO().beta, D3PO().clip_range, D3PO().shared_noise) == (0.1, 0.1, True)  # the published code's
 
 
-def test_equal_rewards_and_pictures_that_could_not_be_scored_make_no_pair(make: MakeTrainer) -> None:
+def test_equal_rewards_and_images_that_could_not_be_scored_make_no_pair(make: MakeTrainer) -> None:
     assert len(collect(make("d3po", {"reward": ["two_of_three"]}))) == 2  # one pair of four, two steps
     trainer = make("d3po", {"reward": ["constant"]})
     assert len(collect(trainer)) == 0
-    with pytest.raises(AlignkitError, match="d3po nothing to learn from: the pictures were scored and no two"):
+    with pytest.raises(AlignkitError, match="d3po nothing to learn from: the images were scored and no two"):
         for _ in range(10):
             assert list(trainer.round()) == []
 

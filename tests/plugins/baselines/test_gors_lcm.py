@@ -46,11 +46,11 @@ def test_the_best_samples_of_each_step_are_kept_with_their_own_text(make_trainer
             row += 1
 
 
-def test_with_one_sample_and_no_pictures_it_is_plain_distillation_of_its_own_samples(
+def test_with_one_sample_and_no_images_it_is_plain_distillation_of_its_own_samples(
     make_trainer: MakeTrainer,
 ) -> None:
     trainer = make_trainer({**GORS, "algorithm.samples": 1, "algorithm.dataset_weight": 0.0})
-    assert trainer.batch().pictures is None
+    assert trainer.batch().images is None
     collected, ctx = collect(trainer), trainer.ctx
     (rows,) = trainer.algorithm.updates(collected, ctx)
     assert rows.noised is None and ctx.teacher is not None
@@ -93,7 +93,7 @@ def test_at_one_step_it_keeps_the_best_of_the_only_predictions(make_trainer: Mak
     assert update.metrics["grad_norm"] > 0
 
 
-def test_a_round_in_which_nothing_is_kept_teaches_from_pictures_alone_or_nothing(make_trainer: MakeTrainer) -> None:
+def test_a_round_in_which_nothing_is_kept_teaches_from_images_alone_or_nothing(make_trainer: MakeTrainer) -> None:
     for weight in (1.0, 0.0):
         trainer = make_trainer({**GORS, "algorithm.threshold": 2.0, "algorithm.dataset_weight": weight})
         before = [p.detach().clone() for p in trainer.ctx.policy.parameters()]
@@ -104,7 +104,7 @@ def test_a_round_in_which_nothing_is_kept_teaches_from_pictures_alone_or_nothing
 
 
 def test_what_it_cannot_distil_is_refused() -> None:
-    assert GorsLCM().needs == {"teacher", "pictures"} and GorsLCM(dataset_weight=0).needs == {"teacher"}
+    assert GorsLCM().needs == {"teacher", "images"} and GorsLCM(dataset_weight=0).needs == {"teacher"}
     GorsLCM().check(LCM(2))
     with pytest.raises(ConfigError, match="SD-Turbo"):
         GorsLCM().check(DDIM())

@@ -21,7 +21,7 @@ def drawn(trainer: Trainer, pairs: int = 2, shared_noise: bool = False) -> Pairs
         return collect_pairs(trainer.batch(), pairs, shared_noise, trainer.ctx)
 
 
-def test_a_pair_is_two_walks_of_one_prompt_with_the_rewards_of_their_pictures(make: MakeTrainer) -> None:
+def test_a_pair_is_two_walks_of_one_prompt_with_the_rewards_of_their_images(make: MakeTrainer) -> None:
     trainer = make("rebel")
     pairs, ctx = drawn(trainer), trainer.ctx
     assert pairs.x.shape == pairs.x_next.shape == (4, 2, 2, 4, 8, 8) and pairs.k.tolist() == [[0, 1]] * 4
@@ -32,7 +32,7 @@ def test_a_pair_is_two_walks_of_one_prompt_with_the_rewards_of_their_pictures(ma
             k = torch.full((4,), 2)
             last = ctx.sampler.transition(ctx.policy, pairs.x_next[:, member, 1], k, pairs.prompt).clean
             brightness = ctx.policy.decode(last).mean((1, 2, 3))
-        assert torch.allclose(pairs.rewards[:, member], brightness, atol=3e-3)  # of 8-bit pictures
+        assert torch.allclose(pairs.rewards[:, member], brightness, atol=3e-3)  # of 8-bit images
 
 
 def test_the_two_walks_start_from_one_noise_where_they_should_and_part_at_once(make: MakeTrainer) -> None:

@@ -84,10 +84,10 @@ def test_advantages_are_not_clamped(make: MakeTrainer) -> None:
     assert loss.item() == pytest.approx(18.0**2)
 
 
-def test_a_pair_with_a_picture_that_could_not_be_scored_is_left_out(make: MakeTrainer) -> None:
+def test_a_pair_with_an_image_that_could_not_be_scored_is_left_out(make: MakeTrainer) -> None:
     trainer = make("rebel", {"reward": ["two_of_three"], "algorithm.baseline": "batch"})
     rows = updates(trainer)
-    assert sum(len(r) for r in rows) == 1  # pictures 0, 3 and 6 of eight
+    assert sum(len(r) for r in rows) == 1  # images 0, 3 and 6 of eight
     (advantages,) = (r.advantages for r in rows)
     assert bool(advantages.isfinite().all())
 

@@ -115,7 +115,7 @@ def test_every_stochastic_step_is_a_row_and_the_deterministic_last_one_is_none(m
     assert sorted(collect(make(ddim=True)).steps.k.tolist()) == [0] * 4 + [1] * 4 + [2] * 4
 
 
-def test_the_advantage_of_a_step_is_that_of_the_picture_it_led_to(make: MakeTrainer) -> None:
+def test_the_advantage_of_a_step_is_that_of_the_image_it_led_to(make: MakeTrainer) -> None:
     trainer = make({"sampler.num_steps": 2, "algorithm.baseline": "batch"})
     steps, ctx = collect(trainer).steps, trainer.ctx
     with torch.no_grad():
@@ -147,7 +147,7 @@ def test_a_last_step_that_is_noised_again_is_one_more_action_which_replays(make:
     assert float(noise.mean()) == pytest.approx(0, abs=0.15) and float(noise.std()) == pytest.approx(1, abs=0.1)
 
 
-def test_the_renoised_last_step_changes_no_picture_and_no_other_row(make: MakeTrainer) -> None:
+def test_the_renoised_last_step_changes_no_image_and_no_other_row(make: MakeTrainer) -> None:
     dropped, renoised = (
         collect(make({"algorithm.baseline": "batch", "algorithm.final_step": final})).steps
         for final in ("drop", "renoise")
@@ -231,7 +231,7 @@ def test_a_reward_that_tells_nothing_apart_moves_nothing_and_what_it_cannot_scor
     assert len(steps) == 4 and steps.prompt.index.tolist() == [0, 0, 1, 1]
     assert steps.advantage.abs().tolist() == pytest.approx([1] * 4, abs=1e-4)  # of two
     nothing = make({"reward": ["unscored"]})
-    told = r"10 rounds in a row gave algorithm ddpo nothing to learn from: no picture could be scored \(unscored: "
+    told = r"10 rounds in a row gave algorithm ddpo nothing to learn from: no image could be scored \(unscored: "
     with pytest.raises(AlignkitError, match=told):
         for _ in range(10):
             assert list(nothing.round()) == []
@@ -239,7 +239,7 @@ def test_a_reward_that_tells_nothing_apart_moves_nothing_and_what_it_cannot_scor
 
 def test_distillation_beside_the_policy_gradient_is_an_option(make: MakeTrainer) -> None:
     assert DDPO().needs == {"stochastic_steps"}
-    assert DDPO(distillation_weight=1.0).needs == {"stochastic_steps", "teacher", "pictures"}
+    assert DDPO(distillation_weight=1.0).needs == {"stochastic_steps", "teacher", "images"}
     trainer = make({"algorithm.distillation_weight": 2.0, "train.rows_per_update": 8})
     (rows,) = updates(trainer)
     assert rows.noised is not None and len(rows.noised) == 8

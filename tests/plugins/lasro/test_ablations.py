@@ -34,7 +34,7 @@ TYPED = {f"{letter} {name}": options for letter, name, options in ROW.findall(PA
 SMALL = {"surrogate.width": 32, "surrogate.layers": 2, "surrogate.heads": 2}
 NO_DISTILLATION = {"algorithm.distillation_weight": 0.0}
 OF_REWARD = {"algorithm.gradient_of": "reward", **NO_DISTILLATION}
-OF_PICTURES = {"algorithm.states_from": "pictures", **NO_DISTILLATION}
+OF_IMAGES = {"algorithm.states_from": "images", **NO_DISTILLATION}
 
 
 def options(typed: str) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def test_an_ablation_trains(tiny_run: MakeRun, name: str) -> None:
 
 
 class Corner(Reward):
-    """The brightness of one corner: an untrained decoder draws pictures whose means hardly differ."""
+    """The brightness of one corner: an untrained decoder draws images whose means hardly differ."""
 
     differentiable = True
 
@@ -72,7 +72,7 @@ class Corner(Reward):
         return images[:, :, :8, :8].mean((1, 2, 3))
 
 
-@pytest.mark.parametrize("fields", [{"gradient_of": "reward"}, {"states_from": "pictures"}, {"reference_weight": 0.5}])
+@pytest.mark.parametrize("fields", [{"gradient_of": "reward"}, {"states_from": "images"}, {"reference_weight": 0.5}])
 @pytest.mark.parametrize("turbo", [False, True])
 def test_an_ablation_keeps_the_promises_of_an_algorithm(fields: Mapping[str, Any], turbo: bool) -> None:
     if turbo:
@@ -118,14 +118,14 @@ def test_a_surrogate_learns_to_rank_samples_that_it_has_not_seen(make_trainer: M
 # (b) the alternative scheme
 
 
-def test_states_are_captioned_pictures_noised_to_times_of_the_solver(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer({**OF_PICTURES, "train.rows_per_update": 64})
+def test_states_are_captioned_images_noised_to_times_of_the_solver(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer({**OF_IMAGES, "train.rows_per_update": 64})
     policy, collected = trainer.ctx.policy, collect(trainer)
     states = collected.states
     assert len(states) == 64 and states.time is not None and set(states.step.tolist()) == {0}
     assert bool(((states.time + 1) % 20 == 0).all()) and len(states.time.unique()) > 20
     alpha, sigma = (column.view(-1, 1, 1, 1) for column in policy.schedule(states.time))
-    noise = (states.x - alpha * collected.pictures) / sigma
+    noise = (states.x - alpha * collected.images) / sigma
     assert float(noise.mean()) == pytest.approx(0, abs=0.02) and float(noise.std()) == pytest.approx(1, abs=0.02)
     with torch.no_grad():
         expected = policy.denoise(states.x, states.time, collected.captions)
@@ -135,10 +135,10 @@ def test_states_are_captioned_pictures_noised_to_times_of_the_solver(make_traine
     assert collected.scored.latents.shape[:2] == (4, 3) and len(trainer.algorithm._memory.rounds) == 1  # type: ignore[attr-defined]
 
 
-def test_noised_pictures_weigh_as_much_as_all_steps_together(make_trainer: MakeTrainer) -> None:
+def test_noised_images_weigh_as_much_as_all_steps_together(make_trainer: MakeTrainer) -> None:
     found = []
     for weights in ([1.0, 1.0], [0.5, 2.0]):
-        trainer = make_trainer({**OF_PICTURES, "algorithm.step_weights": weights})
+        trainer = make_trainer({**OF_IMAGES, "algorithm.step_weights": weights})
         head: Any = trainer.ctx.surrogate.module()  # type: ignore[union-attr]
         with torch.no_grad():
             head.head[-1].weight.normal_(generator=torch.Generator().manual_seed(0))
@@ -156,7 +156,7 @@ def test_noised_pictures_weigh_as_much_as_all_steps_together(make_trainer: MakeT
 
 
 def test_a_contrast_takes_two_captions(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer({**OF_PICTURES, "algorithm.contrast": 1.0})
+    trainer = make_trainer({**OF_IMAGES, "algorithm.contrast": 1.0})
     batch = trainer.batch()
     trainer.batch = lambda: replace(batch, captions=["one"] * len(batch.captions))  # type: ignore[method-assign]
     with pytest.raises(ConfigError, match=r"algorithm\.contrast: found one text in the batch, 'one'"):
@@ -190,8 +190,8 @@ def test_a_surrogate_that_was_never_taught_and_never_will_be_is_told(make_traine
 
 def test_the_fields_decide_what_is_needed() -> None:
     assert LaSRO(gradient_of="reward", distillation_weight=0.0).needs == {"differentiable_reward"}
-    assert LaSRO(gradient_of="reward").needs == {"differentiable_reward", "teacher", "pictures"}
-    assert LaSRO(states_from="pictures", distillation_weight=0.0).needs == {"surrogate", "pictures"}
+    assert LaSRO(gradient_of="reward").needs == {"differentiable_reward", "teacher", "images"}
+    assert LaSRO(states_from="images", distillation_weight=0.0).needs == {"surrogate", "images"}
     assert LaSRO(purify=100, distillation_weight=0.0).needs == {"surrogate", "teacher"}
     assert LaSRO(gradient_of="reward", samples=1).samples == 1
     with pytest.raises(ValueError, match="samples is 1, expected at least 2"):
@@ -220,7 +220,7 @@ def test_the_policy_follows_the_reward_through_the_decoder(make_trainer: MakeTra
     mean, level = (torch.tensor(column)[states.step] for column in (critic.mean, critic.level))
     expected = -2 * ((values - mean) / (level - mean)).clamp(max=1).mean()
     assert set(metrics) == {"reward_loss"}
-    assert float(loss.detach()) == pytest.approx(float(expected.detach()), abs=0.2)  # of 8-bit pictures, and scaled
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), abs=0.2)  # of 8-bit images, and scaled
     found, wanted = gradient(trainer, loss), gradient(trainer, expected)
     assert float(torch.cosine_similarity(found, wanted, dim=0)) > 0.99 and float(found.norm()) > 0
 
@@ -232,7 +232,7 @@ def test_the_reward_rises_along_its_own_gradient(make_trainer: MakeTrainer) -> N
     }))  # fmt: skip
 
 
-def test_a_picture_that_cannot_be_scored_pulls_nowhere_and_counts_for_no_scale(make_trainer: MakeTrainer) -> None:
+def test_an_image_that_cannot_be_scored_pulls_nowhere_and_counts_for_no_scale(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(OF_REWARD)
     ctx: Any = trainer.ctx
     collected = collect(trainer)

@@ -68,7 +68,7 @@ def test_the_trackers_start_at_the_first_round_and_then_move_slowly(make_trainer
     assert method._critic.mean[1] == pytest.approx(0.01 * float(scores[states.step == 1].mean()), rel=1e-3)
 
 
-def test_groups_hold_samples_of_one_prompt_and_one_step_with_the_rewards_of_their_pictures(
+def test_groups_hold_samples_of_one_prompt_and_one_step_with_the_rewards_of_their_images(
     make_trainer: Callable[..., Trainer],
 ) -> None:
     trainer = make_trainer()
@@ -77,7 +77,7 @@ def test_groups_hold_samples_of_one_prompt_and_one_step_with_the_rewards_of_thei
     assert collected.scored.text.tolist() == [0, 1, 0, 1] and len(collected.texts) == 2
     for group in range(4):
         expected = policy.decode(collected.scored.latents[group]).mean((1, 2, 3))
-        assert torch.allclose(collected.scored.rewards[group], expected, atol=3e-3)  # of 8-bit pictures
+        assert torch.allclose(collected.scored.rewards[group], expected, atol=3e-3)  # of 8-bit images
     # The states of a group lead to its clean latents, under its own text and at its own step.
     states = collected.states
     for row in range(len(states)):
@@ -114,8 +114,8 @@ def test_with_every_term_switched_off_the_policy_stays_as_it_is(make_trainer: Ca
     assert equal(before, trainer.ctx.policy.parameters())
 
 
-def test_without_distillation_neither_teacher_nor_pictures_are_needed() -> None:
-    assert LaSRO().needs == {"surrogate", "teacher", "pictures"}
+def test_without_distillation_neither_teacher_nor_images_are_needed() -> None:
+    assert LaSRO().needs == {"surrogate", "teacher", "images"}
     assert LaSRO(distillation_weight=0).needs == {"surrogate"}
 
 
@@ -145,7 +145,7 @@ def test_one_pass_of_all_rows_has_the_gradient_of_several_passes(make_trainer: C
     assert_one_pass_is_several(trainer, rows)
 
 
-@pytest.mark.parametrize("pairs", ["extremes", "drawn"])
+@pytest.mark.parametrize("pairs", ["extremes", "random"])
 def test_pairs_are_of_the_true_reward_and_under_their_own_text(
     make_trainer: Callable[..., Trainer], pairs: str
 ) -> None:
@@ -198,7 +198,7 @@ def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(
         {"reference_samples": 8},
         {"smoothing": -0.1},
         {"negatives": -1},
-        {"gradient_draws": 0},
+        {"gradient_samples": 0},
         {"restart_every": -1},
         {"noise_correlation": 1.0},
         {"purify": 1000},

@@ -120,7 +120,7 @@ def test_a_contrast_without_another_prompt_is_refused(make_trainer: MakeTrainer)
 
 
 def test_the_score_is_the_mean_over_draws(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer({"algorithm.gradient_draws": 3, "algorithm.smoothing": 0.5})
+    trainer = make_trainer({"algorithm.gradient_samples": 3, "algorithm.smoothing": 0.5})
     ctx, method = trainer.ctx, trainer.algorithm
     opinionated(ctx)
     (rows,) = updates(trainer)

@@ -22,7 +22,7 @@ from model_fixtures import tiny_text_config
 TEXTS = ["a red circle", "a blue square and a green star", "a red circle"]
 SMALL: dict[str, Any] = {"width": 32, "layers": 2, "heads": 2}
 JUDGE = WEIGHTS / "judge"
-"""A BLIP for questions, on pictures of 64 pixels in patches of 8."""
+"""A BLIP for questions, on images of 64 pixels in patches of 8."""
 KINDS = [LatentCLIP, LatentBLIP]
 
 
@@ -33,7 +33,7 @@ def policy(tiny_lcm: Path) -> DiffusersPolicy:
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a CLIP for pictures of 32 pixels in patches of 8."""
+    """The folder of a CLIP for images of 32 pixels in patches of 8."""
     folder = tmp_path_factory.mktemp("clip")
     vision = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
               "image_size": 32, "patch_size": 8}  # fmt: skip
@@ -129,7 +129,7 @@ def test_a_clip_from_disk_keeps_all_but_the_embedding_of_patches(policy: Diffuse
 
 
 @pytest.mark.parametrize("patch", [0, 2, 4])
-def test_a_checkpoint_for_pictures_reads_latents_in_any_number_of_patches(
+def test_a_checkpoint_for_images_reads_latents_in_any_number_of_patches(
     policy: DiffusersPolicy, clip: Path, patch: int
 ) -> None:
     for made in (LatentCLIP(backbone=str(clip), patch=patch), LatentBLIP(backbone=str(JUDGE), patch=patch)):

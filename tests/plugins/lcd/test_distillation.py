@@ -41,12 +41,12 @@ class Analytic(Policy):
     """The exact answer for data that is unit normal: the noise in x at t is sigma x."""
 
     def __init__(self) -> None:
-        self.latent_shape, self.device, self.guidance = (4, 8, 8), torch.device("cpu"), 0.0
+        self.latent_shape, self.device, self.guidance_scale = (4, 8, 8), torch.device("cpu"), 1.0
 
     def schedule(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return SD[t].sqrt(), (1 - SD[t]).sqrt()
 
-    def denoise(self, x: Tensor, t: Tensor, prompt: Prompt, guidance: Tensor | None = None) -> Tensor:
+    def denoise(self, x: Tensor, t: Tensor, prompt: Prompt, guidance_scale: Tensor | None = None) -> Tensor:
         return self.schedule(t)[0].view(-1, 1, 1, 1) * x
 
     def encode(self, texts: Sequence[str]) -> Prompt:
@@ -71,10 +71,10 @@ class Analytic(Policy):
         return nullcontext()
 
 
-def rows(prompt: Prompt, level: Sequence[int], guidance: Sequence[float], seed: int = 0) -> Noised:
+def rows(prompt: Prompt, level: Sequence[int], guidance_scale: Sequence[float], seed: int = 0) -> Noised:
     generator = torch.Generator().manual_seed(seed)
     latents, noise = torch.randn(2, len(level), 4, 8, 8, generator=generator)
-    return Noised(latents, prompt, noise, torch.tensor(level), torch.tensor(guidance))
+    return Noised(latents, prompt, noise, torch.tensor(level), torch.tensor(guidance_scale))
 
 
 def test_one_step_of_the_analytic_teacher_is_a_rotation() -> None:
@@ -90,7 +90,7 @@ def test_one_step_of_the_analytic_teacher_is_a_rotation() -> None:
 
 
 def test_without_a_difference_between_text_and_no_text_the_guidance_has_no_effect(tiny_teacher: Path) -> None:
-    teacher = DiffusersPolicy(str(tiny_teacher), trainable=False, guidance=0.0)
+    teacher = DiffusersPolicy(str(tiny_teacher), trainable=False, guidance_scale=1.0)
     targets = [
         Distillation().solve(teacher, rows(teacher.encode(["", ""]), [3, 40], [w, w]))[2] for w in (0.0, 5.0, 15.0)
     ]
@@ -100,8 +100,8 @@ def test_without_a_difference_between_text_and_no_text_the_guidance_has_no_effec
 
 
 def test_without_guidance_the_solver_step_is_that_of_plain_ddim(tiny_teacher: Path) -> None:
-    teacher = DiffusersPolicy(str(tiny_teacher), trainable=False, guidance=0.0)
-    given = rows(teacher.encode(["a red circle"]), [40], [0.0])
+    teacher = DiffusersPolicy(str(tiny_teacher), trainable=False, guidance_scale=1.0)
+    given = rows(teacher.encode(["a red circle"]), [40], [1.0])
     z, t, z_next, _ = Distillation().solve(teacher, given)
     scheduler = DDIMScheduler.from_config(teacher.pipe.scheduler.config)
     scheduler.set_timesteps(50)
@@ -113,11 +113,11 @@ def test_without_guidance_the_solver_step_is_that_of_plain_ddim(tiny_teacher: Pa
 
 def test_guidance_is_that_of_the_paper(tiny_teacher: Path) -> None:
     """RG-LCD, Eq. 9: z + (1 + w) Psi(z, c) - w Psi(z, ""), with Psi the plain step minus z."""
-    teacher = DiffusersPolicy(str(tiny_teacher), trainable=False, guidance=0.0)
+    teacher = DiffusersPolicy(str(tiny_teacher), trainable=False, guidance_scale=1.0)
     level = [3, 25, 50]
-    z, _, guided, _ = Distillation().solve(teacher, rows(teacher.encode(["a red circle"] * 3), level, [3.0] * 3))
-    _, _, with_text, _ = Distillation().solve(teacher, rows(teacher.encode(["a red circle"] * 3), level, [0.0] * 3))
-    _, _, without, _ = Distillation().solve(teacher, rows(teacher.encode([""] * 3), level, [0.0] * 3))
+    z, _, guided, _ = Distillation().solve(teacher, rows(teacher.encode(["a red circle"] * 3), level, [4.0] * 3))
+    _, _, with_text, _ = Distillation().solve(teacher, rows(teacher.encode(["a red circle"] * 3), level, [1.0] * 3))
+    _, _, without, _ = Distillation().solve(teacher, rows(teacher.encode([""] * 3), level, [1.0] * 3))
     assert torch.allclose(guided, z + 4 * (with_text - z) - 3 * (without - z), rtol=1e-4, atol=1e-4)
 
 
@@ -126,13 +126,13 @@ def test_at_the_last_level_the_target_is_the_solver_result_whatever_the_student_
 ) -> None:
     torch.manual_seed(0)
     student = DiffusersPolicy(str(tiny_lcm), lora_rank=4)
-    teacher = DiffusersPolicy(str(tiny_teacher), trainable=False, guidance=0.0)
+    teacher = DiffusersPolicy(str(tiny_teacher), trainable=False, guidance_scale=1.0)
     given = rows(student.encode(["a red circle"] * 2), [1, 1], [5.0, 7.0])
     z, t, z_next, t_next = Distillation().solve(teacher, given)
     assert t.tolist() == [19, 19] and t_next.tolist() == [0, 0]
     with torch.no_grad():
-        assert torch.equal(student.denoise(z_next, t_next, given.prompt, given.guidance), z_next)
-        prediction = student.denoise(z, t, given.prompt, given.guidance)
+        assert torch.equal(student.denoise(z_next, t_next, given.prompt, given.guidance_scale), z_next)
+        prediction = student.denoise(z, t, given.prompt, given.guidance_scale)
         found = Distillation().loss(student, teacher, given)
     assert torch.equal(found, pseudo_huber(prediction - z_next, 1e-3).flatten(1).mean(1))
 
@@ -140,7 +140,9 @@ def test_at_the_last_level_the_target_is_the_solver_result_whatever_the_student_
 def test_the_gradient_reaches_the_student_through_its_prediction_alone(tiny_lcm: Path, tiny_teacher: Path) -> None:
     torch.manual_seed(0)
     student = DiffusersPolicy(str(tiny_lcm), lora_rank=4)
-    teacher = DiffusersPolicy(str(tiny_teacher), lora_rank=0, guidance=0.0)  # trainable, so that a leak would show
+    teacher = DiffusersPolicy(
+        str(tiny_teacher), lora_rank=0, guidance_scale=1.0
+    )  # trainable, so that a leak would show
     given = rows(student.encode(["a red circle"] * 2), [10, 40], [5.0, 7.0])
     Distillation().loss(student, teacher, given).mean().backward()
     found = [p.grad.clone() for p in student.parameters() if p.grad is not None]
@@ -151,15 +153,15 @@ def test_the_gradient_reaches_the_student_through_its_prediction_alone(tiny_lcm:
         p.grad = None
     z, t, z_next, t_next = Distillation().solve(teacher, given)
     with torch.no_grad():
-        target = student.denoise(z_next, t_next, given.prompt, given.guidance)
-    prediction = student.denoise(z, t, given.prompt, given.guidance)
+        target = student.denoise(z_next, t_next, given.prompt, given.guidance_scale)
+    prediction = student.denoise(z, t, given.prompt, given.guidance_scale)
     pseudo_huber(prediction - target, 1e-3).mean().backward()
     assert all(torch.allclose(a, p.grad, atol=1e-7) for a, p in zip(found, student.parameters(), strict=True))
     moved = {name: p.detach() + 0.1 for name, p in student.weights().items()}
     with torch.no_grad():
         averaged = Distillation().loss(student, teacher, given, moved)
         with student.using(moved):
-            other = student.denoise(z_next, t_next, given.prompt, given.guidance)
+            other = student.denoise(z_next, t_next, given.prompt, given.guidance_scale)
     assert torch.allclose(averaged, pseudo_huber(prediction - other, 1e-3).flatten(1).mean(1))
     assert not torch.allclose(other, target)
 
@@ -170,11 +172,11 @@ def test_levels_guidance_and_noise_are_drawn_over_their_whole_range() -> None:
         generator=generator, noise=lambda count: torch.randn(count, 4, 2, 2, generator=generator)
     )
     prompt = Prompt(torch.zeros(1, 1, 1), torch.zeros(4000, dtype=torch.long))
-    drawn = Distillation(w_min=3.0, w_max=15.0).draw(torch.zeros(4000, 4, 2, 2), prompt, ctx)
+    drawn = Distillation(guidance_scale_min=3.0, guidance_scale_max=15.0).draw(torch.zeros(4000, 4, 2, 2), prompt, ctx)
     assert set(drawn.level.tolist()) == set(range(1, 51))  # both ends included
     assert drawn.level.float().mean().item() == pytest.approx(25.5, abs=1)
-    assert 3 <= float(drawn.guidance.min()) < 3.1 and 14.9 < float(drawn.guidance.max()) <= 15
-    assert float(drawn.guidance.mean()) == pytest.approx(9, abs=0.3)
+    assert 3 <= float(drawn.guidance_scale.min()) < 3.1 and 14.9 < float(drawn.guidance_scale.max()) <= 15
+    assert float(drawn.guidance_scale.mean()) == pytest.approx(9, abs=0.3)
     assert float(drawn.noise.std()) == pytest.approx(1, abs=0.02)
 
 
@@ -184,8 +186,8 @@ def test_a_student_that_does_not_take_the_guidance_predicts_without_and_is_taugh
 ) -> None:
     """As in diffusers' script for LCM-LoRA: guidance gets into its weights, and is no second pass of the student."""
     folder = tiny_lcm if form == "embedded" else tiny_teacher
-    student = DiffusersPolicy(str(folder), prediction="consistency", lora_rank=4, guidance=0.5)
-    teacher = DiffusersPolicy(str(tiny_teacher), trainable=False, guidance=0.0)
+    student = DiffusersPolicy(str(folder), prediction="consistency", lora_rank=4, guidance_scale=1.5)
+    teacher = DiffusersPolicy(str(tiny_teacher), trainable=False, guidance_scale=1.0)
     given = rows(student.encode(["a red circle"] * 3), [2, 25, 50], [5.0, 9.0, 15.0])
     seen: list[int] = []
     student.unet.register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
@@ -194,7 +196,7 @@ def test_a_student_that_does_not_take_the_guidance_predicts_without_and_is_taugh
     z, t, z_next, t_next = Distillation().solve(teacher, given)
     unguided = rows(given.prompt, [2, 25, 50], [0.0] * 3)
     assert not torch.allclose(z_next, Distillation().solve(teacher, unguided)[2], atol=1e-3)
-    w = given.guidance if form == "embedded" else torch.zeros(3)
+    w = given.guidance_scale if form == "embedded" else torch.ones(3)
     expected = student.denoise(z, t, given.prompt, w) - student.denoise(z_next, t_next, given.prompt, w)
     assert torch.allclose(found, pseudo_huber(expected, 1e-3).flatten(1).mean(1), rtol=1e-4)
 
@@ -218,13 +220,14 @@ def test_the_square_is_an_option_and_the_mean_over_elements_either_way() -> None
 
 
 @pytest.mark.parametrize(
-    "fields", [{"ode_steps": 0}, {"ode_steps": 30}, {"ode_steps": 2000}, {"w_min": 3.0, "w_max": 1.0}]
+    "fields",
+    [{"ode_steps": 0}, {"ode_steps": 30}, {"ode_steps": 2000}, {"guidance_scale_min": 3.0, "guidance_scale_max": 1.0}],
 )
 def test_settings_that_make_no_solver_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="target_decay"):
         LCD(target_decay=1.0)
     for method in (LCD, LaSRO):
-        with pytest.raises(ValueError, match=r"ode_steps|w_min"):
+        with pytest.raises(ValueError, match=r"ode_steps|guidance_scale_min"):
             method(**fields)
 
 
@@ -255,7 +258,7 @@ def test_a_model_of_many_steps_becomes_one_that_takes_the_guidance_and_that_diff
 ) -> None:
     run = tiny_run(overrides={
         "algorithm.name": "lcd", "model.name": str(tiny_teacher), "model.lora_rank": 0, "model.guidance_embedding": 32,
-        "model.prediction": "consistency", "model.guidance": 3.0, "train.updates": 2, "evaluate.prompts": "",
+        "model.prediction": "consistency", "model.guidance_scale": 4.0, "train.updates": 2, "evaluate.prompts": "",
         "train.learning_rate": 1e-2, "algorithm.target_decay": 0.95,
     })  # fmt: skip
     assert [u.step for u in run.train()] == [1, 2]
@@ -267,7 +270,9 @@ def test_a_model_of_many_steps_becomes_one_that_takes_the_guidance_and_that_diff
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     assert bool(pipe.unet.time_embedding.cond_proj.weight.any())  # it was learned
-    again = DiffusersPolicy(str(tiny_teacher), unet=str(run.folder / "unet"), prediction="consistency", guidance=3.0)
+    again = DiffusersPolicy(
+        str(tiny_teacher), unet=str(run.folder / "unet"), prediction="consistency", guidance_scale=4.0
+    )
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     theirs = pipe("a red circle", num_inference_steps=1, guidance_scale=4.0, latents=noise, output_type="latent").images
     ours = sample(again, LCM(1), again.encode(["a red circle"]), noise[:, None].repeat(1, 2, 1, 1, 1))
@@ -280,14 +285,14 @@ def test_the_input_for_the_guidance_changes_nothing_before_it_is_trained(tiny_te
     x, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([999, 19])
     prompt, w = plain.encode(["a red circle"] * 2), torch.tensor([1.0, 9.0])
     with torch.no_grad():
-        assert torch.equal(wide.denoise(x, t, prompt, w), plain.denoise(x, t, prompt, torch.zeros(2)))
+        assert torch.equal(wide.denoise(x, t, prompt, w), plain.denoise(x, t, prompt, torch.ones(2)))
     wide.denoise(x, t, prompt, w).sum().backward()
     assert bool(wide.unet.time_embedding.cond_proj.weight.grad.any())
     with pytest.raises(ConfigError, match=r"model\.guidance_embedding: found 32 for a network that takes the guidance"):
         DiffusersPolicy(str(tiny_lcm), lora_rank=0, guidance_embedding=32)
 
 
-def test_the_plain_method_trains_without_scoring_a_picture(tiny_run: Callable[..., Run]) -> None:
+def test_the_plain_method_trains_without_scoring_an_image(tiny_run: Callable[..., Run]) -> None:
     run = tiny_run(overrides={"algorithm.name": "lcd", "train.updates": 2, "evaluate.prompts": ""})
     updates = list(run.train())
     assert [u.step for u in updates] == [1, 2]

@@ -22,7 +22,7 @@ PAIRS = [(model, name) for model in MODELS for name in find_bundle(model).algori
 
 
 def run(prompts: Path, model: str, algorithm: str = "lasro", **changes: Any) -> Parts:
-    settings = {"model.name": model, "algorithm.name": algorithm, "reward": ["shapes_reading"]}
+    settings = {"model.name": model, "algorithm.name": algorithm, "reward": ["pixel_check"]}
     return Parts(load(None, settings | {"data.prompts": str(prompts)} | changes))
 
 
@@ -116,7 +116,9 @@ def test_the_settings_of_the_papers_arrive(prompts: Path) -> None:
     assert lightning.config.model.unet.startswith("ByteDance/SDXL-Lightning/")
     assert lightning.sampler().num_steps == len(lightning.config.algorithm.fields["step_weights"]) == 4
     pruned = run(prompts, "ssd_1b_lcm").config
-    assert pruned.model.guidance == 7 and pruned.model.prediction == "consistency" and pruned.model.lora_rank == 16
+    assert (
+        pruned.model.guidance_scale == 8 and pruned.model.prediction == "consistency" and pruned.model.lora_rank == 16
+    )
     assert pruned.surrogate is not None and pruned.surrogate.fields["backbone"] == "segmind/Segmind-Vega"
     sdpo = run(prompts, "sd_turbo", "sdpo").config  # Table 2
     assert (sdpo.sampler.name, sdpo.sampler.fields["num_steps"], sdpo.sampler.fields["eta"]) == ("ddim", 50, 1)
@@ -126,7 +128,7 @@ def test_the_settings_of_the_papers_arrive(prompts: Path) -> None:
     assert paired.train.max_grad_norm == float("inf") and paired.train.rows_per_update == 8
     assert run(prompts, "sd_turbo", "diffusion_dpo").config.train.warmup == 500
     assert run(prompts, "sdxl", "diffusion_dpo").config.train.warmup == 200
-    assert (rlcm.sampler.fields["num_steps"], rlcm.model.guidance, rlcm.model.lora_rank) == (8, 7, 8)
+    assert (rlcm.sampler.fields["num_steps"], rlcm.model.guidance_scale, rlcm.model.lora_rank) == (8, 8, 8)
     assert rlcm.algorithm.fields["advantage_clip"] == 10 and rlcm.train.max_grad_norm == 5
     # All of a round is one update: walks of seven steps with a likelihood, or pairs.
     assert rlcm.train.rows_per_update == rlcm.data.batch_size * rlcm.algorithm.fields["samples"] * 7
@@ -138,12 +140,12 @@ def test_the_settings_of_the_papers_arrive(prompts: Path) -> None:
     assert turbo_pso.train.rows_per_update == 8 * 3 and turbo_pso.train.learning_rate == 1e-5
     proxy = run(prompts, "lcm_dreamshaper", "rg_lcd", **{"algorithm.proxy": True}).config
     assert proxy.surrogate is not None and proxy.surrogate.learning_rate == 3.3e-6 and proxy.train.learning_rate == 1e-6
-    assert run(prompts, "sdxl_lcm", "lcd").config.algorithm.fields["w_min"] == 3
+    assert run(prompts, "sdxl_lcm", "lcd").config.algorithm.fields["guidance_scale_min"] == 4
     d3po, ddpo = (run(prompts, "sd_1_5", name).config for name in ("d3po", "ddpo"))
     assert d3po.sampler.fields["num_steps"] == 20 == d3po.train.rows_per_update and d3po.train.learning_rate == 3e-5
-    assert ddpo.data.batch_size == 256 and ddpo.train.rows_per_update == 64 * 50 and ddpo.model.guidance == 4
+    assert ddpo.data.batch_size == 256 and ddpo.train.rows_per_update == 64 * 50 and ddpo.model.guidance_scale == 5
     lora = run(prompts, "sdxl_lcm_lora").config
-    assert lora.model.adapter == "latent-consistency/lcm-lora-sdxl" and lora.model.guidance == 0
+    assert lora.model.adapter == "latent-consistency/lcm-lora-sdxl" and lora.model.guidance_scale == 1
 
 
 def test_what_the_user_says_wins_over_the_bundle(prompts: Path) -> None:
@@ -163,7 +165,7 @@ def test_the_hub_id_of_a_whole_pipeline_brings_the_settings_of_its_name(model: s
 
 
 def test_a_model_that_is_only_drawn_from_has_its_own_sampler_and_not_that_of_the_default_algorithm() -> None:
-    changes = {"reward": ["shapes_reading"], "data.prompts": "none.txt"}
+    changes = {"reward": ["pixel_check"], "data.prompts": "none.txt"}
     assert load(None, {"model.name": "sd_turbo", **changes}).sampler.name == "renoise"  # lasro's
     drawn = open_run("sd_turbo", changes).config.sampler
     assert drawn.name == "euler_ancestral" and drawn.fields["eta"] == 0 and drawn.fields["num_steps"] == 4

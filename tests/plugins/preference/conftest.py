@@ -1,4 +1,4 @@
-"""What the tests of preference methods share: pairs of bright and dark pictures, trainers on the tiny pipelines."""
+"""What the tests of preference methods share: pairs of bright and dark images, trainers on the tiny pipelines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from alignkit.training.trainer import Trainer
 
 @pytest.fixture
 def pair_folder(tmp_path: Path) -> Path:
-    """Eight pairs of noisy pictures, of which the brighter one is preferred."""
+    """Eight pairs of noisy images, of which the brighter one is preferred."""
     folder = tmp_path / "pairs"
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
@@ -53,7 +53,7 @@ def make(
 
 @pytest.fixture
 def seen() -> Callable[[Tensor], Tensor]:
-    """Latents in which the brightness of a picture shows; to the untrained encoder all pictures look much alike."""
+    """Latents in which the brightness of an image shows; to the untrained encoder all images look much alike."""
 
     def encode(images: Tensor) -> Tensor:
         small = F.adaptive_avg_pool2d(images, 8)

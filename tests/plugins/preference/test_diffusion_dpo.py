@@ -158,10 +158,10 @@ def test_texts_are_left_out_where_guidance_takes_a_pass_without(make: MakeTraine
         texts = trainer.algorithm.collect(replace(trainer.batch(), pairs=[many]), trainer.ctx).prompt.texts
         return texts.count("") / 300
 
-    assert share(make("diffusion_dpo", {"model.guidance": 7.0})) == 0  # embedded
-    assert share(make("diffusion_dpo", {"model.guidance": 0.0}, ddim=True)) == 0
-    assert 0.1 < share(make("diffusion_dpo", {"model.guidance": 4.0}, ddim=True)) < 0.3
-    assert share(make("diffusion_dpo", {"model.guidance": 4.0, "algorithm.empty_prompts": 0.0}, ddim=True)) == 0
+    assert share(make("diffusion_dpo", {"model.guidance_scale": 8.0})) == 0  # embedded
+    assert share(make("diffusion_dpo", {"model.guidance_scale": 1.0}, ddim=True)) == 0
+    assert 0.1 < share(make("diffusion_dpo", {"model.guidance_scale": 5.0}, ddim=True)) < 0.3
+    assert share(make("diffusion_dpo", {"model.guidance_scale": 5.0, "algorithm.empty_prompts": 0.0}, ddim=True)) == 0
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_texts_are_left_out_where_guidance_takes_a_pass_without(make: MakeTraine
         ("pso", {"algorithm.mode": "offline"}, False),
     ],
 )
-def test_pictures_are_mirrored_where_the_method_says_so(
+def test_images_are_mirrored_where_the_method_says_so(
     make: MakeTrainer, method: str, settings: dict[str, Any], mirrored: bool
 ) -> None:
     trainer = make(method, settings)

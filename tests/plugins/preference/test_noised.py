@@ -36,12 +36,12 @@ def output(policy: DiffusersPolicy, x: torch.Tensor, t: torch.Tensor, texts: lis
     return found
 
 
-@pytest.mark.parametrize("guidance", [0.0, 6.5])
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_errors_equal_those_of_the_plain_network_under_diffusers_scheduler(
-    tiny_teacher: Path, prediction: str, guidance: float
+    tiny_teacher: Path, prediction: str, guidance_scale: float
 ) -> None:
-    policy = DiffusersPolicy(str(tiny_teacher), prediction=prediction, trainable=False, guidance=guidance)
+    policy = DiffusersPolicy(str(tiny_teacher), prediction=prediction, trainable=False, guidance_scale=guidance_scale)
     scheduler = DDPMScheduler(**SCHEDULE, prediction_type=prediction)
     given = rows(policy, [999, 499, 20])
     targets = {"epsilon": ("noise", given.noise), "v_prediction": ("velocity", None), "sample": ("clean", None)}
@@ -60,7 +60,7 @@ def test_errors_equal_those_of_the_plain_network_under_diffusers_scheduler(
 def test_the_error_of_the_noise_is_that_of_the_clean_latent_in_units_of_the_noise_level(
     tiny_teacher: Path, prediction: str
 ) -> None:
-    policy = DiffusersPolicy(str(tiny_teacher), prediction=prediction, trainable=False, guidance=0.0)
+    policy = DiffusersPolicy(str(tiny_teacher), prediction=prediction, trainable=False, guidance_scale=1.0)
     given = rows(policy, [999, 499, 20])
     alpha, sigma = policy.schedule(given.t)
     with torch.no_grad():
@@ -70,7 +70,7 @@ def test_the_error_of_the_noise_is_that_of_the_clean_latent_in_units_of_the_nois
 
 
 def test_a_consistency_model_is_read_through_its_boundary_and_its_guidance(tiny_lcm: Path) -> None:
-    policy = DiffusersPolicy(str(tiny_lcm), trainable=False, guidance=7.0)
+    policy = DiffusersPolicy(str(tiny_lcm), trainable=False, guidance_scale=8.0)
     given = rows(policy, [999, 499, 19])
     x = DDPMScheduler(**SCHEDULE).add_noise(given.pairs.loser, given.noise, given.t)
     half = torch.exp(-torch.arange(16) * torch.log(torch.tensor(10000.0)) / 15) * 7000.0
@@ -85,7 +85,7 @@ def test_a_consistency_model_is_read_through_its_boundary_and_its_guidance(tiny_
 
 
 def test_the_rescaled_schedule_is_diffusers_and_ends_in_pure_noise_that_is_learned_from(tiny_teacher: Path) -> None:
-    policy = DiffusersPolicy(str(tiny_teacher), trainable=False, guidance=0.0)
+    policy = DiffusersPolicy(str(tiny_teacher), trainable=False, guidance_scale=1.0)
     betas = rescale_zero_terminal_snr(DDPMScheduler(**SCHEDULE).betas.double())
     alpha, sigma = rescaled(policy, torch.arange(1000))
     assert torch.allclose(alpha.double() ** 2, (1 - betas).cumprod(0), atol=1e-5)
@@ -120,7 +120,7 @@ def test_each_pair_has_one_time_of_those_given_and_one_noise(make: MakeTrainer) 
     assert torch.allclose(found[:, 0], found[:, 1], rtol=1e-3)
 
 
-def test_pictures_are_mirrored_each_by_its_own_chance_and_texts_left_out_as_often_as_asked(make: MakeTrainer) -> None:
+def test_images_are_mirrored_each_by_its_own_chance_and_texts_left_out_as_often_as_asked(make: MakeTrainer) -> None:
     ctx = make("diffusion_dpo").ctx
     ctx.policy.encode_images = lambda images: images  # type: ignore[method-assign]
     ramp = torch.linspace(0, 1, 4).expand(200, 3, 4, 4)

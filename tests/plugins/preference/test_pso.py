@@ -134,7 +134,7 @@ def test_distillation_stands_beside_the_preference_with_its_weight(make: MakeTra
             r"sampler\.name: found DDIM, expected lcm: only a latent consistency model",
         ),
         ({"algorithm.distillation_weight": 1.0, "model.teacher": ""}, r"model\.teacher: missing"),
-        ({"algorithm.distillation_weight": 1.0, "data.pictures": ""}, r"data\.pictures: missing"),
+        ({"algorithm.distillation_weight": 1.0, "data.images": ""}, r"data\.images: missing"),
     ],
 )
 def test_what_cannot_be_combined_is_refused_with_the_reason(

@@ -15,7 +15,7 @@ from torch import Tensor
 from alignkit.interfaces import Reward
 from alignkit.records import Example, Scores
 from alignkit.rewards.cache import ScoreCache
-from alignkit.rewards.checked import Asking
+from alignkit.rewards.checked import Scoring
 from alignkit.rewards.weighted import WeightedRewards
 from alignkit.testing import check_reward
 from alignkit_shapes.models import WEIGHTS
@@ -35,7 +35,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A CLIPModel for pictures of 32 pixels and texts of 24 tokens, with its tokenizer."""
+    """A CLIPModel for images of 32 pixels and texts of 24 tokens, with its tokenizer."""
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
     # The shipped one: byte pairs that are learned anew may come in another order, and tests want cosines of both signs.
@@ -100,7 +100,7 @@ def _randomized(model: torch.nn.Module) -> torch.nn.Module:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
             elif name.endswith("bias"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-            elif parameter.dim() and not name.endswith("weight"):  # the token that CLIP puts before the picture's
+            elif parameter.dim() and not name.endswith("weight"):  # the token that CLIP puts before the image's
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
     return model.eval()
 
@@ -133,7 +133,7 @@ def encoder(
 
 @pytest.fixture(scope="session")
 def images() -> Tensor:
-    """Four coarse pictures (4, 3, 48, 48), as 8-bit files hold them."""
+    """Four coarse images (4, 3, 48, 48), as 8-bit files hold them."""
     coarse = torch.rand(len(TEXTS), 3, 6, 6, generator=torch.Generator().manual_seed(0))
     return (torch.nn.functional.interpolate(coarse, size=48) * 255).round() / 255
 
@@ -157,7 +157,7 @@ def is_asked_once(
             reward, calls = load(**given), []
             generate = reward._model.generate
             monkeypatch.setattr(reward._model, "generate", lambda **k: calls.append(1) or generate(**k))
-            rewards = WeightedRewards([("it", 1.0, reward)], asking=Asking(cache=cache))
+            rewards = WeightedRewards([("it", 1.0, reward)], scoring=Scoring(cache=cache))
             rewards.load(torch.device("cpu"))
             return rewards(images, examples), len(calls)
 
@@ -174,14 +174,14 @@ def is_asked_once(
 
 @pytest.fixture
 def holds_the_contract(images: Tensor, examples: list[Example], tmp_path: Path) -> Callable[..., None]:
-    """Checks what holds for every reward, and that pictures in files score the same and differently."""
+    """Checks what holds for every reward, and that images in files score the same and differently."""
 
     def check(reward: Reward, within: float = 0.05, examples: list[Example] = examples) -> None:
         check_reward(reward, images, examples, within=within)
         weighted = WeightedRewards([("it", 1.0, reward)])
         whole = weighted(images, examples).values.detach()
         assert whole.std() > 1e-4
-        file = tmp_path / "picture.png"
+        file = tmp_path / "image.png"
         levels = (images[1] * 255).round().byte().permute(1, 2, 0).numpy()
         Image.fromarray(levels).save(file)
         again = torch.from_numpy(np.asarray(Image.open(file)).copy()).permute(2, 0, 1)[None].float() / 255

@@ -79,7 +79,7 @@ def test_the_object_is_found_whatever_stands_around_it(text: str, expected: list
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("I cannot judge pictures.", "no JSON object in 'I cannot judge pictures.'"),
+        ("I cannot judge images.", "no JSON object in 'I cannot judge images.'"),
         ('{"score": [8', "no JSON object"),
         ('{"detail": {"score": [3]}, "score": [8], oops', "no JSON object"),
         ("{} and {curly}", "no JSON object"),

@@ -57,10 +57,10 @@ def _loaded(judge: str, mode: str = "soft", per_pass: int = 256) -> AttributeBin
     return reward
 
 
-def test_a_png_file_scores_as_the_picture_in_memory(judge: str, images: torch.Tensor, tmp_path: Path) -> None:
+def test_a_png_file_scores_as_the_image_in_memory(judge: str, images: torch.Tensor, tmp_path: Path) -> None:
     levels = (images[1] * 255).round().byte().permute(1, 2, 0).numpy()
-    Image.fromarray(levels).save(tmp_path / "picture.png")
-    again = torch.from_numpy(np.asarray(Image.open(tmp_path / "picture.png")).copy()).permute(2, 0, 1)[None] / 255
+    Image.fromarray(levels).save(tmp_path / "image.png")
+    again = torch.from_numpy(np.asarray(Image.open(tmp_path / "image.png")).copy()).permute(2, 0, 1)[None] / 255
     reward = _loaded(judge)
     torch.testing.assert_close(reward(again, EXAMPLES[1:2]).values, reward(images[1:2], EXAMPLES[1:2]).values)
 

@@ -88,11 +88,11 @@ def test_it_answers_as_the_published_network(
     yes, no, enc, dec = words.convert_tokens_to_ids(["yes", "no", "[ENC]", "[DEC]"])
     pixels = normalize(resize(images, size, size), CLIP_MEAN, CLIP_STD)
     wanted = []
-    for picture, example in zip(pixels[:3], examples[:3], strict=True):
+    for image, example in zip(pixels[:3], examples[:3], strict=True):
         each = []
         for question in reward.explain(example):
             ids = torch.tensor([[enc, *words(question).input_ids[1:]]])
-            each.append(model(picture[None], ids, dec)[0, [yes, no]].softmax(-1)[0])
+            each.append(model(image[None], ids, dec)[0, [yes, no]].softmax(-1)[0])
         wanted.append(torch.stack(each).mean())
     values = reward(images[:3], examples[:3]).values
     torch.testing.assert_close(values, torch.stack(wanted).detach(), atol=1e-4, rtol=1e-4)

@@ -61,12 +61,12 @@ def test_clip_score_is_the_cosine_that_transformers_gives(
 
 
 def test_the_published_variants_of_clip_score(clip_folder: str, images: Tensor, examples: list[Example]) -> None:
-    pictures = torch.cat([images, 1 - images, images.flip(1), torch.zeros_like(images), torch.ones_like(images)])
+    shown = torch.cat([images, 1 - images, images.flip(1), torch.zeros_like(images), torch.ones_like(images)])
     many = examples * 5
-    prefixed = cosines(clip_folder, pictures, ["a circle of " + example.text for example in many])
+    prefixed = cosines(clip_folder, shown, ["a circle of " + example.text for example in many])
     assert (prefixed < 0).any() and (prefixed > 0).any()
     paper = loaded(ClipScore(checkpoint=clip_folder, scale=2.5, clamp=True, prefix="a circle of "))
-    torch.testing.assert_close(paper(pictures, many).values, 2.5 * prefixed.clamp(min=0))
+    torch.testing.assert_close(paper(shown, many).values, 2.5 * prefixed.clamp(min=0))
 
 
 def test_pickscore_is_the_cosine_times_the_learned_scale(

@@ -91,7 +91,7 @@ def test_the_gradient_flows_where_it_is_said_to(images: Tensor, examples: list[E
 
 
 def test_a_bug_in_it_is_told_with_the_reward(images: Tensor, examples: list[Example]) -> None:
-    where = r"reward 'function' \(my_own_rewards:target_of\) failed while scoring picture 0, 'a red circle'"
+    where = r"reward 'function' \(my_own_rewards:target_of\) failed while scoring image 0, 'a red circle'"
     with pytest.raises(PluginError, match=rf"{where}: KeyError: 'target' \(my_own_rewards.py, line \d+\)"):
         scored("target_of", images, examples)
 
@@ -99,8 +99,8 @@ def test_a_bug_in_it_is_told_with_the_reward(images: Tensor, examples: list[Exam
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("not_a_number", r"nan for picture 0, 'a red circle', expected a finite number"),
-        ("too_many", r"values of shape \(4, 3\), expected shape \(4,\): one a picture"),
+        ("not_a_number", r"nan for image 0, 'a red circle', expected a finite number"),
+        ("too_many", r"values of shape \(4, 3\), expected shape \(4,\): one an image"),
         ("nothing", r"NoneType, expected a tensor \(4,\) or Scores"),
         ("words", r"list, expected a tensor \(4,\) or Scores"),
     ],

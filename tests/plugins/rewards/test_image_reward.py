@@ -139,13 +139,13 @@ def test_a_converted_folder_is_a_checkpoint_itself(
 
 def test_a_prompt_beyond_the_limit_is_told(published: tuple[Published, Path], images: Tensor) -> None:
     long = [Example("a red circle " * 20), Example("a red circle " * 20 + "and a blue square"), Example("a heart")]
-    pictures = images[:1].expand(3, -1, -1, -1)
-    scores = loaded(published[1])(pictures, long)
+    shown = images[:1].expand(3, -1, -1, -1)
+    scores = loaded(published[1])(shown, long)
     assert scores.parts["truncated"].tolist() == [1.0, 1.0, 0.0]
     torch.testing.assert_close(scores.values[0], scores.values[1])
     limits, lengths = zip(*map(loaded(published[1]).tokens, long), strict=True)
     assert set(limits) == {35} and lengths[1] > lengths[0] > 35 > lengths[2]
-    assert loaded(published[1], max_tokens=64)(pictures, long).parts["truncated"].tolist() == [0.0, 1.0, 0.0]
+    assert loaded(published[1], max_tokens=64)(shown, long).parts["truncated"].tolist() == [0.0, 1.0, 0.0]
 
 
 def test_the_head_stays_in_float32(published: tuple[Published, Path], images: Tensor, examples: list[Example]) -> None:

@@ -34,7 +34,7 @@ def test_it_is_the_size_of_the_file_in_kilobytes(quality: int, images: Tensor, e
     assert JpegCompressibility(quality)(images, examples).tolist() == pytest.approx([-size for size in sizes])
 
 
-def test_noise_is_larger_than_a_plain_picture() -> None:
+def test_noise_is_larger_than_a_plain_image() -> None:
     noise = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     plain, rough = JpegIncompressibility()(torch.cat([torch.full_like(noise, 0.5), noise]), [Example("")] * 2)
     assert rough > 5 * plain > 0

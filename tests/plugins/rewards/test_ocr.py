@@ -26,7 +26,7 @@ NEARLY = [Example('a sign "triangle"'), Example('a cup that says "circle bob"'),
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, randomized: Callable[..., Any], byte_pairs: Any) -> str:
-    """A GOT-OCR2 for pictures of 128 pixels, which it sees as 2 x 2 tokens."""
+    """A GOT-OCR2 for images of 128 pixels, which it sees as 2 x 2 tokens."""
     from transformers import GotOcr2Config, GotOcr2ForConditionalGeneration
 
     words = byte_pairs("a red circle OCR system user assistant image triangle", SPECIAL)
@@ -118,7 +118,7 @@ def test_it_holds_the_contract(load: Any, holds_the_contract: Callable[..., None
     holds_the_contract(load(), examples=NEARLY)
 
 
-def test_a_picture_is_read_once_where_scores_are_kept(
+def test_an_image_is_read_once_where_scores_are_kept(
     load: Any, folder: str, tmp_path: Path, is_asked_once: Callable[..., None]
 ) -> None:
     from transformers import GotOcr2ForConditionalGeneration
@@ -135,7 +135,7 @@ def test_a_picture_is_read_once_where_scores_are_kept(
 
 
 def test_it_reads_what_the_model_reads_by_its_own_processor(load: Any, folder: str, images: Tensor) -> None:
-    """One picture at a time, prepared by transformers."""
+    """One image at a time, prepared by transformers."""
     from transformers import AutoTokenizer, GotOcr2ForConditionalGeneration
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
@@ -172,7 +172,7 @@ def test_the_score_is_what_was_read_against_what_was_wanted(
     load: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reward = load()
-    monkeypatch.setattr(reward, "read", lambda pictures: ["We are Open", "tri", "angel", ""])
+    monkeypatch.setattr(reward, "read", lambda shown: ["We are Open", "tri", "angel", ""])
     scores = reward(images, QUOTED)
     torch.testing.assert_close(scores.values, torch.tensor([1.0, 0.5, 0.6, 0.0]))
     assert scores.parts["found"].tolist() == [1, 0, 0, 0]

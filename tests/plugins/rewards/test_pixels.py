@@ -32,7 +32,7 @@ def test_resize_equals_pillow_within_a_level_off_the_square() -> None:
 @pytest.mark.parametrize(
     ("height", "width", "target"), [(1216, 832, 1024), (1152, 896, 768), (896, 512, 768), (768, 512, 480)]
 )
-def test_tall_pictures_are_near_to_what_pillow_shrinks_in_another_order(height: int, width: int, target: int) -> None:
+def test_tall_images_are_near_to_what_pillow_shrinks_in_another_order(height: int, width: int, target: int) -> None:
     chance = np.random.default_rng(0)
     noise = chance.integers(0, 256, (height, width, 3), dtype=np.uint8)
     smooth = _pillow(chance.integers(0, 256, (height // 32, width // 32, 3), dtype=np.uint8), height, width)
@@ -71,7 +71,7 @@ def test_the_rows_of_the_matrix_sum_to_one() -> None:
     torch.testing.assert_close(bicubic_matrix(97, 33).sum(1), torch.ones(33, dtype=torch.float64), atol=1e-5, rtol=0)
 
 
-def test_resize_of_a_quantized_picture_gives_8_bit_levels() -> None:
+def test_resize_of_a_quantized_image_gives_8_bit_levels() -> None:
     x = quantize(torch.rand(2, 3, 20, 20, generator=torch.Generator().manual_seed(0)) * 1.4 - 0.2)
     levels = resize(x, 33, 33) * 255
     torch.testing.assert_close(levels, levels.round(), atol=1e-4, rtol=0)

@@ -45,13 +45,13 @@ def test_it_holds_the_contract(clip_folder: str, holds_the_contract: Callable[..
         holds_the_contract(reward)
 
 
-@pytest.mark.parametrize("pictures_per_request", [1, 3, 16])
+@pytest.mark.parametrize("images_per_request", [1, 3, 16])
 def test_scores_are_those_of_the_reward_itself_to_the_bit(
-    pictures_per_request: int, images: Tensor, examples: list[Example]
+    images_per_request: int, images: Tensor, examples: list[Example]
 ) -> None:
     local = JpegIncompressibility(quality=80)
     with serving(JpegIncompressibility(quality=80)) as server:
-        remote = client(server, pictures_per_request=pictures_per_request)
+        remote = client(server, images_per_request=images_per_request)
         assert torch.equal(remote(images, examples).values, local(images, examples))
         assert remote.bounds == (0.0, None)
 
@@ -70,11 +70,11 @@ def test_every_grey_level_arrives_as_it_left(examples: list[Example]) -> None:
     assert torch.equal(seen[0], levels)
 
 
-def test_parts_metadata_and_invalid_pictures_come_through(images: Tensor) -> None:
+def test_parts_metadata_and_invalid_images_come_through(images: Tensor) -> None:
     asked = [Example("a"), Example("what?"), Example("c", {"weight": 0.5, "why": ["ä"]}), Example("d")]
     expected = WeightedRewards([("it", 1.0, Odd())])(images, asked)
     with serving(Odd()) as server:
-        found = WeightedRewards([("it", 1.0, client(server, pictures_per_request=2))])(images, asked)
+        found = WeightedRewards([("it", 1.0, client(server, images_per_request=2))])(images, asked)
     assert found.valid.tolist() == [True, False, True, True]
     assert found.reasons == expected.reasons == ["", "it: a question", "", ""]
     torch.testing.assert_close(found.values, expected.values, rtol=0, atol=0, equal_nan=True)
@@ -92,7 +92,7 @@ def test_requests_keep_the_limits_of_the_server(examples: list[Example]) -> None
         assert reward.calls == calls
     with serving(Odd(), limits=Limits(pixels=size - 1)) as server:
         remote = client(server)
-        with pytest.raises(ConfigError, match=f"remote: a picture of {size} pixels is more than http.* takes at once"):
+        with pytest.raises(ConfigError, match=f"remote: an image of {size} pixels is more than http.* takes at once"):
             remote(images, examples)
 
 
@@ -113,7 +113,7 @@ def test_no_more_requests_than_allowed_are_under_way(images: Tensor, examples: l
 
     server = Watched("127.0.0.1", 0, WeightedRewards([("served", 1.0, Odd())]), "f", "", 16, Limits())
     with servers.running(server):
-        remote = client(server, pictures_per_request=1, concurrency=2)
+        remote = client(server, images_per_request=1, concurrency=2)
         remote(images, examples)
     assert most == [2]
 
@@ -138,8 +138,8 @@ def test_a_busy_server_is_asked_again_and_a_broken_reward_is_not(images: Tensor,
         ):
             client(server, retries=1)(images, examples)
     for reward, told, calls in (
-        (bug, "while scoring picture 0, 'a red circle': KeyError: 'target'", 2),  # again, to find the picture
-        (Odd("nan"), "returned nan for picture 0, 'a red circle'", 1),
+        (bug, "while scoring image 0, 'a red circle': KeyError: 'target'", 2),  # again, to find the image
+        (Odd("nan"), "returned nan for image 0, 'a red circle'", 1),
     ):
         with (
             serving(reward) as server,
@@ -254,9 +254,9 @@ GOOD = {"valid": True, "score": 0.5}
 @pytest.mark.parametrize(
     ("lying", "told"),
     [
-        (None, "gave no scores for 4 pictures"),
-        ([GOOD] * 3, "gave 3 scores for 4 pictures, expected one each"),
-        ([GOOD] * 5, "gave 5 scores for 4 pictures"),
+        (None, "gave no scores for 4 images"),
+        ([GOOD] * 3, "gave 3 scores for 4 images, expected one each"),
+        ([GOOD] * 5, "gave 5 scores for 4 images"),
         ([GOOD] * 3 + [{"valid": True}], 'gave {"valid": true}, expected'),
         ([GOOD] * 3 + [{"valid": True, "score": "0.5"}], 'gave {"valid": true, "score": "0.5"}, expected'),
         ([GOOD] * 3 + [{"valid": True, "score": True}], "expected"),
@@ -304,7 +304,7 @@ def test_the_token_comes_from_the_environment_and_is_never_told(
         ("url", "file:///etc/passwd", "url is"),
         ("url", "http://me:hunter2@localhost", "url holds a name or password"),
         ("token_env", "sk-123", "token_env is no name of an environment variable"),
-        ("pictures_per_request", 0, "pictures_per_request is 0, expected 1 or more"),
+        ("images_per_request", 0, "images_per_request is 0, expected 1 or more"),
         ("concurrency", 0, "concurrency is 0, expected 1 or more"),
         ("retries", -1, "retries is -1, expected 0 or more"),
         ("timeout", 0.0, "timeout is 0.0, expected seconds"),

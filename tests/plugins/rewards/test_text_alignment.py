@@ -28,7 +28,7 @@ SIDE = 64
 def captioner(
     tmp_path_factory: pytest.TempPathFactory, randomized: Callable[..., Any], byte_pairs: Any, vocabulary: str
 ) -> str:
-    """A Florence-2 for pictures of 64 pixels, with 2 x 2 places and their mean; it decodes as the published one."""
+    """A Florence-2 for images of 64 pixels, with 2 x 2 places and their mean; it decodes as the published one."""
     from transformers import Florence2Config, Florence2ForConditionalGeneration, GenerationConfig
 
     words = byte_pairs(vocabulary, ["<image>"])
@@ -70,7 +70,7 @@ def test_it_holds_the_contract(load: Any, holds_the_contract: Callable[[Reward],
     holds_the_contract(load())
 
 
-def test_a_picture_is_captioned_once_where_scores_are_kept(
+def test_an_image_is_captioned_once_where_scores_are_kept(
     load: Any, captioner: str, encoder: str, tmp_path: Path, is_asked_once: Callable[..., None]
 ) -> None:
     decoding = shutil.copytree(captioner, tmp_path / "decoding") / "generation_config.json"
@@ -92,18 +92,18 @@ def test_a_picture_is_captioned_once_where_scores_are_kept(
 
 
 def test_the_captions_are_those_of_the_model_by_its_own_processor(load: Any, captioner: str, images: Tensor) -> None:
-    """One picture at a time, prepared by transformers."""
+    """One image at a time, prepared by transformers."""
     from transformers import AutoTokenizer, Florence2ForConditionalGeneration, Florence2Processor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     square = {"height": SIDE, "width": SIDE}
-    pictures = CLIPImageProcessorPil(
+    shown = CLIPImageProcessorPil(
         size=square, do_center_crop=False, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]
     )
-    pictures.image_seq_length = 5
+    shown.image_seq_length = 5
     words = AutoTokenizer.from_pretrained(captioner)
     words.image_token, words.image_token_id = "<image>", words.convert_tokens_to_ids("<image>")
-    processor = Florence2Processor(pictures, words)
+    processor = Florence2Processor(shown, words)
     model = Florence2ForConditionalGeneration.from_pretrained(captioner).eval()
     expected = []
     for image in images:
@@ -150,7 +150,7 @@ def test_a_caption_without_a_word_scores_zero_and_is_valid(
 ) -> None:
     reward = load()
     said = reward.captions(images)
-    monkeypatch.setattr(reward, "captions", lambda pictures: [said[0], "", *said[2:]])
+    monkeypatch.setattr(reward, "captions", lambda shown: [said[0], "", *said[2:]])
     scores = reward(images, examples)
     assert scores.valid.all() and scores.values[1] == 0 and scores.values[0] > 0
 

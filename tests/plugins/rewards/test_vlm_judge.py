@@ -53,7 +53,7 @@ def judge(server: Endpoint, **fields: Any) -> VlmJudge:
 
 def logit(p: float) -> dict[str, float]:
     """What a model says that is `p` sure of yes, and .1 of something else."""
-    p = min(max(p, 1e-9), 1 - 1e-9)  # of black and white pictures
+    p = min(max(p, 1e-9), 1 - 1e-9)  # of black and white images
     return {" Yes": math.log(0.7 * p), "yes": math.log(0.2 * p), "No": math.log(0.9 * (1 - p)), "It": math.log(0.1)}
 
 
@@ -107,7 +107,7 @@ CAPTIONS = ["a red circle", "a small white heart and a black triangle", "a blue 
 
 
 def captioned(light: float, asked: str) -> str:
-    """One of the captions, by the picture alone."""
+    """One of the captions, by the image alone."""
     return CAPTIONS[int(light * 4000) % 4]
 
 
@@ -141,10 +141,10 @@ def test_a_caption_is_compared_with_the_prompt_by_bertscore(
     found = judge(server, reference="The image contains {}", **small)(images, examples)
     torch.testing.assert_close(found.values, f1, atol=1e-5, rtol=1e-5)
     asked = [one["messages"][0]["content"][1]["text"] for one in server.asked]
-    assert set(asked) == {"Say in one sentence what this picture shows."}
+    assert set(asked) == {"Say in one sentence what this image shows."}
 
 
-def test_a_picture_without_a_caption_is_invalid(
+def test_an_image_without_a_caption_is_invalid(
     images: Tensor, examples: list[Example], endpoint: Callable[..., Endpoint], small: dict[str, Any]
 ) -> None:
     darkest = brightness(images).min().item()
@@ -207,7 +207,7 @@ def test_an_answer_that_cannot_be_read_is_asked_for_once_more(
 
 
 @pytest.mark.parametrize("mode", list(EXPECTED))
-def test_one_picture_without_an_answer_is_invalid_and_the_others_count(
+def test_one_image_without_an_answer_is_invalid_and_the_others_count(
     mode: Any, images: Tensor, examples: list[Example], endpoint: Callable[..., Endpoint]
 ) -> None:
     darkest = int(brightness(images).argmin())
@@ -235,7 +235,7 @@ def test_one_picture_without_an_answer_is_invalid_and_the_others_count(
     [
         ({"The": -0.1}, "begins neither with yes nor with no, but with 'the'"),
         ("yes", "the answer has no log-probabilities"),
-        ((400, "this model takes no pictures"), "status 400: this model takes no pictures"),
+        ((400, "this model takes no images"), "status 400: this model takes no images"),
     ],
 )
 def test_a_judge_that_answers_nonsense_stops_the_run_in_one_line(
@@ -243,7 +243,7 @@ def test_a_judge_that_answers_nonsense_stops_the_run_in_one_line(
 ) -> None:
     reward = judge(endpoint(lambda *_: say), give_up_after=6)
     assert not reward(images, examples).valid.any()
-    with pytest.raises(AlignkitError, match=f"no usable answer for 6 pictures in a row .the last: .*{why}") as caught:
+    with pytest.raises(AlignkitError, match=f"no usable answer for 6 images in a row .the last: .*{why}") as caught:
         reward(images, examples)
     assert "\n" not in str(caught.value) and not isinstance(caught.value, TransientError)
 
@@ -313,7 +313,7 @@ def test_a_model_that_is_not_there_is_found_before_weights_load(
     [
         ("mode", "maybe", "mode is 'maybe', expected one of yes_no, rubric, viescore, caption"),
         ("measure", "bleu", "measure is 'bleu', expected one of f1, precision, recall"),
-        ("reference", "a picture", "reference is 'a picture', expected a text with {} for the prompt"),
+        ("reference", "an image", "reference is 'an image', expected a text with {} for the prompt"),
         ("layer", 0, "layer is 0, expected 1 or more"),
         ("baseline", 1.0, "baseline is 1.0, expected less than 1"),
         ("question", "Is it nice?", "question is 'Is it nice\\?', expected a text with {} for the prompt"),
@@ -365,7 +365,7 @@ def test_a_run_whose_judge_answers_nonsense_stops_saved_and_goes_on_as_if_it_had
     half = len(server.asked) // 2 + 1
     server.asked.clear()
     server.say = lambda light, _: logit(light) if len(server.asked) <= half else "I would rather talk about ships"
-    with pytest.raises(AlignkitError, match=r"no usable answer for 2 pictures in a row.*; go on with: alignkit train"):
+    with pytest.raises(AlignkitError, match=r"no usable answer for 2 images in a row.*; go on with: alignkit train"):
         list(broken.train())
     assert checkpoint.latest(broken.folder / "checkpoints") is not None
     server.say = lambda light, _: logit(light)

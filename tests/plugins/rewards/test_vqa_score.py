@@ -72,7 +72,7 @@ def test_it_holds_the_contract(folder: str, holds_the_contract: Callable[..., No
 def test_it_is_the_probability_that_the_whole_model_gives_the_answer(
     folder: str, images: Tensor, examples: list[Example]
 ) -> None:
-    """One picture at a time, by the family's own image processor and the model's own logits."""
+    """One shown at a time, by the family's own image processor and the model's own logits."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     reward = loaded(folder)
@@ -86,8 +86,8 @@ def test_it_is_the_probability_that_the_whole_model_gives_the_answer(
         seen = processor(images=[Image.fromarray(levels)], return_tensors="pt")
         _, height, width = seen["image_grid_thw"][0].tolist()
         question = f'Does this figure show "{example.text}"? Please answer yes or no.'
-        picture = "<|vision_start|>" + "<|image_pad|>" * (height * width // 4) + "<|vision_end|>"
-        text = f"<|im_start|> user {picture} {question} <|im_end|> <|im_start|> assistant"
+        shown = "<|vision_start|>" + "<|image_pad|>" * (height * width // 4) + "<|vision_end|>"
+        text = f"<|im_start|> user {shown} {question} <|im_end|> <|im_start|> assistant"
         ids = reward._tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
         logits = reward._model(input_ids=ids, mm_token_type_ids=(ids == 6).int(), **seen).logits
         expected.append(logits[0, -1].softmax(-1)[len(SPECIAL) + WORDS.index("Yes")])
@@ -113,7 +113,7 @@ def test_the_last_layer_stays_in_float32(folder: str, images: Tensor, examples: 
 
 
 def test_a_prompt_with_the_models_own_tokens_is_refused(folder: str, images: Tensor) -> None:
-    with pytest.raises(ConfigError, match="has 2 places for a picture, expected 1"):
+    with pytest.raises(ConfigError, match="has 2 places for an image, expected 1"):
         loaded(folder)(images[:1], [Example("a red <|image_pad|>")])
 
 

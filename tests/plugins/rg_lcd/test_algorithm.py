@@ -36,9 +36,9 @@ PROXY: dict[str, Any] = {
 
 
 def test_the_fields_decide_whether_a_gradient_of_the_reward_or_a_proxy_is_needed(tiny_run: MakeRun) -> None:
-    assert RGLCD().needs == {"teacher", "pictures", "differentiable_reward"}
-    assert RGLCD(proxy=True).needs == {"teacher", "pictures", "surrogate"}
-    assert RGLCD(beta=0).needs == {"teacher", "pictures"}
+    assert RGLCD().needs == {"teacher", "images", "differentiable_reward"}
+    assert RGLCD(proxy=True).needs == {"teacher", "images", "surrogate"}
+    assert RGLCD(beta=0).needs == {"teacher", "images"}
     assert tiny_run(overrides=DIRECT).config.surrogate is None
     surrogate = tiny_run(overrides=PROXY).config.surrogate
     assert surrogate is not None and surrogate.name == "lrm"
@@ -165,11 +165,11 @@ def test_the_differentiable_score_is_the_score(make_trainer: MakeTrainer) -> Non
     assert torch.equal(scores.values, plain.values) and not plain.values.requires_grad
     (gradient,) = torch.autograd.grad(scores.values[0], latents)
     assert bool((gradient[0] != 0).any()) and not bool((gradient[1] != 0).any())
-    assert ctx.take_pictures() == 4
+    assert ctx.take_images() == 4
 
 
-def test_in_mixed_precision_pictures_are_decoded_in_the_precision_of_the_decoder(make_trainer: MakeTrainer) -> None:
-    """SDXL's overflows in half precision: pictures would be black."""
+def test_in_mixed_precision_images_are_decoded_in_the_precision_of_the_decoder(make_trainer: MakeTrainer) -> None:
+    """SDXL's overflows in half precision: images would be black."""
     trainer = make_trainer({**DIRECT, "train.precision": "bf16"})
     ctx, examples = trainer.ctx, trainer.batch().examples
     latents = ctx.noise(2).requires_grad_()
@@ -208,34 +208,34 @@ def test_the_target_follows_the_student_with_its_own_decay(make_trainer: MakeTra
     # The target is the average's, and the student is in its place again afterwards.
     z, t, z_next, t_next = Distillation().solve(trainer.ctx.teacher, rows)  # type: ignore[arg-type]
     with torch.no_grad():
-        own = trainer.ctx.policy.denoise(z_next, t_next, rows.prompt, rows.guidance)
+        own = trainer.ctx.policy.denoise(z_next, t_next, rows.prompt, rows.guidance_scale)
         with trainer.ctx.policy.using(method._target.weights):
-            averaged = trainer.ctx.policy.denoise(z_next, t_next, rows.prompt, rows.guidance)
-        again = trainer.ctx.policy.denoise(z, t, rows.prompt, rows.guidance)
+            averaged = trainer.ctx.policy.denoise(z_next, t_next, rows.prompt, rows.guidance_scale)
+        again = trainer.ctx.policy.denoise(z, t, rows.prompt, rows.guidance_scale)
     assert torch.equal(target, averaged) and not torch.equal(target, own) and torch.equal(prediction, again)
 
 
 # the proxy
 
 
-def test_the_expert_sees_each_picture_under_its_own_caption(make_trainer: MakeTrainer) -> None:
+def test_the_expert_sees_each_image_under_its_own_caption(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer({**PROXY, "train.rows_per_update": 6, "algorithm.proxy_rows": 5})
     batch, ctx = trainer.batch(), trainer.ctx
-    assert batch.pictures is not None
+    assert batch.images is not None
     seen: list[tuple[Tensor, list[str]]] = []
     plain = ctx.score
     ctx.score = lambda x, e, log=True: seen.append((x, [one.text for one in e])) or plain(x, e, log)  # type: ignore[method-assign, misc, func-returns-value]
     rows = collect(trainer).lesson
     assert isinstance(rows, Compared) and rows.latents.shape == (5, 3, 4, 8, 8) and len(seen) == 3
-    real = ctx.policy.encode_images(batch.pictures)
+    real = ctx.policy.encode_images(batch.images)
     where = [next(i for i in range(6) if torch.allclose(real[i], z, atol=1e-5)) for z in rows.latents[:, 0]]
     texts = [batch.captions[i] for i in where]
-    # The prediction first, which is the reward that the run tells, then the real picture and the target.
+    # The prediction first, which is the reward that the run tells, then the real image and the target.
     for place, (latents, asked) in zip((1, 0, 2), seen, strict=True):
         assert texts == rows.prompt.texts == asked and torch.equal(latents, rows.latents[:, place])
     for place in range(3):
         expected = ctx.policy.decode(rows.latents[:, place]).mean((1, 2, 3))
-        assert torch.allclose(rows.expert[:, place], expected, atol=3e-3)  # of 8-bit pictures
+        assert torch.allclose(rows.expert[:, place], expected, atol=3e-3)  # of 8-bit images
 
 
 def test_the_proxy_and_the_policy_learn_each_in_its_own_update_and_frozen_layers_never(
@@ -287,7 +287,7 @@ def test_the_warm_up_is_the_pre_training_and_one_batch_however_it_is_split(make_
     assert collected.lesson.latents.shape == (1, 4, 4, 8, 8)
     assert updates(trainer, collected) == []
     (update,) = trainer.round()
-    assert update.step == 0 and "reward" not in update.metrics  # no picture is scored
+    assert update.step == 0 and "reward" not in update.metrics  # no image is scored
     assert 0 < update.metrics["surrogate_loss"] < 10 and equal(policy, copies(trainer.ctx.policy.parameters()))
     assert not trainer.warming_up and isinstance(collect(trainer).lesson, Compared)
 

@@ -16,7 +16,7 @@ from alignkit.runs.run import Run
 from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint
 from alignkit.training import checkpoint
 from alignkit.training.trainer import Trainer
-from method_checks import toy_pictures
+from method_checks import toy_images
 
 MakeTrainer = Callable[..., Trainer]
 MakeRun = Callable[..., Run]
@@ -54,9 +54,9 @@ TOY = {
 
 
 def rise(trainer: Trainer) -> float:
-    """How far a run raises its reward in walks from the same noise; the picture is read off the latent."""
+    """How far a run raises its reward in walks from the same noise; the image is read off the latent."""
     ctx = trainer.ctx
-    toy_pictures(trainer)
+    toy_images(trainer)
     noises = torch.randn(8, 3, *ctx.policy.latent_shape, generator=torch.Generator().manual_seed(7))
     prompt = ctx.policy.encode(["a red circle", "a blue square"] * 4)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from alignkit import diffusion
 from alignkit.interfaces import Sampler
 from alignkit.records import Prompt
-from alignkit.rollout import walk
+from alignkit.rollout import run_sampler
 from alignkit_samplers.ddim import DDIM
 from alignkit_samplers.euler_ancestral import EulerAncestral
 from alignkit_samplers.lcm import LCM
@@ -53,7 +53,7 @@ class FixedPolicy:
     def schedule(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return self.levels[t].sqrt(), (1 - self.levels[t]).sqrt()
 
-    def denoise(self, x: Tensor, t: Tensor, prompt: Prompt, guidance: Tensor | None = None) -> Tensor:
+    def denoise(self, x: Tensor, t: Tensor, prompt: Prompt, guidance_scale: Tensor | None = None) -> Tensor:
         clean = diffusion.to_clean(self.prediction, self.network(x, t), x, *self.schedule(t))
         if not self.consistency:
             return clean
@@ -85,7 +85,7 @@ def theirs(scheduler: Any, policy: FixedPolicy, noises: Tensor, **step: Any) -> 
 
 
 def assert_same_walk(sampler: Sampler, policy: FixedPolicy, expected: list[Tensor], noises: Tensor) -> None:
-    found = walk(policy, sampler, PROMPT, noises).next_states  # type: ignore[arg-type]
+    found = run_sampler(policy, sampler, PROMPT, noises).next_states  # type: ignore[arg-type]
     for k, state in enumerate(expected):
         assert torch.allclose(found[:, k], state, atol=1e-4 * float(state.abs().max()), rtol=1e-4), k
 

@@ -10,7 +10,7 @@ import torch
 
 from alignkit.interfaces import Sampler
 from alignkit.models.diffusers_policy import DiffusersPolicy
-from alignkit.rollout import walk
+from alignkit.rollout import run_sampler
 from alignkit_samplers.ddim import DDIM
 from alignkit_samplers.euler_ancestral import EulerAncestral
 from alignkit_samplers.lcm import LCM
@@ -34,7 +34,7 @@ def test_a_walk_that_is_replayed_has_the_same_log_probability(
     generator = torch.Generator().manual_seed(0)
     noises = torch.randn(2, num_steps + 1, *policy.latent_shape, generator=generator)
     with torch.no_grad():
-        found = walk(policy, sampler, prompt, noises)
+        found = run_sampler(policy, sampler, prompt, noises)
     for k in range(num_steps):
         at = torch.full((2,), k)
         with torch.no_grad():

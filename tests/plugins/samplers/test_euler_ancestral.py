@@ -51,7 +51,7 @@ def test_before_the_last_step_it_is_ddim(policy: DiffusersPolicy, num_steps: int
     assert (eta == 0) or float(ddim.std[-1]) > 0
 
 
-def test_the_beginning_leaves_out_the_picture_that_trailing_times_cannot_hide(policy: DiffusersPolicy) -> None:
+def test_the_beginning_leaves_out_the_image_that_trailing_times_cannot_hide(policy: DiffusersPolicy) -> None:
     assert EulerAncestral(4).initial_scale(policy) == pytest.approx(14.6146469 / (1 + 14.6146469**2) ** 0.5, rel=1e-6)
     assert EulerAncestral(4, spacing="leading").initial_scale(policy) == 1.0
 

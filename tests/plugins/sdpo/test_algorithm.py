@@ -20,7 +20,7 @@ from alignkit.training.trainer import Trainer
 from alignkit_samplers.ddim import DDIM
 from alignkit_samplers.lcm import LCM
 from alignkit_sdpo.algorithm import SDPO, PairedSteps
-from method_checks import assert_the_true_reward_rises, collect, gradient, toy_pictures, updates
+from method_checks import assert_the_true_reward_rises, collect, gradient, toy_images, updates
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -89,7 +89,7 @@ def test_a_round_scores_the_clean_predictions_of_these_steps_under_their_texts(
         # The examples themselves: what a reward knows about a text goes with it.
         expected = [e for e in batch.examples for _ in range(2 * each)]
         assert len(examples) == len(expected) and all(a is b for a, b in zip(examples, expected, strict=True))
-        assert trainer.ctx.take_pictures() == len(latents) == 2 * 2 * each
+        assert trainer.ctx.take_images() == len(latents) == 2 * 2 * each
         # The predictions of the steps that are rows, asked of the network again.
         ctx, prompt = trainer.ctx, steps.prompt
         clean = [
@@ -112,7 +112,7 @@ def test_the_advantage_of_a_step_is_its_discounted_return_measured_by_the_return
     make: MakeTrainer,
 ) -> None:
     trainer = make({"algorithm.discount": 0.5})
-    toy_pictures(trainer)
+    toy_images(trainer)
     steps, ctx = collect(trainer), trainer.ctx
     prompt = steps.select((steps.k == 0).nonzero()[:, 0]).prompt.select(torch.arange(4).repeat_interleave(2))
     rewards = []
@@ -132,7 +132,7 @@ def test_the_advantage_of_a_step_is_its_discounted_return_measured_by_the_return
 
 def test_with_enough_returns_each_prompt_and_step_is_measured_by_its_own(make: MakeTrainer) -> None:
     trainer = make({"algorithm.min_count": 4}, ddim=True)
-    toy_pictures(trainer)
+    toy_images(trainer)
     steps = collect(trainer)
     assert trainer.ctx.take_metrics()["own_statistics"] == 1
     for text in (0, 1):
@@ -145,7 +145,7 @@ def test_with_enough_returns_each_prompt_and_step_is_measured_by_its_own(make: M
 @pytest.mark.parametrize("baseline", ["prompt", "batch"])
 def test_measured_by_the_prompt_or_by_the_round_the_steps_are_taken_together(make: MakeTrainer, baseline: str) -> None:
     trainer = make({"algorithm.min_count": 4, "algorithm.baseline": baseline}, ddim=True)
-    toy_pictures(trainer)
+    toy_images(trainer)
     steps = collect(trainer)
     groups = [steps.prompt.index == text for text in (0, 1)] if baseline == "prompt" else [steps.k >= 0]
     for group in groups:

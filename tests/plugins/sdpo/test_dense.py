@@ -1,4 +1,4 @@
-"""Dense rewards and returns: golden values, limits, and what a picture that could not be scored taints."""
+"""Dense rewards and returns: golden values, limits, and what an image that could not be scored taints."""
 
 from __future__ import annotations
 

@@ -62,8 +62,8 @@ WITH_SETTINGS = [
     ("shapes_turbo", "ddpo", {"algorithm.distillation_weight": 1.0}, NOT_LCM),
     ("shapes_turbo", "pso", {"algorithm.distillation_weight": 1.0}, NOT_LCM),
     ("shapes_lcm", "rg_lcd", {"reward.attribute_binding.mode": "hard"}, r"follows the gradient of a reward, and attri"),
-    ("shapes_lcm", "rg_lcd", {"reward": ["shapes_reading"]}, r"follows the gradient of a reward, and shapes_reading"),
-    ("shapes_lcm", "rg_lcd", {"reward": ["shapes_reading"], "algorithm.proxy": True}, FINE),
+    ("shapes_lcm", "rg_lcd", {"reward": ["pixel_check"]}, r"follows the gradient of a reward, and pixel_check"),
+    ("shapes_lcm", "rg_lcd", {"reward": ["pixel_check"], "algorithm.proxy": True}, FINE),
     ("shapes_lcm", "pso", {"algorithm.mode": "offline"}, FINE),
     ("shapes_turbo", "pso", {"algorithm.mode": "offline"}, FINE),
     ("shapes_lcm", "diffusion_dpo", {"data.pairs": ""}, r"data\.pairs: missing"),
@@ -72,7 +72,7 @@ WITH_SETTINGS = [
     ("shapes_teacher", "lcd", AS_LCM, NO_LCM),
     ("shapes_teacher", "lcd", {**AS_LCM, "model.prediction": "consistency"}, FINE),
     ("shapes_lcm", "lcd", {"data.prompts": ""}, FINE),
-    ("shapes_lcm", "lcd", {"data.pictures": "nowhere"}, r"data\.pictures: '.*nowhere' is no folder"),
+    ("shapes_lcm", "lcd", {"data.images": "nowhere"}, r"data\.images: '.*nowhere' is no folder"),
     ("shapes_lcm", "lasro", {"data.prompts": ""}, r"data\.prompts: missing"),
 ]
 

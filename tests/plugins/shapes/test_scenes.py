@@ -18,8 +18,8 @@ from alignkit_shapes.build.prompts import HELD_OUT, write
 from alignkit_shapes.build.text import LENGTH, tokenizer
 from alignkit_shapes.data import DrawingPairs, Drawings
 from alignkit_shapes.models import WEIGHTS
-from alignkit_shapes.reading import answers, exact, read
-from alignkit_shapes.reward import ShapesReading, things_of
+from alignkit_shapes.pixel_check import answers, exact, read
+from alignkit_shapes.reward import PixelCheck, things_of
 from alignkit_shapes.scenes import COLORS, RADII, SHAPES, SIZE, Scene, Thing, caption, draw, sample_scene
 
 PROMPTS = Path(alignkit_shapes.__file__).parent / "prompts"
@@ -64,16 +64,16 @@ def test_spatial_captions_are_true() -> None:
     assert len(seen) == 4
 
 
-def test_shapes_of_a_scene_are_distinct_inside_the_picture_and_apart() -> None:
+def test_shapes_of_a_scene_are_distinct_inside_the_image_and_apart() -> None:
     for scene in scenes(100, seed=3):
         assert len({t.shape for t in scene.things}) == len(scene.things)
         assert all(t.radius * 1.1 <= min(t.x, t.y) and max(t.x, t.y) <= SIZE - t.radius * 1.1 for t in scene.things)
 
 
 def test_questions_are_answered_apart_for_shape_and_colour() -> None:
-    picture = draw(Scene((Thing("circle", "red", 20, 20, 10), Thing("square", "blue", 44, 44, 10))))
+    image = draw(Scene((Thing("circle", "red", 20, 20, 10), Thing("square", "blue", 44, 44, 10))))
     asked = [Thing("circle", "blue"), Thing("square", "blue"), Thing("heart", "red")]
-    assert answers(read(picture), asked) == [True, False, True, True, False, False]
+    assert answers(read(image), asked) == [True, False, True, True, False, False]
 
 
 def test_a_plain_ground_and_noise_have_no_shapes() -> None:
@@ -117,48 +117,48 @@ def test_no_prompt_is_too_long_for_the_text_encoder() -> None:
 
 
 def test_drawings_depend_on_seed_and_position_alone() -> None:
-    pictures, captions = Drawings(SIZE).batch(0, 8, seed=5)
-    assert pictures.shape == (8, 3, SIZE, SIZE) and 0 <= float(pictures.min()) < float(pictures.max()) <= 1
+    images, captions = Drawings(SIZE).batch(0, 8, seed=5)
+    assert images.shape == (8, 3, SIZE, SIZE) and 0 <= float(images.min()) < float(images.max()) <= 1
     later, later_captions = Drawings(SIZE).batch(3, 4, seed=5)
-    assert torch.equal(later, pictures[3:7]) and later_captions == captions[3:7]
+    assert torch.equal(later, images[3:7]) and later_captions == captions[3:7]
     assert Drawings(SIZE).batch(0, 8, seed=6)[1] != captions
 
 
 def test_of_a_pair_of_drawings_the_first_is_right_and_the_second_wrong_somewhere() -> None:
     pairs = DrawingPairs(SIZE).batch(0, 48, seed=5)
     examples = [Example(caption) for caption in pairs.captions]
-    reading = ShapesReading()
+    reading = PixelCheck()
     assert reading(pairs.winners, examples).values.tolist() == [1.0] * 48
     changed = (pairs.winners - pairs.losers).abs().amax((1, 2, 3))
     assert float(changed.min()) > 0.1
-    # The reading is coarse: it sees through some of the melted outlines.
+    # The pixel check is coarse: it sees through some of the melted outlines.
     assert float(reading(pairs.losers, examples).parts["exact"].mean()) < 0.4
     later = DrawingPairs(SIZE).batch(40, 8, seed=5)
     assert torch.equal(later.losers, pairs.losers[40:]) and later.captions == pairs.captions[40:]
 
 
 def test_the_reading_scores_true_drawings_one_and_others_by_the_share_of_right_answers() -> None:
-    pictures, captions = Drawings(SIZE).batch(0, 16, seed=0)
-    scores = ShapesReading()(pictures, [Example(c) for c in captions])
+    images, captions = Drawings(SIZE).batch(0, 16, seed=0)
+    scores = PixelCheck()(images, [Example(c) for c in captions])
     assert scores.values.tolist() == [1.0] * 16 and scores.parts["exact"].tolist() == [1.0] * 16
     drawing = draw(Scene((Thing("circle", "red", 20, 20, 10),)))
-    picture = torch.from_numpy(drawing.copy()).permute(2, 0, 1)[None] / 255
-    scores = ShapesReading()(picture, [Example("a blue circle and a red square")])
+    image = torch.from_numpy(drawing.copy()).permute(2, 0, 1)[None] / 255
+    scores = PixelCheck()(image, [Example("a blue circle and a red square")])
     assert scores.values.tolist() == [0.25] and scores.parts["exact"].tolist() == [0.0]
 
 
-def test_the_reading_of_a_png_file_is_that_of_the_picture_in_memory(tmp_path: Path) -> None:
-    pictures, captions = DrawingPairs(SIZE).batch(0, 8, seed=0).losers, DrawingPairs(SIZE).batch(0, 8, seed=0).captions
-    levels = (pictures * 255).round().byte().permute(0, 2, 3, 1).numpy()
+def test_the_reading_of_a_png_file_is_that_of_the_image_in_memory(tmp_path: Path) -> None:
+    images, captions = DrawingPairs(SIZE).batch(0, 8, seed=0).losers, DrawingPairs(SIZE).batch(0, 8, seed=0).captions
+    levels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
     for i, one in enumerate(levels):
         Image.fromarray(one).save(tmp_path / f"{i}.png")
     read_back = np.stack([np.asarray(Image.open(tmp_path / f"{i}.png")) for i in range(8)])
     again = torch.from_numpy(read_back).permute(0, 3, 1, 2).float() / 255
     examples = [Example(caption) for caption in captions]
-    found = ShapesReading()(pictures, examples).values
-    assert torch.equal(ShapesReading()(again, examples).values, found) and len(set(found.tolist())) > 1
+    found = PixelCheck()(images, examples).values
+    assert torch.equal(PixelCheck()(again, examples).values, found) and len(set(found.tolist())) > 1
 
 
 def test_the_reading_refuses_prompts_without_a_coloured_shape() -> None:
     with pytest.raises(ConfigError, match="a nice dog"):
-        ShapesReading().check([Example("a red circle"), Example("a nice dog")])
+        PixelCheck().check([Example("a red circle"), Example("a nice dog")])

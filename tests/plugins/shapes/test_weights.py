@@ -19,8 +19,8 @@ from alignkit.runs.run import open_run
 from alignkit_rewards.attribute_binding import AttributeBinding
 from alignkit_shapes.build.questions import question
 from alignkit_shapes.models import FOLDER, WEIGHTS
-from alignkit_shapes.reading import exact, read
-from alignkit_shapes.reward import ShapesReading
+from alignkit_shapes.pixel_check import exact, read
+from alignkit_shapes.reward import PixelCheck
 from alignkit_shapes.scenes import draw, sample_scene
 
 HELD_OUT = [e.text for e in read_examples(FOLDER / "prompts" / "held_out.txt")]
@@ -58,8 +58,8 @@ def test_the_judge_loads_with_plain_transformers() -> None:
     assert BertTokenizer.from_pretrained(WEIGHTS / "judge")("is the circle red?").input_ids
 
 
-def pixels(pictures: list) -> np.ndarray:  # type: ignore[type-arg]
-    return np.stack([np.asarray(p) for p in pictures]).astype(np.float32)
+def pixels(images: list) -> np.ndarray:  # type: ignore[type-arg]
+    return np.stack([np.asarray(p) for p in images]).astype(np.float32)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
@@ -81,7 +81,7 @@ def test_samples_of_shapes_lcm_equal_those_of_plain_diffusers(steps: int) -> Non
         theirs = pipe(
             HELD_OUT[:2],
             num_inference_steps=steps,
-            guidance_scale=policy.guidance + 1,
+            guidance_scale=policy.guidance_scale,
             latents=latents,
             output_type="pt",
         ).images
@@ -122,18 +122,18 @@ def test_shapes_turbo_has_the_form_of_sd_turbo(plain_turbo: StableDiffusionPipel
     config = plain_turbo.scheduler.config
     assert (config.prediction_type, config.timestep_spacing, config.steps_offset) == ("epsilon", "trailing", 1)
     policy = open_run("shapes_turbo").policy()
-    assert policy.guidance == 0 and not policy.guidance_embedded
+    assert policy.guidance_scale == 1 and not policy.guidance_embedded
     assert torch.equal(policy.schedule(torch.arange(1000))[0], plain_turbo.scheduler.alphas_cumprod.sqrt())
 
 
 def test_the_teacher_binds_in_plain_diffusers_what_its_prompts_name() -> None:
     pipe = StableDiffusionPipeline.from_pretrained(WEIGHTS / "shapes_teacher")
     pipe.set_progress_bar_config(disable=True)
-    pictures = pipe(
+    shown = pipe(
         HELD_OUT[:16], num_inference_steps=25, guidance_scale=3.0, generator=torch.Generator().manual_seed(0)
     ).images
-    reading = ShapesReading()
-    images = torch.from_numpy(pixels(pictures)).permute(0, 3, 1, 2) / 255
+    reading = PixelCheck()
+    images = torch.from_numpy(pixels(shown)).permute(0, 3, 1, 2) / 255
     scores = reading(images, [Example(text) for text in HELD_OUT[:16]])
     assert float(scores.values.mean()) >= 0.85  # docs/shapes.md has the measured value
 
@@ -145,7 +145,7 @@ def test_the_teacher_binds_in_plain_diffusers_what_its_prompts_name() -> None:
 def test_the_few_step_models_leave_room_between_themselves_and_the_teacher(
     model: str, bounds: tuple[tuple[int, float, float], ...]
 ) -> None:
-    reading, run = ShapesReading(), open_run(model)
+    reading, run = PixelCheck(), open_run(model)
     for steps, low, high in bounds:
         images = torch.from_numpy(pixels(run.sample(HELD_OUT[:48], steps=steps))).permute(0, 3, 1, 2) / 255
         assert low < float(reading(images, [Example(text) for text in HELD_OUT[:48]]).values.mean()) < high

@@ -1,4 +1,4 @@
-"""Small sets of captioned pictures: a folder, shards, a data set; and what is seen of one."""
+"""Small sets of captioned images: a folder, shards, a data set; and what is seen of one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from alignkit.data.images import PictureSet, open_pictures
+from alignkit.data.images import ImageSet, open_images
 
 COLOURS = {"a": (255, 0, 0), "b": (0, 255, 0), "c": (0, 0, 255)}
 
@@ -25,36 +25,36 @@ def png(colour: tuple[int, int, int], size: tuple[int, int] = (8, 8)) -> bytes:
 
 
 def seen(source: str | Path, skipped: list[str] | None = None, column: str = "") -> dict[str, tuple[int, ...]]:
-    """The caption of every picture of a set, and the picture's colour."""
-    pictures = open_pictures(str(source), 4, column, skipped)
-    assert isinstance(pictures, PictureSet)
-    found = [pictures.read(index) for index in range(len(pictures))]
+    """The caption of every image of a set, and the image's colour."""
+    images = open_images(str(source), 4, column, skipped)
+    assert isinstance(images, ImageSet)
+    found = [images.read(index) for index in range(len(images))]
     return {one[1]: tuple((255 * one[0][:, 0, 0]).round().int().tolist()) for one in found if one is not None}
 
 
-EXPECTED = {f"picture {name}": colour for name, colour in COLOURS.items()}
+EXPECTED = {f"image {name}": colour for name, colour in COLOURS.items()}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three pictures, `metadata.jsonl` among them."""
-    folder = tmp_path / "pictures"
+    """Three images, `metadata.jsonl` among them."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for name, colour in COLOURS.items():
         (folder / f"{name}.png").write_bytes(png(colour))
-    records = [{"file_name": f"{n}.png", "text": f"picture {n}"} for n in COLOURS]
+    records = [{"file_name": f"{n}.png", "text": f"image {n}"} for n in COLOURS]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, records)))
     return folder
 
 
 @pytest.fixture
 def captioned(folder: Path) -> Path:
-    """The same with a text beside each picture, one of them in a folder of its own."""
+    """The same with a text beside each image, one of them in a folder of its own."""
     (folder / "metadata.jsonl").unlink()
     (folder / "more").mkdir()
     (folder / "c.png").rename(folder / "more" / "c.png")
     for name, place in (("a", folder), ("b", folder), ("c", folder / "more")):
-        (place / f"{name}.txt").write_text(f"picture {name}\n")
+        (place / f"{name}.txt").write_text(f"image {name}\n")
     return folder
 
 
@@ -70,9 +70,9 @@ def write_shard(path: Path, members: Mapping[str, bytes]) -> Path:
 @pytest.fixture
 def shard(tmp_path: Path) -> Path:
     """a and b in the first shard, c in the second; captions as .txt and as .json."""
-    first = {"x/a.png": png(COLOURS["a"]), "x/a.txt": b"picture a\n", "b.json": b'{"caption": "picture b", "n": 1}'}
+    first = {"x/a.png": png(COLOURS["a"]), "x/a.txt": b"image a\n", "b.json": b'{"caption": "image b", "n": 1}'}
     write_shard(tmp_path / "s-00.tar", {**first, "b.png": png(COLOURS["b"])})
-    return write_shard(tmp_path / "s-01.tar", {"c.txt": b"picture c", "c.PNG": png(COLOURS["c"]), "c.cls": b"3"})
+    return write_shard(tmp_path / "s-01.tar", {"c.txt": b"image c", "c.PNG": png(COLOURS["c"]), "c.cls": b"3"})
 
 
 def dataset(path: Path, **more: list[Any]) -> Any:

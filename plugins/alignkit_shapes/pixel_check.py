@@ -1,4 +1,4 @@
-"""The drawing program's own reading of a picture: palette, connected regions, outlines. No network."""
+"""Check an image of shapes by rules: palette, connected regions, outlines. No network."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _GRID = 24
 
 @dataclass(frozen=True)
 class Region:
-    """A connected region of a picture. `shape` and `color` are None where it is neither clear."""
+    """A connected region of an image. `shape` and `color` are None where it is neither clear."""
 
     shape: str | None
     color: str | None
@@ -58,9 +58,9 @@ def _boxed(region: np.ndarray) -> np.ndarray:
     return grid
 
 
-def read(picture: np.ndarray) -> list[Region]:
-    """The regions of a picture, uint8 (SIZE, SIZE, 3), largest first."""
-    pixels = picture.astype(np.float32)
+def read(image: np.ndarray) -> list[Region]:
+    """The regions of an image, uint8 (SIZE, SIZE, 3), largest first."""
+    pixels = image.astype(np.float32)
     edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     ground = np.median(edge, axis=0)
     foreground = np.linalg.norm(pixels - ground, axis=-1) > GROUND_DISTANCE
@@ -100,5 +100,5 @@ def answers(regions: list[Region], things: list[Thing]) -> list[bool]:
 
 
 def exact(regions: list[Region], things: list[Thing]) -> bool:
-    """Whether the picture shows these things in their colours and nothing else."""
+    """Whether the image shows these things in their colours and nothing else."""
     return sorted((str(r.shape), str(r.color)) for r in regions) == sorted((t.shape, t.color) for t in things)

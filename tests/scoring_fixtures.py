@@ -11,7 +11,7 @@ from torch import Tensor
 from alignkit.errors import TransientError
 from alignkit.interfaces import Reward
 from alignkit.records import Example, Scores
-from alignkit.rewards.checked import Asking
+from alignkit.rewards.checked import Scoring
 from alignkit.rewards.weighted import WeightedRewards
 
 EXAMPLES = [Example(f"prompt {i}") for i in range(6)]
@@ -48,7 +48,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return found
 
 
-def loaded(reward: Reward, asking: Asking, name: str = "judge") -> WeightedRewards:
-    rewards = WeightedRewards([(name, 1.0, reward)], asking=asking)
+def loaded(reward: Reward, scoring: Scoring, name: str = "judge") -> WeightedRewards:
+    rewards = WeightedRewards([(name, 1.0, reward)], scoring=scoring)
     rewards.load(torch.device("cpu"))
     return rewards

@@ -1,0 +1,1 @@
+"""Regularisers: terms that the trainer adds to the loss of any algorithm."""
