@@ -1,11 +1,11 @@
-"""Rewards as advantages: how far a sample lies above others, in units of their spread."""
+"""Rewards as advantages: how far a sample lies above others, in units of their standard deviation."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ from alignkit.records import Scores
 
 
 def standardised(rewards: Tensor, others: Tensor, eps: float) -> Tensor:
-    """(rewards - mean) / (standard deviation + eps), by the statistics of `others`; (N,) float32.
+    """Return (rewards - mean) / (standard deviation + eps) with the statistics of `others`; (N,) float32.
 
-    In float64 whatever came in: rewards of 0 and 1 are not cut to integers. A sample that could not be scored is NaN;
-    it enters no statistics and stays NaN.
+    Computed in float64 whatever the input: rewards of 0 and 1 are not cut to integers. A sample that could not be
+    scored is NaN; it enters no statistics and stays NaN.
     """
     known = others.cpu().double()
     known = known[~known.isnan()]
@@ -27,18 +27,18 @@ def standardised(rewards: Tensor, others: Tensor, eps: float) -> Tensor:
 
 
 def over_batch(rewards: Tensor, ctx: Context) -> Tensor:
-    """Rewards (N,), NaN where a sample could not be scored, measured by those of all processes."""
+    """Normalise rewards (N,), NaN where a sample could not be scored, by those of all processes."""
     return standardised(rewards, ctx.gather(rewards), eps=1e-8)
 
 
-def of_terms(scores: Scores, ctx: Context, measure: Callable[[Tensor, str], Tensor]) -> Tensor:
-    """`measure(rewards (N,), name)`, advantages of any shape, of each of `ctx.terms(scores)`, as one.
+def of_terms(scores: Scores, ctx: Context, relative: Callable[[Tensor, str], Tensor]) -> Tensor:
+    """Combine `relative(rewards (N,), name)`, advantages of any shape, over each of `ctx.terms(scores)`.
 
-    One term is given back as it is measured. Of several, each measured apart, the weighted sum is measured once more
-    over the batch, so that its size does not depend on how many there are (GDPO, Liu et al. 2026, arXiv 2601.05242).
-    A reward that few samples get thus counts as much as one that tells all of them apart.
+    A single term is returned as it is. Of several, the weighted sum of their advantages is normalised once more over
+    the batch, so that its size does not depend on their number (GDPO, Liu et al. 2026, arXiv 2601.05242). A reward that
+    few samples get thus counts as much as one that distinguishes all of them.
     """
-    found = [(weight, measure(rewards, name)) for name, (weight, rewards) in ctx.terms(scores).items()]
+    found = [(weight, relative(rewards, name)) for name, (weight, rewards) in ctx.terms(scores).items()]
     if len(found) == 1:
         return found[0][1]
     total = torch.stack([weight * advantages for weight, advantages in found]).sum(0)
@@ -46,9 +46,9 @@ def of_terms(scores: Scores, ctx: Context, measure: Callable[[Tensor, str], Tens
 
 
 class PromptTracker:
-    """Advantages measured by what the same prompt got before: the mean and spread of its last `size` rewards.
+    """Advantages relative to earlier rewards of the same prompt: the mean and standard deviation of its last `size`.
 
-    A prompt with fewer than `min_count` rewards is measured by the batch.
+    A prompt with fewer than `min_count` rewards is normalised by the batch.
     """
 
     def __init__(self, size: int, min_count: int) -> None:
@@ -56,10 +56,10 @@ class PromptTracker:
         self._seen: dict[int, deque[float]] = {}
 
     def advantages(self, texts: Sequence[str], rewards: Tensor, ctx: Context, name: str = "") -> Tensor:
-        """Rewards (N,) of N texts, NaN where a sample could not be scored; they are remembered and then measured.
+        """Remember the rewards (N,) of N texts, NaN where a sample could not be scored, then normalise them.
 
-        Those of one `name` are measured by each other alone, so that several rewards can share a tracker.
-        Logs `own_statistics`, the share of samples that were measured by their own prompt.
+        Those of one `name` are kept apart from others, so that several rewards can share a tracker.
+        Logs `own_statistics`, the share of samples that were normalised by their own prompt.
         """
         keys = torch.tensor([_key(f"{name}\0{text}" if name else text) for text in texts], device=rewards.device)
         batch = ctx.gather(rewards)
@@ -77,14 +77,81 @@ class PromptTracker:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
-        return {"seen": {key: list(rewards) for key, rewards in self._seen.items()}}
+        """Return what a resumed run needs."""
+        return {
+            "size": self.size,
+            "min_count": self.min_count,
+            "seen": {key: list(rewards) for key, rewards in self._seen.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The reverse of `state_dict`."""
+        """Restore what `state_dict` returned."""
+        self.size, self.min_count = state["size"], state["min_count"]
         self._seen = {key: deque(rewards, maxlen=self.size) for key, rewards in state["seen"].items()}
 
 
+class Baseline:
+    """The advantages of a policy-gradient method: rewards, or returns of steps, relative to a baseline.
+
+    `kind` is "prompt" (earlier rewards of the same prompt), "step_prompt" (of the same prompt and step) or "batch"
+    (those of the round). A prompt keeps its last `buffer_size` rewards and needs `min_count` of them to be normalised
+    by its own; until then it is by the round's. The advantages of several rewards are combined as in `of_terms`.
+    """
+
+    def __init__(self, kind: Literal["prompt", "step_prompt", "batch"], buffer_size: int, min_count: int) -> None:
+        if buffer_size < min_count:
+            raise ValueError(
+                f"buffer_size is {buffer_size}, expected at least min_count = {min_count}: a prompt would never be "
+                "normalised by its own rewards"
+            )
+        self.kind, self.buffer_size, self.min_count = kind, buffer_size, min_count
+        self._trackers: list[PromptTracker] = []
+
+    def advantages(
+        self,
+        scores: Scores,
+        texts: Sequence[str],
+        ctx: Context,
+        returns: Callable[[Tensor], Tensor] = lambda rewards: rewards,
+    ) -> Tensor:
+        """Return the advantages of N samples, NaN where one could not be scored.
+
+        `returns` maps the rewards of one term to returns (N,), or (N, K) of K steps; advantages have that shape.
+        """
+
+        def relative(rewards: Tensor, name: str) -> Tensor:
+            values = returns(rewards)
+            steps = 1 if values.dim() == 1 else values.shape[1]
+            if self.kind == "batch":
+                return over_batch(values.flatten(), ctx).view_as(values)
+            if self.kind == "prompt":  # one tracker sees the returns of all steps
+                (tracker,) = self._tracked(1, scale=steps)
+                each = [text for text in texts for _ in range(steps)]
+                return tracker.advantages(each, values.flatten(), ctx, name).view_as(values)
+            trackers = self._tracked(steps)
+            columns = values.view(len(values), steps).unbind(1)
+            found = [t.advantages(texts, c, ctx, name) for t, c in zip(trackers, columns, strict=True)]
+            return torch.stack(found, dim=1).view_as(values)
+
+        return of_terms(scores, ctx, relative)
+
+    def _tracked(self, count: int, scale: int = 1) -> list[PromptTracker]:
+        """Return the trackers, made at their first use, when the number of steps is known."""
+        size, least = self.buffer_size * scale, self.min_count * scale
+        self._trackers = self._trackers or [PromptTracker(size, least) for _ in range(count)]
+        return self._trackers
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs."""
+        return {"trackers": [tracker.state_dict() for tracker in self._trackers]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self._trackers = [PromptTracker(self.buffer_size, self.min_count) for _ in state["trackers"]]
+        for tracker, saved in zip(self._trackers, state["trackers"], strict=True):
+            tracker.load_state_dict(saved)
+
+
 def _key(text: str) -> int:
-    """A text as a number that is the same in every process and every run."""
+    """Hash a text to a number that is the same in every process and every run."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)

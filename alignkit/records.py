@@ -57,17 +57,30 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Example:
+    """A text to generate an image of, with whatever a reward needs to know about it (an OCR target, parsed phrases)."""
+
+    text: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    place: str = field(default="", compare=False, repr=False)
+    """Where it was read ("prompts.txt, line 3"), for messages; may be empty."""
+
+
+@dataclass(frozen=True)
 class Prompt(Rows):
-    """Text conditioning of N rows. Features are stored once per distinct text and gathered when they are read."""
+    """Text conditioning of N rows. Features are stored once per distinct text or example and gathered when read."""
 
     table: Tensor
     """(P, L, D) text features."""
     index: Tensor
-    """(N,) the text of each row."""
+    """(N,) each row's place in the tables."""
     pooled_table: Tensor | None = None
     """(P, E) pooled features, for models of the SDXL family."""
     text_table: tuple[str, ...] = ()
-    """P texts, for whoever reads them with an encoder of its own; empty where only features are known."""
+    """P texts, for surrogates that read them with an encoder of their own; empty where only features are known."""
+    example_table: tuple[Example, ...] = ()
+    """P examples, for rewards that read more than the text; empty where only texts are known. Two examples may share a
+    text (see `alignkit.rollout.encode_examples`)."""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -85,6 +98,12 @@ class Prompt(Rows):
         return [self.text_table[i] for i in self.index.tolist()]
 
     @property
+    def examples(self) -> list[Example]:
+        """N examples: those that the rows were encoded from, or their texts alone where no more is known."""
+        table = self.example_table or tuple(map(Example, self.text_table))
+        return [table[i] for i in self.index.tolist()]
+
+    @property
     def features(self) -> Tensor:
         """(N, L, D)."""
         return self.table[self.index]
@@ -93,16 +112,6 @@ class Prompt(Rows):
     def pooled(self) -> Tensor | None:
         """(N, E), or None."""
         return None if self.pooled_table is None else self.pooled_table[self.index]
-
-
-@dataclass(frozen=True)
-class Example:
-    """One text to draw, with whatever a reward needs to know about it (an OCR target, parsed phrases)."""
-
-    text: str
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    place: str = field(default="", compare=False, repr=False)
-    """Where it was read ("prompts.txt, line 3"), for messages; may be empty."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +177,7 @@ class Transition:
     clean: Tensor
     """(N, *S) the policy's prediction of the clean latent at this step."""
 
-    def draw(self, noise: Tensor) -> Tensor:
+    def sample(self, noise: Tensor) -> Tensor:
         """mean + std * noise, (N, *S)."""
         return self.mean + _columns(self.std, self.mean) * noise
 

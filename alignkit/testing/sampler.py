@@ -58,7 +58,7 @@ def _check(sampler: Sampler, policy: Policy) -> None:
     for k in range(num_steps):
         at = torch.full((count,), k, device=policy.device)
         step = _transition(sampler, policy, first.states[:, k], at, prompt)
-        same(step.draw(noises[:, k + 1]), first.next_states[:, k], f"step {k} replayed")
+        same(step.sample(noises[:, k + 1]), first.next_states[:, k], f"step {k} replayed")
         if bool((step.std > 0).all()):
             noise = (noises[:, k + 1] ** 2).flatten(1).mean(1)
             expected = -noise / 2 - step.std.log() - 0.5 * math.log(2 * math.pi)

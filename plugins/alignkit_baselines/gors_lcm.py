@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from alignkit.interfaces import Algorithm, Context, Sampler
-from alignkit.records import Batch, Prompt, Rows
-from alignkit.rollout import run_sampler
+from alignkit import Algorithm, Batch, Context, Prompt, Rows, Sampler
+from alignkit.rollout import sample_trajectories
 from alignkit_lcd.distillation import Distillation, Noised
 
 
@@ -27,44 +26,33 @@ class Chosen(Rows):
 
 
 @dataclass(frozen=True)
-class Collected:
-    """One round: the best samples, and captioned latents where they are wanted."""
+class WeightedRows(Rows):
+    """One policy update: chosen samples, noised, N rows."""
 
-    chosen: Chosen
-    images: Tensor | None
-    captions: Prompt | None
-
-
-@dataclass(frozen=True)
-class PolicyRows(Rows):
-    """One policy update: chosen samples and captioned latents, noised, N rows of each."""
-
-    chosen: Noised | None
+    noised: Noised
     weight: Tensor
-    """(N,) factor of each chosen sample."""
-    noised: Noised | None
+    """(N,) factor of each sample's loss."""
 
 
 @dataclass
-class GorsLCM(Algorithm[Collected, PolicyRows]):
+class GorsLCM(Algorithm[Chosen, WeightedRows]):
     """GORS-LCM (LaSRO, arXiv 2411.15247, appendix D; after GORS of T2I-CompBench, arXiv 2307.06350).
 
     For each prompt, the best of a few samples at every step of the sampler takes the place of a real image in the
-    distillation loss, beside the same loss on captioned images.
+    distillation loss. The same loss on captioned images is the regulariser `lcd`, which it has by default.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher"})
+    default_regularisers: ClassVar[Mapping[str, float]] = {"lcd": 1.0}
 
     samples: int = 6
-    """N_s, samples a prompt, of which the best is kept. With 1 the model distils what it draws anyway."""
-    dataset_weight: float = 1.0
-    """Weight of the distillation on captioned images; 0 needs none."""
+    """N_s, samples of each prompt, of which the best is kept. With 1 the model distils its own samples."""
     threshold: float | None = None
-    """Samples with a reward below this are not kept, as GORS does; left out: the best is kept whatever its reward."""
+    """Drop samples with a reward below this, as GORS does; left out: the best is kept whatever its reward."""
     weight: Literal["none", "reward"] = "none"
-    """Whether a sample's loss is multiplied with its reward, as GORS does; a reward below 0 counts as 0."""
+    """Multiply a sample's loss by its reward, as GORS does; a reward below 0 counts as 0."""
     ode_steps: int = 50
-    """Solver steps; must be what the student's sampler counts as original steps."""
+    """Solver steps; must equal what the student's sampler counts as original steps."""
     guidance_scale_min: float = 6.0
     """Smallest guidance scale of the teacher (w + 1 of the LCM paper)."""
     guidance_scale_max: float = 16.0
@@ -73,77 +61,46 @@ class GorsLCM(Algorithm[Collected, PolicyRows]):
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise ValueError(f"samples: found {self.samples}, expected 1 or more")
-        if self.dataset_weight < 0:
-            raise ValueError(f"dataset_weight: found {self.dataset_weight}, expected 0 or more")
-        if self.dataset_weight:
-            self.needs = type(self).needs | {"images"}  # type: ignore[misc]
         self._distillation = Distillation(self.ode_steps, self.guidance_scale_min, self.guidance_scale_max)
 
     def check(self, sampler: Sampler) -> None:
         self._distillation.check(sampler)
 
-    # generate and filter
-
-    def collect(self, batch: Batch, ctx: Context) -> Collected:
-        texts, each, num_steps = [e.text for e in batch.examples], self.samples, ctx.sampler.num_steps
-        prompt = ctx.policy.encode([text for text in texts for _ in range(each)])
-        noises = torch.stack([ctx.noise(len(prompt)) for _ in range(num_steps + 1)], dim=1)
-        clean = run_sampler(ctx.policy, ctx.sampler, prompt, noises).clean
-        repeated = [e for e in batch.examples for _ in range(each)]
-        chosen = []
-        for k in range(num_steps):
-            scores = ctx.score(clean[:, k], repeated)
+    def collect(self, batch: Batch, ctx: Context) -> Chosen:
+        """Sample, score the prediction of every step, and keep each prompt's best."""
+        trajectories = sample_trajectories(batch.examples, ctx, self.samples)
+        prompt, chosen = trajectories.prompt, []
+        for k, clean in enumerate(trajectories.clean.unbind(1)):
+            scores = ctx.score(clean, prompt.examples)
             rewards = scores.values.masked_fill(~scores.valid, -torch.inf).float()
-            rows = best(rewards.view(-1, each), self.threshold)
-            chosen.append((clean[rows, k], rewards[rows], rows))
-            ctx.log(**{f"kept/step{k + 1}": len(rows) / len(texts)})
+            rows = best(rewards.view(-1, self.samples), self.threshold)
+            chosen.append((clean[rows], rewards[rows], rows))
+            ctx.log(**{f"kept/step{k + 1}": len(rows) / len(batch.examples)})
         latents, rewards, rows = (torch.cat(column) for column in zip(*chosen, strict=True))
         if len(rows):
             ctx.log(kept_reward=rewards.mean())
-        images = captions = None
-        if self.dataset_weight and batch.images is not None:
-            images, captions = ctx.policy.encode_images(batch.images), ctx.policy.encode(batch.captions)
-        return Collected(Chosen(latents, rewards, prompt.select(rows)), images, captions)
+        return Chosen(latents, rewards, prompt.select(rows))
 
-    # distil
-
-    def updates(self, collected: Collected, ctx: Context) -> Iterator[PolicyRows]:
-        """One update, of samples in random order and of images, all noised anew."""
-        size, chosen = ctx.rows_per_update, collected.chosen
-        noised = kept = None
-        weight = torch.ones(size, device=chosen.reward.device)
-        if len(chosen):
-            chosen = chosen.shuffled(ctx.generator)
-            chosen = chosen.select(torch.arange(size) % len(chosen))
-            kept = self._distillation.draw(chosen.latents, chosen.prompt, ctx)
-            weight = chosen.reward.clamp(min=0) if self.weight == "reward" else weight
-        if collected.images is not None and collected.captions is not None:
-            index = torch.arange(size) % len(collected.images)
-            noised = self._distillation.draw(collected.images[index], collected.captions.select(index), ctx)
-        if kept is None:
+    def updates(self, collected: Chosen, ctx: Context) -> Iterator[WeightedRows]:
+        """Yield one update of chosen samples in random order, noised anew."""
+        if not len(collected):
             ctx.warn("in some rounds no sample was kept: none could be scored, or all were below algorithm.threshold")
-        yield PolicyRows(kept, weight, noised)
+            return
+        chosen = collected.shuffled(ctx.generator)
+        chosen = chosen.select(torch.arange(ctx.rows_per_update) % len(chosen))
+        weight = chosen.reward.clamp(min=0) if self.weight == "reward" else torch.ones_like(chosen.reward)
+        yield WeightedRows(self._distillation.draw(chosen.latents, chosen.prompt, ctx), weight)
 
-    def loss(self, rows: PolicyRows, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, rows: WeightedRows, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
         assert ctx.teacher is not None  # needs "teacher"
-        # Where nothing was kept it is still a loss: its gradient is zero.
-        loss = rows.weight.new_zeros((), requires_grad=True)
-        metrics: dict[str, Tensor] = {}
-        if rows.chosen is not None:
-            # The mean over rows of all steps, times K, is the sum over steps of the mean at each.
-            kept = (
-                ctx.sampler.num_steps
-                * (rows.weight * self._distillation.loss(ctx.policy, ctx.teacher, rows.chosen)).mean()
-            )
-            loss, metrics["kept_loss"] = loss + kept, kept
-        if rows.noised is not None:
-            distillation = self._distillation.loss(ctx.policy, ctx.teacher, rows.noised).mean()
-            loss, metrics["distillation_loss"] = loss + self.dataset_weight * distillation, distillation
-        return loss, metrics
+        # The mean over rows of all steps, times K, is the sum over steps of the mean at each.
+        each = self._distillation.loss(ctx.policy, ctx.teacher, rows.noised)
+        loss = ctx.sampler.num_steps * (rows.weight * each).mean()
+        return loss, {"kept_loss": loss}
 
 
 def best(rewards: Tensor, threshold: float | None = None) -> Tensor:
-    """Where the best of each group of rewards (N, M) stands among all N * M; the first of equal ones.
+    """Return the place among all N * M of the best of each group of rewards (N, M); the first of equal ones.
 
     Groups whose best is below the threshold, or in which nothing could be scored (-inf), have none.
     """

@@ -125,7 +125,7 @@ def test_the_gradient_of_the_log_probability_is_the_closed_form_and_reaches_the_
 def test_what_is_drawn_has_on_average_the_log_probability_of_its_own_distribution() -> None:
     mean, std = torch.zeros(2, 4, 64, 64), torch.tensor([0.03, 0.9])
     step = Transition(mean, std, mean)
-    drawn = step.draw(torch.randn(mean.shape, generator=torch.Generator().manual_seed(0)))
+    drawn = step.sample(torch.randn(mean.shape, generator=torch.Generator().manual_seed(0)))
     expected = [-0.5 - math.log(s) - 0.5 * math.log(2 * math.pi) for s in (0.03, 0.9)]
     assert step.log_prob(drawn).tolist() == pytest.approx(expected, abs=5 * math.sqrt(0.5 / mean[0].numel()))
 
@@ -140,6 +140,6 @@ def test_half_precision_latents_get_a_log_probability_in_float32() -> None:
 def test_a_deterministic_step_has_no_log_probability() -> None:
     step, x_next = transition()
     still = Transition(step.mean, torch.tensor([0.1, 0.0, 0.9]), step.clean)
-    assert torch.equal(still.draw(x_next)[1], step.mean[1])
+    assert torch.equal(still.sample(x_next)[1], step.mean[1])
     with pytest.raises(ValueError, match="deterministic"):
         still.log_prob(x_next)

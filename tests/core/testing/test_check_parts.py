@@ -18,9 +18,9 @@ from alignkit.testing import (
     check_sampler,
     check_surrogate,
 )
-from alignkit_baselines.d3po import D3PO
-from alignkit_baselines.pairs import Pairs
 from alignkit_lasro.surrogate import LatentUNet
+from alignkit_preference.d3po import D3PO
+from alignkit_preference.trajectory_pairs import Pairs
 from alignkit_rg_lcd.algorithm import RGLCD
 from alignkit_samplers.ddim import DDIM
 

@@ -14,7 +14,7 @@ from alignkit.errors import ConfigError
 from alignkit.rollout import sample, seeded_noises
 from alignkit.runs.run import Run
 from alignkit.training.trainer import Trainer
-from alignkit_baselines.d3po import D3PO, preference_loss
+from alignkit_preference.d3po import D3PO, preference_loss
 from alignkit_preference.diffusion_dpo import preference_loss as dpo_loss
 from alignkit_preference.noised import errors
 from alignkit_preference.pso import PSO, PairRows, hinge, sigmoid_loss

@@ -42,7 +42,7 @@ def test_a_walk_that_is_replayed_has_the_same_log_probability(
         with torch.set_grad_enabled(True):
             step = sampler.transition(policy, found.states[:, k], at, prompt)
         assert torch.equal(step.std, found.std[:, k])
-        assert torch.allclose(step.draw(noises[:, k + 1]), found.next_states[:, k], rtol=1e-6, atol=1e-6)
+        assert torch.allclose(step.sample(noises[:, k + 1]), found.next_states[:, k], rtol=1e-6, atol=1e-6)
         assert bool(step.mean.isfinite().all()) and bool(step.std.isfinite().all())
         if bool((step.std > 0).all()):
             stored, replayed = (s.log_prob(found.next_states[:, k]) for s in (drawn, step))

@@ -11,7 +11,7 @@ import torch
 from alignkit.errors import ConfigError
 from alignkit.runs.run import Run
 from alignkit.training.trainer import Trainer
-from alignkit_baselines.pairs import Pairs, collect_pairs, log_prob
+from alignkit_preference.trajectory_pairs import Pairs, collect_pairs, log_prob
 
 MakeTrainer = Callable[..., Trainer]
 

@@ -13,8 +13,8 @@ import torch
 
 from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint, assert_one_pass_is_several
 from alignkit.training.trainer import Trainer
-from alignkit_baselines.pairs import log_prob
-from alignkit_baselines.rebel import REBEL, squares
+from alignkit_preference.rebel import REBEL, squares
+from alignkit_preference.trajectory_pairs import log_prob
 from method_checks import assert_the_true_reward_rises, gradient, updates
 
 MakeTrainer = Callable[..., Trainer]

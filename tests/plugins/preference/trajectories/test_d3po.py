@@ -12,8 +12,8 @@ import torch
 from alignkit.errors import AlignkitError
 from alignkit.testing.algorithm import assert_one_pass_is_several
 from alignkit.training.trainer import Trainer
-from alignkit_baselines.d3po import D3PO, preference_loss, winners_first
-from alignkit_baselines.pairs import collect_pairs
+from alignkit_preference.d3po import D3PO, preference_loss, winners_first
+from alignkit_preference.trajectory_pairs import collect_pairs
 from method_checks import assert_the_true_reward_rises, collect, updates
 
 MakeTrainer = Callable[..., Trainer]

@@ -1,4 +1,4 @@
-"""D3PO: direct preference optimisation of every step of two walks."""
+"""D3PO: direct preference optimisation of every step of two trajectories."""
 
 from __future__ import annotations
 
@@ -9,34 +9,33 @@ from typing import ClassVar, Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignkit.interfaces import Algorithm, Context
-from alignkit.records import Batch
-from alignkit_baselines.pairs import Pairs, collect_pairs, log_prob
+from alignkit import Algorithm, Batch, Context
+from alignkit_preference.trajectory_pairs import Pairs, collect_pairs, log_prob, winners_first
 
 
 @dataclass
 class D3PO(Algorithm[Pairs, Pairs]):
     """Direct preference for denoising diffusion policy optimisation (Yang et al. 2023, arXiv 2311.13231).
 
-    Of two walks of a prompt the one with the better image is preferred, at every stochastic step; each likelihood is
-    measured against the model as it was before training. Equal rewards carry no preference and make no pair.
+    Of two trajectories of a prompt the one with the better image is preferred, at every stochastic step; each
+    likelihood is relative to that under the model before training. Equal rewards carry no preference and make no pair.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"stochastic_steps"})
 
     pairs: int = 2
-    """Pairs of walks of each prompt in a round."""
+    """Pairs of trajectories of each prompt in a round."""
     beta: float = 0.1
-    """What log-ratios are multiplied with (D3PO's code)."""
+    """Factor of the log-ratios (D3PO's code)."""
     clip_range: float = 0.1
-    """How far a ratio of likelihoods may leave 1 (D3PO's code; 0.2 before a correction by its authors)."""
+    """Distance from 1 at which likelihood ratios are clipped (D3PO's code; 0.2 before a correction by its authors)."""
     shared_noise: bool = True
-    """Whether both walks of a pair start from the same initial noise, as in D3PO's code."""
+    """Start both trajectories of a pair from the same initial noise, as in D3PO's code."""
     reduction: Literal["mean", "sum"] = "mean"
     """The log-probability over latent dimensions. The paper writes the sum, its code takes the mean; `beta` and
     `clip_range` belong to that."""
     inner_epochs: int = 1
-    """Times that a round is learned from."""
+    """Passes over the steps of a round."""
 
     def __post_init__(self) -> None:
         for name in ("pairs", "inner_epochs"):
@@ -48,11 +47,11 @@ class D3PO(Algorithm[Pairs, Pairs]):
             raise ValueError(f"clip_range is {self.clip_range}, expected more than 0 and less than 1")
 
     def collect(self, batch: Batch, ctx: Context) -> Pairs:
-        """Pairs of single steps, the better walk first."""
-        return winners_first(collect_pairs(batch, self.pairs, self.shared_noise, ctx), ctx).by_step()
+        """Sample pairs, and take every step as a row, the better trajectory first."""
+        return winners_first(collect_pairs(batch, self.pairs, self.shared_noise, ctx)[0], ctx).by_step()
 
     def updates(self, collected: Pairs, ctx: Context) -> Iterator[Pairs]:
-        """Inner epochs over the steps in random order, in parts of nearly `ctx.rows_per_update` pairs."""
+        """Yield the steps in random order, in parts of nearly `ctx.rows_per_update` pairs, once each inner epoch."""
         for _ in range(self.inner_epochs):
             yield from collected.shuffled(ctx.generator).even_split(ctx.rows_per_update)
 
@@ -60,19 +59,10 @@ class D3PO(Algorithm[Pairs, Pairs]):
         return step_preference(rows, self.beta, self.clip_range, ctx, self.reduction)
 
 
-def winners_first(pairs: Pairs, ctx: Context) -> Pairs:
-    """The pairs of which the reward prefers one, that one first. Logs how many those are."""
-    first, second = pairs.rewards[:, 0], pairs.rewards[:, 1]
-    # NaN compares as False both ways, so an image that could not be scored is in no pair.
-    labelled = (first > second) | (first < second)
-    ctx.log(labelled_pairs=labelled.float().mean())
-    return pairs.swapped(first < second).select(labelled.nonzero()[:, 0])
-
-
 def step_preference(
     rows: Pairs, beta: float, clip_range: float, ctx: Context, reduction: str = "mean"
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The mean loss over pairs of single steps, the winner first, and metrics."""
+    """Return the mean loss over pairs of single steps, the winner first, and metrics."""
     now = log_prob(rows, ctx, reduction)
     with ctx.policy.reference():
         before = log_prob(rows, ctx, reduction)
@@ -89,6 +79,6 @@ def step_preference(
 
 
 def preference_loss(log_ratio: Tensor, beta: float, clip_range: float) -> Tensor:
-    """-log sigmoid(beta (ln r_winner - ln r_loser)) with clamped ratios; log_ratio (N, 2), the winner first, (N,)."""
+    """Return -log sigmoid(beta (ln r_winner - ln r_loser)) (N,) of clamped ratios; log_ratio (N, 2), winner first."""
     ratio = log_ratio.exp().clamp(1 - clip_range, 1 + clip_range).log()
     return -F.logsigmoid(beta * (ratio[:, 0] - ratio[:, 1]))
