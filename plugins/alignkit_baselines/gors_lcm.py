@@ -9,10 +9,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from alignkit.distillation import Distillation, Noised
 from alignkit.interfaces import Algorithm, Context, Sampler
 from alignkit.records import Batch, Prompt, Rows
 from alignkit.rollout import run_sampler
-from alignkit_lcd.distillation import Distillation, Noised
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from alignkit import diffusion
 from alignkit.advantage import PromptTracker, of_terms, over_batch
+from alignkit.distillation import Distillation, Noised
 from alignkit.errors import ConfigError, PluginError
 from alignkit.interfaces import Algorithm, Context, Sampler
 from alignkit.records import Batch, Prompt, Rows, Transition
 from alignkit.rollout import Rollout, run_sampler
-from alignkit_lcd.distillation import Distillation, Noised
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from alignkit.distillation import Distillation, Noised
 from alignkit.interfaces import Algorithm, Context, Sampler
 from alignkit.records import Batch, Prompt, Rows
 from alignkit_baselines.d3po import step_preference, winners_first
 from alignkit_baselines.pairs import Pairs, collect_pairs
-from alignkit_lcd.distillation import Distillation, Noised
 from alignkit_preference.noised import LatentPairs, NoisedPairs, encode_pairs, errors, margin, metrics, noised
 
 
