@@ -6,7 +6,8 @@ for update in run.train():
 images = run.sample(["a red circle and a blue square"], steps=2)
 
 The names below are the public ones, together with the modules `alignkit.testing`, `alignkit.rollout`,
-`alignkit.advantage`, `alignkit.diffusion` and `alignkit.errors`. Importing them does not import torch.
+`alignkit.advantage`, `alignkit.diffusion`, `alignkit.distillation` and `alignkit.errors`. Importing these names does not
+import torch.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from alignkit.hookspecs import Register, hookimpl
-from alignkit.interfaces import Algorithm, Context, ModelBundle, Policy, Reward, Sampler, Surrogate
-from alignkit.records import Batch, Example, Prompt, Rows, Scores, Transition
+from alignkit.interfaces import Algorithm, Context, ModelBundle, Policy, Regulariser, Reward, Sampler, Surrogate
+from alignkit.records import Batch, Example, Prediction, Prompt, Rows, Scores, Transition
 
 if TYPE_CHECKING:
     from alignkit.commands.evaluate import evaluate
@@ -31,8 +32,10 @@ __all__ = [
     "Example",
     "ModelBundle",
     "Policy",
+    "Prediction",
     "Prompt",
     "Register",
+    "Regulariser",
     "Reward",
     "Rows",
     "Run",

@@ -49,5 +49,10 @@ def register_surrogates(register: Register) -> None:
 
 
 @hookspec
+def register_regularisers(register: Register) -> None:
+    """Targets are subclasses of `alignkit.interfaces.Regulariser`."""
+
+
+@hookspec
 def register_models(register: Register) -> None:
     """Targets are an `alignkit.interfaces.ModelBundle` or a function without arguments that returns one."""

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from alignkit.records import Batch, Example, Prompt, Rows, Scores, Transition
+from alignkit.records import Batch, Example, Prediction, Prompt, Rows, Scores, Transition
 
 if TYPE_CHECKING:
     import torch
@@ -259,6 +259,9 @@ class Algorithm(ABC, Generic[C, R]):
     default_surrogate: ClassVar[str] = ""
     """Name of the surrogate that it takes where none is named."""
 
+    default_regularisers: ClassVar[Mapping[str, float]] = {}
+    """Regularisers, name to weight, of a run that lists none."""
+
     surrogate_type: ClassVar[type] = Surrogate
     """What its surrogate must be an instance of; checked by the core before any weight loads."""
 
@@ -313,6 +316,61 @@ class Algorithm(ABC, Generic[C, R]):
         return
 
 
+class Regulariser(ABC, Generic[C, R]):
+    """A term that the trainer adds, times its weight, to the loss of any algorithm.
+
+    Subclasses are dataclasses: their fields are the hyper-parameters. C is what it keeps of a round's batch, R the rows
+    of one update.
+
+    In each round the core calls `collect` once, then for each update of the policy `rows`, `loss` once a pass, and
+    `after_update`. During the warm-up of a surrogate it calls none of them.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Of "teacher", "images", "predictions"; checked by the core. With "predictions", `loss` receives what the policy
+    predicted, with gradient, while the algorithm computed its own loss."""
+
+    def check(self, sampler: Sampler) -> None:
+        """Raise ConfigError if these fields cannot work with this sampler. Called before any weight loads."""
+        return
+
+    def setup(self, ctx: Context) -> None:
+        """Called once, after the weights are loaded and after `Algorithm.setup`."""
+        return
+
+    def collect(self, batch: Batch, ctx: Context) -> C | None:
+        """Compute once, for all updates of a round, what does not change between them (latents of images); called
+        without gradient after `Algorithm.collect`. None by default."""
+        return None
+
+    def rows(self, collected: C | None, count: int, ctx: Context) -> R | None:
+        """Return `count` rows for one update, as many as the algorithm has, or None if the term needs none.
+
+        Called without gradient, after `Algorithm.updates` has yielded its rows. All randomness belongs here, from
+        `ctx.generator`; the rows are split into passes as those of the algorithm.
+        """
+        return None
+
+    @abstractmethod
+    def loss(self, rows: R | None, predictions: Sequence[Prediction], ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the term before its weight, a scalar mean over rows, and metrics that are means over rows.
+
+        `predictions` are those of the same pass, in order; empty without "predictions" in `needs`.
+        """
+
+    def after_update(self, ctx: Context) -> None:
+        """Called after each policy update, after `Algorithm.after_update`."""
+        return
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs: tensors and JSON values, nested in dicts and lists."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        return
+
+
 @dataclass(frozen=True)
 class ModelBundle:
     """A named model: where it lives and the run settings that suit it."""
@@ -322,7 +380,8 @@ class ModelBundle:
     teacher: str | None = None
     """The same for the model it was distilled from."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Sections of a run file, for every algorithm."""
+    """Sections of a run file, for every algorithm. "regulariser" may be a list, as in a run file, or a table from names
+    to fields that suit the model wherever a run lists that regulariser."""
     algorithm_defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """The same, by name of the algorithm; these win. Under "algorithm/reward" stands what suits that algorithm where
     this is the only reward that is trained on, and wins in turn."""

@@ -197,6 +197,21 @@ class Transition:
         return density.mean(1) if reduction == "mean" else density.sum(1)
 
 
+@dataclass(frozen=True)
+class Prediction(Rows):
+    """One call of `Policy.denoise`, N rows: its arguments and its result."""
+
+    x: Tensor
+    """(N, *S) the noisy latent."""
+    t: Tensor
+    """(N,) its time, as the network takes it."""
+    prompt: Prompt
+    guidance_scale: Tensor | None
+    """(N,), or None for the policy's own."""
+    clean: Tensor
+    """(N, *S) the clean latent, with gradient."""
+
+
 def _columns(values: Tensor, like: Tensor) -> Tensor:
     """(N,) as (N, 1, 1, ...) with as many axes as `like`."""
     return values.view(-1, *[1] * (like.dim() - 1))

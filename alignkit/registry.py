@@ -31,6 +31,7 @@ KINDS: dict[str, type] = {
     "reward": interfaces.Reward,
     "sampler": interfaces.Sampler,
     "surrogate": interfaces.Surrogate,
+    "regulariser": interfaces.Regulariser,
     "model": interfaces.ModelBundle,
 }
 RENAMED = {("reward", "shapes_reading"): "pixel_check"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,13 @@ from alignkit.config.sections import (
     EvaluateConfig,
     ModelConfig,
     PluginConfig,
+    RegulariserConfig,
     RewardConfig,
     RunConfig,
     SurrogateConfig,
     TrainConfig,
 )
-from alignkit.config.sources import LISTS, Layer, Layers, RunFile, nest
+from alignkit.config.sources import LISTS, Layer, Layers, RunFile, model_layer, nest
 from alignkit.data.prompt_sets import prompt_file
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.interfaces import ModelBundle
@@ -38,6 +40,7 @@ __all__ = [
     "EvaluateConfig",
     "ModelConfig",
     "PluginConfig",
+    "RegulariserConfig",
     "RewardConfig",
     "RunConfig",
     "SurrogateConfig",
@@ -62,6 +65,8 @@ RENAMED = {
     "algorithm.w_min": f"algorithm.guidance_scale_min, {_ONE_MORE}",
     "algorithm.w_max": f"algorithm.guidance_scale_max, {_ONE_MORE}",
     "algorithm.gradient_draws": "algorithm.gradient_samples",
+    "algorithm.distillation_weight": 'a table [[regulariser]] with name = "lcd" and weight = ...',
+    "algorithm.reference_weight": 'a table [[regulariser]] with name = "reference" and weight = ...',
 }
 """Keys of earlier versions, and what to write now."""
 
@@ -91,6 +96,7 @@ def to_toml(config: RunConfig) -> str:
     tree = {key: getattr(config, key) for key in TOP}
     tree |= {section: asdict(getattr(config, section)) for section in PLAIN}
     tree |= {"sampler": _table(config.sampler), "reward": [_table(reward) for reward in config.rewards]}
+    tree |= {"regulariser": [_table(regulariser) for regulariser in config.regularisers]}
     tree |= {"surrogate": _table(config.surrogate)} if config.surrogate else {}
     return toml.format_file(tree | {"algorithm": _table(config.algorithm)})
 
@@ -107,28 +113,37 @@ class _Loader:
         self.registry, self.file = registry, file
         label = f"model {model}: "
         user = [Layer("", file.tree)] if file else []
-        self.layers = Layers([Layer(label, bundle.defaults, ours=True), *user, Layer("", changes)], file)
+        self.layers = Layers([model_layer(label, bundle.defaults), *user, Layer("", changes)], file)
         self.layers.check_shape()
         self.algorithm = self.layers.name("algorithm") or DEFAULT_ALGORITHM
         suited: dict[str, Any] = dict(bundle.algorithm_defaults.get(self.algorithm, {}))
         suited["algorithm"] = {**suited.get("algorithm", {}), "name": self.algorithm}
         wanted = self.layers.wanted("reward")
         closely = bundle.algorithm_defaults.get(f"{self.algorithm}/{wanted[0]}", {}) if len(wanted) == 1 else {}
-        self.layers.layers[1:1] = [Layer(label, suited, ours=True), Layer(label, closely, ours=True)]
+        self.layers.layers[1:1] = [model_layer(label, suited), model_layer(label, closely)]
+        self.layers.layers.insert(0, Layer(f"algorithm {self.algorithm}: ", self._own_regularisers(), ours=True))
+
+    def _own_regularisers(self) -> dict[str, Any]:
+        """The list that the algorithm has where nobody gives one."""
+        try:
+            default: Mapping[str, float] = self.registry.get("algorithm", self.algorithm).default_regularisers
+        except AlignkitError:
+            return {}  # `_plugin` reports an algorithm that is not there
+        return {"regulariser": [{"name": name, "weight": weight} for name, weight in default.items()]}
 
     def run(self) -> RunConfig:
         values = {k: self._value(k, hint) for k, hint in TOP.items() if any(k in layer.tree for layer in self.layers)}
         plain = {section: self._plain(section, cls) for section, cls in PLAIN.items()}
         algorithm = self._plugin("algorithm", self.algorithm)
         sampler = self._plugin("sampler", self.layers.name("sampler"))
-        rewards = list(self._rewards())
+        rewards, regularisers = list(self._listed("reward")), list(self._listed("regulariser"))
         held_out = list(self._held_out({reward.name: reward for reward in rewards}))
         surrogate = self._surrogate(algorithm)
         self.layers.raise_problems()
         plain["evaluate"] = replace(plain["evaluate"], rewards=held_out)
         config: dict[str, Any] = {"sampler": sampler, "algorithm": algorithm, "surrogate": surrogate}
         try:
-            return RunConfig(**config, rewards=rewards, **values, **plain)
+            return RunConfig(**config, rewards=rewards, regularisers=regularisers, **values, **plain)
         except ValueError as error:
             raise ConfigError("\n".join(map(str, error.args))) from error
 
@@ -164,10 +179,10 @@ class _Loader:
                 values |= table
         return self._check_plugin(section, name, values)
 
-    def _rewards(self) -> Iterator[RewardConfig]:
-        """Those that are trained on."""
-        for entry, name, values in self.layers.listed("reward", "one of this run's rewards", "add the weights up"):
-            if config := self._check_plugin("reward", name, values, entry):
+    def _listed(self, section: str) -> Iterator[Any]:
+        """The configs of the plugins in a list that is a section of its own."""
+        for entry, name, values in self.layers.listed(section, f"one of this run's {section}s", "add the weights up"):
+            if config := self._check_plugin(section, name, values, entry):
                 yield config
 
     def _held_out(self, trained: Mapping[str, RewardConfig]) -> Iterator[dict[str, Any]]:
@@ -198,7 +213,7 @@ class _Loader:
         return None
 
     def _check_plugin(self, section: str, name: str, values: dict[str, Any], entry: int = 0) -> Any:
-        kind = "reward" if section in LISTS else section
+        kind = LISTS.get(section, section)
         try:
             cls = self.registry.get(kind, name)
             types = schema.field_types(cls)
@@ -251,6 +266,10 @@ class _Loader:
             except AlignkitError:
                 continue  # a section that is not there, or has a mistake of its own, has no names to offer
             elsewhere |= {k: f"{other}.{k}" for k in found}
+        for name in self.layers.wanted("regulariser"):
+            with suppress(AlignkitError):  # a name that is not there is reported by `_check_plugin`
+                found = schema.field_types(self.registry.get("regulariser", name))
+                elsewhere = {k: f"regulariser.{name}.{k}" for k in found} | elsewhere
         if key in elsewhere:
             return f"; did you mean {elsewhere[key]}?"
         return nearest(key, types) or nearest(f"{section}.{key}", elsewhere.values())

@@ -168,6 +168,17 @@ class SurrogateConfig(PluginConfig):
 
 
 @dataclass(frozen=True)
+class RegulariserConfig(PluginConfig):
+    """A term that is added to the loss of the algorithm."""
+
+    weight: float = 1.0
+    """Its factor in the loss; 0 leaves it out, with all that it needs."""
+
+    def __post_init__(self) -> None:
+        require(weight=or_more(self.weight, 0))
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The loop."""
 
@@ -269,6 +280,7 @@ class RunConfig:
     sampler: PluginConfig
     algorithm: PluginConfig
     rewards: list[RewardConfig]
+    regularisers: list[RegulariserConfig] = field(default_factory=list)
     surrogate: SurrogateConfig | None = None
     output: str = ""
     """The run folder; empty: runs/<date>-<algorithm>, with a number behind it from the second of a day on."""
@@ -299,6 +311,7 @@ PLUGINS: dict[str, type] = {
     "reward": RewardConfig,
     "surrogate": SurrogateConfig,
     "algorithm": PluginConfig,
+    "regulariser": RegulariserConfig,
 }
 """Sections whose `name` picks a plugin of that kind."""
 

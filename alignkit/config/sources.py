@@ -13,8 +13,9 @@ from alignkit.config.sections import PLAIN, PLUGINS, TOP
 from alignkit.errors import ConfigError
 from alignkit.registry import nearest, normalise
 
-LISTS = ("reward", "evaluate.rewards")
-"""Where rewards are listed, by name or by table. Single fields of theirs, in overrides, stand under this and a dot."""
+LISTS = {"reward": "reward", "regulariser": "regulariser", "evaluate.rewards": "reward"}
+"""Sections that list plugins, by name or by table, and the kind of plugin. Single fields, of overrides and of models,
+stand under the section's name and a dot."""
 
 
 class RunFile:
@@ -46,7 +47,7 @@ class RunFile:
 
 def nest(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """{"train.updates": 3} as {"train": {"updates": 3}}; "reward.NAME.key" as {"reward.": {NAME: {key: ...}}}, and
-    "evaluate.rewards.NAME.key" likewise."""
+    likewise for every section of `LISTS`."""
     tree: dict[str, Any] = {}
     for path, value in overrides.items():
         if value is None:
@@ -54,7 +55,9 @@ def nest(overrides: Mapping[str, Any]) -> dict[str, Any]:
         listed = next((f"{name}." for name in LISTS if path.startswith(f"{name}.")), "")
         section, *keys = [listed, *path[len(listed) :].split(".")] if listed else path.split(".")
         if len(keys) != (2 if listed else 1) and not (not keys and (section in TOP or section in LISTS)):
-            raise ConfigError(f"{path}: expected section.key, as train.updates, or reward.NAME.key")
+            raise ConfigError(
+                f"{path}: expected section.key, as train.updates, or reward.NAME.key or regulariser.NAME.key"
+            )
         if not keys:
             tree[section] = value
             continue
@@ -70,7 +73,16 @@ class Layer:
     label: str
     tree: Mapping[str, Any]
     ours: bool = False
-    """Whether it comes with the model and not from the user."""
+    """Whether it comes with the model or the algorithm and not from the user."""
+
+
+def model_layer(label: str, tree: Mapping[str, Any]) -> Layer:
+    """The settings that a model brings; a table of regularisers, in the place of a list, holds single fields."""
+    fields = tree.get("regulariser")
+    if not isinstance(fields, Mapping):
+        return Layer(label, tree, ours=True)
+    others = {key: value for key, value in tree.items() if key != "regulariser"}
+    return Layer(label, {**others, "regulariser.": fields}, ours=True)
 
 
 class Layers:
@@ -108,27 +120,30 @@ class Layers:
         return [normalise(entry if isinstance(entry, str) else entry["name"]) for entry in last]
 
     def listed(self, section: str, where: str, twice: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
-        """(place, name, fields) of each entry of the last list that was given in a section of `LISTS`. Fields of the
-        same reward in earlier lists still hold, and single fields of the overrides win. `where` and `twice` end the
-        messages about a single field of a reward that is not listed, and about one that is listed twice."""
-        given = [value_at(x.tree, section) or () for x in self]
-        lists = [[{"name": entry} if isinstance(entry, str) else entry for entry in entries] for entries in given]
+        """(place, name, fields) of each entry of the last list that was given in a section of `LISTS`.
+
+        Fields of the same name in earlier lists, and single fields, still hold; later layers win. `where` and `twice`
+        end the messages about a single field, in overrides, of a name that is not listed, and about one that is listed
+        twice."""
         wanted = self.wanted(section)
-        changes = self.layers[-1].tree.get(f"{section}.", {})
-        for name in changes.keys() - set(wanted):
+        for name in self.layers[-1].tree.get(f"{section}.", {}).keys() - set(wanted):
             self.problems.append(f"{section}.{name}: not {where} ({', '.join(wanted) or 'which is empty'})")
         for entry, name in enumerate(wanted):
             if name in wanted[:entry]:
                 self.problem(section, "name", f"{name} is there twice; {twice}", entry)
                 continue
             values: dict[str, Any] = {}
-            for one in (e for entries in lists for e in entries if normalise(e["name"]) == name):
-                values |= {key: value for key, value in one.items() if key != "name"}
-            yield entry, name, values | changes.get(name, {})
+            for layer in self:
+                for one in value_at(layer.tree, section) or ():
+                    if not isinstance(one, str) and normalise(one["name"]) == name:
+                        values |= {key: value for key, value in one.items() if key != "name"}
+                values |= layer.tree.get(f"{section}.", {}).get(name, {})
+            yield entry, name, values
 
     def check_shape(self) -> None:
-        """Only known sections, each a table; [[reward]] a list of names or tables. Raises ConfigError for what cannot
-        be read any further; an unknown section is noted."""
+        """Allow only known sections, each a table; those of `LISTS` hold a list of names or tables.
+
+        Raises ConfigError for what cannot be read any further; an unknown section is noted."""
         sections = [*TOP, *PLAIN, *PLUGINS]
         single = [f"{name}." for name in LISTS]
         unknown = 0
@@ -146,9 +161,9 @@ class Layers:
         for section, layer in ((section, layer) for section in LISTS for layer in self):
             entries = value_at(layer.tree, section)
             good = isinstance(entries, Sequence) and not isinstance(entries, str)
-            if entries is not None and not (good and all(map(_names_a_reward, entries))):
-                what = "[[reward]] tables" if section == "reward" else "a list of names or of tables"
-                self.problem(section, "", f"expected {what}{', each' if section == 'reward' else ''} with a name")
+            if entries is not None and not (good and all(map(_names_a_plugin, entries))):
+                what = f"[[{section}]] tables, each" if section in PLUGINS else "a list of names or of tables"
+                self.problem(section, "", f"expected {what} with a name")
         if len(self.problems) > unknown:
             self.raise_problems()
 
@@ -160,7 +175,7 @@ def value_at(tree: Mapping[str, Any], section: str) -> Any:
     return (table.get(key) if isinstance(table, Mapping) else None) if key else table
 
 
-def _names_a_reward(entry: Any) -> bool:
+def _names_a_plugin(entry: Any) -> bool:
     return isinstance(entry, str) or (isinstance(entry, Mapping) and isinstance(entry.get("name"), str))
 
 

@@ -19,7 +19,7 @@ from alignkit.data.preferences import check_pairs, open_pairs
 from alignkit.data.prompts import read_examples
 from alignkit.data.sources import Images, Preferences
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Algorithm, Reward, Sampler, Surrogate
+from alignkit.interfaces import Algorithm, Regulariser, Reward, Sampler, Surrogate
 from alignkit.models.diffusers_policy import DiffusersPolicy
 from alignkit.models.encoder_cache import EncoderCache
 from alignkit.models.pipelines import check_source, locate_weights
@@ -54,6 +54,16 @@ class Parts:
         """A fresh instance of the run's algorithm."""
         algorithm: Algorithm[Any, Any] = self._plugin("algorithm", self.config.algorithm)
         return algorithm
+
+    def regularisers(self) -> list[tuple[str, float, Regulariser[Any, Any]]]:
+        """(name, weight, a fresh instance) of those whose weight is not 0."""
+        return [(r.name, r.weight, self._plugin("regulariser", r)) for r in self.config.regularisers if r.weight]
+
+    def who_needs(self, what: str) -> str:
+        """Who needs a teacher or images, in words for messages: the algorithm or a regulariser; empty for nobody."""
+        if what in self.algorithm().needs:
+            return f"algorithm {self.config.algorithm.name}"
+        return next((f"regulariser {name}" for name, _, r in self.regularisers() if what in r.needs), "")
 
     def trained_rewards(self) -> list[tuple[str, float, Reward]]:
         """(name, weight, reward) of those that a run names to be trained on."""
@@ -100,9 +110,9 @@ class Parts:
         return read_examples(path, column, key="evaluate.prompts")[: self.config.evaluate.limit] if path else []
 
     def images(self, size: int, skipped: list[str] | None = None) -> Images | None:
-        """The captioned images to train on, at `size` pixels; None if the algorithm needs none."""
+        """The captioned images to train on, at `size` pixels; None if nobody needs any."""
         data = self.config.data
-        needed = "images" in self.algorithm().needs
+        needed = self.who_needs("images")
         return open_images(data.images, size, data.caption_column, skipped) if needed else None
 
     def pairs(self, size: int, skipped: list[str] | None = None) -> Preferences | None:
@@ -124,7 +134,7 @@ class Parts:
         for tracker in self.config.train.trackers:
             if find_spec(tracker) is None:
                 raise ConfigError(f"train.trackers: {tracker} is not installed; pip install 'alignkit[{tracker}]'")
-        if "teacher" in algorithm.needs and self.teacher_source():
+        if self.who_needs("teacher") and self.teacher_source():
             check_source(self.teacher_source(), "model.teacher")
         if "stochastic_steps" in algorithm.needs and not sampler.stochastic_steps():
             found = ", ".join(f"{name} = {value}" for name, value in self.config.sampler.fields.items())
@@ -134,22 +144,21 @@ class Parts:
                 "raise sampler.num_steps, or sampler.eta where there is one, or take another sampler or algorithm"
             )
         algorithm.check(sampler)
+        for _, _, regulariser in self.regularisers():
+            regulariser.check(sampler)
         for steps in self.config.evaluate.steps:
             self.sampler(steps)
-        if "teacher" in algorithm.needs and not self.teacher_source():
-            raise ConfigError(
-                f"model.teacher: missing; algorithm {self.config.algorithm.name} needs the model that "
-                f"{self.config.model.name} was distilled from"
-            )
+        if (who := self.who_needs("teacher")) and not self.teacher_source():
+            raise ConfigError(f"model.teacher: missing; {who} needs the model that {model.name} was distilled from")
         self._check_surrogate(algorithm)
         if self.config.surrogate and self.config.surrogate.init and not surrogate_file(self.config.surrogate).is_file():
             raise ConfigError(
                 f"surrogate.init: there is no {surrogate_file(self.config.surrogate)}; "
                 f"expected a run folder with {SURROGATE_FILE}, or such a file"
             )
-        if "images" in algorithm.needs and not data.images:
-            raise ConfigError(f"data.images: missing; algorithm {self.config.algorithm.name} needs captioned images")
-        if "images" in algorithm.needs:
+        if (who := self.who_needs("images")) and not data.images:
+            raise ConfigError(f"data.images: missing; {who} needs captioned images")
+        if who:
             check_images(data.images, data.caption_column, skipped)
         if "pairs" in algorithm.needs and not data.pairs:
             raise ConfigError(
@@ -222,8 +231,8 @@ class Parts:
         return policy
 
     def load_teacher(self, device: torch.device | str = "cpu") -> DiffusersPolicy | None:
-        """The model it was distilled from, which is not trained; None if the algorithm needs none."""
-        if "teacher" not in self.algorithm().needs:
+        """The model it was distilled from, which is not trained; None if nobody needs one."""
+        if not self.who_needs("teacher"):
             return None
         return DiffusersPolicy(
             self.teacher_source(),

@@ -80,8 +80,9 @@ class Loop:
         if unmeasured := config.evaluate.unmeasured():
             ctx.warn(unmeasured)
         self.policy = policy
-        self.trainer = Trainer(config, ctx, algorithm, prompts, images, pairs, skipped)
+        self.trainer = Trainer(config, ctx, algorithm, prompts, images, pairs, skipped, parts.regularisers())
         algorithm.setup(ctx)
+        self.trainer.regularisers.setup(ctx)
         if config.train.trackers:
             accelerator.init_trackers("alignkit", config=dict(_flat(asdict(config))))
 

@@ -24,6 +24,7 @@ from alignkit.interfaces import Algorithm
 from alignkit.records import Batch, Example, PreferencePairs, Rows
 from alignkit.training import checkpoint
 from alignkit.training.context import TrainContext
+from alignkit.training.regularisers import Regularisers, UpdateRows, Weighed
 
 RowsT = TypeVar("RowsT")
 
@@ -59,9 +60,11 @@ class Trainer:
         images: Images | None,
         pairs: Preferences | None = None,
         skipped: list[str] | None = None,
+        regularisers: Sequence[Weighed] = (),
     ) -> None:
         """`skipped` is where `images` and `pairs` note what they skip as broken."""
         self.config, self.ctx, self.algorithm = config, ctx, algorithm
+        self.regularisers = Regularisers(regularisers)
         self.accelerator = ctx.accelerator
         self._examples, self._images, self._pairs, self._skipped = examples, images, pairs, skipped
         self._stream = Stream(len(examples), config.seed)
@@ -126,7 +129,10 @@ class Trainer:
         ctx.begin_round()
         # Under the precision of the loss: likelihoods of then and now are compared.
         with torch.no_grad(), self.accelerator.autocast():
-            collected = algorithm.collect(self.batch(), ctx)
+            batch = self.batch()
+            collected = algorithm.collect(batch, ctx)
+            if not warming_up:
+                self.regularisers.collect(batch, ctx)
         self._tell_skipped()
         self.batches += 1
         self._round_start = None
@@ -136,7 +142,7 @@ class Trainer:
             yield Update(0, metrics, metrics.get("reward", math.nan))
             return
         reward = math.nan
-        for rows in self._together(self._in_precision(algorithm.updates(collected, ctx))):
+        for rows in self._together(self._updates(collected)):
             self._update_policy(rows)
             metrics = ctx.take_metrics()
             reward = metrics.get("reward", reward)
@@ -160,6 +166,11 @@ class Trainer:
                 return
             yield rows
 
+    def _updates(self, collected: Any) -> Iterator[UpdateRows]:
+        """The rows of each update of the policy, those of the regularisers included."""
+        own = self.algorithm.updates(collected, self.ctx)
+        return self._in_precision(self.regularisers.rows(rows, self.ctx) for rows in own)
+
     def _together(self, updates: Iterator[RowsT]) -> Iterator[RowsT]:
         """The updates, as long as every process has one: gradients are averaged over all of them."""
         for rows in chain(updates, [None]):
@@ -179,23 +190,26 @@ class Trainer:
             module.requires_grad_(False)
             self.ctx.log(surrogate_loss=losses["loss"], surrogate_grad_norm=norm)
 
-    def _update_policy(self, rows: Rows) -> None:
+    def _update_policy(self, rows: UpdateRows) -> None:
         train = self.config.train
         rate = learning_rate(train, self.ctx.update)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if train.warmup or train.schedule != "constant":
             self.ctx.log(learning_rate=rate)
-        metrics = self._backward(rows, lambda part: self.algorithm.loss(part, self.ctx))
+        metrics = self._backward(rows, lambda part: self.regularisers.loss(part, self.ctx, self.algorithm.loss))
         norm = self._step(self.optimizer, self.ctx.policy.parameters(), train.max_grad_norm)
         with torch.no_grad():
             for name, parameter in self.ctx.policy.weights().items():
                 self.average[name].lerp_(parameter, 1 - train.ema_decay)
         self.ctx.update += 1
         self.algorithm.after_update(self.ctx)
+        self.regularisers.after_update(self.ctx)
         self.ctx.log(grad_norm=norm, **metrics)
 
-    def _backward(self, rows: Rows, loss: Callable[[Any], tuple[Tensor, dict[str, Tensor]]]) -> dict[str, float]:
+    def _backward(
+        self, rows: Rows | UpdateRows, loss: Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
+    ) -> dict[str, float]:
         """Gradients of the mean loss over `rows`, a few rows a pass; returns the means of loss and metrics."""
         means: dict[str, float] = defaultdict(float)
         for part in rows.split(self.config.train.rows_per_pass):
@@ -273,8 +287,12 @@ class Trainer:
         }
 
     def rank_state(self) -> dict[str, Any]:
-        """What differs between processes: chance, and what the algorithm keeps of its own samples."""
-        return {"algorithm": self.algorithm.state_dict(), "context": self.ctx.state_dict()}
+        """What differs between processes: randomness, and what algorithm and regularisers keep."""
+        return {
+            "algorithm": self.algorithm.state_dict(),
+            "regularisers": self.regularisers.state_dict(),
+            "context": self.ctx.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The reverse of `state_dict`."""
@@ -295,6 +313,7 @@ class Trainer:
     def load_rank_state(self, state: Mapping[str, Any]) -> None:
         """The reverse of `rank_state`."""
         self.algorithm.load_state_dict(state["algorithm"])
+        self.regularisers.load_state_dict(state["regularisers"])
         self.ctx.load_state_dict(state["context"])
 
 

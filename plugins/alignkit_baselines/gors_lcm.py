@@ -11,7 +11,7 @@ from torch import Tensor
 
 from alignkit import Algorithm, Batch, Context, Prompt, Rows, Sampler
 from alignkit.rollout import sample_trajectories
-from alignkit_lcd.distillation import Distillation, Noised
+from alignkit.distillation import Distillation, Noised
 
 
 @dataclass(frozen=True)

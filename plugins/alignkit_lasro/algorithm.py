@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from alignkit.distillation import Distillation
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Algorithm, Context, Sampler
 from alignkit.records import Batch, Prompt
@@ -17,7 +18,6 @@ from alignkit_lasro.measure import measure_rewards, measure_surrogate
 from alignkit_lasro.memory import Memory
 from alignkit_lasro.pairs import Pairs, Scored
 from alignkit_lasro.sampling import Sampling, States
-from alignkit_lcd.distillation import Distillation
 
 
 @dataclass(frozen=True)

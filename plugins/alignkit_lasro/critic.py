@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from alignkit.diffusion import add_noise
+from alignkit.distillation import Noised
 from alignkit.interfaces import Context
 from alignkit.records import Example, Prompt, Rows
 from alignkit_lasro.sampling import States
-from alignkit_lcd.distillation import Noised
 
 GradientOf = Literal["surrogate", "reward"]
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from alignkit.distillation import Average, Distance, Distillation, Noised
 from alignkit.interfaces import Algorithm, Context, Sampler
 from alignkit.records import Batch
-from alignkit_lcd.distillation import Average, Distance, Distillation, Noised
 
 
 @dataclass

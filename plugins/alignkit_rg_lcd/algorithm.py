@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from alignkit.distillation import Average, Distance, Distillation, Noised
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Algorithm, Context, Sampler
 from alignkit.records import Batch, Example, Prompt, Rows
-from alignkit_lcd.distillation import Average, Distance, Distillation, Noised
 from alignkit_rg_lcd.preference import Direction, RealImages, margins, preference_loss, with_real_images
 from alignkit_rg_lcd.surrogate import LRM
 

@@ -20,10 +20,10 @@ from torch.nn import functional as F
 
 from alignkit import diffusion
 from alignkit.advantage import PromptTracker
+from alignkit.distillation import pseudo_huber
 from alignkit.records import Transition
 from alignkit_baselines import d3po
 from alignkit_ddpo.algorithm import clipped
-from alignkit_lcd.distillation import pseudo_huber
 from alignkit_preference import diffusion_dpo, pso
 from alignkit_preference.rebel import squares
 from alignkit_rg_lcd.preference import margins, preference_loss

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignkit import diffusion
+from alignkit.distillation import pseudo_huber
 from alignkit.models.diffusers_policy import DiffusersPolicy
 from alignkit.records import Prompt
 from alignkit.rollout import run_sampler
-from alignkit_lcd.distillation import pseudo_huber
 from alignkit_samplers.ddim import DDIM
 from alignkit_shapes.build.teacher import SCHEDULE
 from alignkit_shapes.scenes import caption, sample_scene

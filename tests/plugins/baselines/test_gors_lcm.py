@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from alignkit.distillation import Distillation
 from alignkit.errors import ConfigError
 from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint, assert_one_pass_is_several
 from alignkit.training.trainer import Trainer
 from alignkit_baselines.gors_lcm import GorsLCM, best
-from alignkit_lcd.distillation import Distillation
 from alignkit_samplers.ddim import DDIM
 from alignkit_samplers.lcm import LCM
 from method_checks import collect, updates

@@ -20,6 +20,7 @@ from diffusers import (
 )
 from torch import Tensor
 
+from alignkit.distillation import Distillation, Noised, pseudo_huber
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Policy
 from alignkit.models.diffusers_policy import DiffusersPolicy
@@ -30,7 +31,6 @@ from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint
 from alignkit.training.trainer import Trainer
 from alignkit_lasro.algorithm import LaSRO
 from alignkit_lcd.algorithm import LCD
-from alignkit_lcd.distillation import Distillation, Noised, pseudo_huber
 from alignkit_samplers.ddim import DDIM
 from alignkit_samplers.lcm import LCM
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from alignkit.distillation import Distillation, pseudo_huber
 from alignkit.errors import ConfigError
 from alignkit.records import Scores
 from alignkit.runs.run import Run
 from alignkit.testing.algorithm import assert_one_pass_is_several
 from alignkit.training.trainer import Trainer
-from alignkit_lcd.distillation import Distillation, pseudo_huber
 from alignkit_rg_lcd.algorithm import RGLCD, Compared, Contrast
 from alignkit_samplers.ddim import DDIM
 from alignkit_samplers.lcm import LCM

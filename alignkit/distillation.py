@@ -14,7 +14,6 @@ from alignkit import diffusion
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Context, Policy, Sampler
 from alignkit.records import Prompt, Rows
-from alignkit_samplers.lcm import LCM
 
 Distance = Literal["huber", "l2"]
 
@@ -53,18 +52,23 @@ class Distillation:
                 f"{self.guidance_scale_max}"
             )
 
-    def check(self, sampler: Sampler) -> None:
-        """Raise ConfigError for a student that this loss cannot distil: one that is no latent consistency model."""
-        if not isinstance(sampler, LCM):
+    def check(self, sampler: Sampler, section: str = "algorithm") -> None:
+        """Raise ConfigError for a student that this loss cannot distil: one that is no latent consistency model.
+
+        `section` is where the settings stand in a run file.
+        """
+        if not sampler.consistency:
             raise ConfigError(
                 f"sampler.name: found {type(sampler).__name__}, expected lcm: only a latent consistency model has this "
                 "distillation loss. If the model is one, set lcm; one of many steps becomes one with lcd and "
-                'model.prediction = "consistency"; one distilled otherwise, as SD-Turbo, is trained by methods that do '
-                "without (lasro with algorithm.distillation_weight = 0)"
+                'model.prediction = "consistency"; one distilled otherwise, as SD-Turbo, is trained without this loss '
+                "(regulariser = [], if the algorithm can do without)"
             )
-        if sampler.original_steps != self.ode_steps:
+        # A consistency sampler of a third party may have no such grid.
+        original_steps = getattr(sampler, "original_steps", self.ode_steps)
+        if original_steps != self.ode_steps:
             raise ConfigError(
-                f"algorithm.ode_steps: found {self.ode_steps}, expected {sampler.original_steps}, which is "
+                f"{section}.ode_steps: found {self.ode_steps}, expected {original_steps}, which is "
                 "sampler.original_steps; both must be what the model was distilled with"
             )
 
