@@ -50,7 +50,7 @@ class Table:
 
 
 # LaSRO's baselines have its distillation loss beside them.
-_distilled: Settings = {"algorithm.distillation_weight": 1.0}
+_distilled: Settings = {"regulariser": ["lcd"]}
 _rows: Settings = {"train.rows_per_update": 32, "train.rows_per_pass": 128, "train.ema_decay": 0.95}
 _two_steps: Settings = {
     "model.name": "shapes_lcm", "sampler.name": "lcm", "sampler.num_steps": 2, "data.batch_size": 16, **_rows,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from alignkit import Algorithm, Batch, Context, Prompt, Rows, Sampler
-from alignkit.rollout import sample_trajectories
 from alignkit.distillation import Distillation, Noised
+from alignkit.rollout import sample_trajectories
 
 
 @dataclass(frozen=True)

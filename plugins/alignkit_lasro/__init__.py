@@ -10,7 +10,7 @@ from alignkit.hookspecs import Register
 def register_algorithms(register: Register) -> None:
     register(
         "lasro",
-        "alignkit_lasro.algorithm:LaSRO",
+        "alignkit_lasro.additions:ExtendedLaSRO",
         "Learned latent surrogate reward, followed by its gradient; any black-box reward",
     )
 

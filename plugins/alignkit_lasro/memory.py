@@ -1,4 +1,4 @@
-"""The rounds of scored samples that the surrogate learns from again."""
+"""Rounds of scored samples that the surrogate learns from again; not in LaSRO's paper."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from alignkit_lasro.pairs import Scored, counterparts, mixed
+from alignkit_lasro.groups import Scored, extremes
+
+PairChoice = Literal["extremes", "random"]
 
 
 class Memory:
@@ -30,10 +32,8 @@ class Memory:
         if self._own < self._samples:
             self.changes = [*self.changes, (counterparts(scored, self._own, self._samples), texts)][-self._size :]
 
-    def draw(
-        self, choice: Literal["extremes", "random"], size: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, list[str]]:
-        """Winners (N, *S), losers and their texts of about `size` pairs, the newest round always among them.
+    def sample(self, choice: PairChoice, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, list[str]]:
+        """Return winners (N, *S), losers and their texts of about `size` pairs, the newest round always among them.
 
         Half of them are of policy and model before training, where there are such: few of those differ in reward, so
         that among all others they would hardly be seen.
@@ -50,3 +50,60 @@ class Memory:
         self.rounds, self.changes = [], []
         for entry in state:
             self.add(Scored(**{name: value for name, value in entry.items() if name != "texts"}), entry["texts"])
+
+
+def random_pairs(rewards: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose any two samples of each group, the better one first; otherwise as `extremes`."""
+    order = torch.rand(rewards.shape, generator=generator).argsort(1)
+    first, second = order[:, 0], order[:, 1]
+    rows = torch.arange(len(rewards))
+    left, right = rewards[rows, first], rewards[rows, second]
+    # NaN compares as False both ways, so a sample that could not be scored is in no pair.
+    better, worse = torch.where(left >= right, first, second), torch.where(left >= right, second, first)
+    return better, worse, (left > right) | (left < right)
+
+
+def counterparts(scored: Scored, own: int, samples: int) -> Scored:
+    """Return groups of two from the same noise: a sample of the policy, and one of the model before training.
+
+    `scored` holds `own` samples of the policy, then those of the model before training up to `samples`, each from the
+    noise of the own sample at its place.
+    """
+    place = torch.arange(own, samples)
+    members = torch.stack([(place - own) % own, place], dim=1)
+    return Scored(
+        latents=scored.latents[:, members].flatten(0, 1),
+        rewards=scored.rewards[:, members].flatten(0, 1),
+        text=scored.text.repeat_interleave(len(place)),
+        step=scored.step.repeat_interleave(len(place)),
+    )
+
+
+def mixed(
+    rounds: Sequence[tuple[Scored, Sequence[str]]], choice: PairChoice, size: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, list[str]]:
+    """Choose up to `size` pairs of the newest of `rounds`, which come with their texts, and of older ones at random.
+
+    Where there are older ones half of the room is for the newest, and of each older one a part is chosen. Returns
+    winners (N, *S), losers and their texts; N is 0 where no group carries a label.
+    """
+    winners: list[Tensor] = []
+    losers: list[Tensor] = []
+    texts: list[str] = []
+    fresh, kept = rounds[-1:], rounds[:-1]
+    order = torch.randperm(len(kept), generator=generator).tolist()
+    for scored, names in [*fresh, *(kept[i] for i in order)]:
+        if choice == "extremes":
+            best, worst, labelled = extremes(scored.rewards)
+        else:
+            best, worst, labelled = random_pairs(scored.rewards, generator)
+        rows = labelled.nonzero()[:, 0]
+        room = size if not kept else size // 2 if not winners else size // 4
+        if kept or len(rows) > room:
+            rows = rows[torch.randperm(len(rows), generator=generator)[:room]]
+        winners.append(scored.latents[rows, best[rows]])
+        losers.append(scored.latents[rows, worst[rows]])
+        texts += [names[i] for i in scored.text[rows].tolist()]
+        if len(texts) >= size:
+            break
+    return torch.cat(winners), torch.cat(losers), texts

@@ -19,11 +19,14 @@ _of_1024: Settings = {"train": {"rows_per_pass": 2}, "evaluate": {"batch_size": 
 
 
 def _with(*layers: Settings) -> Settings:
-    """The sections of all layers; the later win, key by key, and a sampler that is named begins anew."""
+    """Merge the sections of all layers; later ones win, key by key, a list or a named sampler as a whole."""
     merged: Settings = {}
     for layer in layers:
         for section, values in layer.items():
-            merged[section] = {**({} if "name" in values else merged.get(section, {})), **values}
+            if isinstance(values, list):
+                merged[section] = values
+            else:
+                merged[section] = {**({} if "name" in values else merged.get(section, {})), **values}
     return merged
 
 
@@ -51,7 +54,7 @@ def _round(prompts: int, rows: int, updates: int = 0, **fields: Any) -> Settings
 # noised again in full so that y depends on the policy through its clean latent alone. Its learning rate is smaller, the
 # paper says; how much is not printed.
 _lasro_lcm = _sampler("lcm", 2)
-_lasro_turbo_loss: Settings = {"algorithm": {"distillation_weight": 0.0}, "train": {"learning_rate": 3e-5}}
+_lasro_turbo_loss: Settings = {"regulariser": [], "train": {"learning_rate": 3e-5}}
 _lasro_turbo = _with(_sampler("renoise", 2), _lasro_turbo_loss)
 _vega: Settings = {"surrogate": {"name": "latent_unet", "backbone": "segmind/Segmind-Vega"}}
 # The policy-gradient methods of RLCM (2404.03673, its code for the aesthetic reward): 8 steps, Adam without decay, LoRA

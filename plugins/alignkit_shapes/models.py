@@ -52,20 +52,18 @@ def shapes_lcm() -> ModelBundle:
     lasro = {
         "data": {"batch_size": 48},
         "algorithm": {
-            **guidance,
             "samples": 2,
             "reference_samples": 1,
             "negatives": 1,
             "unit_gradients": True,
-            "distillation_weight": 0.0,
-            "reference_weight": 30.0,
             "policy_steps": 4,
             "surrogate_steps": 2,
             "pairs_per_update": 128,
             **_often,
             "smoothing": 0.3,
-            "purify": 250,
+            "purify": 0.25,
         },
+        "regulariser": [{"name": "reference", "weight": 30.0}],
         "model": {"lora_targets": WIDE},
         "surrogate": {"name": "latent_unet", "warmup": 10, "learning_rate": 3e-4},
         "train": {
@@ -86,20 +84,22 @@ def shapes_lcm() -> ModelBundle:
         "reward": [{"name": "attribute_binding", "mode": "soft"}],
         "surrogate": {"name": "lrm", "patch": 1, "width": 128, "layers": 4, "heads": 4, "latent_groups": 3},
     }
-    likelihoods = _likelihoods(_walk("lcm", 4, [1, 2, 4]))
-    for name in ("ddpo", "pso"):  # which may have the distillation loss beside them
-        likelihoods[name] = {**likelihoods[name], "algorithm": {**likelihoods[name].get("algorithm", {}), **guidance}}
     return ModelBundle(
         path=str(WEIGHTS / "shapes_lcm"),
         teacher=str(WEIGHTS / "shapes_teacher"),
-        defaults={"model": {"guidance_scale": 3.0}, "sampler": {"name": "lcm", "num_steps": 2}, **_data},
+        defaults={
+            "model": {"guidance_scale": 3.0},
+            "sampler": {"name": "lcm", "num_steps": 2},
+            "regulariser": {"lcd": guidance},
+            **_data,
+        },
         algorithm_defaults={
             "lasro": lasro,
             "lasro/attribute_binding": binding,
             "lcd": {"algorithm": guidance},
             "rg_lcd": rg_lcd,
             "gors_lcm": {"algorithm": guidance},
-            **likelihoods,
+            **_likelihoods(_walk("lcm", 4, [1, 2, 4])),
             "diffusion_dpo": _unflipped,
         },
     )
@@ -121,7 +121,8 @@ def shapes_turbo() -> ModelBundle:
             "pso": _walk("euler_ancestral", 4, [1, 2, 4], eta=1.0),
             "lasro": {
                 **_walk("renoise", 2, [1, 2, 4]),
-                "algorithm": {"distillation_weight": 0.0, **_often},
+                "algorithm": _often,
+                "regulariser": [],
                 "train": {"learning_rate": 3e-5},  # as the bundles of models that were distilled so have it
             },
             "diffusion_dpo": on_grid,

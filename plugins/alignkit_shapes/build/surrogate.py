@@ -36,7 +36,7 @@ def train(out: Path, run: Path, rounds: int = 250, updates: int = 400, seed: int
     _run(second, seed + 1, {
         "surrogate.init": str(first / "surrogate.safetensors"), "train.updates": updates, "algorithm.replay": updates,
         "algorithm.restart_every": 30, "algorithm.surrogate_steps": 2, "algorithm.pairs_per_update": 96,
-        "algorithm.policy_steps": 1, "algorithm.reference_weight": 0.0, "train.learning_rate": 2e-4,
+        "algorithm.policy_steps": 1, "regulariser": [], "train.learning_rate": 2e-4,
     })  # fmt: skip
     taught = load_file(second / "surrogate.safetensors")
     save_file({name: tensor.half() for name, tensor in taught.items()}, out)

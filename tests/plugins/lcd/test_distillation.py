@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from alignkit_lasro.algorithm import LaSRO
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -29,7 +30,6 @@ from alignkit.rollout import sample
 from alignkit.runs.run import Run
 from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint
 from alignkit.training.trainer import Trainer
-from alignkit_lasro.algorithm import LaSRO
 from alignkit_lcd.algorithm import LCD
 from alignkit_samplers.ddim import DDIM
 from alignkit_samplers.lcm import LCM

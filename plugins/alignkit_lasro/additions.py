@@ -1,0 +1,274 @@
+"""Additions of ours to LaSRO, which are not in the paper; all are off by default."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from math import sqrt
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from alignkit import Batch, Context, Example, Prompt
+from alignkit.diffusion import add_noise
+from alignkit.errors import ConfigError
+from alignkit.rollout import Trajectories, encode_examples, run_sampler
+from alignkit_lasro.groups import Pairs, Scored
+from alignkit_lasro.lasro import Collected, LaSRO, States, scored_groups, states_of
+from alignkit_lasro.memory import Memory, counterparts
+
+
+@dataclass(frozen=True)
+class PerturbedStates(States):
+    """States with the random numbers of their scores."""
+
+    other: Prompt | None = None
+    """Another prompt of each row, for `contrast`."""
+    blur: Tensor | None = None
+    """(N, draws, *S) added to the clean latent before it is scored."""
+    noise: Tensor | None = None
+    """(N, draws, *S) unit normal, for `purify`."""
+
+
+@dataclass
+class ExtendedLaSRO(LaSRO):
+    """LaSRO (Jia et al., CVPR 2025, arXiv 2411.15247), with additions of ours.
+
+    A surrogate learns from pairs of samples which of them the true reward prefers (Eq. 10); the policy follows the
+    surrogate's gradient at every step of its sampler, normalised and clipped (Eq. 12 and 13), together with a latent
+    consistency distillation term (Eq. 11): the regulariser `lcd`, whose weight is lambda.
+
+    Fields marked "Not in the paper" are additions of ours. By default they are off, and this is the paper's method.
+    """
+
+    replay: int = 1
+    """Not in the paper. Rounds of scored samples that are kept for the surrogate. With 1, as in the paper, it sees each
+    sample in its own round only; where the true reward is the expensive part of a round, more make more of it."""
+    pairs: Literal["extremes", "random"] = "extremes"
+    """Not in the paper but for "extremes". The two samples of a group that make a pair: best and worst, or any two
+    whose rewards differ."""
+    noise_correlation: float = 0.0
+    """Not in the paper. Correlation of the noises within a group, 0 for independent ones. Samples from nearly the same
+    noises share the layout and differ in what a gradient can change; between independent ones the layout hides it."""
+    reference_samples: int = 0
+    """Not in the paper. Number of the N_s samples that the model before training generates, from the noises of the
+    others. Pairs within one model's samples carry no information about what all of them have in common, so a drift of
+    the policy that the surrogate happens to like would never be corrected; samples without the drift correct it."""
+    negatives: int = 0
+    """Not in the paper. Samples of other prompts of the batch that the reward also scores under each prompt, and that
+    join its group. Samples of one prompt are much alike; what the prompt asks for shows where it is missing altogether.
+    """
+    smoothing: float = 0.0
+    """Not in the paper. Standard deviation of noise on the latents that the surrogate sees, while it learns and while
+    the policy follows it. Its gradient is then that of an average over a neighbourhood, and points less often where no
+    image is."""
+    purify: float = 0.0
+    """Not in the paper. Share of the schedule (0 to 1) at whose time the policy's prediction is noised, and from which
+    the teacher denoises it, before the surrogate scores it for the policy: diffusion purification (Nie et al., ICML
+    2022). The gradient then comes through the teacher, which passes what leads to another image and damps what merely
+    fools the surrogate. 0 leaves it out."""
+    contrast: float = 0.0
+    """Not in the paper. Share of a sample's surrogate score under another prompt of the batch that is subtracted from
+    that under its own before the policy follows it; removes the prompt-independent part. A policy first fools a
+    surrogate by what scores better under every prompt, since pairs, which share a prompt, say little of it."""
+    gradient_samples: int = 1
+    """Not in the paper. Noises, of `smoothing` and `purify`, over which the score that the policy follows is averaged.
+    """
+    unit_gradients: bool = False
+    """Not in the paper. Let every sample pull equally: the gradient by each prediction is scaled to length one, instead
+    of the scores being normalised and clipped (Eq. 12 and 13). Scores are log-odds, whose gradient is longest where a
+    sample is far off, and there it is least to be trusted."""
+    restart_every: int = 0
+    """Not in the paper. Updates after which the policy goes back to where it began, while the surrogate and its samples
+    stay; 0: never. For teaching a surrogate: each policy that follows it shows another way in which it is wrong, and
+    the policies are thrown away."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("replay", 1), ("gradient_samples", 1), ("negatives", 0), ("restart_every", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected {least} or more")
+        if not 0 <= self.reference_samples < self.samples:
+            raise ValueError(
+                f"reference_samples is {self.reference_samples}, expected 0 to {self.samples - 1}, less than samples"
+            )
+        if not 0 <= self.noise_correlation < 1:
+            raise ValueError(f"noise_correlation is {self.noise_correlation}, expected at least 0 and less than 1")
+        if not 0 <= self.purify < 1:
+            raise ValueError(f"purify is {self.purify}, expected a share of the schedule: at least 0 and less than 1")
+        if self.smoothing < 0:
+            raise ValueError(f"smoothing is {self.smoothing}, expected 0 or more")
+        if self.purify:
+            self.needs = self.needs | {"teacher"}  # type: ignore[misc]
+        self._memory = Memory(self.replay, self.own_samples, self.samples)
+
+    @property
+    def own_samples(self) -> int:
+        return self.samples - self.reference_samples
+
+    def setup(self, ctx: Context) -> None:
+        self._start = {name: p.detach().clone() for name, p in ctx.policy.weights().items() if self.restart_every}
+
+    @torch.no_grad()
+    def after_update(self, ctx: Context) -> None:
+        if self.restart_every and ctx.update % self.restart_every == 0:
+            for name, parameter in ctx.policy.weights().items():
+                parameter.copy_(self._start[name])
+
+    # sampling: correlated noises, samples of the model before training, negatives
+
+    def collect(self, batch: Batch, ctx: Context) -> Collected:
+        self._check_contrast(batch.captions if self.states_from == "images" else batch.examples)
+        collected = super().collect(batch, ctx)
+        if self.own_samples < self.samples:
+            now, before = counterparts(collected.scored, self.own_samples, self.samples).rewards.unbind(1)
+            if not bool((now - before).isnan().all()):
+                ctx.log(reward_gain=(now - before).nanmean())
+        if self.gradient_of == "surrogate":
+            self._memory.add(collected.scored, [example.text for example in batch.examples])
+        return collected
+
+    def _check_contrast(self, examples: Sequence[str | Example]) -> None:
+        texts = [e if isinstance(e, str) else e.text for e in examples]
+        if self.contrast and len(set(texts)) < 2:
+            alone = len(texts) == 1
+            remedy = "raise data.batch_size" if alone else "train on more prompts, or set algorithm.contrast = 0"
+            raise ConfigError(
+                f"algorithm.contrast: found one text in the batch, {texts[0]!r}, expected two or more to contrast; "
+                f"{remedy}"
+            )
+
+    def sample(self, batch: Batch, ctx: Context) -> tuple[States, Scored]:
+        negatives = self.negatives if self.gradient_of == "surrogate" else 0
+        if not (self.noise_correlation or self.reference_samples or negatives):
+            return super().sample(batch, ctx)
+        trajectories, own = self._trajectories(batch, ctx)
+        others = self._negatives(negatives, batch, ctx)
+        groups = [self._scored(*step, batch, ctx) for step in zip(trajectories.clean.unbind(1), others, strict=True)]
+        return states_of(trajectories.select(own)), scored_groups(groups)
+
+    def _trajectories(self, batch: Batch, ctx: Context) -> tuple[Trajectories, Tensor]:
+        """Sample N_s trajectories of each prompt; also return which rows are the policy's own."""
+        each, groups = self.samples, len(batch.examples)
+        prompt = encode_examples(ctx.policy, [example for example in batch.examples for _ in range(each)])
+        noises = torch.stack([self.noise(groups, ctx) for _ in range(ctx.sampler.num_steps + 1)], dim=1)
+        # Samples of the model before training have the noises of others: such a pair shows the effect of training.
+        row, count = torch.arange(len(prompt)), self.own_samples
+        place = row % each
+        noises = noises[torch.where(place < count, row, row - place + (place - count) % count)]
+        own, reference = (place < count).nonzero()[:, 0], (place >= count).nonzero()[:, 0]
+        parts = [run_sampler(ctx.policy, ctx.sampler, prompt.select(own), noises[own])]
+        if len(reference):
+            with ctx.policy.reference():
+                parts.append(run_sampler(ctx.policy, ctx.sampler, prompt.select(reference), noises[reference]))
+        order = torch.cat([own, reference]).argsort().to(noises.device)
+        columns = [f.name for f in fields(Trajectories) if f.name != "prompt"]
+        joined = {name: torch.cat([getattr(part, name) for part in parts])[order] for name in columns}
+        return Trajectories(prompt, **joined), own
+
+    def noise(self, groups: int, ctx: Context) -> Tensor:
+        """Return unit normal noise for N_s samples of each group, (groups * N_s, *S), correlated within a group."""
+        own = ctx.noise(groups * self.samples)
+        if not self.noise_correlation:
+            return own
+        shared = ctx.noise(groups).repeat_interleave(self.samples, dim=0)
+        return sqrt(self.noise_correlation) * shared + sqrt(1 - self.noise_correlation) * own
+
+    def _negatives(self, negatives: int, batch: Batch, ctx: Context) -> Tensor:
+        """Choose, at each step and for each of B prompts, samples of the next prompts that join its group.
+
+        Returns their rows among the B * N_s samples, (K, B, negatives).
+        """
+        texts = [e.text for e in batch.examples]
+        count = len(texts)
+        if negatives >= count:
+            raise ConfigError(
+                f"algorithm.negatives: found {negatives}, expected less than data.batch_size, which is {count}: each "
+                "comes from another prompt"
+            )
+        following = [[j % count for j in range(i + 1, i + count)] for i in range(count)]
+        # Those of its own text last: a short list of prompts may come round twice.
+        ordered = [sorted(places, key=lambda j: texts[j] == texts[i]) for i, places in enumerate(following)]
+        other = torch.tensor([places[:negatives] for places in ordered], dtype=torch.long).view(count, -1)
+        size = (ctx.sampler.num_steps, *other.shape)
+        return other * self.samples + torch.randint(self.samples, size, generator=ctx.generator)
+
+    def _scored(self, clean: Tensor, negatives: Tensor, batch: Batch, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Score the groups of one step: samples (B * N_s, *S), and `negatives` (B, M - N_s), rows of them.
+
+        Returns the groups (B, M, *S) and their rewards (B, M), each under the group's own prompt.
+        """
+        own = torch.arange(len(clean)).view(len(batch.examples), self.samples)
+        others = [(row, e) for e, rows in zip(batch.examples, negatives.tolist(), strict=True) for row in rows]
+        scores = ctx.score(clean, [e for e in batch.examples for _ in range(self.samples)], others=others)
+        rewards = scores.values.masked_fill(~scores.valid, torch.nan).float().to(clean.device)
+        shapes = zip(rewards.split([own.numel(), negatives.numel()]), (own, negatives), strict=True)
+        return clean[torch.cat([own, negatives], dim=1)], torch.cat([part.view(of.shape) for part, of in shapes], dim=1)
+
+    # the surrogate: pairs from a memory of rounds, smoothed
+
+    def pairs_of(self, collected: Collected, ctx: Context) -> Pairs | None:
+        winner, loser, texts = self._memory.sample(self.pairs, self.pairs_per_update, ctx.generator)
+        if not texts:
+            return None
+        pairs = Pairs(winner, loser, encode_examples(ctx.policy, texts)).to(ctx.policy.device)
+        if not self.smoothing:
+            return pairs
+        winner, loser = (x + self.smoothing * ctx.noise(len(x)) for x in (pairs.winner, pairs.loser))
+        return replace(pairs, winner=winner, loser=loser)
+
+    # the policy: scores that are purified, smoothed and contrasted, and gradients of length one
+
+    def rows_of(self, states: States, ctx: Context) -> States:
+        if not (self.smoothing or self.purify or self.contrast):
+            return states
+        size, draws, prompt = len(states), self.gradient_samples, states.prompt
+        blur, noise = (ctx.noise(size * draws).unflatten(0, (size, draws)) for _ in range(2))
+        shift = torch.randint(1, max(2, len(prompt.table)), (size,), generator=ctx.generator).to(prompt.index.device)
+        other = replace(prompt, index=(prompt.index + shift) % len(prompt.table))
+        own = {f.name: getattr(states, f.name) for f in fields(States)}
+        return PerturbedStates(**own, other=other, blur=self.smoothing * blur, noise=noise)
+
+    def score(self, clean: Tensor, rows: States, ctx: Context) -> Tensor:
+        if not isinstance(rows, PerturbedStates):
+            return super().score(clean, rows, ctx)
+        assert rows.other is not None and rows.blur is not None and rows.noise is not None  # `rows_of` gives them
+        scores = []
+        for blur, noise in zip(rows.blur.unbind(1), rows.noise.unbind(1), strict=True):
+            x = (self._purified(clean, noise, rows.prompt, ctx) if self.purify else clean) + blur
+            score = self.score_under(x, rows.prompt, ctx)
+            if self.contrast:
+                score = score - self.contrast * self.score_under(x, rows.other, ctx)
+            scores.append(score)
+        return torch.stack(scores).mean(0)
+
+    def _purified(self, clean: Tensor, noise: Tensor, prompt: Prompt, ctx: Context) -> Tensor:
+        assert ctx.teacher is not None  # needs "teacher"
+        times = ctx.teacher.times()
+        t = times[round(self.purify * len(times))].to(clean.device).expand(len(clean))
+        return ctx.teacher.denoise(add_noise(clean, noise, *ctx.teacher.schedule(t)), t, prompt)
+
+    def track(self, states: States, ctx: Context) -> None:
+        if not self.unit_gradients:
+            super().track(states, ctx)
+
+    def pull(self, clean: Tensor, rows: States, ctx: Context) -> Tensor:
+        if not self.unit_gradients:
+            return super().pull(clean, rows, ctx)
+        return (clean * self.direction(clean, rows, ctx)).flatten(1).sum(1)
+
+    @torch.enable_grad()
+    def direction(self, clean: Tensor, rows: States, ctx: Context) -> Tensor:
+        """Return the gradient of the scores at predictions (N, *S), each of length one."""
+        clean = clean.detach().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(self.score(clean, rows, ctx).sum(), clean)
+        return F.normalize(gradient.flatten(1), dim=1).view_as(gradient)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"memory": self._memory.state_dict(), **super().state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._memory.load_state_dict(state["memory"])
+        super().load_state_dict(state)

@@ -1,0 +1,285 @@
+"""LaSRO as its paper has it: reward fine-tuning of two-step models through a learned latent-space surrogate reward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from alignkit import Algorithm, Batch, Context, Prompt, Rows, Sampler
+from alignkit.distillation import Distillation
+from alignkit.errors import ConfigError
+from alignkit.rollout import Trajectories, encode_examples, sample_trajectories
+from alignkit_lasro.groups import Pairs, Scored, extremes, log_agreement, log_rewards
+
+MIN_SPREAD = {"surrogate": 0.05, "reward": 1e-6}
+"""Smallest distance of percentile and mean that scores are divided by (ours). A surrogate's scores are log-odds of
+winning a pair, and where these are so close they carry no signal yet; a reward has whatever scale it has."""
+
+
+@dataclass(frozen=True)
+class States(Rows):
+    """Inputs at which the policy predicts a clean latent, N rows."""
+
+    x: Tensor
+    """(N, *S)."""
+    step: Tensor
+    """(N,) sampler step; 0 for noised images."""
+    prompt: Prompt
+    clean: Tensor
+    """(N, *S) the policy's prediction when they were collected."""
+    time: Tensor | None = None
+    """(N,) time of noised images, which no step of the sampler leads to."""
+
+    def predict(self, ctx: Context) -> Tensor:
+        """Return the policy's prediction as it is now, (N, *S): x_k = f_theta(z_k, c, tau_k)."""
+        if self.time is not None:
+            return ctx.policy.denoise(self.x, self.time, self.prompt)
+        return ctx.sampler.transition(ctx.policy, self.x, self.step, self.prompt).clean
+
+
+@dataclass(frozen=True)
+class Collected:
+    """One round: states to improve from, and samples scored by the true reward under the batch's prompts."""
+
+    states: States
+    scored: Scored
+    prompt: Prompt
+
+
+@dataclass
+class LaSRO(Algorithm[Collected, States]):
+    """LaSRO (Jia et al., CVPR 2025, arXiv 2411.15247).
+
+    A surrogate learns from pairs of samples which of them the true reward prefers (Eq. 10); the policy follows the
+    surrogate's gradient at every step of its sampler, normalised and clipped (Eq. 12 and 13), together with a latent
+    consistency distillation term (Eq. 11): the regulariser `lcd`, whose weight is lambda. The paper does not print all
+    of its numbers; each default below says where it comes from.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"surrogate"})
+    default_surrogate: ClassVar[str] = "latent_unet"
+    default_regularisers: ClassVar[Mapping[str, float]] = {"lcd": 1.0}
+
+    samples: int = 8
+    """N_s, initial noises of each prompt. The coarser the reward, the more it takes to find two samples that differ."""
+    step_weights: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    """c_1, c_2, ...: the weight of the reward term at each sampler step. All zero is the control run."""
+    policy_steps: int = 1
+    """K_1, policy updates of each round."""
+    surrogate_steps: int = 2
+    """K_2, surrogate updates of each round. With 0 it is not adapted online: it stays as surrogate.init or the warm-up,
+    with one update a round, left it."""
+    pairs_per_update: int = 64
+    """Largest number of pairs in one surrogate update."""
+    percentile: float = 0.95
+    """Share of surrogate scores below the level at which the reward term stops to pull (Eq. 13)."""
+    tracker_decay: float = 0.99
+    """Decay of the running mean and percentile of the surrogate's scores (Eq. 12)."""
+    gradient_of: Literal["surrogate", "reward"] = "surrogate"
+    """Ablation (e): follow the gradient of the surrogate, or of the reward itself, through the decoder; the latter
+    takes a differentiable reward and no surrogate."""
+    states_from: Literal["rollout", "images"] = "rollout"
+    """Ablation (b): apply the reward term to the steps of the policy's own trajectories, or, as most methods do, to
+    captioned images noised to a random time of the distillation's solver."""
+    ode_steps: int = 50
+    """Solver steps of the distillation, for states_from = "images"; must be what the model was distilled with."""
+
+    def __post_init__(self) -> None:
+        if self.samples < 2 and self.gradient_of == "surrogate":
+            raise ValueError(f"samples is {self.samples}, expected at least 2: a pair takes two samples of one prompt")
+        for name in ("samples", "policy_steps", "pairs_per_update"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not 0 < self.percentile <= 1:
+            raise ValueError(f"percentile is {self.percentile}, expected more than 0 and at most 1")
+        if self.surrogate_steps < 0:
+            raise ValueError(f"surrogate_steps is {self.surrogate_steps}, expected 0 or more")
+        needed = {"surrogate" if self.gradient_of == "surrogate" else "differentiable_reward"}
+        self.needs = frozenset(needed | ({"images"} if self.states_from == "images" else set()))  # type: ignore[misc]
+        # Noised images belong to no step: each has the mean of the weights, and all share a scale.
+        steps, rollout = len(self.step_weights), self.states_from == "rollout"
+        self._weights = self.step_weights if rollout else [sum(self.step_weights) / steps]
+        self._mean: list[float | None] = [None] * len(self._weights)
+        self._level: list[float | None] = [None] * len(self._weights)
+        self._agreement: float | None = None
+
+    def check(self, sampler: Sampler) -> None:
+        if sampler.num_steps != len(self.step_weights):
+            weights = ",".join(["1.0"] * sampler.num_steps)
+            raise ConfigError(
+                f"algorithm.step_weights: found {len(self.step_weights)} weights for sampler.num_steps = "
+                f"{sampler.num_steps}; give one a step, as --set algorithm.step_weights=[{weights}]"
+            )
+
+    @property
+    def own_samples(self) -> int:
+        """The first samples of each group, which are the policy's own; here all."""
+        return self.samples
+
+    # Algorithm 2: sample and score
+
+    def collect(self, batch: Batch, ctx: Context) -> Collected:
+        prompt = encode_examples(ctx.policy, batch.examples)
+        states, scored = self.sample(batch, ctx)
+        log_rewards(scored, self.own_samples, ctx)
+        if self.gradient_of == "surrogate":
+            self._watch(*log_agreement(scored, prompt, self.own_samples, ctx), ctx)
+        return Collected(states if self.states_from == "rollout" else self._noised(batch, ctx), scored, prompt)
+
+    def sample(self, batch: Batch, ctx: Context) -> tuple[States, Scored]:
+        """Sample N_s trajectories of each prompt and score the predicted clean latent of every step."""
+        trajectories = sample_trajectories(batch.examples, ctx, self.samples)
+        groups = []
+        for clean in trajectories.clean.unbind(1):
+            scores = ctx.score(clean, trajectories.prompt.examples)
+            rewards = scores.values.masked_fill(~scores.valid, torch.nan).float().to(clean.device)
+            groups.append((clean.unflatten(0, (-1, self.samples)), rewards.view(-1, self.samples)))
+        return states_of(trajectories), scored_groups(groups)
+
+    def _noised(self, batch: Batch, ctx: Context) -> States:
+        """Noise captioned latents to random times of the distillation's solver."""
+        assert batch.images is not None  # needs "images"
+        distillation, captions = Distillation(self.ode_steps), encode_examples(ctx.policy, batch.captions)
+        noised = distillation.draw(ctx.policy.encode_images(batch.images), captions, ctx)
+        x, time = distillation.noised(ctx.policy, noised)
+        return States(x, torch.zeros_like(time), captions, ctx.policy.denoise(x, time, captions), time)
+
+    def _watch(self, opinionated: bool, correlation: float | None, ctx: Context) -> None:
+        """Warn of a surrogate that ranks no samples, or fresh ones otherwise than the reward does."""
+        if not opinionated and not self.surrogate_steps and not ctx.warming_up:
+            ctx.warn(
+                "the surrogate gives all samples the same score, so there is nothing to follow, and with "
+                "algorithm.surrogate_steps = 0 it never learns; set surrogate.init or surrogate.warmup"
+            )
+        if correlation is not None:
+            self._agreement = correlation if self._agreement is None else 0.9 * self._agreement + 0.1 * correlation
+            if ctx.update >= 20 and self._agreement < 0.1:
+                # One text for the whole run, so that it is shown once; the numbers are in the metrics.
+                ctx.warn(
+                    "the surrogate does not rank fresh samples as the reward does (running rank correlation below "
+                    "0.1); raise algorithm.surrogate_steps or surrogate.warmup, or lower train.learning_rate"
+                )
+
+    # Eq. 10: the surrogate learns from the best and the worst sample of each group
+
+    def surrogate_updates(self, collected: Collected, ctx: Context) -> Iterator[Pairs]:
+        """Yield the pairs of each of K_2 updates."""
+        for _ in range(self.surrogate_steps or int(ctx.warming_up)) if self.gradient_of == "surrogate" else ():
+            pairs = self.pairs_of(collected, ctx)
+            if pairs is not None:
+                yield pairs
+
+    def pairs_of(self, collected: Collected, ctx: Context) -> Pairs | None:
+        """Pair the best with the worst of each group; at most `pairs_per_update` groups, chosen at random.
+
+        None where no group carries a label.
+        """
+        scored = collected.scored
+        best, worst, labelled = extremes(scored.rewards.cpu())
+        rows = labelled.nonzero()[:, 0]
+        if len(rows) > self.pairs_per_update:
+            rows = rows[torch.randperm(len(rows), generator=ctx.generator)[: self.pairs_per_update]]
+        if not len(rows):
+            return None
+        prompt = collected.prompt.select(scored.text[rows])
+        return Pairs(scored.latents[rows, best[rows]], scored.latents[rows, worst[rows]], prompt)
+
+    def surrogate_loss(self, rows: Pairs, ctx: Context) -> Tensor:
+        assert ctx.surrogate is not None
+        return ctx.surrogate.loss(rows.winner, rows.loser, rows.prompt)
+
+    # Eq. 11 to 13: the policy follows the surrogate
+
+    def updates(self, collected: Collected, ctx: Context) -> Iterator[States]:
+        """Update the trackers, then yield the states of each of K_1 updates, those of the round in random order."""
+        if any(self.step_weights):
+            self.track(collected.states, ctx)
+        for _ in range(self.policy_steps):
+            states = collected.states.shuffled(ctx.generator)
+            yield self.rows_of(states.select(torch.arange(ctx.rows_per_update) % len(states)), ctx)
+
+    def rows_of(self, states: States, ctx: Context) -> States:
+        """Return the rows of an update; additions attach their random numbers here."""
+        return states
+
+    def loss(self, rows: States, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the reward terms of Eq. 11, sum over k of c_k E S(R(x_k, c)); the trainer adds lambda L_lcd."""
+        clean = rows.predict(ctx)
+        if not any(self.step_weights):
+            return 0 * clean.mean(), {}
+        # The mean over rows of all steps, times K, is the sum over steps of the mean at each.
+        weights = clean.new_tensor(self._weights)[rows.step] * len(self.step_weights)
+        loss = -(weights * self.pull(clean, rows, ctx)).mean()
+        return loss, {"reward_loss": loss}
+
+    def pull(self, clean: Tensor, rows: States, ctx: Context) -> Tensor:
+        """Return -S(R) of predictions (N, *S), (N,) (Eq. 13); 0 where the reward cannot score an image."""
+        pull = self.normalised(self.score(clean, rows, ctx), rows.step)
+        return pull.masked_fill(pull.isnan(), 0) if self.gradient_of == "reward" else pull
+
+    def score(self, clean: Tensor, rows: States, ctx: Context) -> Tensor:
+        """Score predictions (N, *S) by the surrogate, or by the reward (ablation (e)), (N,).
+
+        NaN, without a gradient, where the reward cannot score an image.
+        """
+        return self.score_under(clean, rows.prompt, ctx)
+
+    def score_under(self, clean: Tensor, prompt: Prompt, ctx: Context) -> Tensor:
+        """Score latents (N, *S) under prompts, (N,)."""
+        if self.gradient_of == "surrogate":
+            assert ctx.surrogate is not None
+            return ctx.surrogate.score(clean, prompt)
+        # Without gradient the images are decoded a few at a time.
+        score = ctx.differentiable_score if torch.is_grad_enabled() else ctx.score
+        found = score(clean, prompt.examples, log=False)
+        return found.values.masked_fill(~found.valid, torch.nan)
+
+    @torch.no_grad()
+    def track(self, states: States, ctx: Context) -> None:
+        """Update the running mean and percentile of the scores at each step, before they are used (Eq. 12)."""
+        rows = self.rows_of(states, ctx)
+        scores = self.score(rows.clean, rows, ctx)
+        for k in range(len(self._weights)):
+            at = ctx.gather(scores[rows.step == k])
+            at = at[~at.isnan()]
+            if not len(at):
+                continue
+            mean, level = float(at.mean()), float(at.quantile(self.percentile))
+            before, top, decay = self._mean[k], self._level[k], self.tracker_decay
+            self._mean[k] = mean if before is None else decay * before + (1 - decay) * mean
+            self._level[k] = level if top is None else decay * top + (1 - decay) * level
+
+    def normalised(self, scores: Tensor, step: Tensor) -> Tensor:
+        """Return (R - mean) / (percentile - mean), clipped at 1 from above and not from below (Eq. 12 and 13), (N,)."""
+        mean = scores.new_tensor([m or 0.0 for m in self._mean])[step]
+        level = scores.new_tensor([m or 0.0 for m in self._level])[step]
+        return ((scores - mean) / (level - mean).clamp(min=MIN_SPREAD[self.gradient_of])).clamp(max=1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": list(self._mean), "level": list(self._level), "agreement": self._agreement}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._mean, self._level, self._agreement = list(state["mean"]), list(state["level"]), state["agreement"]
+
+
+def states_of(trajectories: Trajectories) -> States:
+    """Return the states of all steps, those of the first step first."""
+    count, steps = trajectories.std.shape
+    x, clean = (column.transpose(0, 1).flatten(0, 1) for column in (trajectories.states, trajectories.clean))
+    step = torch.arange(steps, device=x.device).repeat_interleave(count)
+    return States(x, step, trajectories.prompt.select(torch.arange(count).repeat(steps)), clean)
+
+
+def scored_groups(steps: list[tuple[Tensor, Tensor]]) -> Scored:
+    """Join (latents (B, M, *S), rewards (B, M)) of every step.
+
+    Groups share prompt and step: across steps the pairs would teach that more steps look better.
+    """
+    latents, rewards = (torch.cat(column) for column in zip(*steps, strict=True))
+    prompts = len(steps[0][1])
+    text = torch.arange(prompts).repeat(len(steps))
+    return Scored(latents, rewards, text, torch.arange(len(steps)).repeat_interleave(prompts))
