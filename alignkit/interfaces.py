@@ -250,12 +250,6 @@ class Algorithm(ABC, Generic[C, R]):
     each (split into passes for memory), `after_update` behind each step of the policy.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-    """Of "surrogate", "teacher", "images", "pairs", "stochastic_steps", "differentiable_reward"; checked by the core.
-
-    What depends on the fields is set on the instance, in `__post_init__`.
-    """
-
     default_surrogate: ClassVar[str] = ""
     """Name of the surrogate that it takes where none is named."""
 
@@ -268,12 +262,21 @@ class Algorithm(ABC, Generic[C, R]):
     draws: ClassVar[bool] = True
     """Whether it draws images of prompts; what learns from given images or pairs alone runs without any."""
 
-    uses_rewards: ClassVar[bool] = True
-    """Whether it learns from rewards. One that does not runs without any; those that are named are only measured."""
-
     takes_advantages: ClassVar[bool] = False
     """Whether it learns from advantages, and takes them by `alignkit.advantage.of_terms`, so that those of several
     rewards can be taken apart (`scoring.combine = "advantage"`)."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The needs of these fields, checked by the core: some of "surrogate", "teacher", "images", "pairs",
+        "stochastic_steps", "differentiable_reward". A class whose fields decide nothing may set a ClassVar instead."""
+        return frozenset()
+
+    @property
+    def uses_rewards(self) -> bool:
+        """Whether it learns from rewards. One that does not runs without any; those that are named are only measured.
+        A class whose fields decide nothing may set a ClassVar instead."""
+        return True
 
     def check(self, sampler: Sampler) -> None:
         """Raise ConfigError if these fields cannot work with this sampler. Called before any weight loads."""

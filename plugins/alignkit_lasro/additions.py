@@ -100,9 +100,11 @@ class ExtendedLaSRO(LaSRO):
             raise ValueError(f"purify is {self.purify}, expected a share of the schedule: at least 0 and less than 1")
         if self.smoothing < 0:
             raise ValueError(f"smoothing is {self.smoothing}, expected 0 or more")
-        if self.purify:
-            self.needs = self.needs | {"teacher"}  # type: ignore[misc]
         self._memory = Memory(self.replay, self.own_samples, self.samples)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs | ({"teacher"} if self.purify else set())
 
     @property
     def own_samples(self) -> int:

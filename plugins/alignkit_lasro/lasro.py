@@ -60,7 +60,6 @@ class LaSRO(Algorithm[Collected, States]):
     of its numbers; each default below says where it comes from.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"surrogate"})
     default_surrogate: ClassVar[str] = "latent_unet"
     default_regularisers: ClassVar[Mapping[str, float]] = {"lcd": 1.0}
 
@@ -98,14 +97,17 @@ class LaSRO(Algorithm[Collected, States]):
             raise ValueError(f"percentile is {self.percentile}, expected more than 0 and at most 1")
         if self.surrogate_steps < 0:
             raise ValueError(f"surrogate_steps is {self.surrogate_steps}, expected 0 or more")
-        needed = {"surrogate" if self.gradient_of == "surrogate" else "differentiable_reward"}
-        self.needs = frozenset(needed | ({"images"} if self.states_from == "images" else set()))  # type: ignore[misc]
         # Noised images belong to no step: each has the mean of the weights, and all share a scale.
         steps, rollout = len(self.step_weights), self.states_from == "rollout"
         self._weights = self.step_weights if rollout else [sum(self.step_weights) / steps]
         self._mean: list[float | None] = [None] * len(self._weights)
         self._level: list[float | None] = [None] * len(self._weights)
         self._agreement: float | None = None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        needed = {"surrogate" if self.gradient_of == "surrogate" else "differentiable_reward"}
+        return frozenset(needed | ({"images"} if self.states_from == "images" else set()))
 
     def check(self, sampler: Sampler) -> None:
         if sampler.num_steps != len(self.step_weights):

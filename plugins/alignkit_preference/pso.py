@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,8 +24,6 @@ class PSO(Algorithm[Pairs | LatentPairs, Rows]):
     images are given, and for both the model predicts the noise at the times of its steps: the winner is a target, the
     loser best an image that the model sampled itself.
     """
-
-    needs: ClassVar[frozenset[str]] = frozenset({"stochastic_steps"})
 
     mode: Literal["online", "offline"] = "online"
     """Sample pairs and compare them by the reward, or take given ones from [data] pairs."""
@@ -57,9 +55,15 @@ class PSO(Algorithm[Pairs | LatentPairs, Rows]):
             raise ValueError(f"clip_range is {self.clip_range}, expected more than 0 and less than 1")
         if self.prior_weight < 0:
             raise ValueError(f"prior_weight is {self.prior_weight}, expected 0 or more")
-        self.needs = frozenset({"stochastic_steps"} if self.mode == "online" else {"pairs"})  # type: ignore[misc]
-        self.uses_rewards = self.mode == "online"  # type: ignore[misc]
         self._beta = self.beta if self.beta is not None else {"online": 50.0, "offline": 5.0}[self.mode]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"stochastic_steps"} if self.mode == "online" else {"pairs"})
+
+    @property
+    def uses_rewards(self) -> bool:
+        return self.mode == "online"
 
     def collect(self, batch: Batch, ctx: Context) -> Pairs | LatentPairs:
         """Sample pairs and take every step as a row, the better trajectory first; or encode the given pairs."""

@@ -55,7 +55,6 @@ class RGLCD(Algorithm[Collected, Noised]):
     to prefer what the reward prefers (Eq. 12); the reward may then be any black box.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"teacher", "images"})
     draws: ClassVar[bool] = False
     default_surrogate: ClassVar[str] = "lrm"
     surrogate_type: ClassVar[type] = LRM
@@ -105,17 +104,20 @@ class RGLCD(Algorithm[Collected, Noised]):
             raise ValueError(f"expert_temperature: found {self.expert_temperature}, expected more than 0")
         if self.pretraining is not None and not self.proxy:
             raise ValueError("pretraining: found without proxy, which it is of; expected none, or proxy = true")
-        if self.proxy:
-            self.needs = type(self).needs | {"surrogate"}  # type: ignore[misc]
-        elif self.beta:
-            self.needs = type(self).needs | {"differentiable_reward"}  # type: ignore[misc]
-        else:
-            self.uses_rewards = False  # type: ignore[misc]
         self._distillation = Distillation(
             self.ode_steps, self.guidance_scale_min, self.guidance_scale_max, self.huber_c, self.distance
         )
         self._target = Average(self.target_decay)
         self._pretrained = 0
+
+    @property
+    def needs(self) -> frozenset[str]:
+        followed = {"surrogate"} if self.proxy else {"differentiable_reward"} if self.beta else set()
+        return frozenset({"teacher", "images"} | followed)
+
+    @property
+    def uses_rewards(self) -> bool:
+        return self.proxy or self.beta > 0
 
     def check(self, sampler: Sampler) -> None:
         self._distillation.check(sampler)
