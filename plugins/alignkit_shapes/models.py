@@ -92,7 +92,12 @@ def shapes_lcm() -> ModelBundle:
     return ModelBundle(
         path=str(WEIGHTS / "shapes_lcm"),
         teacher=str(WEIGHTS / "shapes_teacher"),
-        defaults={"model": {"guidance_scale": 3.0}, "sampler": {"name": "lcm", "num_steps": 2}, **_data},
+        defaults={
+            "model": {"guidance_scale": 3.0},
+            "sampler": {"name": "lcm", "num_steps": 2},
+            "regulariser": {"lcd": guidance},
+            **_data,
+        },
         algorithm_defaults={
             "lasro": lasro,
             "lasro/attribute_binding": binding,
