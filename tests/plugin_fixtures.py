@@ -97,6 +97,11 @@ ACME = """
         register("acme_net", "acme.parts:Net", "A network")
 
     @hookimpl
+    def register_regularisers(register):
+        register("acme_pull", "acme.parts:Pull", "Pulls back")
+        register("acme_push", "acme.parts:Push", "Pushes away")
+
+    @hookimpl
     def register_models(register):
         register("acme_model", "acme.models:acme_model", "A model that brings settings")
         register("acme_bare", "acme.models:BARE", "A model that brings none")
@@ -108,7 +113,7 @@ PARTS = '''
     from dataclasses import dataclass, field
     from typing import TYPE_CHECKING, ClassVar, Literal
 
-    from alignkit.interfaces import Algorithm, Reward, Sampler, Surrogate
+    from alignkit.interfaces import Algorithm, Regulariser, Reward, Sampler, Surrogate
 
     if TYPE_CHECKING:
         import torch
@@ -141,6 +146,7 @@ PARTS = '''
     class Steps(Plain):
         needs: ClassVar[frozenset[str]] = frozenset({"surrogate"})
         default_surrogate: ClassVar[str] = "acme_net"
+        default_regularisers: ClassVar = {"acme_pull": 0.5}
         rounds: int = 3
         """Rounds of each batch."""
 
@@ -176,6 +182,21 @@ PARTS = '''
         def score(self, latents, prompt): ...
         def loss(self, winner, loser, prompt): ...
         def module(self): ...
+
+
+    @dataclass
+    class Pull(Regulariser):
+        """Pulls the policy back."""
+
+        strength: float = 1.0
+        """How hard it pulls."""
+
+        def loss(self, rows, predictions, ctx): ...
+
+
+    @dataclass
+    class Push(Pull):
+        far: bool = False
 '''
 
 MODELS = """
@@ -192,6 +213,7 @@ MODELS = """
                 "sampler": {"name": "acme_walk", "num_steps": 3, "pace": 0.5},
                 "reward": [{"name": "acme_blue", "judge": "embedded"}],
                 "train": {"updates": 50, "learning_rate": 1e-3},
+                "regulariser": {"acme_pull": {"strength": 3.0}},
             },
             algorithm_defaults={
                 "acme_steps": {"algorithm": {"clip": 0.9}, "train": {"updates": 70}},

@@ -96,9 +96,9 @@ def to_toml(config: RunConfig) -> str:
     tree = {key: getattr(config, key) for key in TOP}
     tree |= {section: asdict(getattr(config, section)) for section in PLAIN}
     tree |= {"sampler": _table(config.sampler), "reward": [_table(reward) for reward in config.rewards]}
-    tree |= {"regulariser": [_table(regulariser) for regulariser in config.regularisers]}
     tree |= {"surrogate": _table(config.surrogate)} if config.surrogate else {}
-    return toml.format_file(tree | {"algorithm": _table(config.algorithm)})
+    tree |= {"algorithm": _table(config.algorithm)}
+    return toml.format_file(tree | {"regulariser": [_table(regulariser) for regulariser in config.regularisers]})
 
 
 def _table(plugin: PluginConfig) -> dict[str, Any]:

@@ -24,7 +24,11 @@ def component(registry: Registry, row: Component) -> dict[str, Any]:
             settings |= {f"under {under}: {key}": value for key, value in _flat(sections).items()}
         fields = [_field(name, "", format_value(value), "") for name, value in settings.items()]
         return {**about, "doc": row.help, "fields": fields}
-    return {**about, "doc": _prose(target.__doc__ or row.help), "fields": class_fields(target)}
+    doc = _prose(target.__doc__ or row.help)
+    if row.kind == "algorithm" and target.default_regularisers:
+        own = ", ".join(f"{name} (weight {weight})" for name, weight in target.default_regularisers.items())
+        doc += f"\n\nRegularisers of a run that lists none: {own}."
+    return {**about, "doc": doc, "fields": class_fields(target)}
 
 
 def section(name: str) -> list[dict[str, Any]]:

@@ -102,7 +102,8 @@ class Layers:
 
     def problem(self, section: str, key: str, text: str, entry: int = 0) -> None:
         """Note a mistake under the layer that the value comes from; `entry` counts the tables of a list."""
-        source = next((x for x in reversed(self.layers) if _holds(value_at(x.tree, section), key)), None)
+        tables = ((x, [value_at(x.tree, section), *x.tree.get(f"{section}.", {}).values()]) for x in self.layers[::-1])
+        source = next((x for x, found in tables if any(_holds(table, key) for table in found)), None)
         where = source.label if source else ""
         if self.file and (source is None or source.tree is self.file.tree):
             where = self.file.where(section, key, entry)

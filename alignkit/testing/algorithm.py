@@ -45,6 +45,7 @@ from alignkit.testing.world import (
 )
 from alignkit.training import checkpoint
 from alignkit.training.context import TrainContext
+from alignkit.training.regularisers import UpdateRows
 from alignkit.training.trainer import Trainer
 
 NEEDS = {"surrogate", "teacher", "images", "pairs", "stochastic_steps", "differentiable_reward"}
@@ -239,11 +240,20 @@ def _the_surrogate_loss_is_a_mean(trainer: Trainer, rows: Any) -> None:
 
 
 def assert_one_pass_is_several(trainer: Trainer, rows: Any, rel: float = 1e-4) -> float:
-    """One pass of all rows has the loss and the gradient of several passes of fewer; returns that loss."""
+    """Hold that one pass of all rows has the loss and the gradient of several passes of fewer; returns that loss.
+
+    `rows` are the algorithm's, or an update with those of the regularisers.
+    """
+    algorithm, ctx = trainer.algorithm, trainer.ctx
+
+    def loss_of(part: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        whole = isinstance(part, UpdateRows)
+        return trainer.regularisers.loss(part, ctx, algorithm.loss) if whole else algorithm.loss(part, ctx)
+
     found = []
     for size in (len(rows), 3, 1):
         trainer.config = replace(trainer.config, train=replace(trainer.config.train, rows_per_pass=size))
-        means = trainer._backward(rows, lambda part: trainer.algorithm.loss(part, trainer.ctx))
+        means = trainer._backward(rows, loss_of)
         gradients = [p.grad.flatten() for p in trainer.ctx.policy.parameters() if p.grad is not None]
         expect(bool(gradients), "loss leaves no gradient in the policy, expected one")
         found.append((means["loss"], torch.cat(gradients).clone()))

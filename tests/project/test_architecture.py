@@ -15,8 +15,8 @@ CORE = ROOT / "alignkit"
 FLOORS = (
     ("errors", "records"),
     ("files", "interfaces", "hookspecs"),
-    ("registry", "diffusion", "distillation", "rollout", "advantage"),
-    ("data",),
+    ("registry", "diffusion", "rollout", "advantage"),
+    ("data", "distillation"),
     ("config",),
     ("models",),
     ("rewards",),

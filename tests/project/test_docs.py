@@ -45,6 +45,7 @@ SECTIONS = {
     "scoring",
     "surrogate",
     "algorithm",
+    "regulariser",
     "train",
     "evaluate",
 }

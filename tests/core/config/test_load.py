@@ -138,6 +138,22 @@ def test_a_norm_that_clips_nothing_may_be_infinite(load_acme: Any) -> None:
     assert config.train.max_grad_norm == INF
 
 
+def test_mistakes_in_a_regulariser_are_reported_with_their_line_or_the_model(acme: Any, load_acme: Any) -> None:
+    text = '[model]\nname = "acme_model"\n[[regulariser]]\nname = "acme_push"\nfar = 3\n'
+    (line,) = problems(load_acme, text, {"algorithm.name": "acme_plain"})
+    assert line.endswith("run.toml:5: regulariser.far: found 3, expected true or false")
+    acme.install(
+        "odd",
+        "from alignkit import hookimpl\n@hookimpl\ndef register_models(register): register('odd', 'odd.m:ODD', '')",
+        m="from alignkit import ModelBundle as M\nODD = M('odd/odd', defaults={'sampler': {'name': 'acme_walk'},"
+        "'reward': ['acme_red'], 'regulariser': {'acme_pull': {'strength': 'x'}}})",
+    )
+    settings = {"model.name": "odd", "algorithm.name": "acme_plain"}
+    assert load(None, settings, acme.registry()).regularisers == []
+    with pytest.raises(ConfigError, match=r'^model odd: regulariser\.strength: found "x", expected number$'):
+        load(None, settings | {"regulariser": ["acme_pull"]}, acme.registry())
+
+
 def test_an_unknown_section_hides_no_other_mistake(load_acme: Any) -> None:
     text = 'sead = 1\n[trian]\nupdates = 3\n[model]\nname = "acme_model"\n[algorithm]\nname = "acme_plain"\nmode = 4\n'
     first, second, third = problems(load_acme, text)
@@ -206,6 +222,26 @@ def test_several_bounds_of_one_section_are_told_together(load_acme: Any) -> None
             "evaluate.rewards.name: acme_blue is trained on with other settings, and is in a run once; leave",
         ),
         ({"algorithm.pace": 1.0}, "algorithm.pace: unknown key; did you mean sampler.pace?"),
+        ({"regulariser": ["acme_pul"]}, "regulariser.name: unknown regulariser 'acme_pul'; did you mean acme_pull?"),
+        ({"regulariser": ["acme_pull", "acme_pull"]}, "regulariser.name: acme_pull is there twice; add the weights up"),
+        ({"regulariser": "acme_pull"}, "regulariser: expected [[regulariser]] tables, each with a name"),
+        ({"regulariser.acme_pull.weight": 1}, "regulariser.acme_pull: not one of this run's regularisers (which is"),
+        (
+            {"regulariser": [{"name": "acme_pull", "strenth": 1}]},
+            "regulariser.strenth: unknown key; did you mean strength? (`alignkit show acme_pull` lists all)",
+        ),
+        (
+            {"regulariser": ["acme_pull"], "regulariser.acme_pull.strength": "x"},
+            'regulariser.strength: found "x", expected number',
+        ),
+        (
+            {"regulariser": [{"name": "acme_pull", "weight": -1}]},
+            "regulariser.weight: found -1.0, expected 0 or more",
+        ),
+        (
+            {"regulariser": ["acme_push"], "algorithm.far": True},
+            "algorithm.far: unknown key; did you mean regulariser.acme_push.far?",
+        ),
     ],
 )
 def test_a_wrong_override_is_one_clear_line(load_acme: Any, overrides: dict[str, Any], message: str) -> None:
@@ -380,6 +416,7 @@ def test_the_resolved_file_loads_to_an_equal_run(load_acme: Any, algorithm: str,
             "model.guidance_scale": 7.5,
             "reward": [{"name": "acme_red", "weight": 0.1}, {"name": "acme_blue"}][:trained],
             "evaluate.rewards": ["acme_blue", "acme_red"],
+            "regulariser": [{"name": "acme_push", "weight": 0.5}, "acme_pull"][: trained - 1],
         },
     )
     assert config.algorithm.fields["span"] == (3, 4)
@@ -407,6 +444,15 @@ def test_the_resolved_file_writes_what_was_left_at_its_default(load_acme: Any) -
 def test_a_key_of_an_earlier_version_is_refused_with_the_new_one(key: str, value: object, now: str) -> None:
     with pytest.raises(ConfigError, match=f"{re.escape(key)}: was renamed; write {re.escape(now)}"):
         load(None, {key: value})
+
+
+@pytest.mark.parametrize(("key", "name"), [("distillation_weight", "lcd"), ("reference_weight", "reference")])
+def test_a_weight_that_became_a_regulariser_is_refused_with_its_table(key: str, name: str) -> None:
+    message = (
+        rf'algorithm\.{key}: was renamed; write a table \[\[regulariser\]\] with name = "{name}" and weight = \.\.\.$'
+    )
+    with pytest.raises(ConfigError, match=message):
+        load(None, {"algorithm.name": "rebel", f"algorithm.{key}": 1.0})
 
 
 def test_a_reward_of_an_earlier_version_is_refused_with_its_new_name() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from alignkit.config.load import RewardConfig
+from alignkit.config.load import RegulariserConfig, RewardConfig
 
 MODEL = {"model.name": "acme_model", "algorithm.name": "acme_plain"}
 
@@ -69,3 +69,36 @@ def test_the_surrogate_is_the_algorithms_own_unless_named(load_acme: Any) -> Non
 def test_a_hub_id_needs_no_registered_model(load_acme: Any) -> None:
     overrides = {"model.name": "acme/other", "sampler.name": "acme_walk", "reward": ["acme_red"]}
     assert load_acme(None, overrides | {"algorithm.name": "acme_plain"}).model.name == "acme/other"
+
+
+# Regularisers
+
+STEPS = {"model.name": "acme_model", "algorithm.name": "acme_steps"}
+
+
+def test_a_run_that_lists_no_regularisers_has_those_of_its_algorithm(load_acme: Any) -> None:
+    assert load_acme(None, MODEL).regularisers == []
+    assert load_acme(None, STEPS).regularisers == [RegulariserConfig("acme_pull", {"strength": 3.0}, 0.5)]
+    assert load_acme(None, STEPS | {"regulariser": []}).regularisers == []
+    assert load_acme("regulariser = []\n", STEPS).regularisers == []
+
+
+def test_a_list_of_regularisers_takes_the_place_of_the_algorithms(load_acme: Any) -> None:
+    text = '[[regulariser]]\nname = "acme-push"\nweight = 2\nfar = true\n'
+    pushed = RegulariserConfig("acme_push", {"strength": 1.0, "far": True}, 2.0)
+    assert load_acme(text, STEPS).regularisers == load_acme(text, MODEL).regularisers == [pushed]
+    both = load_acme(text, STEPS | {"regulariser": ["acme_pull", "acme_push"]}).regularisers
+    assert both == [RegulariserConfig("acme_pull", {"strength": 3.0}, 0.5), pushed]
+
+
+def test_the_models_fields_hold_for_a_regulariser_that_anybody_lists_and_switch_none_on(load_acme: Any) -> None:
+    config = load_acme(None, MODEL | {"regulariser": ["acme_pull", "acme_push"]})
+    assert [r.fields["strength"] for r in config.regularisers] == [3.0, 1.0]
+    assert [r.weight for r in config.regularisers] == [1.0, 1.0]
+    text = '[[regulariser]]\nname = "acme_pull"\nstrength = 4\n'
+    assert load_acme(text, MODEL).regularisers == [RegulariserConfig("acme_pull", {"strength": 4.0}, 1.0)]
+
+
+def test_one_field_of_one_regulariser_can_be_set(load_acme: Any) -> None:
+    config = load_acme(None, STEPS | {"regulariser.acme-pull.weight": 0, "regulariser.acme_pull.strength": 5})
+    assert config.regularisers == [RegulariserConfig("acme_pull", {"strength": 5.0}, 0.0)]
