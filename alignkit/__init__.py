@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit.hookspecs import Register, hookimpl
 from alignkit.interfaces import Algorithm, Context, ModelBundle, Policy, Reward, Sampler, Surrogate
-from alignkit.records import Batch, Example, Prompt, Rows, Scores, Transition
+from alignkit.records import Batch, Example, PolicySettings, Prompt, Rows, Scores, Transition
 
 if TYPE_CHECKING:
     from alignkit.commands.evaluate import evaluate
@@ -31,6 +31,7 @@ __all__ = [
     "Example",
     "ModelBundle",
     "Policy",
+    "PolicySettings",
     "Prompt",
     "Register",
     "Reward",

@@ -51,3 +51,8 @@ def register_surrogates(register: Register) -> None:
 @hookspec
 def register_models(register: Register) -> None:
     """Targets are an `alignkit.interfaces.ModelBundle` or a function without arguments that returns one."""
+
+
+@hookspec
+def register_policies(register: Register) -> None:
+    """Targets are subclasses of `alignkit.interfaces.Policy`."""
