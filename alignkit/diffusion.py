@@ -42,8 +42,11 @@ def add_noise(clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Ten
 
 
 def ddim_std(alpha: Tensor, sigma: Tensor, alpha_next: Tensor, sigma_next: Tensor, eta: float) -> Tensor:
-    """The standard deviation (N,) of a DDIM step; eta = 1 is the DDPM posterior (Song et al. 2021, Eq. 16)."""
-    variance = (sigma_next**2 / sigma**2) * (1 - alpha**2 / alpha_next**2)
+    """The standard deviation (N,) of a DDIM step; eta = 1 is the DDPM posterior (Song et al. 2021, Eq. 16).
+
+    Written for any schedule: with alpha^2 + sigma^2 = 1 the second factor is the paper's 1 - alpha^2 / alpha_next^2.
+    """
+    variance = (sigma_next**2 / sigma**2) * (sigma**2 - (alpha / alpha_next) ** 2 * sigma_next**2)
     return eta * variance.clamp(min=0).sqrt()
 
 

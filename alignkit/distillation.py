@@ -44,8 +44,8 @@ class Distillation:
     distance: Distance = "huber"
 
     def __post_init__(self) -> None:
-        if self.ode_steps < 1 or 1000 % self.ode_steps:
-            raise ValueError(f"ode_steps: found {self.ode_steps}, expected a divisor of 1000")
+        if self.ode_steps < 1:
+            raise ValueError(f"ode_steps: found {self.ode_steps}, expected 1 or more")
         if self.guidance_scale_min > self.guidance_scale_max:
             raise ValueError(
                 f"guidance_scale_min: found {self.guidance_scale_min}, expected at most guidance_scale_max, which is "
@@ -85,15 +85,29 @@ class Distillation:
             self.guidance_scale_min + share * (self.guidance_scale_max - self.guidance_scale_min),
         )
 
+    def times(self, policy: Policy) -> Tensor:
+        """The times of the solver (ode_steps + 1,), on the policy's device: that of least noise, then one a step.
+
+        Raises ConfigError where the steps do not divide the times of the policy evenly.
+        """
+        times = policy.times()
+        if len(times) % self.ode_steps:
+            raise ConfigError(
+                f"algorithm.ode_steps: found {self.ode_steps}, expected a divisor of {len(times)}, the number of times "
+                "of the model"
+            )
+        stride = len(times) // self.ode_steps
+        return torch.cat([times[:1], times[stride - 1 :: stride]]).to(policy.device)
+
     def noised(self, policy: Policy, rows: Noised) -> tuple[Tensor, Tensor]:
         """z_t (N, *S) and t (N,): the latents noised to their solver times, by the schedule of `policy`."""
-        t = rows.level * (1000 // self.ode_steps) - 1
+        t = self.times(policy)[rows.level]
         return diffusion.add_noise(rows.latents, rows.noise, *policy.schedule(t)), t
 
     def solve(self, teacher: Policy, rows: Noised) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One guided DDIM step of the teacher: (z_t, t, z_t', t') with t' the next lower solver time, 0 at the last."""
+        """One guided DDIM step of the teacher: (z_t, t, z_t', t') with t' the next lower solver time."""
         z, t = self.noised(teacher, rows)
-        t_next = (t - 1000 // self.ode_steps).clamp(min=0)
+        t_next = self.times(teacher)[rows.level - 1]
         alpha, sigma = teacher.schedule(t)
         with torch.no_grad():
             clean = teacher.denoise(z, t, rows.prompt, rows.guidance_scale)

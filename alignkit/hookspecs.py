@@ -56,3 +56,8 @@ def register_regularisers(register: Register) -> None:
 @hookspec
 def register_models(register: Register) -> None:
     """Targets are an `alignkit.interfaces.ModelBundle` or a function without arguments that returns one."""
+
+
+@hookspec
+def register_policies(register: Register) -> None:
+    """Targets are subclasses of `alignkit.interfaces.Policy`."""

@@ -10,9 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from alignkit.records import Batch, Example, Prediction, Prompt, Rows, Scores, Transition
+from alignkit.records import Batch, Example, PolicySettings, Prediction, Prompt, Rows, Scores, Transition
 
 if TYPE_CHECKING:
     import torch
@@ -20,81 +21,127 @@ if TYPE_CHECKING:
 
 
 class Policy(ABC):
-    """The network under training, seen through one prediction: the clean latent."""
+    """The network under training, seen through one prediction: the clean latent.
+
+    Latents follow x_t = alpha(t) clean + sigma(t) noise, whatever the network predicts inside. The core asks each class
+    that is registered with `register_policies` whether it `serves` a checkpoint, and builds the policy with `load`.
+    All tensors are on `device`, and each row of a batch is treated as if it were alone.
+    """
 
     latent_shape: tuple[int, int, int]
     """S = (C, h, w)."""
+    image_size: int
+    """Edge of the square images that `decode` returns and `encode_images` takes, in pixels."""
     device: torch.device
     guidance_scale: float
-    """The guidance scale that `denoise` uses when none is given, as in diffusers: 1 is the conditional prediction."""
+    """Guidance scale that `denoise` uses when none is given, as in diffusers: 1 is the conditional prediction."""
     guidance_embedded: bool = False
-    """Whether the network takes the guidance as an input, and so has no prediction without one."""
+    """Whether the network takes the guidance scale as an input, and so has no prediction without one."""
+    consistency: bool = False
+    """Whether the network is a latent consistency model; samplers that are for these alone refuse any other."""
+    source: str = ""
+    """Folder or hub id that the networks were loaded from; surrogates start from copies of them. Empty: none."""
+
+    @classmethod
+    @abstractmethod
+    def serves(cls, source: str) -> bool:
+        """Whether `load` can open `source`, a folder or hub id. Cheap: reads an index at most, and no weights.
+
+        False for a folder that is missing or in another format. A hub id is not looked up.
+        """
+
+    @classmethod
+    @abstractmethod
+    def load(cls, source: str, settings: PolicySettings) -> Policy:
+        """Build the policy of a checkpoint. Raises ConfigError, in one line, for what is missing or does not fit."""
 
     @abstractmethod
-    def encode(self, texts: Sequence[str]) -> Prompt:
-        """Conditioning for N texts; equal texts share their features."""
+    def times(self) -> Tensor:
+        """Every time that the network is trained at, (T,) with T > 1, on the CPU.
 
-    @abstractmethod
-    def encode_images(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) in [0, 1] to latents (N, *S), scaled as the network takes them."""
-
-    @abstractmethod
-    def decode(self, latents: Tensor) -> Tensor:
-        """(N, *S) to float32 (N, 3, H, W) in [0, 1]; differentiable."""
+        Ascending from the least noise to pure noise, as `schedule` and `denoise` take them: integers or floats.
+        Samplers and losses take times from this table, by position, and compute none.
+        """
 
     @abstractmethod
     def schedule(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma, (N,) float32, at times t (N,) as the network takes them: x_t = alpha clean + sigma noise."""
+        """alpha and sigma, (N,) float32 in [0, 1], at times t (N,). sigma / alpha rises with t; sigma is above 0 at
+        every time, and nearly or exactly 1 at the last."""
+
+    @abstractmethod
+    def encode(self, texts: Sequence[str]) -> Prompt:
+        """Conditioning for N texts, without gradient; equal texts share their features. `text_table` is filled in."""
+
+    @abstractmethod
+    def encode_images(self, images: Tensor) -> Tensor:
+        """(N, 3, image_size, image_size) in [0, 1] to latents (N, *S) float32, scaled as the network takes them.
+        Deterministic, without gradient."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """(N, *S) to float32 (N, 3, image_size, image_size) in [0, 1]; differentiable."""
 
     @abstractmethod
     def denoise(self, x: Tensor, t: Tensor, prompt: Prompt, guidance_scale: Tensor | None = None) -> Tensor:
-        """The clean latent (N, *S) predicted from x (N, *S) at times t (N,).
+        """The clean latent (N, *S) float32 predicted from x (N, *S) at times t (N,); differentiable.
 
         `guidance_scale` (N,) is g in clean("") + g (clean(prompt) - clean("")), as in diffusers; the LCM paper's w is
         g - 1. It is embedded where the network takes an embedding and computed by two passes where it does not.
         """
 
     @abstractmethod
+    def features(self, images: Tensor) -> Tensor:
+        """Features (N, D) float32 of images (N, 3, image_size, image_size) in [0, 1], without gradient.
+
+        They come from the model before training, so that the drift of a run is measured by a network that stands still.
+        """
+
+    @abstractmethod
     def parameters(self) -> list[torch.nn.Parameter]:
-        """What is trained, in a fixed order."""
+        """The trained parameters, float32, in a fixed order; none where the policy is not trained."""
 
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
-        """The trained tensors by name, not copied, in the order of `parameters`."""
+        """The trained parameters themselves by name, in the order of `parameters`."""
 
     @abstractmethod
     def using(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        """Predict with these tensors in the place of the trained ones (an average, say)."""
+        """Predict with these tensors in the place of the trained ones of the same names (an average, say)."""
 
     @abstractmethod
     def reference(self) -> AbstractContextManager[None]:
-        """Predict as before training, without gradient."""
+        """Predict as before training, without gradient; also within itself and within `using`."""
+
+    @abstractmethod
+    def export(self, folder: Path, weights: Mapping[str, Tensor]) -> Path:
+        """Write the trained part with these weights into `folder`, for use without alignkit. Returns what was written.
+        Equal weights give equal files."""
 
 
 @dataclass
 class Sampler(ABC):
-    """How to walk from noise to a clean latent in `num_steps` steps."""
+    """Steps from noise to a clean latent, `num_steps` of them."""
 
     consistency: ClassVar[bool] = False
-    """Whether this walk is for latent consistency models alone."""
+    """Whether this sampler is for latent consistency models alone."""
 
     num_steps: int = 2
     """Network passes for one image."""
 
     @abstractmethod
     def grid(self, policy: Policy) -> Tensor:
-        """The times of the steps, (K,), the noisiest first."""
+        """The times of the steps, (K,) entries of `policy.times()`, the noisiest first."""
 
     @abstractmethod
     def transition(self, policy: Policy, x: Tensor, k: Tensor, prompt: Prompt) -> Transition:
-        """The distribution of the next latent of x (N, *S) at step k (N,)."""
+        """The distribution of the next latent of x (N, *S) at step k (N,), 0 for the first."""
 
     def initial_scale(self, policy: Policy) -> float:
-        """What unit noise is multiplied with before the first step."""
+        """Factor of the unit noise that the first step begins with."""
         return 1.0
 
     def stochastic_steps(self) -> int:
-        """How many of the steps have a likelihood, as the fields tell it before any weight loads; all by default."""
+        """Number of steps that have a likelihood, from the fields alone, before any weight loads; all by default."""
         return self.num_steps
 
 

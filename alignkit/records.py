@@ -6,9 +6,9 @@ Letters in shapes: N rows, K sampler steps, S = (C, h, w) one latent, L tokens, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 if TYPE_CHECKING:
     import torch
@@ -112,6 +112,52 @@ class Prompt(Rows):
     def pooled(self) -> Tensor | None:
         """(N, E), or None."""
         return None if self.pooled_table is None else self.pooled_table[self.index]
+
+
+class EncodingCache(Protocol):
+    """Encoded texts and images, kept on disk between runs (`[data] cache`)."""
+
+    def get(self, encoder: str, content: str, encode: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the entry `content` of `encoder`, on the CPU; call `encode` and keep its answer if there is none.
+
+        Both names become parts of a path. `encoder` must differ wherever weights, precision or device do, and
+        `content` wherever the text or image does (hashes of them, say).
+        """
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """Settings of a run that `Policy.load` is given: those of [model], and how to spend memory.
+
+    A policy raises ConfigError for one that it cannot follow, such as a `unet` where it has none.
+    """
+
+    unet: str = ""
+    """Folder, file or hub id of a network in the place of the checkpoint's own; empty: its own."""
+    adapter: str = ""
+    """Folder, file or hub id of a LoRA to merge before training; empty: none."""
+    prediction: str = ""
+    """How to read the network: "epsilon", "v_prediction", "sample" or "consistency"; empty: as the checkpoint says."""
+    guidance_scale: float | None = None
+    """Guidance scale while sampling, 1 for the conditional prediction; None: what suits the model."""
+    guidance_embedding: int = 0
+    """Width of an input for the guidance scale to add to the network; 0: none."""
+    lora_rank: int = 16
+    """Rank of the adapter to train; 0 trains all weights."""
+    lora_targets: Sequence[str] = ()
+    """Names of the layers to adapt; empty: those that suit the model."""
+    trainable: bool = True
+    """Whether the policy will be trained. A teacher is not: it has no `parameters` and needs no adapter."""
+    device: torch.device | str = "cpu"
+    """Where to put the weights."""
+    dtype: torch.dtype | None = None
+    """Precision of weights that are not trained; None: float32. Trained weights are float32."""
+    cache: EncodingCache | None = None
+    """Keeps encoded texts and images; using it must not change a result. None: keep nothing."""
+    gradient_checkpointing: bool = False
+    """Whether to compute activations twice instead of keeping them."""
+    rows_per_pass: int = 0
+    """Rows that go through the network at once where no gradient is needed; 0: all."""
 
 
 @dataclass(frozen=True)

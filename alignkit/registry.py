@@ -33,6 +33,7 @@ KINDS: dict[str, type] = {
     "surrogate": interfaces.Surrogate,
     "regulariser": interfaces.Regulariser,
     "model": interfaces.ModelBundle,
+    "policy": interfaces.Policy,
 }
 RENAMED = {("reward", "shapes_reading"): "pixel_check"}
 """Components of earlier versions, and what they are called now."""
@@ -70,6 +71,11 @@ def nearest(name: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.6)
     close = close or [known for known in names if name and known.startswith(f"{name.lower()}_")]
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def plural(kind: str) -> str:
+    """The name of all components of a kind, as in `alignkit list policies` and `register_policies`."""
+    return f"{kind[:-1]}ies" if kind.endswith("y") else f"{kind}s"
 
 
 class Registry:
@@ -115,7 +121,9 @@ class Registry:
             raise AlignkitError(f"{kind} {name!r} was renamed; write {now}")
         hint = f" (there is a {' and a '.join(others)} of this name)" if others else nearest(normalise(name), names)
         broken = [f"; {row.origin} is broken: {row.broken}" for row in self.components() if row.broken]
-        raise AlignkitError(f"unknown {kind} {name!r}{hint} (`alignkit list {kind}s` shows all){''.join(broken)}")
+        raise AlignkitError(
+            f"unknown {kind} {name!r}{hint} (`alignkit list {plural(kind)}` shows all){''.join(broken)}"
+        )
 
     def get(self, kind: str, name: str) -> Any:
         """The class of a component, or the ModelBundle of a model, imported now.
@@ -189,7 +197,7 @@ def _read(entry: EntryPoint) -> Iterator[Component]:
                     raise ValueError(f'{kind} {name}: found target {target!r}, expected "module:Attribute"')
                 rows.append(Component(kind, name, help, target, entry.name, *distribution))
 
-            getattr(manager.hook, f"register_{kind}s")(register=register)
+            getattr(manager.hook, f"register_{plural(kind)}")(register=register)
     except (Exception, SystemExit) as error:
         rows = [Component("plugin", normalise(entry.name), "", entry.value, entry.name, *distribution, _reason(error))]
     yield from rows

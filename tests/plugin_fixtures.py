@@ -105,6 +105,10 @@ ACME = """
     def register_models(register):
         register("acme_model", "acme.models:acme_model", "A model that brings settings")
         register("acme_bare", "acme.models:BARE", "A model that brings none")
+
+    @hookimpl
+    def register_policies(register):
+        register("acme_formula", "acme.parts:Formula", "A policy without a checkpoint")
 """
 
 PARTS = '''
@@ -113,7 +117,7 @@ PARTS = '''
     from dataclasses import dataclass, field
     from typing import TYPE_CHECKING, ClassVar, Literal
 
-    from alignkit.interfaces import Algorithm, Regulariser, Reward, Sampler, Surrogate
+    from alignkit.interfaces import Algorithm, Policy, Regulariser, Reward, Sampler, Surrogate
 
     if TYPE_CHECKING:
         import torch
@@ -197,6 +201,29 @@ PARTS = '''
     @dataclass
     class Push(Pull):
         far: bool = False
+
+
+    class Formula(Policy):
+        """A closed form, which is opened by no source."""
+
+        @classmethod
+        def serves(cls, source):
+            return source.startswith("formula:")
+
+        @classmethod
+        def load(cls, source, settings): ...
+        def times(self): ...
+        def schedule(self, t): ...
+        def encode(self, texts): ...
+        def encode_images(self, images): ...
+        def decode(self, latents): ...
+        def denoise(self, x, t, prompt, guidance_scale=None): ...
+        def features(self, images): ...
+        def parameters(self): ...
+        def weights(self): ...
+        def using(self, weights): ...
+        def reference(self): ...
+        def export(self, folder, weights): ...
 '''
 
 MODELS = """

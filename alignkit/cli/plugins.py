@@ -12,11 +12,11 @@ import typer
 from alignkit.cli.options import Json
 from alignkit.cli.output import print_json, print_table
 from alignkit.errors import AlignkitError
-from alignkit.registry import KINDS, default_registry, nearest, normalise
+from alignkit.registry import KINDS, default_registry, nearest, normalise, plural
 
 
 def list_(kind: Annotated[str | None, typer.Argument(metavar="KIND")] = None, as_json: Json = False) -> None:
-    """List algorithms, rewards, samplers, surrogates and models, with who brought them.
+    """List algorithms, rewards, samplers, surrogates, models and policies, with who brought them.
 
     \b
     alignkit list                everything
@@ -25,9 +25,9 @@ def list_(kind: Annotated[str | None, typer.Argument(metavar="KIND")] = None, as
     """
     from rich.text import Text
 
-    wanted = kind.lower().removesuffix("s") if kind else None
+    plurals = {plural(k): k for k in KINDS}
+    wanted = plurals.get(kind.lower(), kind.lower()) if kind else None
     if kind and wanted not in KINDS:
-        plurals = [f"{k}s" for k in KINDS]
         raise AlignkitError(f"list: found {kind!r}, expected one of {', '.join(plurals)}{nearest(kind, plurals)}")
     rows = default_registry().components(wanted)
     if as_json:

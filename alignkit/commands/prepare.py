@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from alignkit.data.items import Items
 from alignkit.errors import ConfigError
+from alignkit.models.encoder_cache import EncoderCache
 from alignkit.runs.run import Run
 
 
@@ -39,15 +40,14 @@ def prepare(run: Run, console: Console | None = None) -> tuple[list[Prepared], l
     `console`. Also returns lines for the user: what was skipped as broken, and how many that were. Raises AlignkitError
     for what the user can mend.
     """
-    if not run.config.data.cache:
+    cache = run.encoder_cache()
+    if cache is None:
         raise ConfigError("data.cache: missing; name the folder that is to keep what is encoded")
     run.check()
     skipped = run.skipped()
     # "" is what guidance leads away from.
     texts = dict.fromkeys(["", *(example.text for example in (*run.prompts(skipped), *run.held_out()))])
-    policy = run.load_policy(run.accelerator().device)
-    cache = policy.cache
-    assert cache is not None
+    policy = run.load_policy(run.accelerator().device, cache)
     sources = {
         "data.images": (run.config.data.images, run.images(policy.image_size, skipped)),
         "data.pairs": (run.config.data.pairs, run.pairs(policy.image_size, skipped)),
@@ -64,18 +64,26 @@ def prepare(run: Run, console: Console | None = None) -> tuple[list[Prepared], l
     with Progress(*columns, console=console, disable=console is None) as progress:
         for items in sets:
             read = 0
+            cache.start_count()
             for index in progress.track(range(len(items)), description="images"):
                 if (found := items.read(index)) is not None:
                     *images, text = found
                     policy.encode_images(torch.stack(images))
                     texts[text] = None
                     read += len(images)
-            folder = policy.encoders["images"]
-            done.append(Prepared("images", read, cache.made, str(cache.folder / folder), *cache.size(folder)))
-        made = cache.made
+            done.append(_prepared("images", read, cache))
+        cache.start_count()
         for text in progress.track(list(texts), description="texts"):
             policy.encode([text])
-        folder = policy.encoders["texts"]
-        done.append(Prepared("texts", len(texts), cache.made - made, str(cache.folder / folder), *cache.size(folder)))
+        done.append(_prepared("texts", len(texts), cache))
+    if not cache.encoders:
+        notes.append(f"data.cache: the model {run.config.model.name} keeps nothing there, so nothing was prepared")
     notes += [f"skipped as broken: {what}" for what in skipped or ()]
     return done, notes + ([f"{len(skipped)} skipped as broken"] if skipped else [])
+
+
+def _prepared(what: str, read: int, cache: EncoderCache) -> Prepared:
+    """The count of one encoder, the one that was used since the last `start_count`."""
+    encoder = next(iter(cache.encoders), "")
+    entries, size = cache.size(encoder) if encoder else (0, 0)
+    return Prepared(what, read, cache.made, str(cache.folder / encoder), entries, size)

@@ -1,4 +1,4 @@
-"""Find the model bundle that a name, a hub id or a folder stands for."""
+"""Find the model bundle that a name, a hub id or a folder stands for, and the policy class that serves it."""
 
 from __future__ import annotations
 
@@ -8,57 +8,126 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.errors import AlignkitError, ConfigError
-from alignkit.interfaces import ModelBundle
+from alignkit.interfaces import ModelBundle, Policy
 from alignkit.registry import Registry, default_registry
+
+INDEX = "model_index.json"
+"""The file that lists the parts of a diffusers pipeline."""
 
 
 def find_bundle(name: str, registry: Registry | None = None) -> ModelBundle:
-    """The registered model of this name or at this hub id (owner/name), else a bare bundle around a hub id or a folder.
+    """Return the registered model of this name or at this hub id, else a bare bundle around a hub id or a folder.
 
     Raises AlignkitError, with the nearest name, for what is none of these.
     """
     registry = registry or default_registry()
     registered = any(row.kind == "model" for row in registry.named(name))
-    if not registered and Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
-        raise ConfigError(f"model.name: the folder {name} holds no diffusers pipeline (model_index.json is missing)")
     if not registered and Path(name).is_dir():
+        if not is_checkpoint(Path(name), registry):
+            raise ConfigError(f"model.name: {_unserved(name)}")
         return ModelBundle(path=name, defaults=_suited(Path(name)))
-    if not registered and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        return _living_at(name, registry) or ModelBundle(path=name)
+    if not registered and is_hub_id(name):
+        return _at_hub_id(name, registry) or ModelBundle(path=name)
     if not registered and "/" in name:
         raise ConfigError(f"model.name: there is no folder {name}, and a hub id has the form owner/name")
     bundle: ModelBundle = registry.get("model", name)
     return bundle
 
 
-def _living_at(source: str, registry: Registry) -> ModelBundle | None:
+def find_policy(source: str, name: str = "", key: str = "model", registry: Registry | None = None) -> type[Policy]:
+    """Return the policy class `name`, or where it is empty the only registered one that serves `source`.
+
+    Raises ConfigError, in one line that begins with `key`, where none or several do; AlignkitError for an unknown name.
+    """
+    registry = registry or default_registry()
+    if name:
+        if not Path(source).exists() and not is_hub_id(source):
+            raise ConfigError(f"{key}: {_unserved(source)}")
+        named: type[Policy] = registry.get("policy", name)
+        return named
+    serving, broken = _serving(source, registry)
+    if len(serving) > 1:
+        raise ConfigError(f"model.policy: {' and '.join(serving)} both serve {source}; set model.policy to one of them")
+    if not serving:
+        raise ConfigError("; ".join([f"{key}: {_unserved(source)}", *broken]))
+    return next(iter(serving.values()))
+
+
+def is_checkpoint(folder: Path, registry: Registry | None = None) -> bool:
+    """Whether a folder holds a diffusers pipeline, or what a policy of a plugin serves."""
+    return (folder / INDEX).is_file() or bool(_serving(str(folder), registry or default_registry())[0])
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether `source` has the form owner/name."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) is not None
+
+
+def is_consistency(source: str, prediction: str = "") -> bool | None:
+    """Whether a model is a latent consistency model, by `model.prediction` or the scheduler of its pipeline.
+
+    None where neither says so before the weights are loaded: for a hub id, and for a folder without an index.
+    """
+    if prediction or not (Path(source) / INDEX).is_file():
+        return prediction == "consistency" if prediction else None
+    return "LCMScheduler" in (read_index(Path(source)).get("scheduler") or ())
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Return the parts of the diffusers pipeline in a folder, by name. Raises ConfigError for an unreadable index."""
+    index = folder / INDEX
+    try:
+        parts = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model: {index} is no index of a diffusers pipeline ({error})") from error
+    return parts if isinstance(parts, dict) else {}
+
+
+def _serving(source: str, registry: Registry) -> tuple[dict[str, type[Policy]], list[str]]:
+    """The policies that serve `source` by name, and a message for each that cannot be asked."""
+    serving: dict[str, type[Policy]] = {}
+    broken: list[str] = []
+    for row in registry.components("policy"):
+        try:
+            if not row.broken and (policy := registry.get("policy", row.name)).serves(source):
+                serving[row.name] = policy
+        except AlignkitError as error:
+            broken.append(str(error))
+        except Exception as error:  # one broken plugin must not end runs on models that others serve
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            broken.append(f"policy {row.name} ({row.origin}) failed: {reason}")
+    return serving, broken
+
+
+def _unserved(source: str) -> str:
+    """A message for a source that no policy serves."""
+    folder = Path(source)
+    if not folder.is_dir():
+        if is_hub_id(source):
+            return f"no policy serves the hub id {source} (`alignkit list policies`)"
+        return f"{source!r} is no folder and no hub id of the form owner/name"
+    if not (folder / INDEX).is_file():
+        return f"the folder {source} holds no diffusers pipeline ({INDEX} is missing), and no policy serves it"
+    kind = read_index(folder).get("_class_name", "pipeline of no class")
+    return (
+        f"no policy serves {source}, a {kind}; expected a text-to-image pipeline with a UNet, a VAE and a scheduler, "
+        "or a plugin for others (`alignkit list policies`)"
+    )
+
+
+def _at_hub_id(source: str, registry: Registry) -> ModelBundle | None:
     """The registered model that is the pipeline at this hub id, and not one that exchanges a part of it."""
     for row in registry.components("model"):
         try:
             bundle: ModelBundle | None = None if row.broken else registry.get("model", row.name)
         except AlignkitError:
-            continue  # somebody else's mistake, which is told to those who name that model
+            continue  # whoever names that model gets the error
         if bundle and bundle.path == source and not {"unet", "adapter"} & bundle.defaults.get("model", {}).keys():
             return bundle
     return None
 
 
 def _suited(folder: Path) -> dict[str, Any]:
-    """The sampler that a local pipeline's scheduler stands for."""
-    walk = {"name": "lcm"} if is_consistency(str(folder)) else {"name": "ddim", "num_steps": 25, "eta": 0.0}
-    return {"sampler": walk}
-
-
-def is_consistency(source: str, prediction: str = "") -> bool | None:
-    """Whether a model is a latent consistency model, as `model.prediction` or the scheduler of its folder says.
-
-    None for a hub id, which is not looked up.
-    """
-    index = Path(source) / "model_index.json"
-    if prediction or not index.is_file():
-        return prediction == "consistency" if prediction else None
-    try:
-        parts = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model: {index} is no index of a diffusers pipeline ({error})") from error
-    return isinstance(parts, dict) and "LCMScheduler" in (parts.get("scheduler") or ())
+    """The sampler that suits a local checkpoint: that of its pipeline's scheduler, else 25 steps of DDIM."""
+    sampler = {"name": "lcm"} if is_consistency(str(folder)) else {"name": "ddim", "num_steps": 25, "eta": 0.0}
+    return {"sampler": sampler}

@@ -13,6 +13,9 @@ class ModelConfig:
 
     name: str = "shapes_lcm"
     """A registered model (`alignkit list models`), a hub id or a diffusers folder."""
+    policy: str = ""
+    """The policy that loads the model and its teacher (`alignkit list policies`); empty: the one that serves the
+    checkpoint."""
     teacher: str = ""
     """A hub id or a folder of the model it was distilled from; empty: what the registered model says."""
     unet: str = ""

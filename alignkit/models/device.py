@@ -1,4 +1,4 @@
-"""The device that `--device` names."""
+"""Find the device that `--device` names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from alignkit.errors import ConfigError
 
 
 def find_device(name: str) -> torch.device:
-    """The device that `--device` names; "auto" is CUDA where it is there. Raises ConfigError for one that is not."""
+    """Return the device that `--device` names; "auto" is CUDA if available. Raises ConfigError for a missing one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

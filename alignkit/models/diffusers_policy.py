@@ -1,4 +1,4 @@
-"""A diffusers pipeline as a `Policy`; the only home of peft in the core."""
+"""A diffusers pipeline with a UNet as a `Policy`; the only module of the core that uses peft."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from torch import Tensor
 from alignkit import diffusion
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Policy
-from alignkit.models.encoder_cache import EncoderCache, content_of, fingerprint, tokenizer_state
-from alignkit.models.pipelines import LORA_FILE, load_pipeline
-from alignkit.records import Prompt
+from alignkit.models.encoder_cache import content_of, fingerprint, tokenizer_state
+from alignkit.models.pipelines import LORA_FILE, is_pipeline, load_pipeline
+from alignkit.records import EncodingCache, PolicySettings, Prompt
 
 V = TypeVar("V", str, Tensor)
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 """The LoRA targets of diffusers' own training scripts."""
 REMEMBERED = 1 << 30
-"""Bytes of encoded texts that are kept in memory: some 4500 of Stable Diffusion, 1700 of SDXL."""
+"""Bytes of encoded texts to keep in memory: about 4500 texts of Stable Diffusion, 1700 of SDXL."""
 
 
 class DiffusersPolicy(Policy):
     """A text-to-image pipeline with a UNet: Stable Diffusion, SDXL, their latent consistency and turbo forms.
 
     What differs between them is read from the pipeline: prediction type and noise levels from the scheduler's config,
-    consistency boundary scalings if that is an LCMScheduler, a guidance embedding if the UNet has one, what stands for
-    no text from the pipeline's config. `prediction` says it where the scheduler cannot: a LoRA or a UNet that was
-    distilled is not what the pipeline around it was made for.
+    consistency boundary scalings if that is an LCMScheduler, a guidance embedding if the UNet has one, and what stands
+    for the empty prompt from the pipeline's config. `prediction` overrides the scheduler where a LoRA or a distilled
+    UNet changed what the network predicts.
     """
 
     def __init__(
@@ -51,19 +51,18 @@ class DiffusersPolicy(Policy):
         trainable: bool = True,
         guidance_scale: float | None = None,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        cache: EncoderCache | None = None,
+        dtype: torch.dtype | None = None,
+        cache: EncodingCache | None = None,
         gradient_checkpointing: bool = False,
         rows_per_pass: int = 0,
     ) -> None:
-        """`lora_rank` 0 trains the whole UNet. `guidance_scale` is as in diffusers. `unet`, `adapter`,
-        `prediction` and `guidance_embedding` are as in the section [model] of a run file, `gradient_checkpointing` as
-        in [train]. `cache` keeps what texts and images are encoded to; it changes no result. `rows_per_pass` is how
-        many rows go through the network at once where no gradient is asked for; 0: all."""
+        """Load the pipeline at `source` with the settings of `alignkit.records.PolicySettings`."""
         self.source, self.cache, self.rows_per_pass = source, cache, rows_per_pass
         self.device = torch.device(device)
-        parts = load_pipeline(source, dtype, unet=unet, adapter=adapter, guidance_embedding=guidance_embedding)
-        self.pipe = parts.to(self.device)
+        pipe = load_pipeline(
+            source, dtype or torch.float32, unet=unet, adapter=adapter, guidance_embedding=guidance_embedding
+        )
+        self.pipe = pipe.to(self.device)
         self.unet = self.pipe.unet.requires_grad_(False).eval()
         self.vae = self.pipe.vae.requires_grad_(False).eval()
         if gradient_checkpointing:
@@ -75,15 +74,14 @@ class DiffusersPolicy(Policy):
         config = self.pipe.scheduler.config
         self._prediction: str = config.prediction_type if prediction in ("", "consistency") else prediction
         self._alphas = DDPMScheduler.from_config(config).alphas_cumprod.to(self.device)
-        consistency = prediction == "consistency" or (not prediction and isinstance(self.pipe.scheduler, LCMScheduler))
-        self.consistency = consistency
-        """Whether it is read as a latent consistency model."""
-        self._scaling: float | None = config.get("timestep_scaling", 10.0) if consistency else None
+        is_lcm = isinstance(self.pipe.scheduler, LCMScheduler)
+        self.consistency = prediction == "consistency" or (not prediction and is_lcm)
+        self._scaling: float | None = config.get("timestep_scaling", 10.0) if self.consistency else None
         self._embed_dim: int | None = self.unet.config.time_cond_proj_dim
         self.guidance_embedded = self._embed_dim is not None
         if guidance_scale is None:
             guidance_scale = 8.5 if self._embed_dim else 1.0
-        # As in diffusers, where cards of turbo models ask for a scale of 0: two passes are made above 1 alone.
+        # As in diffusers, two passes are made above 1 alone; model cards of turbo models write 0 for the one pass.
         self.guidance_scale = guidance_scale if self._embed_dim else max(guidance_scale, 1.0)
         edge = self.unet.config.sample_size
         self.latent_shape = (self.unet.config.in_channels, edge, edge)
@@ -94,12 +92,24 @@ class DiffusersPolicy(Policy):
                 parameter.requires_grad_(True)
             for parameter in self.parameters():
                 parameter.data = parameter.data.float()
-        # A LoRA's reference is the same network with the adapter off; a full fine-tuning must keep its start.
+        # The reference of a LoRA is the network with the adapter off; a full fine-tuning must keep its initial weights.
         full = trainable and self.lora is None
         self._start = {name: p.detach().cpu().clone() for name, p in self.weights().items()} if full else None
         self._plain = False  # whether the adapter is off
         self._null: Prompt | None = None
         self._texts: dict[str, dict[str, Tensor]] = {}
+
+    @classmethod
+    def serves(cls, source: str) -> bool:
+        """Whether `source` is a folder whose `model_index.json` lists a UNet, a VAE and a scheduler, or a hub id."""
+        try:
+            return is_pipeline(source)
+        except ConfigError:  # an index that cannot be read
+            return False
+
+    @classmethod
+    def load(cls, source: str, settings: PolicySettings) -> DiffusersPolicy:
+        return cls(source, **vars(settings))
 
     def _add_lora(self, rank: int, targets: Sequence[str]) -> LoraConfig:
         lora = LoraConfig(
@@ -111,8 +121,8 @@ class DiffusersPolicy(Policy):
             raise ConfigError(f"model.lora_targets: {list(targets)} name no layers of the UNet ({error})") from error
         return lora
 
-    # text and images: one at a time and in the precision that the encoders were loaded in, so that the result of one
-    # depends neither on what it is encoded together with, nor on whether it was encoded now or long ago
+    # Texts and images are encoded one at a time, in the precision that the encoders were loaded in, so that a result
+    # depends neither on the others in its batch nor on whether it comes from the cache.
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Prompt:
@@ -131,7 +141,7 @@ class DiffusersPolicy(Policy):
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """The mode of the VAE's posterior: no chance is needed for it."""
+        """The mode of the VAE's posterior, which takes no randomness."""
         return torch.cat([self._cached("images", image, self._encode_image)["latents"] for image in images])
 
     def _encode_image(self, image: Tensor) -> dict[str, Tensor]:
@@ -140,7 +150,7 @@ class DiffusersPolicy(Policy):
         return {"latents": latents}
 
     def _cached(self, kind: str, value: V, encode: Callable[[V], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What `encode` makes of a text or image, on the device; from the cache if there is one."""
+        """Encode a text or image, or take it from the cache if there is one; on the device."""
         with torch.autocast(self.device.type, enabled=False):
             if self.cache is None:
                 found = encode(value) if isinstance(value, Tensor) else self._remembered(value)
@@ -149,7 +159,7 @@ class DiffusersPolicy(Policy):
         return {name: tensor.to(self.device) for name, tensor in found.items()}
 
     def _remembered(self, text: str) -> dict[str, Tensor]:
-        """What a text is encoded to, on the CPU: the last `REMEMBERED` bytes stay, as rounds ask for the same texts."""
+        """Encode a text, on the CPU. The last `REMEMBERED` bytes are kept, because rounds repeat the same texts."""
         found = self._texts.pop(text, None)
         if found is None:
             found = {name: tensor.cpu() for name, tensor in self._encode_text(text).items()}
@@ -161,7 +171,7 @@ class DiffusersPolicy(Policy):
 
     @cached_property
     def encoders(self) -> dict[str, str]:
-        """The cache's names of the encoders of "texts" and "images": equal only if they compute the same."""
+        """Names of the encoders of "texts" and "images" in the cache: equal only if they compute the same."""
         here = [type(self.pipe).__name__, self.device.type]  # a GPU rounds differently from a CPU
         tokenizers, networks = (
             [part for name in (kind, f"{kind}_2") if (part := getattr(self.pipe, name, None)) is not None]
@@ -178,14 +188,13 @@ class DiffusersPolicy(Policy):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """What the model before training makes of images (N, 3, H, W) in [0, 1]: (N, D) float32.
+        """The mean over space of the UNet's middle block, or of its last down block where there is none, (N, D).
 
-        The mean over space of the UNet's middle block, or of its last down block where there is none, which reads the
-        encoded images at time 0 and without text.
+        It reads the encoded images at the time of least noise, with the empty prompt.
         """
-        latents = torch.cat([self._encode_image(image)["latents"] for image in images])  # drawn, not worth a cache
+        latents = torch.cat([self._encode_image(image)["latents"] for image in images])  # generated images: no cache
         empty = self._without_text(len(latents))
-        zeros = torch.zeros(len(latents), device=self.device)
+        t, w = self.times()[:1].expand(len(latents)).to(self.device), torch.zeros(len(latents), device=self.device)
         kept: list[Tensor] = []
 
         def keep(_: object, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
@@ -195,12 +204,15 @@ class DiffusersPolicy(Policy):
         hook = deepest.register_forward_hook(keep)
         try:
             with self.reference():
-                self._predict(latents, zeros.long(), empty.features, empty.pooled, zeros)
+                self._predict(latents, t, empty.features, empty.pooled, w)
         finally:
             hook.remove()
         return kept[0]
 
     # the network
+
+    def times(self) -> Tensor:
+        return torch.arange(len(self._alphas))
 
     def schedule(self, t: Tensor) -> tuple[Tensor, Tensor]:
         level = self._alphas[t]
@@ -208,7 +220,7 @@ class DiffusersPolicy(Policy):
 
     def denoise(self, x: Tensor, t: Tensor, prompt: Prompt, guidance_scale: Tensor | None = None) -> Tensor:
         size = self.rows_per_pass
-        if 0 < size < len(x) and not torch.is_grad_enabled():  # with gradient, whoever asks minds the memory
+        if 0 < size < len(x) and not torch.is_grad_enabled():  # with gradient, the trainer splits the rows
             parts = torch.arange(len(x), device=x.device).split(size)
             scales = [None if guidance_scale is None else guidance_scale[i] for i in parts]
             return torch.cat(
@@ -226,7 +238,7 @@ class DiffusersPolicy(Policy):
         return with_text + diffusion.columns(guidance, x) * (with_text - without)
 
     def _without_text(self, count: int) -> Prompt:
-        """What guidance leads away from: the empty text, or zeros where the pipeline was made with those (SDXL)."""
+        """The unconditional prompt of guidance: the empty text, or zeros where the pipeline was trained so (SDXL)."""
         if self._null is None:
             null = self.encode([""])
             if self.pipe.config.get("force_zeros_for_empty_prompt"):
@@ -255,7 +267,7 @@ class DiffusersPolicy(Policy):
         edge = self.image_size
         return torch.tensor([edge, edge, 0, 0, edge, edge], device=self.device, dtype=dtype).expand(count, 6)
 
-    # what is trained
+    # training
 
     def weights(self) -> dict[str, Tensor]:
         return {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
@@ -270,7 +282,7 @@ class DiffusersPolicy(Policy):
         try:
             for name, value in weights.items():
                 own[name].data = value.to(self.device)
-            torch.clear_autocast_cache()  # which knows a parameter's half-precision copy, and not that its data changed
+            torch.clear_autocast_cache()  # it holds half-precision copies of parameters and misses changes of `data`
             yield
         finally:
             for name, value in kept.items():
@@ -295,7 +307,7 @@ class DiffusersPolicy(Policy):
                     self._plain = False
 
     def export(self, folder: Path, weights: Mapping[str, Tensor]) -> Path:
-        """Write what plain diffusers reads: a LoRA file, or the UNet's folder after a full fine-tuning."""
+        """Write a LoRA file for plain diffusers, or the folder of the UNet after a full fine-tuning."""
         with self.using(weights):
             if self.lora is None:
                 self.unet.save_pretrained(folder / "unet")

@@ -1,4 +1,4 @@
-"""What encoders made of texts and images, kept on disk so that it is made once."""
+"""Encoded texts and images on disk, so that each is encoded once."""
 
 from __future__ import annotations
 
@@ -18,25 +18,32 @@ from alignkit.files import write_file
 
 
 class EncoderCache:
-    """Entries `folder/<encoder>/<two digits>/<content>.safetensors`, bit for bit what the encoder gave.
+    """Entries `folder/<encoder>/<two digits>/<content>.safetensors`, bit for bit what the encoder returned.
 
-    `encoder` tells encoders apart by their weights and `content` is a hash of what was encoded, so a stale entry is
-    never found. Entries are written whole under a name of their own and renamed: processes may share a folder, and one
-    that is killed leaves no half of an entry. An entry that cannot be read is made again.
+    `encoder` changes with the encoder's weights and `content` is a hash of the text or image, so a stale entry is never
+    found. Entries are written under a temporary name and renamed: processes may share a folder, and a killed one leaves
+    no partial entry. An entry that cannot be read is made again.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.made = 0
-        """Entries that were not there."""
+        """Entries that were missing and were made."""
+        self.encoders: dict[str, None] = {}
+        """Names of the encoders whose entries were read or made, in the order of their first use."""
+
+    def start_count(self) -> None:
+        """Count `made` and `encoders` from here on."""
+        self.made, self.encoders = 0, {}
 
     def get(self, encoder: str, content: str, encode: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The entry, on the CPU; made by `encode` and kept if it is not there.
+        """Return the entry, on the CPU; make it with `encode` and keep it if it is missing.
 
-        Raises AlignkitError if the disk refuses it.
+        Raises AlignkitError if it cannot be written.
         """
+        self.encoders[encoder] = None
         path = self.folder / encoder / content[:2] / f"{content}.safetensors"
-        with suppress(OSError, SafetensorError):  # not there, or damaged: both are mended by making it
+        with suppress(OSError, SafetensorError):  # missing or damaged: it is made below
             return load_file(path)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in encode().items()}
         write_file(path, save(tensors))
@@ -44,13 +51,13 @@ class EncoderCache:
         return tensors
 
     def size(self, encoder: str) -> tuple[int, int]:
-        """Entries of an encoder, and their bytes on disk."""
+        """Number of entries of an encoder, and their bytes on disk."""
         sizes = [path.stat().st_size for path in (self.folder / encoder).glob("*/*.safetensors")]
         return len(sizes), sum(sizes)
 
 
 def fingerprint(parts: Iterable[torch.nn.Module | str]) -> str:
-    """32 digits that tell modules apart by their class, config and every weight, and strings by what they say."""
+    """A hash of 32 digits over the class, config and every weight of modules, and over strings."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         if isinstance(part, str):
@@ -67,20 +74,20 @@ def fingerprint(parts: Iterable[torch.nn.Module | str]) -> str:
 
 
 LOOSE = frozenset({"_name_or_path", "_diffusers_version", "transformers_version", "dtype"})
-"""Entries of a config that say where a model came from, or what its weights say themselves."""
+"""Entries of a config that name the origin of a model, or repeat what its weights show."""
 
 
 def tokenizer_state(tokenizer: Any) -> str:
-    """How a tokenizer of transformers reads a text: its vocabulary, rules, special tokens and length."""
+    """All that decides how a tokenizer of transformers reads a text, as JSON: vocabulary, rules, length."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    for name in ("truncation", "padding"):  # set by each call, and so by what was read before
+    for name in ("truncation", "padding"):  # state of the last call
         state.pop(name, None)
     kept = [state, tokenizer.special_tokens_map, tokenizer.model_max_length, tokenizer.padding_side]
     return json.dumps(kept, sort_keys=True, default=str)
 
 
 def content_of(value: str | Tensor) -> str:
-    """32 digits that tell texts apart, or tensors by shape, type and every value."""
+    """A hash of 32 digits over a text, or over the shape, type and every value of a tensor."""
     if isinstance(value, str):
         return hashlib.blake2b(value.encode(errors="surrogatepass"), digest_size=16).hexdigest()
     digest = hashlib.blake2b(_shape(value).encode(), digest_size=16)

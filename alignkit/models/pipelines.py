@@ -1,4 +1,4 @@
-"""Loading diffusers pipelines, with a UNet or a LoRA of another checkpoint where one is named."""
+"""Load diffusers pipelines, with the UNet or a LoRA of another checkpoint where one is named."""
 
 from __future__ import annotations
 
@@ -14,25 +14,41 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from alignkit.config.bundles import INDEX, is_hub_id, read_index
 from alignkit.errors import ConfigError
 from alignkit.models.quiet import errors_only, no_progress_bars
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-"""What diffusers, peft and a run folder call a LoRA."""
+"""Name of a LoRA file in diffusers, in peft and in a run folder."""
 
 
-def check_source(source: str, key: str = "model") -> None:
-    """Raise ConfigError for a folder that is missing or holds no pipeline. A hub id is not looked up."""
+NETWORKS = "unet", "vae", "scheduler"
+"""Parts that every pipeline here has."""
+
+
+def is_pipeline(source: str) -> bool:
+    """Whether `source` is a folder with the index of a pipeline that has a UNet, or a hub id, which is not looked up.
+
+    Raises ConfigError for an index that cannot be read.
+    """
     folder = Path(source)
-    looks_local = folder.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1
-    if looks_local and not folder.is_dir():
-        raise ConfigError(f"{key}: {source!r} is no folder and no hub id of the form owner/name")
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise ConfigError(f"{key}: the folder {source} holds no diffusers pipeline (model_index.json is missing)")
+    if not folder.exists():
+        return is_hub_id(source)
+    parts = read_index(folder) if (folder / INDEX).is_file() else {}
+    return all((parts.get(name) or [None])[0] for name in NETWORKS)
+
+
+def check_source(source: str) -> None:
+    """Raise ConfigError for a folder that is missing or has no index. A hub id is not looked up."""
+    folder = Path(source)
+    if not folder.is_dir() and (folder.exists() or not is_hub_id(source)):
+        raise ConfigError(f"model: {source!r} is no folder and no hub id of the form owner/name")
+    if folder.is_dir() and not (folder / INDEX).is_file():
+        raise ConfigError(f"model: the folder {source} holds no diffusers pipeline ({INDEX} is missing)")
 
 
 def locate_weights(key: str, source: str) -> tuple[str, str]:
-    """Folder or hub id of weights, and the file in it ("" if none is named). A hub id is not looked up.
+    """Return the folder or hub id of weights, and the file in it ("" if none is named). A hub id is not looked up.
 
     Raises ConfigError, under the name `key`, for what can be neither.
     """
@@ -53,33 +69,35 @@ def locate_weights(key: str, source: str) -> tuple[str, str]:
 def load_pipeline(
     source: str, dtype: torch.dtype = torch.float32, *, unet: str = "", adapter: str = "", guidance_embedding: int = 0
 ) -> Any:
-    """The pipeline at a local folder or hub id, with the UNet of `unet` in the place of its own, the LoRA of `adapter`
-    merged into it, and an input of this width for the guidance. Raises ConfigError for what is not there or does not
-    fit."""
+    """Load the pipeline at a folder or hub id.
+
+    `unet` replaces its UNet, `adapter` is a LoRA that is merged into it, and `guidance_embedding` above 0 is the width
+    of an input for the guidance that is added. Raises ConfigError for what is missing or does not fit.
+    """
     check_source(source)
     with no_progress_bars():
         folder, file = locate_weights("model.unet", unet) if unet else ("", "")
         given: dict[str, Any] = {}
         if unet and not file:
-            with _told("model.unet", unet, "a UNet of diffusers"):
+            with _blamed_on("model.unet", unet, "a UNet of diffusers"):
                 given["unet"] = UNet2DConditionModel.from_pretrained(folder, dtype=dtype)
-        with _told("model", source, "a diffusers pipeline"):
+        with _blamed_on("model", source, "a diffusers pipeline"):
             index = DiffusionPipeline.load_config(source)
             optional = {"safety_checker": None} if "safety_checker" in index else {}
             pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, **optional, **given)
-        missing = [name for name in ("unet", "vae", "scheduler") if getattr(pipe, name, None) is None]
+        missing = [name for name in NETWORKS if getattr(pipe, name, None) is None]
         if missing:
             raise ConfigError(
                 f"model: {source} is a {type(pipe).__name__} without {', '.join(missing)}; "
                 "expected a text-to-image pipeline with a UNet"
             )
         if file:
-            with _told("model.unet", unet, f"the UNet of {source}"):
+            with _blamed_on("model.unet", unet, f"the UNet of {source}"):
                 local = Path(folder) / file
                 pipe.unet.load_state_dict(load_file(local if local.is_file() else hf_hub_download(folder, file)))
         if adapter:
             folder, file = locate_weights("model.adapter", adapter)
-            with _told("model.adapter", adapter, f"a LoRA for {source}"), errors_only():
+            with _blamed_on("model.adapter", adapter, f"a LoRA for {source}"), errors_only():
                 pipe.load_lora_weights(folder, weight_name=file or LORA_FILE)
                 if not pipe.get_list_adapters().get("unet"):
                     raise ValueError("it names no layer of the UNet")
@@ -92,13 +110,14 @@ def load_pipeline(
 
 
 def with_guidance(unet: UNet2DConditionModel, width: int) -> UNet2DConditionModel:
-    """The same network with an input of this width for the guidance, which changes nothing before it is trained.
+    """Return the same network with an input of this width for the guidance.
 
-    Raises ConfigError for one that has such an input.
+    The input starts with zero weights, so it changes nothing before it is trained. Raises ConfigError for a network
+    that has such an input already.
     """
     if unet.config.time_cond_proj_dim:
         raise ConfigError(
-            f"model.guidance_embedding: found {width} for a network that takes the guidance as it is, expected 0"
+            f"model.guidance_embedding: found {width} for a network that takes the guidance already, expected 0"
         )
     wide = UNet2DConditionModel.from_config(unet.config, time_cond_proj_dim=width).to(unet.device, unet.dtype)
     wide.load_state_dict(unet.state_dict(), strict=False)
@@ -107,8 +126,8 @@ def with_guidance(unet: UNet2DConditionModel, width: int) -> UNet2DConditionMode
 
 
 @contextmanager
-def _told(key: str, source: str, what: str) -> Iterator[None]:
-    """What goes wrong inside becomes a ConfigError of one line."""
+def _blamed_on(key: str, source: str, what: str) -> Iterator[None]:
+    """Turn any error while loading into a ConfigError of one line that names `key` and `source`."""
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

@@ -1,4 +1,4 @@
-"""Loading weights without noise."""
+"""Silence progress bars and warnings while weights load."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Diffusers and transformers each draw bars for weights that are on disk already; not here."""
+    """Hide the progress bars that diffusers and transformers show even for weights on disk."""
     shown = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
     for library in shown:
         library.disable_progress_bar()
@@ -24,7 +24,7 @@ def no_progress_bars() -> Iterator[None]:
 
 @contextmanager
 def errors_only() -> Iterator[None]:
-    """Diffusers warns of each text encoder that a LoRA has nothing for, and both of each text that is cut; not here."""
+    """Hide warnings: of diffusers about text encoders that a LoRA leaves alone, and of both about truncated texts."""
     levels = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
     for library, _ in levels:
         library.set_verbosity_error()

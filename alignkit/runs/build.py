@@ -12,18 +12,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from alignkit.config.bundles import find_bundle, is_consistency
+from alignkit.config.bundles import find_bundle, find_policy, is_consistency
 from alignkit.config.load import RunConfig, SurrogateConfig
 from alignkit.data.images import check_images, open_images
 from alignkit.data.preferences import check_pairs, open_pairs
 from alignkit.data.prompts import read_examples
 from alignkit.data.sources import Images, Preferences
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Algorithm, Regulariser, Reward, Sampler, Surrogate
-from alignkit.models.diffusers_policy import DiffusersPolicy
+from alignkit.interfaces import Algorithm, Policy, Regulariser, Reward, Sampler, Surrogate
 from alignkit.models.encoder_cache import EncoderCache
-from alignkit.models.pipelines import check_source, locate_weights
-from alignkit.records import Example
+from alignkit.models.pipelines import locate_weights
+from alignkit.records import Example, PolicySettings
 from alignkit.registry import default_registry
 from alignkit.rewards.cache import ScoreCache
 from alignkit.rewards.checked import Scoring
@@ -126,8 +125,8 @@ class Parts:
         """
         sampler, algorithm, skipped = self.sampler(), self.algorithm(), self.skipped()
         model, data = self.config.model, self.config.data
-        check_source(find_bundle(model.name).path)
-        self._check_walk(is_consistency(find_bundle(model.name).path, model.prediction))
+        find_policy(find_bundle(model.name).path, model.policy)
+        self._check_sampler(is_consistency(find_bundle(model.name).path, model.prediction))
         for key, source in (("model.unet", model.unet), ("model.adapter", model.adapter)):
             if source:
                 locate_weights(key, source)
@@ -135,7 +134,7 @@ class Parts:
             if find_spec(tracker) is None:
                 raise ConfigError(f"train.trackers: {tracker} is not installed; pip install 'alignkit[{tracker}]'")
         if self.who_needs("teacher") and self.teacher_source():
-            check_source(self.teacher_source(), "model.teacher")
+            find_policy(self.teacher_source(), model.policy, "model.teacher")
         if "stochastic_steps" in algorithm.needs and not sampler.stochastic_steps():
             found = ", ".join(f"{name} = {value}" for name, value in self.config.sampler.fields.items())
             raise ConfigError(
@@ -195,55 +194,61 @@ class Parts:
             f"algorithm {self.config.algorithm.name} teaches"
         )
 
-    def _check_walk(self, consistency: bool | None) -> None:
-        """Raise ConfigError for the walk of consistency models on one that is none; `consistency` None: unknown yet."""
+    def _check_sampler(self, consistency: bool | None) -> None:
+        """Raise ConfigError for a sampler of consistency models with a model that is none; None: not known yet."""
         model, sampler = self.config.model, self.config.sampler.name
         if consistency is False and default_registry().get("sampler", sampler).consistency:
             raise ConfigError(
                 f"sampler.name: found {sampler}, which is for latent consistency models, and {model.name} is none "
-                "(its scheduler or model.prediction says so); take renoise, the same walk for other models, or set "
-                'model.prediction = "consistency" for one that is to become one'
+                "(by its scheduler or model.prediction); take renoise, which takes the same steps on other models, or "
+                'set model.prediction = "consistency" for one that is to become one'
             )
 
     def teacher_source(self) -> str:
         """Folder or hub id of the teacher; empty if there is none."""
         return self.config.model.teacher or find_bundle(self.config.model.name).teacher or ""
 
-    def load_policy(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> DiffusersPolicy:
-        """The model, ready to be trained."""
-        model = self.config.model
-        policy = DiffusersPolicy(
-            find_bundle(model.name).path,
+    def encoder_cache(self) -> EncoderCache | None:
+        """The cache of encoded texts and images that `data.cache` names; None if it names none."""
+        return EncoderCache(self.config.data.cache) if self.config.data.cache else None
+
+    def load_policy(self, device: torch.device | str = "cpu", cache: EncoderCache | None = None) -> Policy:
+        """Load the model to train. `cache` keeps encoded texts and images; None: the one of `encoder_cache`."""
+        model, source = self.config.model, find_bundle(self.config.model.name).path
+        settings = PolicySettings(
             unet=model.unet,
             adapter=model.adapter,
             prediction=model.prediction,
+            guidance_scale=model.guidance_scale,
             guidance_embedding=model.guidance_embedding,
             lora_rank=model.lora_rank,
             lora_targets=model.lora_targets,
-            guidance_scale=model.guidance_scale,
             device=device,
-            dtype=dtype,
-            cache=EncoderCache(self.config.data.cache) if self.config.data.cache else None,
+            cache=cache or self.encoder_cache(),
             gradient_checkpointing=self.config.train.gradient_checkpointing,
             rows_per_pass=self.config.train.rows_per_pass,
         )
-        self._check_walk(policy.consistency)
+        policy = find_policy(source, model.policy).load(source, settings)
+        self._check_sampler(policy.consistency)
+        for steps in (None, *self.config.evaluate.steps):
+            self.sampler(steps).grid(policy)  # raises ConfigError for more steps than the model has times
         return policy
 
-    def load_teacher(self, device: torch.device | str = "cpu") -> DiffusersPolicy | None:
-        """The model it was distilled from, which is not trained; None if nobody needs one."""
+    def load_teacher(self, device: torch.device | str = "cpu") -> Policy | None:
+        """Load the model that this one was distilled from, which is not trained; None if nothing needs it."""
         if not self.who_needs("teacher"):
             return None
-        return DiffusersPolicy(
-            self.teacher_source(),
+        settings = PolicySettings(
             trainable=False,
             guidance_scale=1.0,
             device=device,
             gradient_checkpointing=self.config.train.gradient_checkpointing,
             rows_per_pass=self.config.train.rows_per_pass,
         )
+        source = self.teacher_source()
+        return find_policy(source, self.config.model.policy, "model.teacher").load(source, settings)
 
-    def load_surrogate(self, policy: DiffusersPolicy) -> Surrogate | None:
+    def load_surrogate(self, policy: Policy) -> Surrogate | None:
         """The surrogate for this policy, from `surrogate.init` if that is set; None if the run has none."""
         config = self.config.surrogate
         if config is None:

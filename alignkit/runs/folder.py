@@ -21,8 +21,7 @@ from torch import Tensor
 from alignkit.config.load import RunConfig, to_toml
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.files import write_file
-from alignkit.interfaces import Surrogate
-from alignkit.models.diffusers_policy import DiffusersPolicy
+from alignkit.interfaces import Policy, Surrogate
 from alignkit.runs.build import SURROGATE_FILE
 
 
@@ -61,8 +60,8 @@ def note_environment(folder: Path) -> None:
     write_file(folder / "environment.json", json.dumps(environment(), indent=1))
 
 
-def export(folder: Path, policy: DiffusersPolicy, average: Mapping[str, Tensor], surrogate: Surrogate | None) -> None:
-    """What is taken away: the average weights for plain diffusers, and the surrogate for a later run."""
+def export(folder: Path, policy: Policy, average: Mapping[str, Tensor], surrogate: Surrogate | None) -> None:
+    """Write what the run leaves: the average weights as the policy exports them, and the surrogate for a later run."""
     partial = folder / ".export.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -15,11 +15,11 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from alignkit.config.bundles import find_bundle
+from alignkit.config.bundles import find_bundle, is_checkpoint
 from alignkit.config.load import RunConfig
 from alignkit.config.load import load as load_config
 from alignkit.errors import AlignkitError, ConfigError
-from alignkit.models.diffusers_policy import DiffusersPolicy
+from alignkit.interfaces import Policy
 from alignkit.registry import whose
 from alignkit.rollout import sample_images
 from alignkit.runs import folder as run_folder
@@ -61,7 +61,7 @@ def open_run(source: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     folder = Path(source)
     if (folder / "run.toml").is_file():
         return Run(load_config(folder / "run.toml", overrides), folder=folder)
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
+    if folder.is_dir() and not is_checkpoint(folder):
         raise ConfigError(
             f"{folder}: no run.toml here and no model_index.json; expected a run folder or a diffusers pipeline"
         )
@@ -85,7 +85,7 @@ class Run(Parts):
         """Whether the settings differ from those in the folder's run.toml and are to be written there."""
         self._existing = folder is not None
         self._unnamed = folder is None and not config.output
-        self._policy: DiffusersPolicy | None = None
+        self._policy: Policy | None = None
         self.average: Mapping[str, Tensor] = {}
         """The average of the trained weights, once there is one."""
 
@@ -166,7 +166,7 @@ class Run(Parts):
 
     # drawing and measuring
 
-    def policy(self) -> DiffusersPolicy:
+    def policy(self) -> Policy:
         """The model of this run. What is drawn and measured uses the newest average weights, if it was trained."""
         if self._policy is None:
             self._policy = self.load_policy(

@@ -12,11 +12,10 @@ from typing import Any, TypeVar
 import torch
 
 from alignkit.config import load as config
-from alignkit.config.bundles import is_consistency
+from alignkit.config.bundles import find_policy, is_consistency
 from alignkit.data.sources import Images, Preferences, open_class
-from alignkit.errors import ConfigError
+from alignkit.errors import AlignkitError, ConfigError
 from alignkit.interfaces import ModelBundle
-from alignkit.models.pipelines import check_source
 from alignkit.models.quiet import errors_only
 from alignkit.registry import default_registry
 from alignkit.rollout import sample_images
@@ -36,10 +35,10 @@ def check_model(name: str) -> str:
     """
     with about(f"model {name}"), errors_only(), torch.random.fork_rng():
         bundle: ModelBundle = default_registry().get("model", name)
-        for source in (bundle.path, bundle.teacher):
+        for source in (bundle.path, bundle.teacher or bundle.path):
             try:
-                check_source(source or bundle.path)
-            except ConfigError as error:
+                find_policy(source, str(bundle.defaults.get("model", {}).get("policy", "")))
+            except AlignkitError as error:
                 raise AssertionError(error) from error
         before = copy.deepcopy((bundle.defaults, bundle.algorithm_defaults))
         known = {row.name for row in default_registry().components("algorithm")}

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from alignkit.interfaces import Reward
-from alignkit.records import Example, PreferencePairs, Scores
+from alignkit.config.bundles import find_policy
+from alignkit.interfaces import Policy, Reward
+from alignkit.records import Example, PolicySettings, PreferencePairs, Scores
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTokenizer
-
-    from alignkit.models.diffusers_policy import DiffusersPolicy
 
 Form = Literal["lcm", "teacher", "turbo"]
 """A latent consistency model whose network takes the guidance; a model that predicts the noise, under guidance; and one
@@ -117,21 +116,19 @@ def _home() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="alignkit-testing-")
 
 
-def tiny_policy(form: Form = "lcm", trainable: bool = True) -> DiffusersPolicy:
+def tiny_policy(form: Form = "lcm", trainable: bool = True) -> Policy:
     """A policy on an untrained pipeline: latents of 4 x 8 x 8, images of 64 pixels. A new one at each call."""
     return copy.deepcopy(_policy(form, trainable))
 
 
 @functools.cache
-def _policy(form: Form, trainable: bool) -> DiffusersPolicy:
-    from alignkit.models.diffusers_policy import DiffusersPolicy
-
+def _policy(form: Form, trainable: bool) -> Policy:
+    source = str(tiny_pipeline(form))
     guidance_scale = 2.0 if form == "teacher" and trainable else None
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return DiffusersPolicy(
-            str(tiny_pipeline(form)), lora_rank=4, trainable=trainable, guidance_scale=guidance_scale
-        )
+        settings = PolicySettings(lora_rank=4, trainable=trainable, guidance_scale=guidance_scale)
+        return find_policy(source, "diffusers").load(source, settings)
 
 
 def coarse_images(count: int = 4, height: int = SIZE, width: int = SIZE, seed: int = 0) -> Tensor:

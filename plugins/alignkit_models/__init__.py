@@ -1,4 +1,7 @@
-"""Published models by name, with the run settings that suit them. Nothing is downloaded before a run loads one."""
+"""Published models by name, with the run settings that suit them, and the policy that loads diffusers pipelines.
+
+Nothing is downloaded before a run loads a model.
+"""
 
 from __future__ import annotations
 
@@ -23,3 +26,12 @@ MODELS = {
 def register_models(register: Register) -> None:
     for name, summary in MODELS.items():
         register(name, f"alignkit_models.models:{name}", summary)
+
+
+@hookimpl
+def register_policies(register: Register) -> None:
+    register(
+        "diffusers",
+        "alignkit.models.diffusers_policy:DiffusersPolicy",
+        "Diffusers pipelines with a UNet: Stable Diffusion, SDXL, and what was distilled from them",
+    )

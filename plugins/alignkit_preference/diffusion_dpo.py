@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,7 +13,6 @@ from alignkit.errors import ConfigError
 from alignkit.interfaces import Algorithm, Context, Sampler
 from alignkit.records import Batch
 from alignkit_preference.noised import (
-    TIMES,
     LatentPairs,
     NoisedPairs,
     Space,
@@ -86,7 +84,7 @@ class DiffusionDPO(Algorithm[LatentPairs, NoisedPairs]):
     def times(self, ctx: Context) -> Tensor:
         """(K,) the times that are learned at."""
         sampler = self._on_grid(ctx.sampler)
-        return torch.arange(TIMES) if sampler is None else sampler.grid(ctx.policy)
+        return ctx.policy.times() if sampler is None else sampler.grid(ctx.policy)
 
     def setup(self, ctx: Context) -> None:
         times = self.times(ctx).to(ctx.policy.device)

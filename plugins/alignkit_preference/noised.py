@@ -14,8 +14,6 @@ from alignkit.interfaces import Context, Policy
 from alignkit.records import PreferencePairs, Prompt, Rows
 
 Space = Literal["noise", "velocity", "clean"]
-TIMES = 1000
-"""Times of a schedule."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +85,10 @@ def errors(rows: NoisedPairs, policy: Policy, space: Space = "noise", zero_termi
 def rescaled(policy: Policy, t: Tensor) -> tuple[Tensor, Tensor]:
     """alpha and sigma (N,) at times t (N,) of the schedule shifted and stretched so that its last time is pure noise.
 
-    Algorithm 1 of Lin et al. 2024 (arXiv 2305.08891).
+    Algorithm 1 of Lin et al. 2024 (arXiv 2305.08891), for schedules with alpha^2 + sigma^2 = 1.
     """
-    alpha = policy.schedule(torch.arange(TIMES, device=t.device))[0]
-    alpha = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1]))[t]
+    first, last = policy.schedule(policy.times()[[0, -1]].to(t.device))[0]
+    alpha = (policy.schedule(t)[0] - last) * first / (first - last)
     return alpha, (1 - alpha**2).sqrt()
 
 

@@ -1,4 +1,4 @@
-"""Samplers: how to walk from noise to an image."""
+"""Samplers: the steps from noise to an image."""
 
 from __future__ import annotations
 

@@ -17,15 +17,15 @@ from alignkit_samplers.schedule import Spacing, check_spaced, spaced_times
 class DDIM(Sampler):
     """DDIM (Song et al. 2021, Eq. 12 and 16).
 
-    The last step goes to train timestep 0, as the official policy-gradient implementations do: with eta = 1 it keeps a
-    standard deviation of about .029 and therefore a likelihood.
+    The last step goes to the time of least noise, train timestep 0, as the official policy-gradient implementations do.
+    With eta = 1 it keeps a standard deviation, of about .029 for Stable Diffusion, and therefore a likelihood.
     """
 
     eta: float = 1.0
     """0 is deterministic, 1 the DDPM posterior."""
     spacing: Spacing = "trailing"
-    """How the times are spread: "trailing" begins at pure noise, as distilled models do; "leading" is how Stable
-    Diffusion's own pipelines and the policy-gradient papers walk many steps."""
+    """Distribution of the times: "trailing" begins at pure noise, as distilled models do; "leading" is what Stable
+    Diffusion's own pipelines and the policy-gradient papers use with many steps."""
 
     def __post_init__(self) -> None:
         check_spaced(self.num_steps, self.spacing)
@@ -33,10 +33,10 @@ class DDIM(Sampler):
             raise ValueError(f"eta is {self.eta}, expected 0 to 1")
 
     def grid(self, policy: Policy) -> Tensor:
-        return spaced_times(self.num_steps, self.spacing)
+        return spaced_times(policy, self.num_steps, self.spacing)
 
     def transition(self, policy: Policy, x: Tensor, k: Tensor, prompt: Prompt) -> Transition:
-        grid = torch.cat([self.grid(policy), torch.zeros(1, dtype=torch.long)]).to(x.device)
+        grid = torch.cat([self.grid(policy), policy.times()[:1]]).to(x.device)
         clean = policy.denoise(x, grid[k], prompt)
         alpha, sigma = policy.schedule(grid[k])
         alpha_next, sigma_next = policy.schedule(grid[k + 1])

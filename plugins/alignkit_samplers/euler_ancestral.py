@@ -14,22 +14,22 @@ from alignkit_samplers.schedule import Spacing, check_spaced, next_level, spaced
 
 @dataclass
 class EulerAncestral(Sampler):
-    """Euler's method with fresh noise behind every step (Karras et al. 2022; k-diffusion), the sampler of SDXL-Turbo.
+    """Euler's method with fresh noise after every step (Karras et al. 2022; k-diffusion), the sampler of SDXL-Turbo.
 
-    It is written for y = clean + s noise, where s = sigma / alpha grows without bound. From s to s' < s it takes
+    The source writes it for y = clean + s noise, where s = sigma / alpha grows without bound. From s to s' < s it takes
 
         y' = clean + down * noise + up * fresh,    up = eta s' sqrt(1 - (s' / s)^2),    down = sqrt(s'^2 - up^2)
 
     Latents here are x = alpha y, so both deviations are multiplied with the alpha' of the next time, and s' alpha' is
-    its sigma'. With eta = 1 that is the posterior of the diffusion, the same as DDIM's at eta = 1. What differs is the
-    end, which is the clean prediction and deterministic, and the beginning, see `initial_scale`.
+    its sigma'. With eta = 1 this is the posterior of the diffusion, the same as DDIM's at eta = 1. The two differ at
+    the end, which here is the clean prediction and deterministic, and at the beginning, see `initial_scale`.
     """
 
     eta: float = 1.0
     """Share of the ancestral noise: 1 is Euler ancestral, 0 Euler's method, deterministic at every step (SD-Turbo's
     and SDXL-Lightning's)."""
     spacing: Spacing = "trailing"
-    """How the times are spread: "trailing" begins at pure noise, "leading" ends at the least."""
+    """Distribution of the times: "trailing" begins at pure noise, "leading" ends near the least."""
 
     def __post_init__(self) -> None:
         check_spaced(self.num_steps, self.spacing)
@@ -37,7 +37,7 @@ class EulerAncestral(Sampler):
             raise ValueError(f"eta is {self.eta}, expected 0 to 1")
 
     def grid(self, policy: Policy) -> Tensor:
-        return spaced_times(self.num_steps, self.spacing)
+        return spaced_times(policy, self.num_steps, self.spacing)
 
     def transition(self, policy: Policy, x: Tensor, k: Tensor, prompt: Prompt) -> Transition:
         grid = self.grid(policy).to(x.device)
@@ -52,7 +52,7 @@ class EulerAncestral(Sampler):
         return Transition(mean, up, clean)
 
     def initial_scale(self, policy: Policy) -> float:
-        """The first latent is y = s noise: the little that alpha leaves of the image there is taken as nothing. With
+        """The first latent is y = s noise, which neglects the little that alpha leaves of the image there. With
         "leading" times diffusers begins at y = sqrt(s^2 + 1) noise, which is unit noise."""
         first = self.grid(policy)[:1]
         return float(policy.schedule(first.to(policy.device))[1]) if self.spacing == "trailing" else 1.0

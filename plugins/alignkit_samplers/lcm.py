@@ -1,4 +1,4 @@
-"""Multistep consistency sampling."""
+"""Multistep sampling of latent consistency models."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alignkit.errors import ConfigError
 from alignkit.interfaces import Policy, Sampler
 from alignkit.records import Prompt, Transition
 from alignkit_samplers.renoise import renoise
@@ -19,7 +20,7 @@ class LCM(Sampler):
     """Latent consistency sampling (Luo et al. 2023, Algorithm 2), with the schedule of diffusers' LCMScheduler.
 
     Every step predicts the clean latent and noises it again to the level of the next step; the last returns the
-    prediction and is deterministic, so with one step there is nothing to take a likelihood of.
+    prediction and is deterministic, so with one step no step has a likelihood.
     """
 
     consistency: ClassVar[bool] = True
@@ -28,16 +29,21 @@ class LCM(Sampler):
     """Solver steps of the distillation. Must be what the checkpoint was distilled with."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.original_steps <= 1000:
-            raise ValueError(f"original_steps is {self.original_steps}, expected 1 to 1000")
+        if self.original_steps < 1:
+            raise ValueError(f"original_steps is {self.original_steps}, expected 1 or more")
         if not 1 <= self.num_steps <= self.original_steps:
             raise ValueError(f"num_steps is {self.num_steps}, expected 1 to original_steps = {self.original_steps}")
 
     def grid(self, policy: Policy) -> Tensor:
-        stride = 1000 // self.original_steps
-        origin = np.arange(1, self.original_steps + 1) * stride - 1
-        index = np.floor(np.linspace(0, len(origin), num=self.num_steps, endpoint=False)).astype(np.int64)
-        return torch.from_numpy(origin[::-1].copy()[index])
+        times = policy.times()
+        if self.original_steps > len(times):
+            raise ConfigError(
+                f"sampler.original_steps: found {self.original_steps}, expected 1 to {len(times)}, the number of times "
+                "of the model"
+            )
+        places = np.arange(1, self.original_steps + 1) * (len(times) // self.original_steps) - 1
+        index = np.floor(np.linspace(0, len(places), num=self.num_steps, endpoint=False)).astype(np.int64)
+        return times[torch.from_numpy(places[::-1].copy()[index])]
 
     def transition(self, policy: Policy, x: Tensor, k: Tensor, prompt: Prompt) -> Transition:
         return renoise(policy, self.grid(policy).to(x.device), x, k, prompt)

@@ -1,4 +1,4 @@
-"""Predict the clean latent, noise it again."""
+"""Predict the clean latent and noise it again."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from alignkit_samplers.schedule import Spacing, check_spaced, next_level, spaced
 
 @dataclass
 class Renoise(Sampler):
-    """The walk of consistency models for models that are none: those distilled to few steps (SD-Turbo, DMD2).
+    """Consistency sampling for other models that were distilled to few steps (SD-Turbo, DMD2).
 
     Every step predicts the clean latent and noises it again, with fresh noise, to the level of the next time; the
-    last returns the prediction and is deterministic. An ancestral step keeps a part of the noise it came with, this one
-    none: the noise it adds is the largest that the schedule allows, and what follows depends on the model through the
-    clean prediction alone. The first step begins with unit noise.
+    last returns the prediction and is deterministic. An ancestral step keeps a part of the noise in its input, this one
+    none: it adds the most noise that the schedule allows, and the later steps depend on the model through the clean
+    prediction alone. The first step begins with unit noise.
     """
 
     spacing: Spacing = "trailing"
-    """How the times are spread: "trailing" begins at pure noise, "leading" ends at the least."""
+    """Distribution of the times: "trailing" begins at pure noise, "leading" ends near the least."""
 
     def __post_init__(self) -> None:
         check_spaced(self.num_steps, self.spacing)
 
     def grid(self, policy: Policy) -> Tensor:
-        return spaced_times(self.num_steps, self.spacing)
+        return spaced_times(policy, self.num_steps, self.spacing)
 
     def transition(self, policy: Policy, x: Tensor, k: Tensor, prompt: Prompt) -> Transition:
         return renoise(policy, self.grid(policy).to(x.device), x, k, prompt)

@@ -86,3 +86,9 @@ def test_the_core_takes_only_the_version_from_the_package_itself() -> None:
 
 def test_there_is_no_circle_of_imports() -> None:
     TopologicalSorter({name: [to for to in to_names] for name, to_names in ARROWS.items() if room(name)}).prepare()
+
+
+def test_only_the_models_folder_knows_a_class_of_policy() -> None:
+    # The rest of the core finds it in the registry, so that a plugin can bring another.
+    named = [name for name, path in MODULES.items() if "DiffusersPolicy" in path.read_text(encoding="utf-8")]
+    assert named == ["alignkit.models.diffusers_policy"]

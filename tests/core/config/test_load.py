@@ -386,8 +386,10 @@ def test_a_folder_with_a_pipeline_is_a_model_with_the_sampler_of_its_scheduler(a
 
 
 def test_a_folder_without_a_pipeline_is_refused(load_acme: Any, tmp_path: Path) -> None:
-    line = f"model.name: the folder {tmp_path} holds no diffusers pipeline (model_index.json is missing)"
-    assert problems(load_acme, None, {"model.name": str(tmp_path)}) == [line]
+    assert problems(load_acme, None, {"model.name": str(tmp_path)}) == [
+        f"model.name: the folder {tmp_path} holds no diffusers pipeline (model_index.json is missing), "
+        "and no policy serves it"
+    ]
 
 
 @pytest.mark.parametrize("name", ["./gone", "/gone/model", "a/b/c"])

@@ -18,9 +18,10 @@ from alignkit.interfaces import Policy, Reward, Sampler
 from alignkit.records import Example, Prompt, Scores, Transition
 from alignkit.rewards.weighted import WeightedRewards
 from alignkit.rollout import seeded_noises
+from bare_policy import BarePolicy
 
 
-class Toy(Policy):
+class Toy(BarePolicy):
     """clean = x / 2 + brightness + the length of the text / 100, on latents that are themselves the image."""
 
     latent_shape = (3, 4, 4)

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from alignkit.distillation import Distillation, Noised, pseudo_huber
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Policy
 from alignkit.models.diffusers_policy import DiffusersPolicy
 from alignkit.records import Prompt
 from alignkit.rollout import sample
@@ -33,11 +32,12 @@ from alignkit.training.trainer import Trainer
 from alignkit_lcd.algorithm import LCD
 from alignkit_samplers.ddim import DDIM
 from alignkit_samplers.lcm import LCM
+from bare_policy import BarePolicy
 
 SD = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod
 
 
-class Analytic(Policy):
+class Analytic(BarePolicy):
     """The exact answer for data that is unit normal: the noise in x at t is sigma x."""
 
     def __init__(self) -> None:
@@ -221,7 +221,7 @@ def test_the_square_is_an_option_and_the_mean_over_elements_either_way() -> None
 
 @pytest.mark.parametrize(
     "fields",
-    [{"ode_steps": 0}, {"ode_steps": 30}, {"ode_steps": 2000}, {"guidance_scale_min": 3.0, "guidance_scale_max": 1.0}],
+    [{"ode_steps": 0}, {"guidance_scale_min": 3.0, "guidance_scale_max": 1.0}],
 )
 def test_settings_that_make_no_solver_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="target_decay"):
@@ -229,6 +229,12 @@ def test_settings_that_make_no_solver_are_refused(fields: dict[str, Any]) -> Non
     for method in (LCD, LaSRO):
         with pytest.raises(ValueError, match=r"ode_steps|guidance_scale_min"):
             method(**fields)
+
+
+@pytest.mark.parametrize("ode_steps", [30, 2000])
+def test_solver_steps_that_do_not_divide_the_times_of_the_model_are_refused(ode_steps: int) -> None:
+    with pytest.raises(ConfigError, match=rf"algorithm.ode_steps: found {ode_steps}, expected a divisor of 1000"):
+        Distillation(ode_steps).times(Analytic())
 
 
 def test_a_student_that_is_no_latent_consistency_model_is_refused() -> None:

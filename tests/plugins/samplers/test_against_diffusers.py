@@ -47,6 +47,9 @@ class FixedPolicy:
         self.prediction, self.consistency = prediction, consistency
         self.levels = DDPMScheduler(**BETAS).alphas_cumprod
 
+    def times(self) -> Tensor:
+        return torch.arange(len(self.levels))
+
     def network(self, x: Tensor, t: Tensor) -> Tensor:
         return torch.tanh(0.7 * x.roll(1, dims=1) + 0.3 * x + t.view(-1, 1, 1, 1) / 1000)
 
@@ -137,7 +140,7 @@ def test_ddim(num_steps: int, spacing: Any, eta: float, prediction: str) -> None
 def test_ddim_takes_the_next_time_from_the_schedule_where_that_is_uneven(num_steps: int, prediction: str) -> None:
     # DDIMScheduler subtracts 1000 // K from the time, which misses the next entry where K does not divide 1000.
     scheduler = DDPMScheduler(**BETAS, prediction_type=prediction, clip_sample=False)
-    scheduler.set_timesteps(timesteps=DDIM(num_steps).grid(None).tolist())  # type: ignore[arg-type]
+    scheduler.set_timesteps(timesteps=DDIM(num_steps).grid(FixedPolicy(prediction)).tolist())  # type: ignore[arg-type]
     policy, noises = FixedPolicy(prediction), draws(num_steps)
     expected = theirs(scheduler, policy, noises)[:-1]  # its last step ends without noise
     assert_same_walk(DDIM(num_steps, eta=1.0), policy, expected, noises)
@@ -166,8 +169,9 @@ def test_renoise_is_lcm_without_the_boundary_on_its_own_times(num_steps: int, pr
 @pytest.mark.parametrize("spacing", ["trailing", "leading"])
 def test_the_times_are_those_of_diffusers_for_every_number(spacing: Any) -> None:
     scheduler = DDIMScheduler(timestep_spacing=spacing, steps_offset=1)
+    policy: Any = FixedPolicy("epsilon")
     for num_steps in range(1, 1000):
         scheduler.set_timesteps(num_steps)
-        times = spaced_times(num_steps, spacing).tolist()
+        times = spaced_times(policy, num_steps, spacing).tolist()
         assert times == scheduler.timesteps.tolist()[:num_steps], num_steps
         assert len(set(times)) == num_steps and min(times) >= 0

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from alignkit.errors import ConfigError
 from alignkit.models.diffusers_policy import DiffusersPolicy
 from alignkit_samplers.ddim import DDIM
+from alignkit_samplers.schedule import Spacing
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +55,16 @@ def test_eta_zero_is_deterministic_at_every_step(policy: DiffusersPolicy) -> Non
     assert step.std.tolist() == [0, 0, 0, 0]
 
 
-@pytest.mark.parametrize(
-    "fields", [{"num_steps": 0}, {"num_steps": 1000}, {"eta": -0.1}, {"eta": 1.1}, {"spacing": ""}]
-)
+@pytest.mark.parametrize("fields", [{"num_steps": 0}, {"eta": -0.1}, {"eta": 1.1}, {"spacing": ""}])
 def test_numbers_that_make_no_schedule_are_refused(fields: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="expected"):
         DDIM(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("num_steps", [1000, 1001])
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+def test_more_steps_than_the_model_has_times_are_refused(
+    policy: DiffusersPolicy, num_steps: int, spacing: Spacing
+) -> None:
+    with pytest.raises(ConfigError, match=rf"sampler.num_steps: found {num_steps}, expected 1 to 999;"):
+        DDIM(num_steps, spacing=spacing).grid(policy)

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from alignkit.errors import ConfigError
 from alignkit.models.diffusers_policy import DiffusersPolicy
 from alignkit_samplers.ddim import DDIM
 from alignkit_samplers.euler_ancestral import EulerAncestral
+from alignkit_samplers.schedule import Spacing
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,16 @@ def test_the_beginning_leaves_out_the_image_that_trailing_times_cannot_hide(poli
     assert EulerAncestral(4, spacing="leading").initial_scale(policy) == 1.0
 
 
-@pytest.mark.parametrize("fields", [{"num_steps": 0}, {"num_steps": 1000}, {"eta": -0.1}, {"spacing": "linspace"}])
+@pytest.mark.parametrize("fields", [{"num_steps": 0}, {"eta": -0.1}, {"spacing": "linspace"}])
 def test_what_makes_no_schedule_is_refused(fields: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="expected"):
         EulerAncestral(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("num_steps", [1000, 1001])
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+def test_more_steps_than_the_model_has_times_are_refused(
+    policy: DiffusersPolicy, num_steps: int, spacing: Spacing
+) -> None:
+    with pytest.raises(ConfigError, match=rf"sampler.num_steps: found {num_steps}, expected 1 to 999;"):
+        EulerAncestral(num_steps, spacing=spacing).grid(policy)

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from alignkit.errors import ConfigError
 from alignkit.models.diffusers_policy import DiffusersPolicy
 from alignkit_samplers.renoise import Renoise
+from alignkit_samplers.schedule import Spacing
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,16 @@ def test_the_next_state_depends_on_the_model_through_its_prediction_alone(
     assert torch.equal(step.mean[-1], step.clean[-1])
 
 
-@pytest.mark.parametrize("fields", [{"num_steps": 0}, {"num_steps": 1000}, {"spacing": "linspace"}])
+@pytest.mark.parametrize("fields", [{"num_steps": 0}, {"spacing": "linspace"}])
 def test_what_makes_no_schedule_is_refused(fields: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="expected"):
         Renoise(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("num_steps", [1000, 1001])
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+def test_more_steps_than_the_model_has_times_are_refused(
+    policy: DiffusersPolicy, num_steps: int, spacing: Spacing
+) -> None:
+    with pytest.raises(ConfigError, match=rf"sampler.num_steps: found {num_steps}, expected 1 to 999;"):
+        Renoise(num_steps, spacing=spacing).grid(policy)
