@@ -188,7 +188,7 @@ def test_every_method_learns_on_the_sdxl_family_with_its_two_text_encoders(
         }  # fmt: skip
     else:
         settings |= {"model.name": str(tiny_family("sdxl_turbo")), "sampler.name": "euler_ancestral"}
-        settings |= {"algorithm.distillation_weight": 0.0} if algorithm == "lasro" else {}
+        settings |= {"regulariser": []} if algorithm == "lasro" else {}
     run = tiny_run(overrides=settings)
     if form == "turbo" and algorithm in ("gors_lcm", "lcd", "rg_lcd"):
         with pytest.raises(ConfigError, match="only a latent consistency model has this distillation loss"):
