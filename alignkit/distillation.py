@@ -65,10 +65,9 @@ class Distillation:
                 "(regulariser = [], if the algorithm can do without)"
             )
         # A consistency sampler of a third party may have no such grid.
-        original_steps = getattr(sampler, "original_steps", self.ode_steps)
-        if original_steps != self.ode_steps:
+        if (steps := sampler.distilled_steps()) != self.ode_steps:
             raise ConfigError(
-                f"{section}.ode_steps: found {self.ode_steps}, expected {original_steps}, which is "
+                f"{section}.ode_steps: found {self.ode_steps}, expected {steps}, which is "
                 "sampler.original_steps; both must be what the model was distilled with"
             )
 

@@ -144,6 +144,11 @@ class Sampler(ABC):
         """Number of steps that have a likelihood, from the fields alone, before any weight loads; all by default."""
         return self.num_steps
 
+    def distilled_steps(self) -> int:
+        """Return the solver steps with which a latent consistency model must be distilled for this sampler; 0 for
+        samplers of other models."""
+        return 0
+
 
 class Reward(ABC):
     """A number for an image and its text; may be a black box."""

@@ -23,7 +23,6 @@ from alignkit_preference.noised import (
     noised,
     rescaled,
 )
-from alignkit_samplers.lcm import LCM
 
 
 @dataclass
@@ -79,7 +78,7 @@ class DiffusionDPO(Algorithm[LatentPairs, NoisedPairs]):
         """The sampler whose times are learned at; None for the whole schedule."""
         if self.grid_steps:
             return replace(sampler, num_steps=self.grid_steps)
-        return replace(sampler, num_steps=sampler.original_steps) if isinstance(sampler, LCM) else None
+        return replace(sampler, num_steps=steps) if (steps := sampler.distilled_steps()) else None
 
     def times(self, ctx: Context) -> Tensor:
         """(K,) the times that are learned at."""

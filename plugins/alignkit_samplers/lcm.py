@@ -50,3 +50,6 @@ class LCM(Sampler):
 
     def stochastic_steps(self) -> int:
         return self.num_steps - 1
+
+    def distilled_steps(self) -> int:
+        return self.original_steps

@@ -38,6 +38,7 @@ def name_of(path: Path, root: Path) -> str:
 
 
 MODULES = {name_of(path, ROOT): path for path in CORE.rglob("*.py")}
+PLUGINS = sorted(path.name for path in (ROOT / "plugins").glob("alignkit_*") if path.is_dir())
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -92,3 +93,11 @@ def test_only_the_models_folder_knows_a_class_of_policy() -> None:
     # The rest of the core finds it in the registry, so that a plugin can bring another.
     named = [name for name, path in MODULES.items() if "DiffusersPolicy" in path.read_text(encoding="utf-8")]
     assert named == ["alignkit.models.diffusers_policy"]
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_no_plugin_imports_another(plugin: str) -> None:
+    for path in (ROOT / "plugins" / plugin).rglob("*.py"):
+        others = {module.partition(".")[0] for module in imports(path)} & (set(PLUGINS) - {plugin})
+        # The tools that made the embedded world are no part of its plugin.
+        assert not others or "build" in path.parts, f"{path.relative_to(ROOT)} imports {others}"
