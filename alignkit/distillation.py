@@ -65,7 +65,7 @@ class Distillation:
                 "(regulariser = [], if the algorithm can do without)"
             )
         # A consistency sampler of a third party may have no such grid.
-        if (steps := sampler.distilled_steps()) != self.ode_steps:
+        if (steps := sampler.distilled_steps()) not in (0, self.ode_steps):
             raise ConfigError(
                 f"{section}.ode_steps: found {self.ode_steps}, expected {steps}, which is "
                 "sampler.original_steps; both must be what the model was distilled with"

@@ -145,8 +145,8 @@ class Sampler(ABC):
         return self.num_steps
 
     def distilled_steps(self) -> int:
-        """Return the solver steps with which a latent consistency model must be distilled for this sampler; 0 for
-        samplers of other models."""
+        """Return the solver steps with which a latent consistency model must be distilled for this sampler; 0 where
+        there is no such number."""
         return 0
 
 
