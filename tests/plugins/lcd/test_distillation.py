@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from alignkit_lasro.algorithm import LaSRO
+from alignkit_lasro.additions import ExtendedLaSRO as LaSRO
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
