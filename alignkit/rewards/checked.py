@@ -16,7 +16,7 @@ from torch import Tensor
 from alignkit.errors import AlignkitError, PluginError, TransientError
 from alignkit.interfaces import Reward
 from alignkit.records import Example, Scores
-from alignkit.registry import default_registry, where
+from alignkit.registry import default_registry, source_line
 from alignkit.rewards.cache import ScoreCache, keys_of
 from alignkit.rewards.worker import Worker
 
@@ -199,7 +199,7 @@ def blaming(name: str, reward: Reward, when: str) -> Iterator[None]:
 
 def _failed(name: str, reward: Reward, when: str, error: Exception) -> PluginError:
     reason = next(iter(str(error).splitlines()), "")
-    return PluginError(f"{_origin(name, reward)} failed {when}: {type(error).__name__}: {reason} ({where(error)})")
+    return PluginError(f"{_origin(name, reward)} failed {when}: {type(error).__name__}: {reason} ({source_line(error)})")
 
 
 def _origin(name: str, reward: Reward) -> str:

@@ -20,7 +20,7 @@ from alignkit.config.load import RunConfig
 from alignkit.config.load import load as load_config
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.models.diffusers_policy import DiffusersPolicy
-from alignkit.registry import whose
+from alignkit.registry import responsible_plugin
 from alignkit.rollout import sample_images
 from alignkit.runs import folder as run_folder
 from alignkit.runs.build import Parts
@@ -122,7 +122,7 @@ class Run(Parts):
                 loop.restore(saved)
             yield from loop.updates(console, lambda: self.stopping)
         except Exception as error:
-            if not isinstance(error, AlignkitError) and (origin := whose(error)):
+            if not isinstance(error, AlignkitError) and (origin := responsible_plugin(error)):
                 error.add_note(f"This was raised in code of {origin}.")
             raise
         finally:

@@ -76,7 +76,7 @@ def test_defining_it_again_replaces_it_and_an_installed_name_is_refused() -> Non
     alignkit.reward(redness)
     again = alignkit.reward(redness)
     assert default_registry().get("reward", "redness") is type(again)
-    with pytest.raises(AlignkitError, match="reward clip_score is brought by plugin alignkit_rewards of"):
+    with pytest.raises(AlignkitError, match="reward clip_score is already registered by plugin alignkit_rewards of"):
         alignkit.reward(name="clip_score")(redness)
     with pytest.raises(AlignkitError, match="found the name '<lambda>', expected snake_case"):
         alignkit.reward(lambda images, prompts: images)
