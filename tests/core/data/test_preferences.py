@@ -276,9 +276,7 @@ def test_pairs_that_were_left_out_are_in_the_record_of_the_run(tiny_run: Callabl
         assert record.count(message) == 1
 
 
-def test_a_resumed_run_continues_with_the_next_pairs(
-    tiny_run: Callable[..., Run], folder: Path
-) -> None:
+def test_a_resumed_run_continues_with_the_next_pairs(tiny_run: Callable[..., Run], folder: Path) -> None:
     cut_short(folder / "4_w.png")
     settings = DPO | {"data.pairs": str(folder), "data.on_error": "skip", "train.rows_per_update": 2}
     assert_a_stopped_run_ends_with_the_same_bits(tiny_run, settings)

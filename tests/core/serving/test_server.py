@@ -224,7 +224,7 @@ def test_what_may_pass_is_handed_on_at_once_for_the_client_to_try_again(monkeypa
     monkeypatch.setattr(JpegIncompressibility, "__call__", busy)
     with (
         open_server("jpeg_incompressibility", port=0) as server,
-        pytest.raises(TransientError, match="did not answer, asked once: come again"),
+        pytest.raises(TransientError, match="failed after 1 attempt: come again"),
     ):
         server.score(body({"png": png(), "text": "a"}))
     assert asked == [1]
