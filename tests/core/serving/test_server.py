@@ -121,7 +121,7 @@ ONE = {"png": png(), "text": "a"}
         (
             {"json": body(ONE, fingerprint="other")},
             409,
-            f"the request is for fingerprint other, this server has {MARK}",
+            f"fingerprint other, this server has {MARK}",
         ),
         ({"json": body()}, 400, "found no items, expected at least one"),
         ({"json": {"protocol": 1}}, 400, "items is missing; expected a list of objects"),
