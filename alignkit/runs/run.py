@@ -18,6 +18,7 @@ from torch import Tensor
 from alignkit.config.bundles import find_bundle
 from alignkit.config.load import RunConfig
 from alignkit.config.load import load as load_config
+from alignkit.data.decode import to_uint8
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.models.diffusers_policy import DiffusersPolicy
 from alignkit.registry import responsible_plugin
@@ -195,6 +196,6 @@ class Run(Parts):
             part = texts[start : start + self.config.evaluate.batch_size]
             with policy.using(self.average):
                 images = sample_images(policy, sampler, part, [(seed, start + i) for i in range(len(part))])
-            array = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+            array = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
             found += [Image.fromarray(a) for a in array]
         return found
