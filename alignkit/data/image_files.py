@@ -38,7 +38,7 @@ def read_folder(folder: Path, skipped: list[str] | None = None) -> Iterator[Stor
     files = [path for path in found if path.suffix.lower() in SUFFIXES]
     if not any(path.with_suffix(".txt").is_file() for path in files):
         raise ConfigError(
-            f'{KEY}: {folder / "metadata.jsonl"} is missing; expected one JSON object a line with "file_name" and '
+            f'{KEY}: {folder / "metadata.jsonl"} is missing; expected one JSON object per line with "file_name" and '
             '"text", or a .txt file of the same name next to each image'
         )
     for path in files:

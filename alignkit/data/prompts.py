@@ -27,7 +27,7 @@ def read_examples(
     path = prompt_file(path)
     if not path.suffix and not path.exists():
         hint = nearest(path.name, PROMPT_SETS)
-        raise ConfigError(f"{key}: there is no file {path} and no prompt set {path.name}{hint}")
+        raise ConfigError(f"{key}: there is no file {path}, and no prompt set {path.name}{hint}")
     if path.suffix in (".csv", ".tsv", ".json"):
         raise ConfigError(f"{key}: {path} is a {path.suffix} file, expected .txt, .jsonl or .parquet")
     examples = []

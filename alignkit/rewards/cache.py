@@ -75,9 +75,7 @@ class ScoreCache:
         try:
             found: list[tuple[str]] = self._connection().execute(statement, values).fetchall()
         except sqlite3.Error as error:
-            raise AlignkitError(
-                f"{self.path}: cannot be used as a score cache ({error}); delete it or change scoring.cache"
-            ) from error
+            raise self._unusable(error) from error
         return found
 
     def _connection(self) -> sqlite3.Connection:
@@ -90,11 +88,14 @@ class ScoreCache:
                 connection.execute("PRAGMA synchronous = OFF")
                 connection.execute("CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, score TEXT) WITHOUT ROWID")
             except (OSError, sqlite3.Error) as error:
-                raise AlignkitError(
-                    f"{self.path}: cannot be used as a score cache ({error}); delete it or change scoring.cache"
-                ) from error
+                raise self._unusable(error) from error
             self._open = connection
         return self._open
+
+    def _unusable(self, error: Exception) -> AlignkitError:
+        return AlignkitError(
+            f"{self.path}: cannot be used as a score cache ({error}); delete it or change scoring.cache"
+        )
 
 
 def keys_of(fingerprint: str, images: Tensor, examples: Sequence[Example]) -> list[str]:
