@@ -1,20 +1,23 @@
-"""What alignkit raises on purpose. The command line prints it as one line and exits with 1; anything else is a bug."""
+"""Errors that are meant for the user.
+
+The command line prints them as one line and exits with status 1. Any other exception is a bug.
+"""
 
 
 class AlignkitError(Exception):
-    """A problem that the user can mend. The message says where, what was found, what was expected, what to do."""
+    """A problem that the user can fix. The message states where, what was found, what was expected and what to do."""
 
 
 class ConfigError(AlignkitError):
-    """A run file, a flag or a combination of settings that cannot run."""
+    """An invalid run file, flag or combination of settings."""
 
 
 class PluginError(AlignkitError):
-    """A plugin that is missing, broken, or that breaks its contract."""
+    """A plugin that is missing, cannot be imported or breaks its contract."""
 
 
 class TransientError(AlignkitError):
-    """What may pass by itself: a server that does not answer, or says that it is busy.
+    """A temporary failure, such as a server that does not respond or reports that it is busy.
 
-    A reward that raises it is asked again a few times (`[scoring] retries`) before the run stops.
+    A reward that raises it is retried a few times (`[scoring] retries`) before the run stops.
     """

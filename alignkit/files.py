@@ -1,4 +1,4 @@
-"""Write files whole or not at all."""
+"""Write files atomically."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from alignkit.errors import AlignkitError
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file under a temporary name, sync and rename it: a reader sees the old content or the new.
+    """Write a file under a temporary name, sync it and rename it, so that a reader sees the old content or the new.
 
-    Makes the folder if need be; several processes may write the same file. Raises AlignkitError if the disk refuses,
-    with the old content untouched.
+    Creates the folder if necessary. Several processes may write the same file. Raises AlignkitError if the write fails;
+    the old content is then unchanged.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
@@ -25,11 +25,11 @@ def write_file(path: Path, content: str | bytes) -> None:
     except OSError as error:
         if path.parent.is_dir():
             partial.unlink(missing_ok=True)
-        raise AlignkitError(f"{path}: could not be written ({error.strerror}); what was there is untouched") from error
+        raise AlignkitError(f"{path}: could not be written ({error.strerror}); its old content is unchanged") from error
 
 
 def _sync(path: Path) -> None:
-    """Have the disk hold what was written to a file, or to a folder's list of names."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

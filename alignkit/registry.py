@@ -1,7 +1,7 @@
-"""Names to classes, lazily: who brought what, and what is broken.
+"""Map component names to classes, and record which plugin registered each and which plugins are broken.
 
-Plugins are the entry points of the group `alignkit`. Each is imported on its own, so that one which fails leaves the
-others working; the classes behind the names are imported only when one is asked for.
+Plugins are the entry points of the group `alignkit`. Each is imported separately, so one that fails does not affect the
+others. A component's class is imported only when it is requested.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ KINDS: dict[str, type] = {
     "policy": interfaces.Policy,
 }
 RENAMED = {("reward", "shapes_reading"): "pixel_check"}
-"""Components of earlier versions, and what they are called now."""
+"""Current names of renamed components, by kind and old name."""
 
 
 @dataclass(frozen=True)
 class Component:
-    """One registered name, or (kind "plugin") one plugin that could not be read."""
+    """One registered name, or (kind "plugin") one plugin that could not be imported."""
 
     kind: str
     name: str
@@ -49,11 +49,11 @@ class Component:
     target: str
     """"module:Attribute"."""
     plugin: str
-    """The entry point's name, which ALIGNKIT_DISABLE_PLUGINS takes."""
+    """Name of the entry point, as in ALIGNKIT_DISABLE_PLUGINS."""
     distribution: str
     version: str
     broken: str = ""
-    """Why the plugin cannot be used; empty where it can."""
+    """Reason why the plugin cannot be used; empty if it can."""
 
     @property
     def origin(self) -> str:
@@ -61,12 +61,12 @@ class Component:
 
 
 def normalise(name: str) -> str:
-    """The snake_case form: "-" and "_" are the same."""
+    """Return the snake_case form, in which "-" and "_" are equal."""
     return name.strip().replace("-", "_")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """ "; did you mean X?" for the closest of `names`, or nothing where none is close."""
+    """Return "; did you mean X?" for the closest of `names`, or "" if none is close."""
     names = list(names)
     close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.6)
     close = close or [known for known in names if name and known.startswith(f"{name.lower()}_")]
@@ -79,7 +79,7 @@ def plural(kind: str) -> str:
 
 
 class Registry:
-    """The components of some plugins. Raises PluginError where two bring the same name."""
+    """The components of some plugins. Raises PluginError if two plugins register the same name."""
 
     def __init__(self, plugins: Iterable[EntryPoint]) -> None:
         self._rows: dict[tuple[str, str], Component] = {}
@@ -89,36 +89,40 @@ class Registry:
                 other = self._rows.setdefault((row.kind, row.name), row)
                 if other is not row:
                     raise PluginError(
-                        f"{row.kind} {row.name} is brought by {other.origin} and by {row.origin}; "
-                        f"leave one out with {DISABLE}={row.plugin}"
+                        f"{row.kind} {row.name} is registered by {other.origin} and by {row.origin}; "
+                        f"disable one with {DISABLE}={row.plugin}"
                     )
 
     def add(self, row: Component, target: Any) -> None:
-        """A component of this process alone, whose class is handed over. It replaces one that was added before; raises
-        PluginError where a plugin has the name."""
+        """Register the class `target` in this process only, replacing an earlier one that was added under this name.
+
+        Raises PluginError if an installed plugin has registered the name.
+        """
         key = row.kind, row.name
         if key in self._rows and key not in self._added:
-            raise PluginError(f"{row.kind} {row.name} is brought by {self._rows[key].origin}; choose another name")
+            raise PluginError(
+                f"{row.kind} {row.name} is already registered by {self._rows[key].origin}; choose another name"
+            )
         self._rows[key], self._added[key] = row, target
 
     def components(self, kind: str | None = None) -> list[Component]:
-        """All rows of one kind (or of every kind), broken plugins included, sorted."""
+        """Return the components of one kind, or of all, sorted, with the broken plugins last."""
         order = [*KINDS, "plugin"]
         rows = (row for row in self._rows.values() if kind in (None, row.kind) or row.broken)
         return sorted(rows, key=lambda row: (order.index(row.kind), row.name))
 
     def named(self, name: str) -> list[Component]:
-        """The working rows of this name, of whatever kind."""
+        """Return the usable components with this name, of any kind."""
         return [row for row in self.components() if row.name == normalise(name) and not row.broken]
 
     def find(self, kind: str, name: str) -> Component:
-        """The row of a name, without importing its class. Raises AlignkitError with the nearest name."""
+        """Return a component without importing its class. Raises AlignkitError with the nearest name if not found."""
         if found := self._rows.get((kind, normalise(name))):
             return found
         names = [row.name for row in self.components(kind) if not row.broken]
         others = sorted(row.kind for row in self.named(name))
         if now := RENAMED.get((kind, normalise(name))):
-            raise AlignkitError(f"{kind} {name!r} was renamed; write {now}")
+            raise AlignkitError(f"{kind} {name!r} was renamed; use {now}")
         hint = f" (there is a {' and a '.join(others)} of this name)" if others else nearest(normalise(name), names)
         broken = [f"; {row.origin} is broken: {row.broken}" for row in self.components() if row.broken]
         raise AlignkitError(
@@ -126,9 +130,10 @@ class Registry:
         )
 
     def get(self, kind: str, name: str) -> Any:
-        """The class of a component, or the ModelBundle of a model, imported now.
+        """Import and return the class of a component, or the ModelBundle of a model.
 
-        Raises AlignkitError for an unknown name and PluginError for a target that does not import or does not fit.
+        Raises AlignkitError for an unknown name, and PluginError for a target that cannot be imported or is not a
+        complete implementation of the kind.
         """
         row = self.find(kind, name)
         if (kind, row.name) in self._added:
@@ -140,34 +145,36 @@ class Registry:
             if kind == "model" and callable(target):
                 target = target()
         except Exception as error:
-            raise PluginError(f"{what} does not import: {_reason(error)}") from error
+            raise PluginError(f"{what} cannot be imported: {_reason(error)}") from error
         expected = KINDS[kind]
         fits = isinstance(target, expected) if kind == "model" else _is_subclass(target, expected)
         if not fits:
-            raise PluginError(f"{what} is no alignkit.interfaces.{expected.__name__}")
+            raise PluginError(f"{what} is not an alignkit.interfaces.{expected.__name__}")
         if inspect.isabstract(target):
-            raise PluginError(f"{what} lacks {', '.join(sorted(target.__abstractmethods__))}")
+            raise PluginError(f"{what} does not implement {', '.join(sorted(target.__abstractmethods__))}")
         return target
 
 
 @functools.cache
 def default_registry() -> Registry:
-    """The plugins installed here, without those that ALIGNKIT_DISABLE_PLUGINS lists (entry point names, by comma)."""
+    """Return the installed plugins, except those in ALIGNKIT_DISABLE_PLUGINS (entry-point names, comma-separated)."""
     disabled = {normalise(name) for name in os.environ.get(DISABLE, "").split(",")}
     return Registry(entry for entry in entry_points(group=GROUP) if normalise(entry.name) not in disabled)
 
 
-def whose(error: BaseException) -> str:
-    """The plugin in whose code `error` was raised, or through which it passed last; empty where there is none."""
+def responsible_plugin(error: BaseException) -> str:
+    """Return the origin of the plugin whose code raised `error` or passed it on last; "" if no plugin was involved."""
     packages = {row.target.partition(":")[0].partition(".")[0]: row.origin for row in default_registry().components()}
     frames = traceback.walk_tb(error.__traceback__)
     found = [packages.get(str(frame.f_globals.get("__name__", "")).partition(".")[0]) for frame, _ in frames]
     return next((origin for origin in reversed(found) if origin), "")
 
 
-def where(error: BaseException) -> str:
-    """The line that raised `error`, as "reward.py, line 7": the last one that is no installed library's and not the
-    core's, else the last one in code of a plugin, else the very last."""
+def source_line(error: BaseException) -> str:
+    """Return the file and line to show for `error`, for example "reward.py, line 7".
+
+    It is the last frame outside of installed libraries and the core, else the last in a plugin, else the very last.
+    """
     packages = {row.target.partition(":")[0].partition(".")[0] for row in default_registry().components()}
     frames = list(traceback.walk_tb(error.__traceback__))
     modules = [str(frame.f_globals.get("__name__", "")).partition(".")[0] for frame, _ in frames]
@@ -178,11 +185,11 @@ def where(error: BaseException) -> str:
 
 
 def _read(entry: EntryPoint) -> Iterator[Component]:
-    """What one plugin registers, or the one row that says why it is broken."""
+    """Yield the components that a plugin registers, or a single row with the reason why it is broken."""
     distribution = (entry.dist.name, entry.dist.version) if entry.dist else ("an unknown distribution", "")
     rows: list[Component] = []
     try:
-        # A manager of its own for each plugin, so that what one hook raises ends that plugin and no other.
+        # One manager per plugin, so that an exception in a hook affects that plugin alone.
         manager = pluggy.PluginManager("alignkit")
         manager.add_hookspecs(hookspecs)
         manager.register(entry.load(), name=entry.name)
@@ -204,7 +211,7 @@ def _read(entry: EntryPoint) -> Iterator[Component]:
 
 
 def _reason(error: BaseException) -> str:
-    """One line."""
+    """Return type and message of `error` on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 

@@ -1,4 +1,4 @@
-"""Small sets of captioned images: a folder, shards, a data set; and what is seen of one."""
+"""Small sets of captioned images: a folder, tar shards, a data set; and a function that reads one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def png(colour: tuple[int, int, int], size: tuple[int, int] = (8, 8)) -> bytes:
 
 
 def seen(source: str | Path, skipped: list[str] | None = None, column: str = "") -> dict[str, tuple[int, ...]]:
-    """The caption of every image of a set, and the image's colour."""
+    """Map the caption of every image of a set to the image's colour."""
     images = open_images(str(source), 4, column, skipped)
     assert isinstance(images, ImageSet)
     found = [images.read(index) for index in range(len(images))]
@@ -37,7 +37,7 @@ EXPECTED = {f"image {name}": colour for name, colour in COLOURS.items()}
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three images, `metadata.jsonl` among them."""
+    """A folder of three images with a `metadata.jsonl`."""
     folder = tmp_path / "images"
     folder.mkdir()
     for name, colour in COLOURS.items():
@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def captioned(folder: Path) -> Path:
-    """The same with a text beside each image, one of them in a folder of its own."""
+    """The same images, each with a text file; one is in a subfolder."""
     (folder / "metadata.jsonl").unlink()
     (folder / "more").mkdir()
     (folder / "c.png").rename(folder / "more" / "c.png")
@@ -69,7 +69,7 @@ def write_shard(path: Path, members: Mapping[str, bytes]) -> Path:
 
 @pytest.fixture
 def shard(tmp_path: Path) -> Path:
-    """a and b in the first shard, c in the second; captions as .txt and as .json."""
+    """Two shards, a and b in the first and c in the second, with captions as .txt and as .json."""
     first = {"x/a.png": png(COLOURS["a"]), "x/a.txt": b"image a\n", "b.json": b'{"caption": "image b", "n": 1}'}
     write_shard(tmp_path / "s-00.tar", {**first, "b.png": png(COLOURS["b"])})
     return write_shard(tmp_path / "s-01.tar", {"c.txt": b"image c", "c.PNG": png(COLOURS["c"]), "c.cls": b"3"})

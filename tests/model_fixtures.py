@@ -1,4 +1,4 @@
-"""Tiny untrained pipelines for images of 64 pixels, saved in diffusers' format."""
+"""Tiny untrained pipelines for images of 64 pixels, saved in the format of diffusers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def tiny_text_config() -> CLIPTextConfig:
-    """A text encoder for the words of the embedded world."""
+    """Return the config of a text encoder for the words of the embedded world."""
     from alignkit.testing.world import text_config
     from alignkit_shapes.build.text import tokenizer
 
@@ -43,7 +43,7 @@ def tiny_lcm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of the tiny pipeline of a published model's form (families.py), made once."""
+    """A function that saves the tiny pipeline of a model family (families.py), once, and returns its folder."""
     made: dict[str, Path] = {}
 
     def make(name: str) -> Path:

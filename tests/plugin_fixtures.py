@@ -1,4 +1,4 @@
-"""Plugins made on the spot, found as any installed one is."""
+"""Plugins that tests write to a temporary folder and that are found like installed ones."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from alignkit.registry import GROUP, Registry, default_registry
 
 @dataclass
 class PluginFolder:
-    """A folder on sys.path into which tests install plugins."""
+    """A folder on sys.path for test plugins."""
 
     path: Path
     packages: list[str] = field(default_factory=list)
 
     def install(self, package: str, init: str, version: str = "1.0", **modules: str) -> None:
-        """A distribution of the package's name with `__init__.py`, further modules and one entry point."""
+        """Install a distribution named after its package, with `__init__.py`, other modules and one entry point."""
         self.packages.append(package)
         folder = self.path / package
         folder.mkdir()
@@ -39,7 +39,7 @@ class PluginFolder:
         (info / "entry_points.txt").write_text(f"[{GROUP}]\n{package} = {package}\n", encoding="utf-8")
 
     def install_project(self, folder: Path) -> None:
-        """A distribution from its own folder and project file, as `pip install -e` does it."""
+        """Install a distribution from its own folder and project file, as `pip install -e` does."""
         project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         entries = project["entry-points"][GROUP]
         self.packages += entries
@@ -53,14 +53,14 @@ class PluginFolder:
         default_registry.cache_clear()
 
     def registry(self) -> Registry:
-        """A registry of what is installed here and of nothing else."""
+        """Return a registry of the plugins in this folder alone."""
         found = distributions(path=[str(self.path)])
         return Registry(entry for one in found for entry in one.entry_points.select(group=GROUP))
 
 
 @pytest.fixture
 def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PluginFolder]:
-    """An empty folder of plugins, forgotten behind the test."""
+    """An empty folder for plugins, which are unloaded after the test."""
     path = tmp_path / "plugins"
     path.mkdir()
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -131,7 +131,7 @@ PARTS = '''
         """How far a step may go,
         in units of the ratio."""
         mode: Literal["hard", "soft"] = "hard"
-        """How answers are read."""
+        """Strictness of the answers."""
         scales: list[float] = field(default_factory=lambda: [1.0, 2.0])
         limit: int | None = None
         span: tuple[int, int] = (1, 2)
@@ -162,7 +162,7 @@ PARTS = '''
     @dataclass
     class Blue(Red):
         judge: str = "public"
-        """Who judges."""
+        """Name of the reward model."""
 
 
     @dataclass
@@ -259,7 +259,7 @@ def acme(plugins: PluginFolder) -> PluginFolder:
 
 @pytest.fixture
 def load_acme(acme: PluginFolder, tmp_path: Path) -> Callable[..., RunConfig]:
-    """Load a run file of the given text, and overrides, against the test plugin alone."""
+    """A function that loads a run file of the given text and overrides, with the test plugin alone."""
 
     def build(text: str | None = None, overrides: dict[str, Any] | None = None) -> RunConfig:
         if text is not None:

@@ -1,4 +1,4 @@
-"""Rewards for runs on tiny models: one that is easy to compute again, and some that tell little apart."""
+"""Rewards for runs on tiny models: one that is easy to recompute, and some with few distinct or missing scores."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ ODD_REWARD_CLASSES = """
 
 @pytest.fixture
 def odd_rewards(plugins: PluginFolder) -> None:
-    """Rewards that tell nothing apart, or cannot score some images."""
+    """Rewards that give every image the same score or cannot score some images."""
     plugins.install("odd_rewards", ODD_REWARDS, rewards=ODD_REWARD_CLASSES)
 
 

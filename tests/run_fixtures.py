@@ -1,4 +1,4 @@
-"""Runs of seconds, on tiny pipelines."""
+"""Short runs on tiny pipelines, and comparisons of what they leave."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROMPTS = ["a red circle", "a blue square and a green star", "a white ring", "a 
 
 @pytest.fixture
 def tiny_run(tmp_path: Path, brightness: None, tiny_lcm: Path, tiny_teacher: Path) -> Callable[..., Run]:
-    """Makes runs of seconds on the tiny pipelines, in `tmp_path / output`; the reward is a plugin of its own."""
+    """A function that makes short runs on the tiny pipelines in `tmp_path / output`, with the reward `brightness`."""
     import alignkit
 
     prompts = tmp_path / "prompts.txt"
@@ -47,8 +47,7 @@ def tiny_run(tmp_path: Path, brightness: None, tiny_lcm: Path, tiny_teacher: Pat
 
 @pytest.fixture
 def make_trainer(tiny_run: Callable[..., Run], tiny_teacher: Path) -> Callable[..., Trainer]:
-    """The built trainer of a tiny run, before its first round; with `ddim=True` on the teacher, with chance at every
-    one of its steps."""
+    """A function that builds the trainer of a tiny run; `ddim=True` takes the teacher, with all steps stochastic."""
 
     from alignkit.runs.loop import Loop
 
@@ -67,13 +66,13 @@ def final_state(folder: Path) -> dict[str, Any]:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records, without what is measured in seconds."""
+    """Return the records of a run without the fields that measure time."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """What a finished run leaves to be taken away."""
+    """Return the contents of the weights and image grids of a finished run, by path."""
     paths = [*folder.glob("*.safetensors"), *folder.glob("samples/*.png")]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
@@ -89,6 +88,6 @@ def assert_same_state(folder: Path, other: Path, but: str = "nothing") -> None:
 
 
 def assert_same_but_surroundings(folder: Path, other: Path) -> None:
-    """Of the global generators, which are kept for the sake of third parties, the runs may find different states."""
+    """Compare two runs, except for the states of the global RNGs, which checkpoints store for third-party code."""
     assert_same_state(folder, other, but=".rng.")
     assert metrics(folder) == metrics(other) and files(folder) == files(other)

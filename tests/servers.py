@@ -1,4 +1,4 @@
-"""Servers of a test, in threads: a reward behind HTTP, and an endpoint that answers like a vision language model."""
+"""Servers for tests, in threads: a reward over HTTP, and an endpoint that imitates a vision language model."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def serving(
     fingerprint: str = MARK,
     chunk: int = 16,
 ) -> Iterator[RewardServer]:
-    """`reward` behind HTTP on a free port."""
+    """Serve `reward` over HTTP on a free port."""
     rewards = WeightedRewards([("served", 1.0, reward)], scoring=Scoring(retries=0))
     server = RewardServer("127.0.0.1", port, rewards, fingerprint, token, 16, limits or Limits())
     server.load("cpu")
@@ -59,15 +59,20 @@ def serving(
 
 
 class Endpoint(ThreadingHTTPServer):
-    """An OpenAI-compatible endpoint with the model "judge". `say(brightness, question)` is its answer: a status with an
-    error, the log-probabilities of the first token, or a text. What it was asked stands in `asked`."""
+    """An OpenAI-compatible endpoint with the model "judge".
+
+    `respond(brightness, question)` returns its response: a status with an error, the log-probabilities of the first
+    token, or a text. `requests` holds the requests so far.
+    """
 
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, say: Callable[[float, str], tuple[int, str] | dict[str, float] | str], slow: float = 0) -> None:
-        self.say, self.slow = say, slow
-        self.asked: list[dict[str, Any]] = []
+    def __init__(
+        self, respond: Callable[[float, str], tuple[int, str] | dict[str, float] | str], slow: float = 0
+    ) -> None:
+        self.respond, self.slow = respond, slow
+        self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.models: list[str] | None = ["judge", "other"]
         self.at_once = self.most_at_once = 0
@@ -94,7 +99,7 @@ class _Chat(BaseHTTPRequestHandler):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with server.lock:
-            server.asked.append(body)
+            server.requests.append(body)
             server.headers.append(dict(self.headers))
             server.at_once += 1
             server.most_at_once = max(server.most_at_once, server.at_once)
@@ -108,16 +113,16 @@ class _Chat(BaseHTTPRequestHandler):
         assert kind == "data:image/png" and image["type"] == "image_url" and text["type"] == "text"
         with Image.open(io.BytesIO(base64.b64decode(data))) as opened:
             brightness = float(np.asarray(opened).mean() / 255)
-        said = server.say(brightness, text["text"])
-        if isinstance(said, tuple):
-            return self._send(said[0], {"error": {"message": said[1], "type": "error"}})
+        response = server.respond(brightness, text["text"])
+        if isinstance(response, tuple):
+            return self._send(response[0], {"error": {"message": response[1], "type": "error"}})
         choice: dict[str, Any] = {"index": 0, "finish_reason": "stop", "logprobs": None}
-        if isinstance(said, dict):
-            top = [{"token": token, "logprob": value, "bytes": None} for token, value in said.items()]
-            choice |= {"message": {"role": "assistant", "content": next(iter(said), "")}}
+        if isinstance(response, dict):
+            top = [{"token": token, "logprob": value, "bytes": None} for token, value in response.items()]
+            choice |= {"message": {"role": "assistant", "content": next(iter(response), "")}}
             choice |= {"logprobs": {"content": [{**top[0], "top_logprobs": top}] if top else []}}
         else:
-            choice |= {"message": {"role": "assistant", "content": said}}
+            choice |= {"message": {"role": "assistant", "content": response}}
         self._send(200, {"id": "x", "object": "chat.completion", "model": body["model"], "choices": [choice]})
 
     def _send(self, status: int, body: dict[str, Any]) -> None:
@@ -133,13 +138,13 @@ class _Chat(BaseHTTPRequestHandler):
 
 
 def brightness(images: torch.Tensor) -> torch.Tensor:
-    """(N, 3, H, W) to (N,), as the endpoint sees it: the mean of the 8-bit levels."""
+    """Return the mean of the 8-bit levels of images (N, 3, H, W), (N,), as the endpoint computes it."""
     return (images * 255).round().double().mean((1, 2, 3)) / 255
 
 
 @dataclass
 class Odd(Reward):
-    """The brightness, where it can be scored, with a part; what `wrong` says instead."""
+    """The brightness, with parts and unscorable prompts; fails in the way that `wrong` names."""
 
     wrong: str = ""
     calls: int = 0

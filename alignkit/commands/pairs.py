@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from alignkit.data.decode import to_uint8
 from alignkit.data.preferences import TABLE
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.records import Example
@@ -83,7 +84,7 @@ def make_pairs(
                     images = sample_images(policy, sampler, [e.text for e in repeated], seeds)
                 scores = rewards.score(images, repeated, len(repeated))
                 values = scores.values.masked_fill(~scores.valid, torch.nan).view(-1, count)
-                pixels = (images.view(-1, count, *images.shape[1:]) * 255).round().byte().cpu()
+                pixels = to_uint8(images.view(-1, count, *images.shape[1:])).cpu()
                 for place, row in enumerate(values.tolist()):
                     origin = {"seed": seed, "steps": sampler.num_steps, "model": run.name}
                     chosen = list(preferred(row, every, margin))

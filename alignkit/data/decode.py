@@ -1,4 +1,4 @@
-"""Decode image files to RGB tensors."""
+"""Convert between image files and tensors."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-"""What Pillow raises for a file that is no whole image."""
+"""Exceptions that Pillow raises for a file that is not a complete image."""
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Upright by its EXIF orientation, what is transparent on white, 16-bit grey as 8-bit, in RGB.
+    """Convert to 8-bit RGB: apply the EXIF orientation, put transparency on white, scale 16-bit grey down to 8 bits.
 
-    Raises ValueError for floating-point pixels, whose range nothing tells.
+    Raises ValueError for floating-point pixels, because their range is unknown.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
@@ -31,7 +31,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def middle_square(image: Image.Image, size: int) -> Tensor:
-    """The middle square of an RGB image at `size` pixels, (3, size, size) float32 in [0, 1]."""
+    """Crop an RGB image to its middle square and resize it: (3, size, size) float32 in [0, 1]."""
     edge = min(image.size)
     left, top = (image.width - edge) // 2, (image.height - edge) // 2
     square = image.crop((left, top, left + edge, top + edge)).resize((size, size), Image.Resampling.LANCZOS)
@@ -39,6 +39,14 @@ def middle_square(image: Image.Image, size: int) -> Tensor:
 
 
 def read_image(data: bytes, size: int) -> Tensor:
-    """The middle square of an image file, (3, size, size) float32 in [0, 1]. Raises one of `UNREADABLE`."""
+    """Decode an image file to its middle square, (3, size, size) float32 in [0, 1]. Raises one of `UNREADABLE`."""
     with Image.open(io.BytesIO(data)) as opened:
         return middle_square(as_rgb(opened), size)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Return the 8-bit levels that an image file stores: uint8, same shape and device, for values in [0, 1].
+
+    Values outside [0, 1] are clamped. There is no gradient.
+    """
+    return (images.detach().clamp(0, 1) * 255).round().byte()

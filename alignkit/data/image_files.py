@@ -1,6 +1,6 @@
-"""Where captioned images lie that are files or parts of files: folders, tables, tar shards in WebDataset's form.
+"""Locate captioned images in folders, .jsonl tables and tar shards in WebDataset format.
 
-What is missing is found here; no image is opened.
+Missing files and captions are found here; no image is opened.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", 
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """A captioned image: the bytes start .. start + length of a file, or all of it."""
+    """A caption, and the image's bytes: start .. start + length of a file, or the whole file if length is None."""
 
     name: str
     caption: str
@@ -33,13 +33,13 @@ class StoredImage:
 
 
 def read_folder(folder: Path, skipped: list[str] | None = None) -> Iterator[StoredImage]:
-    """Every image below a folder with the .txt file of its name beside it, in the order of their paths."""
+    """Yield every image in a folder and its subfolders, captioned by the .txt file of the same name, sorted by path."""
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     files = [path for path in found if path.suffix.lower() in SUFFIXES]
     if not any(path.with_suffix(".txt").is_file() for path in files):
         raise ConfigError(
-            f'{KEY}: {folder / "metadata.jsonl"} is missing; expected one JSON object a line with "file_name" and '
-            '"text", or beside each image a .txt file of its name'
+            f'{KEY}: {folder / "metadata.jsonl"} is missing; expected one JSON object per line with "file_name" and '
+            '"text", or a .txt file of the same name next to each image'
         )
     for path in files:
         try:
@@ -54,11 +54,14 @@ def read_folder(folder: Path, skipped: list[str] | None = None) -> Iterator[Stor
     imaged = {path.with_suffix("") for path in files}
     for path in found:
         if path.suffix == ".txt" and path.with_suffix("") not in imaged:
-            leave_out(skipped, KEY, f"{path}: there is no image of that name, expected {', '.join(sorted(SUFFIXES))}")
+            leave_out(skipped, KEY, f"{path}: there is no image of this name; expected {', '.join(sorted(SUFFIXES))}")
 
 
 def read_table(table: Path, column: str = "", skipped: list[str] | None = None) -> Iterator[StoredImage]:
-    """One JSON object a line: the image as "image" or "file_name", seen from the table's folder, and its caption."""
+    """Yield the images of a .jsonl table: one JSON object per line with a caption and a path, "image" or "file_name".
+
+    Paths are relative to the table's folder.
+    """
     for where, line in read_lines(table, KEY):
         try:
             record = json_object(line)
@@ -76,9 +79,9 @@ def read_table(table: Path, column: str = "", skipped: list[str] | None = None) 
 
 
 def read_shard(shard: Path, column: str = "", skipped: list[str] | None = None) -> Iterator[StoredImage]:
-    """A tar file in WebDataset's form: members of one name up to the first dot are one image and its caption.
+    """Yield the images of a tar file in WebDataset format: members with one name up to the first dot are one sample.
 
-    The caption is a .txt member, or a key of a .json one. Only headers and captions are read.
+    The caption is a .txt member, or a key of a .json member. Only headers and captions are read.
     """
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     try:
@@ -90,18 +93,18 @@ def read_shard(shard: Path, column: str = "", skipped: list[str] | None = None) 
                     key, _, suffix = name.partition(".")
                     members = samples.setdefault(folder + slash + key, {}) if member.isfile() else {}
                     if "." + suffix.lower() in members:
-                        leave_out(skipped, KEY, f"{shard}, member {member.name}: a second one of this name")
+                        leave_out(skipped, KEY, f"{shard}, member {member.name}: a duplicate name")
                     elif member.isfile():
                         members["." + suffix.lower()] = member
-                # The module ends silently at a header that it cannot read; a whole archive ends with zeros.
+                # tarfile stops silently at a header that it cannot read; a complete archive ends with a block of zeros.
                 assert tar.fileobj is not None
                 tar.fileobj.seek(tar.offset)
                 end = tar.fileobj.read(tarfile.BLOCKSIZE)
-                fault = "" if len(end) == tarfile.BLOCKSIZE and not any(end) else "it has no end"
+                fault = "" if len(end) == tarfile.BLOCKSIZE and not any(end) else "its end is missing"
             except (tarfile.TarError, OSError) as error:
                 fault = str(error)
             if fault:
-                last = f"behind member {next(reversed(samples))}" if samples else "from its start"
+                last = f"after member {next(reversed(samples))}" if samples else "from its start"
                 leave_out(skipped, KEY, f"{shard}: cut short or damaged {last} ({fault})")
             for key, members in samples.items():
                 try:
@@ -119,6 +122,8 @@ def read_shard(shard: Path, column: str = "", skipped: list[str] | None = None) 
 
 
 def _member_caption(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], column: str) -> str:
+    """Return the caption of one sample. Raises ValueError if there is none."""
+
     def content(suffix: str) -> bytes:
         file = tar.extractfile(members[suffix])
         return b"" if file is None else file.read()
@@ -131,7 +136,7 @@ def _member_caption(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], c
 
 
 def _caption(record: dict[str, Any], column: str) -> str:
-    """Raises ValueError if it is missing, no string, or if it is not clear which one it is."""
+    """Return the caption in `record`. Raises ValueError if it is missing, ambiguous or not a string."""
     try:
         caption = record[choose_column(list(record), column, CAPTION_KEY, "it")]
     except ConfigError as error:
@@ -141,12 +146,12 @@ def _caption(record: dict[str, Any], column: str) -> str:
 
 def _text(caption: Any) -> str:
     if not (isinstance(caption, str) and caption.strip()):
-        raise ValueError(f"expected the caption as a string that is not empty, found {caption!r}")
+        raise ValueError(f"expected a non-empty string as the caption, found {caption!r}")
     return caption
 
 
 def shards(pattern: str) -> list[Path]:
-    """The files of `pattern`, which may hold `{0000..0012}`, `{a,b}`, `*`, `?` and `[...]`, in order of expansion."""
+    """Expand `pattern`, which may contain `{0000..0012}`, `{a,b}`, `*`, `?` and `[...]`, to paths in order."""
     if Path(pattern).is_file():
         return [Path(pattern)]
     found = []

@@ -1,6 +1,6 @@
-"""Captioned images, opened and made fit for a model: of files, and of data sets of the datasets library.
+"""Captioned images for a model, read from files or from a data set of the `datasets` library.
 
-Each is a finite set whose images are found by number, so a stream over it is entered anywhere, by one number.
+Each source is a finite, indexed set, so a stream over it can resume at any position, which is a single number.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from alignkit.data.sources import Images, find_class, open_class
 from alignkit.data.text import choose_column
 from alignkit.errors import ConfigError
 
-EXPECTED = "no folder, .jsonl or .tar file, no datasets:NAME"
+EXPECTED = "a folder, a .jsonl or .tar file, datasets:NAME"
 
 
 class ImageSet(Items[tuple[Tensor, str]], Images):
@@ -33,7 +33,7 @@ class ImageSet(Items[tuple[Tensor, str]], Images):
 
     @abstractmethod
     def stored(self, index: int) -> tuple[bytes, str]:
-        """The file of an image, and its caption. Raises OSError or ValueError if that cannot be had."""
+        """Return the bytes of an image file, and its caption. Raises OSError or ValueError if either is missing."""
 
     def load(self, index: int) -> tuple[Tensor, str]:
         data, caption = self.stored(index)
@@ -45,7 +45,7 @@ class ImageSet(Items[tuple[Tensor, str]], Images):
 
 
 class ImageFiles(ImageSet):
-    """Captioned images that are files, or parts of files."""
+    """Captioned images stored as files or as parts of files."""
 
     def __init__(self, images: Sequence[StoredImage], size: int, skipped: list[str] | None = None) -> None:
         super().__init__(size, skipped)
@@ -65,16 +65,16 @@ class ImageFiles(ImageSet):
 
 
 class DatasetImages(ImageSet):
-    """Rows of a data set of the datasets library, with one column of images."""
+    """Rows of a data set of the `datasets` library that has one column of images."""
 
     def __init__(self, source: str, size: int, column: str = "", skipped: list[str] | None = None) -> None:
-        """`source` is a folder that `save_to_disk` wrote, or `datasets:NAME` or `datasets:NAME:SPLIT`."""
+        """Open `source`: a folder written by `save_to_disk`, or `datasets:NAME` or `datasets:NAME:SPLIT`."""
         super().__init__(size, skipped)
         self._source = source
         try:
             import datasets
         except ImportError:
-            raise ConfigError(f"{KEY}: {source} is read by datasets; pip install 'alignkit[datasets]'") from None
+            raise ConfigError(f"{KEY}: {source} needs the datasets library; pip install 'alignkit[datasets]'") from None
         try:
             if source.startswith("datasets:"):
                 name, _, split = source.removeprefix("datasets:").partition(":")
@@ -86,7 +86,7 @@ class DatasetImages(ImageSet):
             raise ConfigError(f"{KEY}: {source} cannot be loaded as a data set ({reason})") from error
         if isinstance(data, datasets.DatasetDict):
             raise ConfigError(
-                f"{KEY}: {source} holds the splits {', '.join(data)}; name one, as {source}/{next(iter(data))}"
+                f"{KEY}: {source} has the splits {', '.join(data)}; choose one, for example {source}/{next(iter(data))}"
             )
         found = [name for name, feature in data.features.items() if isinstance(feature, datasets.Image)]
         if len(found) != 1:
@@ -104,17 +104,18 @@ class DatasetImages(ImageSet):
         (row,) = self._rows[index].to_pylist()
         image, caption = row[self._image], row[self._text]
         if not (isinstance(caption, str) and caption.strip()):
-            raise ValueError(f"expected a string that is not empty as {self._text}, found {caption!r}")
+            raise ValueError(f"expected a non-empty string as {self._text}, found {caption!r}")
         if image is None:
-            raise ValueError("there is no image")
+            raise ValueError("the image is missing")
         return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes(), caption
 
 
 def open_images(source: str, size: int, column: str = "", skipped: list[str] | None = None) -> Images:
-    """What `[data] images` names, at `size` pixels.
+    """Open the captioned images that `[data] images` names, at `size` pixels.
 
-    `column` names the caption where there are several to choose from. What is broken is a ConfigError, or, given a
-    list `skipped`, left out and noted there: what is missing now, and what cannot be read when it comes up.
+    `column` names the caption column; it is needed only if there are several candidates. A missing or unreadable item
+    raises ConfigError, or is left out and noted in `skipped` if that list is given: a missing file is found here, an
+    unreadable one when it is loaded.
     """
     path = Path(source)
     if source.startswith("datasets:") or any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
@@ -131,12 +132,12 @@ def open_images(source: str, size: int, column: str = "", skipped: list[str] | N
     else:
         return open_class(source, size, Images, KEY, EXPECTED)  # type: ignore[type-abstract]
     if not len(images):
-        raise ConfigError(f"{KEY}: {source} holds no captioned image" + "".join(f"; {s}" for s in skipped or ()))
+        raise ConfigError(f"{KEY}: {source} contains no captioned image" + "".join(f"; {s}" for s in skipped or ()))
     return images
 
 
 def check_images(source: str, column: str = "", skipped: list[str] | None = None) -> None:
-    """Raise ConfigError for what is missing, as `open_images` would; reads no image, and looks nothing up."""
+    """Raise ConfigError for missing files or captions, as `open_images` would. Reads no image; uses no network."""
     if Path(source).exists() or ":" not in source:
         open_images(source, 1, column, skipped)
     elif not source.startswith("datasets:"):

@@ -1,4 +1,4 @@
-"""Preference pairs as data: two images of one text each, the preferred one first."""
+"""Preference pairs as data: two images per text, the preferred one first."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from alignkit.records import PreferencePairs
 
 KEY = "data.pairs"
 TABLE = "pairs.jsonl"
-"""The table of a folder of pairs."""
-EXPECTED = "no folder and no file"
+"""File name of the table in a folder of pairs."""
+EXPECTED = "a folder or a file of pairs"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Where a pair stands; small, for there may be a million."""
+    """Locate one pair. Kept small, because a table may have a million rows."""
 
     name: str
-    """File and line, or row."""
+    """File and line or row, for messages."""
     caption: str
     winner: Any
-    """Where in or beside the file the image is, as the table understands it."""
+    """Location of the preferred image, in the form that the table's `_stored` takes."""
     loser: Any
 
 
 class PairTable(Items[tuple[Tensor, Tensor, str]], Preferences):
-    """Pairs of a table that fits into memory, without the images; those are read when their turn comes.
+    """Pairs from a table that is held in memory; the images are loaded when they are needed.
 
-    Images are cropped to the middle square and resized to `size` pixels. What is broken is left out of the table, or
-    when its turn comes replaced by the next row, and noted in `skipped`; or refused if that is not given.
+    Images are cropped to the middle square and resized to `size` pixels. A broken row raises ConfigError, or, if a list
+    `skipped` is given, is noted there and left out; a row whose image cannot be loaded is replaced by the next one.
     """
 
     key = KEY
@@ -50,15 +50,15 @@ class PairTable(Items[tuple[Tensor, Tensor, str]], Preferences):
         self.source, self.size = source, size
         self.rows = list(self._read_table())
         if not self.rows:
-            raise ConfigError(f"{KEY}: {source} holds no pair of which one image is preferred and can be read")
+            raise ConfigError(f"{KEY}: {source} contains no readable pair with a preferred image")
 
     @abstractmethod
     def _read_table(self) -> Iterator[Row]:
-        """Every row that is whole."""
+        """Yield every complete row."""
 
     @abstractmethod
-    def _stored(self, found: Any) -> bytes:
-        """The file of the image that a row calls `found`. Raises OSError or ValueError."""
+    def _stored(self, location: Any) -> bytes:
+        """Return the bytes of the image file at `location`. Raises OSError or ValueError."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -70,11 +70,11 @@ class PairTable(Items[tuple[Tensor, Tensor, str]], Preferences):
         row = self.rows[index]
         return self._image(row.winner), self._image(row.loser), row.caption
 
-    def _image(self, found: Any) -> Tensor:
+    def _image(self, location: Any) -> Tensor:
         try:
-            return read_image(self._stored(found), self.size)
+            return read_image(self._stored(location), self.size)
         except UNREADABLE as error:
-            raise ValueError(f"{found if isinstance(found, str) else found[-1]}: {error}") from error
+            raise ValueError(f"{location if isinstance(location, str) else location[-1]}: {error}") from error
 
     def batch(self, start: int, size: int, seed: int) -> PreferencePairs:
         winners, losers, captions = zip(*self.at(start, size, seed), strict=True)
@@ -82,7 +82,7 @@ class PairTable(Items[tuple[Tensor, Tensor, str]], Preferences):
 
 
 class JsonPairs(PairTable):
-    """A .jsonl file, one object a line: "text", and "winner" and "loser", files named from where it lies."""
+    """Pairs of a .jsonl file: one object per line with "text", "winner" and "loser", paths relative to the file."""
 
     def _read_table(self) -> Iterator[Row]:
         for where, line in read_lines(self.source, KEY):
@@ -93,7 +93,7 @@ class JsonPairs(PairTable):
                 if not all(isinstance(value, str) and value.strip() for value in (text, winner, loser)):
                     raise ValueError
             except (ValueError, KeyError, ConfigError) as error:
-                expected = 'a JSON object with "text", "winner" and "loser", strings that are not empty'
+                expected = 'a JSON object with "text", "winner" and "loser" as non-empty strings'
                 why = f" ({error})" if isinstance(error, ConfigError) else ""
                 leave_out(self._skipped, KEY, f"{where}: expected {expected}, found {line[:60]!r}{why}")
                 continue
@@ -105,15 +105,16 @@ class JsonPairs(PairTable):
             else:
                 yield Row(where, text, winner, loser)
 
-    def _stored(self, found: Any) -> bytes:
-        return (self.source.parent / str(found)).read_bytes()
+    def _stored(self, location: Any) -> bytes:
+        return (self.source.parent / str(location)).read_bytes()
 
 
 class ParquetPairs(PairTable):
-    """Parquet in the columns of Pick-a-Pic: caption, jpg_0, jpg_1 (a file's bytes), label_0 of 1 or 0, maybe label_1.
+    """Pairs of parquet files with Pick-a-Pic's columns: caption, jpg_0, jpg_1 (file bytes), label_0 (1 or 0), label_1.
 
-    A label of .5, and none at all, prefers neither image: such rows are left out, as Diffusion-DPO does, and counted
-    in `notes`. Images are read a row group at a time; small row groups make for quick reading in random order.
+    The column label_1 is optional. Rows without a label or with a label of 0.5 prefer neither image; they are left out,
+    as in Diffusion-DPO, and counted in `notes`. Images are read one row group at a time, so small row groups make
+    random access fast.
     """
 
     def __init__(self, source: Path, size: int, skipped: list[str] | None = None) -> None:
@@ -129,7 +130,7 @@ class ParquetPairs(PairTable):
                 count += 1
                 where = f"{file}, row {number}"
                 caption, first, second = (record.get(name) for name in ("caption", "label_0", "label_1"))
-                # A row that nobody labelled has no label, or one that is not a number.
+                # The label of an unlabelled row is missing or NaN.
                 if record.get("has_label") is False or first is None or first != first or first == 0.5:
                     undecided += 1
                 elif first not in (0, 1) or second not in (None, 1 - first):
@@ -137,21 +138,21 @@ class ParquetPairs(PairTable):
                     leave_out(self._skipped, KEY, f"{where}: {found}, expected 1 and 0")
                 elif not (isinstance(caption, str) and caption.strip()):
                     found = f"found {caption!r}"
-                    leave_out(self._skipped, KEY, f"{where}: expected a string that is not empty as caption, {found}")
+                    leave_out(self._skipped, KEY, f"{where}: expected a non-empty string as caption, {found}")
                 else:
                     names = ("jpg_0", "jpg_1") if first else ("jpg_1", "jpg_0")
                     yield Row(where, caption, *((file, group, place, name) for name in names))
         if undecided:
-            self.notes = [f"{KEY}: {undecided} of {count} rows of {self.source} prefer neither image and are left out"]
+            self.notes = [f"{KEY}: {undecided} of {count} rows of {self.source} prefer neither image and were left out"]
 
     def _records(self, file: Path) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
-        """Row group, place in it, and values of each row, the images left out."""
+        """Yield the row group, the position in it and the values of each row, without the images."""
         with self._opened(file) as opened:
             names = set(opened.schema_arrow.names)
             if missing := {"caption", "jpg_0", "jpg_1", "label_0"} - names:
                 raise ConfigError(
                     f"{KEY}: {file} has no column {', '.join(sorted(missing))}; expected caption, jpg_0, jpg_1 "
-                    "and label_0, as Pick-a-Pic has them"
+                    "and label_0, as in Pick-a-Pic"
                 )
             columns = sorted(names & {"caption", "label_0", "label_1", "has_label"})
             for group in range(opened.num_row_groups):
@@ -165,27 +166,27 @@ class ParquetPairs(PairTable):
     def _opened(self, file: Path) -> Any:
         try:
             return self._parquet.ParquetFile(file)
-        except (OSError, ValueError) as error:  # pyarrow's own errors are of these
+        except (OSError, ValueError) as error:  # pyarrow's errors derive from these
             raise ConfigError(f"{KEY}: {file} cannot be read as parquet ({error})") from error
 
-    def _stored(self, found: Any) -> bytes:
-        file, group, place, column = found
+    def _stored(self, location: Any) -> bytes:
+        file, group, place, column = location
         if self._group is None or self._group[0] != (file, group):
             with self._opened(file) as opened:
                 self._group = (file, group), opened.read_row_group(group, columns=["jpg_0", "jpg_1"])
         value = self._group[1].column(column)[place].as_py()
-        # The datasets library keeps an image as its bytes beside the path that it had.
+        # The datasets library stores an image as a dict of its bytes and its original path.
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
-            raise ValueError(f"found {type(data).__name__}, expected the bytes of a file")
+            raise ValueError(f"found {type(data).__name__}, expected the bytes of an image file")
         return data
 
 
 def open_pairs(source: str, size: int, skipped: list[str] | None = None) -> Preferences:
-    """What `[data] pairs` names, at `size` pixels.
+    """Open the preference pairs that `[data] pairs` names, at `size` pixels.
 
-    What is broken is a ConfigError, or, given a list `skipped`, left out and noted there: what is missing now, and
-    what cannot be read when it comes up.
+    A missing or unreadable item raises ConfigError, or is left out and noted in `skipped` if that list is given: a
+    missing file is found here, an unreadable one when it is loaded.
     """
     path = Path(source)
     if path.is_file() and path.suffix == ".jsonl":
@@ -196,14 +197,14 @@ def open_pairs(source: str, size: int, skipped: list[str] | None = None) -> Pref
         return ParquetPairs(path, size, skipped)
     if path.exists():
         raise ConfigError(
-            f"{KEY}: {source} holds no preference pairs; expected a folder with {TABLE} or .parquet files, or such "
-            "a file"
+            f"{KEY}: {source} contains no preference pairs; expected a folder with {TABLE} or .parquet files, or "
+            "one such file"
         )
     return open_class(source, size, Preferences, KEY, EXPECTED)  # type: ignore[type-abstract]
 
 
 def check_pairs(source: str, skipped: list[str] | None = None) -> None:
-    """Raise ConfigError for a table with broken rows or missing files, as `open_pairs` would; reads no image."""
+    """Raise ConfigError for broken rows or missing files, as `open_pairs` would. Reads no image."""
     if Path(source).exists() or ":" not in source:
         open_pairs(source, 1, skipped)
     else:

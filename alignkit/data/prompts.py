@@ -15,14 +15,14 @@ from alignkit.registry import nearest
 def read_examples(
     path: str | Path, column: str = "", skipped: list[str] | None = None, key: str = "prompts"
 ) -> list[Example]:
-    """The prompts of a file: one a line (.txt), one JSON object a line (.jsonl), or one a row (.parquet).
+    """Read the prompts of a file: one per line (.txt), one JSON object per line (.jsonl) or one per row (.parquet).
 
-    `path` may also be the name of a set that comes along (`alignkit.data.prompt_sets`).
+    `path` may also be the name of a bundled set (`alignkit.data.prompt_sets`).
 
-    `column` names the text; empty: "text" in .jsonl, or else, as in .parquet, the one of `COLUMNS` that is there. What
-    else an object holds is metadata, and so are the columns of a .parquet file that hold strings, numbers or booleans.
-    A line or row without a text is refused with its place, or left out and noted in `skipped` if that is given.
-    Messages begin with `key`, which is where the file was named.
+    `column` names the text. If it is empty, the text is "text" in .jsonl, otherwise (as in .parquet) the one of
+    `COLUMNS` that exists. The other keys of an object are metadata, and so are the columns of a .parquet file that hold
+    strings, numbers or booleans. A line or row without text raises ConfigError with its location, or is left out and
+    noted in `skipped` if that list is given. Messages begin with `key`, the setting that names the file.
     """
     path = prompt_file(path)
     if not path.suffix and not path.exists():
@@ -38,7 +38,7 @@ def read_examples(
             if isinstance(text := row.pop(name), str) and text.strip():
                 examples.append(Example(text, row, where))
             else:
-                leave_out(skipped, key, f"{where}: expected a string that is not empty as {name}, found {text!r}")
+                leave_out(skipped, key, f"{where}: expected a non-empty string as {name}, found {text!r}")
     else:
         for where, line in read_lines(path, key):
             if path.suffix != ".jsonl":
@@ -52,24 +52,24 @@ def read_examples(
                 examples.append(Example(text, record, where))
             except (ValueError, ConfigError) as error:
                 wanted = f'"{column}"' if column else '"prompt", "caption" or "text"'
-                expected = f"expected a JSON object with {wanted}, a string that is not empty, found {line[:60]!r}"
+                expected = f"expected a JSON object with {wanted} as a non-empty string, found {line[:60]!r}"
                 leave_out(skipped, key, f"{where}: {expected} ({error})")
     if not examples:
-        raise ConfigError(f"{key}: {path} holds no prompt; expected at least one line of text")
+        raise ConfigError(f"{key}: {path} contains no prompt; expected at least one line of text")
     return examples
 
 
 def _read_parquet(path: Path, column: str, key: str) -> tuple[str, list[dict[str, Any]]]:
-    """The name of the text column, and the rows with what can be metadata."""
+    """Return the name of the text column, and the rows: the text and every column that can be metadata."""
     try:
         from pyarrow import ArrowException, parquet, types
     except ImportError:
-        raise ConfigError(f"{key}: {path}: .parquet is read by pyarrow; pip install 'alignkit[parquet]'") from None
+        raise ConfigError(f"{key}: {path}: reading .parquet needs pyarrow; pip install 'alignkit[parquet]'") from None
     try:
         file = parquet.ParquetFile(path)
         schema = file.schema_arrow
         name = choose_column(schema.names, column, "data.prompt_column", path)
-        # Images and lists, which such files often hold as well, are not read at all.
+        # Columns of images and lists, which are common in such files, are not read.
         plain = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
         kept = [field.name for field in schema if any(is_kind(field.type) for is_kind in plain)]
         return name, file.read(columns=list(dict.fromkeys([name, *kept]))).to_pylist()

@@ -1,4 +1,4 @@
-"""Prompts, and streams over them and over captioned images, whose position is a single number."""
+"""Interfaces for captioned images and preference pairs, and loading of user classes that implement them."""
 
 from __future__ import annotations
 
@@ -16,37 +16,43 @@ T = TypeVar("T")
 
 
 class Images(ABC):
-    """Captioned images. `[data] images` names a place of files, or a subclass as "package.module:Class"."""
+    """Captioned images. `[data] images` names files, a data set, or a subclass of this as "package.module:Class"."""
 
     @abstractmethod
     def batch(self, start: int, size: int, seed: int) -> tuple[Tensor, list[str]]:
-        """Images (size, 3, H, W) float32 in [0, 1] and captions at positions start .. of the stream of `seed`."""
+        """Return images (size, 3, H, W) float32 in [0, 1] with captions, from `start` of the stream of `seed`."""
 
 
 def find_class(source: str, base: type[T], key: str, expected: str) -> Callable[[int], T]:
-    """The class that `source` names as "package.module:Class", or a function there that gives one of its kind.
+    """Import the subclass of `base` that `source` names as "package.module:Class", or a function that returns one.
 
-    Raises ConfigError with `key` and what else was `expected` there.
+    Raises ConfigError, which names the setting `key` and says what else was `expected`.
     """
     module, _, name = source.partition(":")
     try:
         found: Any = getattr(importlib.import_module(module), name)
-    except Exception as error:  # a module of the user's may raise anything
-        raise ConfigError(f'{key}: {source!r} is {expected}, and no "package.module:Class" ({error})') from error
+    except Exception as error:  # a user's module may raise anything
+        raise ConfigError(
+            f'{key}: found {source!r}, expected {expected}, or "package.module:Class" ({error})'
+        ) from error
     if not (issubclass(found, base) if isinstance(found, type) else callable(found)):
-        raise ConfigError(f"{key}: {source} is no {base.__module__}.{base.__qualname__}")
+        raise ConfigError(f"{key}: {source} is not an {base.__module__}.{base.__qualname__}")
     chosen: Callable[[int], T] = found
     return chosen
 
 
 def open_class(source: str, size: int, base: type[T], key: str, expected: str) -> T:
-    """What that class gives for images of `size` pixels. Raises ConfigError for a size that it refuses as well."""
+    """Open the source that `find_class` finds, for images of `size` pixels.
+
+    Raises ConfigError if the class raises ValueError or TypeError, for example for a size that it does not support.
+    """
     try:
         found = find_class(source, base, key, expected)(size)
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{key}: {source} does not open ({error})") from error
+        raise ConfigError(f"{key}: {source} cannot be opened ({error})") from error
     if not isinstance(found, base):
-        raise ConfigError(f"{key}: {source} gives no {base.__module__}.{base.__qualname__}")
+        kind = f"{base.__module__}.{base.__qualname__}"
+        raise ConfigError(f"{key}: {source} returns {type(found).__name__}, expected {kind}")
     return found
 
 
@@ -54,8 +60,8 @@ class Preferences(ABC):
     """Preference pairs. `[data] pairs` names a folder or a file, or a subclass of this as "package.module:Class"."""
 
     notes: Sequence[str] = ()
-    """What the user is to know of them before the first update."""
+    """Messages about the data that are shown before the first update."""
 
     @abstractmethod
     def batch(self, start: int, size: int, seed: int) -> PreferencePairs:
-        """The pairs at positions start .. start + size of the stream of `seed`."""
+        """Return the pairs at positions start .. start + size of the stream of `seed`."""

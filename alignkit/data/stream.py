@@ -1,4 +1,4 @@
-"""Endless shuffled passes over a data set, whose position is a single number."""
+"""Endless shuffled passes over a data set, with a single number as the position."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Stream:
         self.count, self.seed = count, seed
 
     def indices(self, start: int, size: int) -> list[int]:
-        """Which items stand at positions start .. start + size."""
+        """Return the items at positions start .. start + size."""
         order: dict[int, np.ndarray] = {}
         found = []
         for position in range(start, start + size):
@@ -28,10 +28,10 @@ class Stream:
 
 
 def slice_of(position: int, size: int, rank: int, processes: int) -> tuple[int, int]:
-    """Where process `rank` reads when each of `processes` takes `size` items a batch: (start, size)."""
+    """Return (start, size) of the items that process `rank` reads if each of `processes` takes `size` items a batch."""
     return (position * processes + rank) * size, size
 
 
 def examples_at(examples: Sequence[Example], stream: Stream, start: int, size: int) -> list[Example]:
-    """The examples at positions start .. start + size of a stream over them."""
+    """Return the examples at positions start .. start + size of a stream over them."""
     return [examples[i] for i in stream.indices(start, size)]

@@ -10,41 +10,41 @@ from typing import Any
 from alignkit.errors import ConfigError
 
 COLUMNS = ("prompt", "caption", "text")
-"""What a column of texts is called where nobody says so."""
+"""Default names of the column that holds the text."""
 
 
 def leave_out(skipped: list[str] | None, key: str, what: str) -> None:
-    """What happens to what is broken: a ConfigError under the name `key`, or, given a list, a line in it."""
+    """Note a broken item in `skipped`, or raise a ConfigError that begins with `key` if there is no such list."""
     if skipped is None:
-        # Held-out prompts, and those of a command, are never skipped.
-        remedy = '; mend it, or set data.on_error = "skip"' if key.startswith("data.") else ""
+        # Held-out prompts and the prompts of a command are never skipped.
+        remedy = '; fix it, or set data.on_error = "skip"' if key.startswith("data.") else ""
         raise ConfigError(f"{key}: {what}{remedy}")
     skipped.append(what)
 
 
 def choose_column(names: Sequence[str], wanted: str, key: str, where: object) -> str:
-    """The column `wanted`, or if that is empty the one of `COLUMNS` that is there.
+    """Return the column `wanted`, or if that is empty the one of `COLUMNS` that exists.
 
-    Raises ConfigError under the name of the option, `key`, where there is none or more than one.
+    Raises ConfigError, beginning with the option `key`, if there is no such column or more than one.
     """
     found = [name for name in ([wanted] if wanted else COLUMNS) if name in names]
     if len(found) == 1:
         return found[0]
     if found:
-        raise ConfigError(f"{key}: {where} has {' and '.join(found)}; say which of them holds the text")
+        raise ConfigError(f"{key}: {where} has {' and '.join(found)}; name the one that holds the text")
     expected = wanted or "prompt, caption or text"
-    raise ConfigError(f"{key}: {where} has no {expected}; what is there: {', '.join(names)}")
+    raise ConfigError(f"{key}: {where} has no {expected}; found: {', '.join(names)}")
 
 
 def text_column(record: Mapping[str, Any], wanted: str, key: str) -> str:
-    """The key of the text in an object of a .jsonl file: `wanted`, or "text", or what `choose_column` finds."""
+    """Return the key of the text in a .jsonl object: `wanted`, else "text", else the result of `choose_column`."""
     return choose_column(list(record), wanted or ("text" if "text" in record else ""), key, "it")
 
 
 def read_lines(path: Path, key: str) -> list[tuple[str, str]]:
-    """The lines of a text file that are not empty, each behind its place ("p.txt, line 3")."""
+    """Read the non-empty lines of a text file as (location, line), for example ("p.txt, line 3", "a red car")."""
     try:
-        # Not splitlines, which also ends lines at characters that JSON strings may hold.
+        # Not splitlines(), which also splits at characters that JSON strings may contain.
         data = path.read_bytes()
         lines = data.decode("utf-8-sig").split("\n")
     except OSError as error:
@@ -57,11 +57,11 @@ def read_lines(path: Path, key: str) -> list[tuple[str, str]]:
 
 
 def json_object(text: str | bytes) -> dict[str, Any]:
-    """Raises ValueError for anything else than a JSON object."""
+    """Parse a JSON object. Raises ValueError for anything else."""
     try:
         record = json.loads(text)
-    except json.JSONDecodeError as error:  # without its own line, which is not that of the file
-        raise ValueError(f"no JSON: {error.msg} at character {error.pos + 1}") from error
+    except json.JSONDecodeError as error:  # without error.lineno, which is not the line of the file
+        raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from error
     if not isinstance(record, dict):
-        raise ValueError(f"no JSON object, found {record!r}")
+        raise ValueError(f"not a JSON object: found {record!r}")
     return record

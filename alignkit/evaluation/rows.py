@@ -1,18 +1,18 @@
-"""One line of an evaluation: a reward at a number of steps, before and after."""
+"""One row of an evaluation: a reward at a number of steps, before and after training."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 TOTAL = "reward"
-"""The name of the weighted sum among the names of its parts."""
+"""Name of the weighted sum, next to the names of its parts."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: means over the prompts scored both times, and the 95 % interval of their difference.
+    """Means over the prompts scored both times, and the 95 % interval of their difference.
 
-    Rows of one table all have what came after, or none has.
+    Either all rows of a table have the values after training, or none has.
     """
 
     reward: str
@@ -24,13 +24,13 @@ class Row:
     low: float | None = None
     high: float | None = None
     before_low: float | None = None
-    """95 % interval of the mean itself, which prompts differing from each other make wide."""
+    """95 % interval of the mean itself, which is wide because prompts differ from each other."""
     before_high: float | None = None
     after_low: float | None = None
     after_high: float | None = None
     prompts: str = "unseen"
-    """Where they are from: "seen", the first of the file that was trained from, or "unseen"."""
+    """Kind of prompts: "seen", the first ones of the training file, or "unseen"."""
     run: str = ""
-    """The run, where a table holds several."""
+    """Name of the run, if the table holds several."""
     held_out: bool = False
-    """Whether the reward is measured and not trained on."""
+    """Whether the reward is measured but not trained on."""

@@ -1,4 +1,4 @@
-"""Evaluation rows as a table for the terminal."""
+"""Format evaluation rows as a table for the terminal."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from alignkit.evaluation.rows import TOTAL, Row
 
 
 def table(rows: Sequence[Row], title: str = "", wide: bool = False) -> Table:
-    """Rows of one kind of prompts for the terminal. A total that equals a part is shown once, by the part's name.
+    """Format rows of one kind of prompts. A total that equals one of its parts is shown once, under the part's name.
 
-    `wide` has room for the intervals of the means as well, some 110 columns.
+    With `wide` the table also has the intervals of the means, and is about 110 columns wide.
     """
     from rich import box
     from rich.table import Table
@@ -23,16 +23,16 @@ def table(rows: Sequence[Row], title: str = "", wide: bool = False) -> Table:
     texts = ["reward", *(["run"] if several else [])]
     headings = ["steps", *texts, "before", *(["after", "change", "95 % interval"] if compared else [])]
     counts = sorted({row.count for row in rows})
-    which = {"unseen": "that were not trained on", "seen": "of the file that was trained from"}
+    which = {"unseen": "that were not trained on", "seen": "of the training file"}
     caption = f"means over {' to '.join(map(str, counts))} prompts {which[rows[0].prompts]}" if rows else None
 
     def mean(value: float | None, low: float | None, high: float | None) -> str:
         return f"{value:.3f}" + (f" [{low:.3f}, {high:.3f}]" if wide and low is not None else "")
 
-    # Plain enough for a terminal of 80 columns, where it is not wide.
+    # Without `wide`, the table fits into 80 columns.
     shown = Table(title=title or None, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in headings:
-        # Where there is no room, names go over two lines; numbers never do.
+        # Names may wrap to a second line; numbers never do.
         is_text = heading in texts
         shown.add_column(heading, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
     for row in rows:

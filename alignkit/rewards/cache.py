@@ -1,4 +1,4 @@
-"""Scores of black boxes, kept on disk so that no image is judged twice."""
+"""Cache scores of black-box rewards on disk, so that no image is scored twice."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from alignkit.data.decode import to_uint8
 from alignkit.errors import AlignkitError
 from alignkit.records import Example, Scores
 
 
 class ScoreCache:
-    """One file of SQLite: a score and its parts by a hash of pixels, text, metadata and the reward's fingerprint.
+    """An SQLite file of scores and their parts, keyed by a hash of pixels, text, metadata and the reward's fingerprint.
 
-    Processes and threads may share it. An entry is found again to the bit; only images that could be scored are kept.
+    Processes and threads may share it. Scores are returned bit for bit; only images that could be scored are stored.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -28,10 +29,10 @@ class ScoreCache:
         self._open: sqlite3.Connection | None = None
 
     def get(self, keys: Sequence[str], device: torch.device) -> Scores | None:
-        """The scores under all of `keys`, or None if one is missing.
+        """Return the scores for all of `keys`, or None if any is missing.
 
-        All or none: a reward's last bits may depend on which images it is given together, so a part that is asked for
-        again is asked for as a whole.
+        All or none, because the last bits of a score may depend on the batch it is computed in: a batch with a missing
+        entry is scored again as a whole.
         """
         rows = []
         with self._lock:
@@ -47,7 +48,7 @@ class ScoreCache:
         return Scores(values, torch.ones(len(rows), dtype=torch.bool, device=device), parts)
 
     def put(self, keys: Sequence[str], scores: Scores) -> None:
-        """Keep what is valid of `scores`, float32 of N images, under N keys."""
+        """Store the valid ones of `scores`, float32 for N images, under N keys."""
         parts = {name: values.tolist() for name, values in scores.parts.items()}
         entries = []
         for i, (key, value, valid) in enumerate(zip(keys, scores.values.tolist(), scores.valid.tolist(), strict=True)):
@@ -64,7 +65,7 @@ class ScoreCache:
             return int(self._run("SELECT COUNT(*) FROM scores")[0][0])
 
     def close(self) -> None:
-        """Close the file; it is opened again when it is needed."""
+        """Close the file. It is reopened on the next access."""
         with self._lock:
             if self._open is not None:
                 self._open.close()
@@ -74,35 +75,36 @@ class ScoreCache:
         try:
             found: list[tuple[str]] = self._connection().execute(statement, values).fetchall()
         except sqlite3.Error as error:
-            raise AlignkitError(
-                f"{self.path}: cannot be used as a cache of scores ({error}); delete it, or set scoring.cache"
-            ) from error
+            raise self._unusable(error) from error
         return found
 
     def _connection(self) -> sqlite3.Connection:
         if self._open is None:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                # Of all threads: the lock above lets one in at a time.
+                # All threads share the connection; self._lock admits one at a time.
                 connection = sqlite3.connect(self.path, timeout=30, check_same_thread=False)
-                # A killed process loses nothing so; a machine that loses its power may lose the file, which is a cache.
+                # Safe if the process is killed. A power failure may lose the file, which is acceptable for a cache.
                 connection.execute("PRAGMA synchronous = OFF")
                 connection.execute("CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, score TEXT) WITHOUT ROWID")
             except (OSError, sqlite3.Error) as error:
-                raise AlignkitError(
-                    f"{self.path}: cannot be used as a cache of scores ({error}); delete it, or set scoring.cache"
-                ) from error
+                raise self._unusable(error) from error
             self._open = connection
         return self._open
 
+    def _unusable(self, error: Exception) -> AlignkitError:
+        return AlignkitError(
+            f"{self.path}: cannot be used as a score cache ({error}); delete it or change scoring.cache"
+        )
+
 
 def keys_of(fingerprint: str, images: Tensor, examples: Sequence[Example]) -> list[str]:
-    """32 digits for each of N images (N, 3, H, W) in [0, 1] as 8-bit files hold them, with its example."""
-    levels = (images.detach() * 255).round().byte().cpu().contiguous()
+    """Return a key of 32 hex digits for each image of (N, 3, H, W) in [0, 1], rounded to 8 bits, with its example."""
+    levels = to_uint8(images).cpu().contiguous()
     keys = []
     for image, example in zip(levels, examples, strict=True):
         metadata = json.dumps(dict(example.metadata), sort_keys=True, default=str)
-        # Each with its length, so that no two of them can run into each other.
+        # Prefixed with their lengths, so that different texts cannot concatenate to the same string.
         texts = [f"{len(text)} {text}" for text in (fingerprint, example.text, metadata)]
         digest = hashlib.blake2b("".join([*texts, str(tuple(image.shape))]).encode(errors="surrogatepass"))
         digest.update(image.numpy().data)

@@ -1,4 +1,4 @@
-"""Functions as rewards."""
+"""Use Python functions as rewards."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 class FunctionReward(Reward):
-    """A reward that asks a function of images and prompts."""
+    """A reward that calls a function of images and prompts."""
 
     function: ClassVar[Callable[..., Any]]
 
     def __call__(self, images: Tensor, examples: Sequence[Example | str]) -> Tensor | Scores:
         prompts = [example if isinstance(example, str) else example.text for example in examples]
-        answer: Tensor | Scores = answer_of(type(self).function, images, prompts, self.differentiable)
-        return answer
+        scores: Tensor | Scores = scores_of(type(self).function, images, prompts, self.differentiable)
+        return scores
 
 
 @overload
@@ -44,7 +44,7 @@ def reward(
     deterministic: bool = True,
     bounds: tuple[float | None, float | None] = (None, None),
 ) -> Any:
-    """Make a function a reward of this process, under its own name or `name`:
+    """Register a function as a reward in this process, under its own name or `name`:
 
         @alignkit.reward
         def redness(images, prompts):
@@ -52,10 +52,9 @@ def reward(
 
         run = alignkit.load(overrides={"reward": ["redness"]})
 
-    `function(images, prompts)` gets images (N, 3, H, W) float32 in [0, 1] and N texts, and returns (N,) as a tensor, N
-    numbers, or `Scores`. Without `differentiable` it runs without gradient. A run that is resumed needs the function
-    again: its process has to define it before. Defining it once more replaces it. Raises AlignkitError for a name that
-    an installed reward has.
+    `function(images, prompts)` takes images (N, 3, H, W) float32 in [0, 1] and N texts, and returns a tensor (N,), N
+    numbers or `Scores`. It runs without gradient unless `differentiable` is set. To resume a run, define the function
+    again first. A second definition replaces the first. Raises AlignkitError for the name of an installed reward.
     """
     if function is None:
         return lambda given: _registered(given, name, differentiable, deterministic, bounds)
@@ -71,27 +70,27 @@ def _registered(
 ) -> FunctionReward:
     name = name or getattr(function, "__name__", "")
     if not name.isidentifier() or not name.islower():
-        raise AlignkitError(f'alignkit.reward: found the name {name!r}, expected snake_case; give it with name="..."')
+        raise AlignkitError(f'alignkit.reward: found the name {name!r}, expected snake_case; set it with name="..."')
     contents = {
         "function": staticmethod(function), "differentiable": differentiable, "deterministic": deterministic,
         "bounds": bounds, "__doc__": function.__doc__, "__module__": function.__module__,
     }  # fmt: skip
     made: type[FunctionReward] = type(name, (FunctionReward,), contents)
-    help = next(iter((function.__doc__ or "A function of Python").strip().splitlines()), "")
+    help = next(iter((function.__doc__ or "A Python function").strip().splitlines()), "")
     target = f"{function.__module__}:{name}"
     default_registry().add(Component("reward", name, help, target, "alignkit.reward", function.__module__, ""), made)
     return made()
 
 
-def answer_of(function: Callable[..., Any], images: Tensor, given: Sequence[Any], differentiable: bool) -> Any:
-    """What `function(images, given)` returns, without gradient unless `differentiable`; numbers as a tensor (N,)."""
+def scores_of(function: Callable[..., Any], images: Tensor, given: Sequence[Any], differentiable: bool) -> Any:
+    """Call `function(images, given)`, without gradient unless `differentiable`; convert numbers to a tensor (N,)."""
     import torch
 
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-        answer = function(images, given)
-    if isinstance(answer, torch.Tensor | Scores) or answer is None:
-        return answer
+        found = function(images, given)
+    if isinstance(found, torch.Tensor | Scores) or found is None:
+        return found
     try:
-        return torch.as_tensor(answer, dtype=torch.float32, device=images.device)
+        return torch.as_tensor(found, dtype=torch.float32, device=images.device)
     except (TypeError, ValueError, RuntimeError):
-        return answer  # what it is, is told by whoever holds rewards to their contract
+        return found  # CheckedReward reports the wrong type

@@ -1,4 +1,7 @@
-"""A thread for what is slow. The end of the process does not wait long for it, as it would for concurrent.futures."""
+"""A worker thread for slow rewards.
+
+Unlike concurrent.futures, it delays the end of the process by at most `PATIENCE` seconds.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,11 @@ from threading import Event, Thread
 from alignkit.records import Scores
 
 PATIENCE = 5.0
-"""Seconds that the end of the process waits for an answer that nobody wants any more: torch does not like to be ended
-in the middle of a computation."""
+"""Seconds that the end of the process waits for a running call, because ending torch during a computation may crash."""
 
 
 class Worker:
-    """A thread that does one thing after another. The process does not wait for what it is at when it ends, but for
-    some seconds."""
+    """A thread that runs one call after another. At exit, the process waits only briefly for the running call."""
 
     def __init__(self, name: str) -> None:
         self.closed = Event()
@@ -29,12 +30,13 @@ class Worker:
         atexit.register(self._end)
 
     def submit(self, do: Callable[..., Scores], *arguments: object) -> Future[Scores]:
-        answer: Future[Scores] = Future()
-        self._queue.put((answer, do, arguments))
-        return answer
+        """Queue the call `do(*arguments)` and return its future."""
+        scores: Future[Scores] = Future()
+        self._queue.put((scores, do, arguments))
+        return scores
 
     def close(self) -> None:
-        """Begin nothing more."""
+        """Cancel the calls in the queue, and end the thread after the running one."""
         self.closed.set()
         try:
             while (waiting := self._queue.get_nowait()) is not None:
@@ -49,11 +51,11 @@ class Worker:
 
     def _work(self) -> None:
         while (task := self._queue.get()) is not None:
-            answer, do, arguments = task
-            if answer.set_running_or_notify_cancel():
+            scores, do, arguments = task
+            if scores.set_running_or_notify_cancel():
                 try:
-                    answer.set_result(do(*arguments))
+                    scores.set_result(do(*arguments))
                 except BaseException as error:
-                    answer.set_exception(error)
-            del task, answer, do, arguments  # images among them, which nobody needs while it waits
+                    scores.set_exception(error)
+            del task, scores, do, arguments  # free the images while the thread waits
         atexit.unregister(self._end)

@@ -9,14 +9,16 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from alignkit.data.decode import to_uint8
+
 
 def draw_grid(images: Tensor, prompts: Sequence[str], columns: Sequence[str], smallest: int = 128) -> Image.Image:
-    """Images (P, M, 3, H, W), uint8 or in [0, 1], in P rows below their prompts and M columns below their names.
+    """Draw images (P, M, 3, H, W), uint8 or in [0, 1]: P rows titled with prompts, M columns with their names.
 
-    Images smaller than `smallest` pixels are enlarged by a whole factor without smoothing.
+    Images smaller than `smallest` pixels are enlarged by an integer factor without smoothing.
     """
     if images.is_floating_point():
-        images = (images.clamp(0, 1) * 255).round().byte()
+        images = to_uint8(images)
     array = images.permute(0, 1, 3, 4, 2).cpu().numpy()
     factor = max(1, math.ceil(smallest / array.shape[3]))
     height, width = array.shape[2] * factor, array.shape[3] * factor

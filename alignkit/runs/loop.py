@@ -89,7 +89,7 @@ class Loop:
     def restore(self, saved: Path) -> None:
         """Go on from the checkpoint `saved`. Raises ConfigError if another reward answers now than then."""
         state = self.trainer.restore(saved)
-        self.rewards.hold_to(state["rewards"], f"{saved} was saved")
+        self.rewards.check_identities(state["rewards"], f"{saved} was saved")
         if state["before"]:
             self._before = Measurement.from_state(state["before"])
         self._lines, self._unmeasured = state["lines"], state["unmeasured"]

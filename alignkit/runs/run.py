@@ -18,9 +18,10 @@ from torch import Tensor
 from alignkit.config.bundles import find_bundle, is_checkpoint
 from alignkit.config.load import RunConfig
 from alignkit.config.load import load as load_config
+from alignkit.data.decode import to_uint8
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.interfaces import Policy
-from alignkit.registry import whose
+from alignkit.registry import responsible_plugin
 from alignkit.rollout import sample_images
 from alignkit.runs import folder as run_folder
 from alignkit.runs.build import Parts
@@ -122,7 +123,7 @@ class Run(Parts):
                 loop.restore(saved)
             yield from loop.updates(console, lambda: self.stopping)
         except Exception as error:
-            if not isinstance(error, AlignkitError) and (origin := whose(error)):
+            if not isinstance(error, AlignkitError) and (origin := responsible_plugin(error)):
                 error.add_note(f"This was raised in code of {origin}.")
             raise
         finally:
@@ -195,6 +196,6 @@ class Run(Parts):
             part = texts[start : start + self.config.evaluate.batch_size]
             with policy.using(self.average):
                 images = sample_images(policy, sampler, part, [(seed, start + i) for i in range(len(part))])
-            array = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+            array = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
             found += [Image.fromarray(a) for a in array]
         return found

@@ -1,4 +1,4 @@
-"""JSON over HTTP with bounds: on the size of a request, on how many are under way, and on who may ask."""
+"""A JSON server over HTTP that limits the size of requests, their number at a time, and who may send them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from alignkit import __version__
 from alignkit.errors import AlignkitError, PluginError, TransientError
 
 PROTOCOL = 1
-"""Stands in every object, on the way there and back; another one is refused."""
+"""Protocol version, sent in every request and response. Requests with another version are refused."""
 TOKEN = "ALIGNKIT_TOKEN"
-"""The environment variable with the token that clients must send, if it is set."""
+"""Name of the environment variable with the token; if it is set, clients must send it."""
 
 _NUMBER = re.compile(r"[0-9]{1,15}")
 
@@ -29,7 +29,7 @@ Route = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches `host`, a name or an address."""
+    """Whether `host`, a name or an address, is reachable from this machine only."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -37,7 +37,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _host(address: str) -> str:
-    """The name or address in what a client calls its server, "[::1]:8188"; empty where it does not."""
+    """Return the name or address in a Host header such as "[::1]:8188"; empty if there is none."""
     try:
         return (urlsplit(f"//{address}").hostname or "").removesuffix(".")
     except ValueError:
@@ -45,7 +45,7 @@ def _host(address: str) -> str:
 
 
 class Refusal(Exception):
-    """A request that is not answered, with its status and one line that says why."""
+    """A refused request, with its HTTP status and a one-line reason."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -53,13 +53,13 @@ class Refusal(Exception):
 
 
 class JsonServer(ThreadingHTTPServer):
-    """Answers JSON objects with JSON objects, in a thread for each connection."""
+    """A server whose requests and responses are JSON objects, with one thread per connection."""
 
     daemon_threads = True
     block_on_close = False
-    request_queue_size = 128  # connections not yet accepted; many processes may ask at once
+    request_queue_size = 128  # connections not yet accepted; many processes may connect at once
     patience = 60.0
-    """Seconds that a request waits until there is room for it, before it is told to come again."""
+    """Seconds that a request waits for a free slot before it gets status 503."""
 
     def __init__(
         self,
@@ -71,24 +71,25 @@ class JsonServer(ThreadingHTTPServer):
         max_bytes: int,
         max_requests: int,
     ) -> None:
-        """`routes` are what "GET /path" or "POST /path" calls, with the object that was sent; it may raise `Refusal`.
+        """Bind the address. `routes` maps "GET /path" or "POST /path" to a function of the request's JSON object.
 
-        With a `token`, a request without it is refused. Raises OSError for an address that cannot be bound.
+        The function may raise `Refusal`. If there is a `token`, requests without it are refused. Raises OSError if the
+        address cannot be bound.
         """
         self.routes, self.token, self.max_bytes = dict(routes), token, max_bytes
-        self.max_requests, self.room = max_requests, threading.BoundedSemaphore(max_requests)
+        self.max_requests, self.slots = max_requests, threading.BoundedSemaphore(max_requests)
         host = host.strip("[]")
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), _Handler)
 
     @property
     def url(self) -> str:
-        """Where it answers, with the port that was found where 0 was asked for."""
+        """The URL of this server, with the actual port if port 0 was requested."""
         host, port = self.server_address[:2]
         return f"http://[{host!s}]:{port}" if self.address_family == socket.AF_INET6 else f"http://{host!s}:{port}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no news; all else is printed."""
+        """Print errors, except those of clients that disconnect."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)
 
@@ -98,22 +99,22 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version = f"alignkit/{__version__}"
     sys_version = ""
-    timeout = 60  # seconds that a client may let pass without sending anything
+    timeout = 60  # seconds without data from the client before the connection is closed
 
     def do_GET(self) -> None:
         if self._admitted():
             self._answer()
 
     def do_POST(self) -> None:
-        if not self._admitted():  # before it takes up any room
+        if not self._admitted():  # before the request takes up a slot
             return
-        if not self.server.room.acquire(timeout=self.server.patience):
-            self._send(503, {"error": f"{self.server.max_requests} requests are under way; come again"})
+        if not self.server.slots.acquire(timeout=self.server.patience):
+            self._send(503, {"error": f"{self.server.max_requests} requests are in progress; try again"})
             return
         try:
             self._answer()
         finally:
-            self.server.room.release()
+            self.server.slots.release()
 
     def _answer(self) -> None:
         status, body = 200, {}
@@ -131,7 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
                 traceback.print_exception(error)
             status, body = 422, {"error": " ".join(str(error).split())}
         except OSError:
-            self.close_connection = True  # the client is gone, or sends nothing
+            self.close_connection = True  # the client disconnected or timed out
             return
         except Exception as error:
             traceback.print_exception(error)
@@ -139,14 +140,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, body)
 
     def _admitted(self) -> bool:
-        """Whether the token is right, if there is one; else says so.
+        """Check the token and the Host header; send the refusal and return False if either is wrong.
 
-        Without one it must be this machine that is addressed: a page in a browser may have its own name resolved to it.
+        Without a token, the Host header must name this machine, because a web page can make its own domain name resolve
+        to it (DNS rebinding).
         """
         host = _host(self.headers.get("Host", ""))
-        if host and not self.server.token and not is_loopback(host):  # a browser always names its host
-            told = f"found Host: {host[:80]}, expected localhost; a server with a token ({TOKEN}) takes any"
-            self._send(403, {"error": told})
+        if host and not self.server.token and not is_loopback(host):  # browsers always send Host
+            reason = f"found Host: {host[:80]}, expected localhost; a server with a token ({TOKEN}) accepts any host"
+            self._send(403, {"error": reason})
             return False
         expected = f"Bearer {self.server.token}".encode()
         if self.server.token and not hmac.compare_digest(self.headers.get("Authorization", "").encode(), expected):
@@ -155,16 +157,16 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def _body(self) -> dict[str, Any]:
-        # A page in a browser cannot send this type to a server on its machine without asking that first.
+        # A web page cannot send this type to another origin without a preflight request, which this server refuses.
         if self.headers.get_content_type() != "application/json":
             raise Refusal(415, "expected Content-Type: application/json")
         length = self.headers.get("Content-Length", "")
         if not _NUMBER.fullmatch(length) or "Transfer-Encoding" in self.headers:
-            raise Refusal(411, "expected a Content-Length")
+            raise Refusal(411, "expected a Content-Length header")
         if int(length) > self.server.max_bytes:
-            raise Refusal(413, f"{length} bytes, expected {self.server.max_bytes} or fewer")
+            raise Refusal(413, f"found {length} bytes, expected {self.server.max_bytes} or fewer")
         data = self.rfile.read(int(length))
-        del self.headers["Content-Length"]  # nothing is left to discard
+        del self.headers["Content-Length"]  # nothing is left for _discard to read
         try:
             body = json.loads(data)
         except (ValueError, RecursionError):
@@ -173,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(400, "expected a JSON object")
         if body.get("protocol") != PROTOCOL:
             found = str(body.get("protocol"))[:20]
-            raise Refusal(409, f"this server speaks protocol {PROTOCOL}, not {found}")
+            raise Refusal(409, f"found protocol {found}, expected {PROTOCOL}; use the same version of alignkit")
         return body
 
     def _send(self, status: int, body: dict[str, Any]) -> None:
@@ -190,16 +192,16 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(data)
         except OSError:
-            self.close_connection = True  # the client is gone
+            self.close_connection = True  # the client disconnected
 
     def _discard(self) -> None:
-        """Read what of a refused request is still to come: a connection closed before that takes the answer along."""
+        """Read the rest of a refused request: closing the connection earlier could lose the response."""
         length = self.headers.get("Content-Length", "0")
         left = min(int(length), self.server.max_bytes) if _NUMBER.fullmatch(length) else 0
         if str(left) != length or "Transfer-Encoding" in self.headers:
-            self.close_connection = True  # what follows is no request
+            self.close_connection = True  # the rest of the stream is not a request
         while left > 0 and (piece := self.rfile.read(min(left, 1 << 16))):
             left -= len(piece)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: a line a request would hide the errors."""
+        """Log nothing, because one line per request would hide the errors."""

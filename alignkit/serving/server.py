@@ -1,15 +1,15 @@
-"""A reward behind HTTP: what `alignkit serve` runs, and what the reward `remote` asks.
+"""Serve a reward over HTTP: the server of `alignkit serve`, and the protocol of the reward `remote`.
 
-Protocol 1, JSON in UTF-8, each object with the key "protocol"; an image is a PNG file in base64, so nothing is lost
-and nothing that is sent can run:
+Protocol 1 is JSON in UTF-8; every object has the key "protocol". An image is a PNG file in base64, which is lossless
+and cannot contain code:
 
     GET  /spec                                                    -> name, fingerprint, cacheable, limits, ...
-    POST /check  {"items": [{"text", "metadata"}]}                -> {"problem": null or what cannot be scored}
+    POST /check  {"items": [{"text", "metadata"}]}                -> {"problem": null or the reason}
     POST /score  {"fingerprint", "items": [{"png", "text", "metadata"}]}
-                      -> {"fingerprint", "items": [{"valid", "score", "parts", "reason"}]}, one for each, in order
+                      -> {"fingerprint", "items": [{"valid", "score", "parts", "reason"}]}, in the same order
 
-Refusals are {"error": one line}: 401 without the token, 409 for another protocol or fingerprint, 413 for what is too
-large, 422 where the reward cannot score it, 503 for too much at once.
+Refusals are {"error": one line}, with status 401 without the token, 409 for another protocol or fingerprint, 413 for
+a request that is too large, 422 if the reward cannot score it and 503 for too many requests at a time.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ PORT = 8188
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may hold, and how many may be under way: together they bound the server's memory."""
+    """Limits on the size and number of requests, which together bound the memory of the server."""
 
     items: int = 64
     bytes: int = 256 << 20
-    """Of the JSON text."""
+    """Bytes of JSON text in a request."""
     pixels: int = 64 << 20
-    """Of all images of a request together."""
+    """Pixels of all images in a request together."""
     requests: int = 4
-    """Read or scored at once; further ones wait, and are told to come again when that takes long."""
+    """Requests that are read or scored at a time. Others wait; after a minute they get status 503."""
 
 
 def open_server(
@@ -68,23 +68,23 @@ def open_server(
     chunk: int = 16,
     limits: Limits | None = None,
 ) -> RewardServer:
-    """A server of the reward with this name, loaded and bound; `serve_forever` answers.
+    """Load the reward `reward`, bind the address and return the server; `serve_forever` starts it.
 
-    `overrides` as for a run; `network` allows an address that other machines reach, for which a token must be set.
-    Raises ConfigError for what cannot be served, AlignkitError for an address that cannot be bound.
+    `overrides` are settings as for a run. `network` allows an address that other machines can reach, which also needs a
+    token. Raises ConfigError for invalid settings, and AlignkitError if the address cannot be bound.
     """
-    from alignkit.runs.build import Parts  # brings diffusers along
+    from alignkit.runs.build import Parts  # imports diffusers
 
     if not 0 <= port <= 65535:
-        raise ConfigError(f"--port {port}: expected a number from 1 to 65535, or 0, which takes a free port")
+        raise ConfigError(f"--port {port}: expected 1 to 65535, or 0 for a free port")
     token = os.environ.get(TOKEN, "").strip()
     if not is_loopback(host) and not network:
-        raise ConfigError(f"--host {host}: other machines reach this address; add --network if that is what you want")
+        raise ConfigError(f"--host {host}: other machines can reach this address; add --network to allow it")
     if not is_loopback(host) and not token:
-        raise ConfigError(f"--host {host}: other machines reach this address; set a token in the environment: {TOKEN}")
+        raise ConfigError(f"--host {host}: other machines can reach this address; set a token in the variable {TOKEN}")
     config = load_config(None, {**(overrides or {}), "reward": [reward]})
     parts = Parts(config)
-    # A client is told at once to come again, and sees to it itself; one request is scored at a time.
+    # Clients retry by themselves, and one request is scored at a time.
     scoring = replace(parts.scoring(), retries=0, overlap=False)
     rewards = WeightedRewards(parts.trained_rewards(), scoring=scoring)
     rewards.check([])
@@ -102,27 +102,26 @@ def open_server(
 
 
 def fingerprint(config: RewardConfig, own: str) -> str:
-    """Names what is served: the reward, its settings, the versions of alignkit and of the reward's distribution, and
-    what the loaded reward tells of itself, `own`.
+    """Hash the served reward: its name, settings and versions, and `own`, the fingerprint of the loaded reward.
 
-    Where that is nothing, a function that was edited or a folder whose weights were exchanged keeps its fingerprint.
+    If `own` is empty, an edited function or replaced weights in the same folder do not change the result.
     """
     row = default_registry().find("reward", config.name)
-    told = [PROTOCOL, config.name, config.fields, row.distribution, row.version, __version__, own]
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    parts = [PROTOCOL, config.name, config.fields, row.distribution, row.version, __version__, own]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 class RewardServer(JsonServer):
-    """Answers for one reward, one request at a time."""
+    """A server that scores images with one reward, one request at a time."""
 
     def __init__(
         self, host: str, port: int, rewards: WeightedRewards, fingerprint: str, token: str, chunk: int, limits: Limits
     ) -> None:
-        """`rewards` holds the one, which `load` loads. Raises OSError for an address that cannot be bound."""
+        """Bind the address for the single reward in `rewards`. Raises OSError if that fails."""
         self.rewards, self.fingerprint, self.chunk, self.limits = rewards, fingerprint, chunk, limits
         ((self.name, _, self.reward),) = rewards.rewards
         self.own_fingerprint = ""
-        """What the reward tells of itself once it is loaded."""
+        """`Reward.fingerprint` of the loaded reward."""
         self.device = torch.device("cpu")
         self._lock = threading.Lock()
         super().__init__(
@@ -135,7 +134,7 @@ class RewardServer(JsonServer):
         )
 
     def load(self, device: str) -> None:
-        """Load the reward. Raises ConfigError for a device that is not there."""
+        """Load the reward. Raises ConfigError if the device does not exist."""
         self.device = find_device(device)
         self.rewards.load(self.device)
         with blaming(self.name, self.reward, "in fingerprint"):
@@ -146,6 +145,7 @@ class RewardServer(JsonServer):
         self.rewards.close()
 
     def spec(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Respond to GET /spec."""
         limits = self.limits
         return {
             "name": self.name,
@@ -158,6 +158,7 @@ class RewardServer(JsonServer):
         }
 
     def check(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Respond to POST /check."""
         examples = [_example(item) for item in _items(body)]
         try:
             self.rewards.check(examples)
@@ -166,68 +167,71 @@ class RewardServer(JsonServer):
         return {"problem": None}
 
     def score(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Respond to POST /score. Raises Refusal for a malformed or too large request."""
         items = _items(body)
         if body.get("fingerprint", self.fingerprint) != self.fingerprint:
-            raise Refusal(409, f"this server's fingerprint is {self.fingerprint}, not {str(body['fingerprint'])[:40]}")
+            wanted = str(body["fingerprint"])[:40]
+            raise Refusal(409, f"the request is for fingerprint {wanted}, this server has {self.fingerprint}")
         if not items:
-            raise Refusal(400, "items is empty, expected one or more")
+            raise Refusal(400, "found no items, expected at least one")
         if len(items) > self.limits.items:
-            raise Refusal(413, f"{len(items)} items, expected {self.limits.items} or fewer")
+            raise Refusal(413, f"found {len(items)} items, expected {self.limits.items} or fewer")
         examples, files = [_example(item) for item in items], [_file(item) for item in items]
         sizes = {_size(file) for file in files}
         if len(sizes) > 1:
-            raise Refusal(400, f"images of {len(sizes)} sizes, expected one")
+            raise Refusal(400, f"found images of {len(sizes)} sizes, expected one size")
         (width, height) = sizes.pop()
         if width * height * len(items) > self.limits.pixels:
-            raise Refusal(413, f"{len(items)} images of {width}x{height}, more than {self.limits.pixels} pixels")
+            found = f"{len(items)} images of {width}x{height}"
+            raise Refusal(413, f"found {found}, expected {self.limits.pixels} pixels or fewer")
         with self._lock:
             levels = torch.from_numpy(np.stack([_levels(file) for file in files])).to(self.device)
-            # In the memory layout that a decoder gives: sums over another one differ in the last bit.
+            # In the memory layout of a decoder's output: sums over another layout differ in the last bit.
             images = levels.permute(0, 3, 1, 2).contiguous().float() / 255
             scores = self.rewards.score(images, examples, self.chunk)
         prefix = f"{self.name}/"
         parts = {k.removeprefix(prefix): v.tolist() for k, v in scores.parts.items() if k.startswith(prefix)}
-        answers = []
+        results = []
         for row, (value, valid) in enumerate(zip(scores.values.tolist(), scores.valid.tolist(), strict=True)):
             own = {name: column[row] for name, column in parts.items() if math.isfinite(column[row])}
             reason = scores.reasons[row].removeprefix(f"{self.name}: ") if scores.reasons else ""
-            answers.append(
+            results.append(
                 {"valid": valid, "score": value, "parts": own} if valid else {"valid": False, "reason": reason}
             )
-        return {"fingerprint": self.fingerprint, "items": answers}
+        return {"fingerprint": self.fingerprint, "items": results}
 
 
 def _items(body: dict[str, Any]) -> list[dict[str, Any]]:
     items = body.get("items")
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise Refusal(400, "items is missing, expected a list of objects")
+        raise Refusal(400, "items is missing; expected a list of objects")
     return items
 
 
 def _example(item: dict[str, Any]) -> Example:
     text, metadata = item.get("text"), item.get("metadata", {})
     if not isinstance(text, str) or not isinstance(metadata, dict):
-        raise Refusal(400, "an item lacks text, expected a string, or has metadata that are no object")
+        raise Refusal(400, "expected each item to have text, a string, and metadata, an object")
     return Example(text, metadata)
 
 
 def _file(item: dict[str, Any]) -> bytes:
     try:
-        return base64.b64decode(item.get("png"), validate=True)  # type: ignore[arg-type]  # TypeError is told
+        return base64.b64decode(item.get("png"), validate=True)  # type: ignore[arg-type]  # TypeError is caught
     except (TypeError, ValueError):
-        raise Refusal(400, "an item lacks png, expected a PNG file in base64") from None
+        raise Refusal(400, "expected each item to have png, a PNG file in base64") from None
 
 
 def _size(file: bytes) -> tuple[int, int]:
-    """Width and height, read off the file's head: what is too large is never unpacked."""
+    """Read width and height from the header, so that an image that is too large is never decompressed."""
     if len(file) < 24 or file[:8] != b"\x89PNG\r\n\x1a\n" or file[12:16] != b"IHDR":
-        raise Refusal(400, "an image is no PNG file")
+        raise Refusal(400, "an image is not a PNG file")
     width, height = struct.unpack(">II", file[16:24])
     return width, height
 
 
 def _levels(file: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """(H, W, 3) grey levels."""
+    """Decode a PNG file to 8-bit RGB levels (H, W, 3)."""
     try:
         with Image.open(io.BytesIO(file), formats=["PNG"]) as image:
             return np.asarray(as_rgb(image))

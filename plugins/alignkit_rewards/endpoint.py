@@ -19,10 +19,10 @@ from email.utils import parsedate_to_datetime
 from time import monotonic
 from typing import Any, TypeVar
 
-import torch
 from PIL import Image
 from torch import Tensor
 
+from alignkit.data.decode import to_uint8
 from alignkit.errors import ConfigError, TransientError
 from alignkit.serving.http import is_loopback
 
@@ -192,7 +192,7 @@ def _asked_wait(header: str, otherwise: float) -> float:
 
 def as_png(images: Tensor) -> list[bytes]:
     """Images (N, 3, H, W) in [0, 1], as 8-bit files hold them, as such files: nothing is lost."""
-    levels = (images.detach() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    levels = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
     files = []
     for one in levels:
         file = io.BytesIO()

@@ -16,7 +16,7 @@ from torch import Tensor
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Reward
 from alignkit.records import Example, Scores
-from alignkit.rewards.functions import answer_of
+from alignkit.rewards.functions import scores_of
 
 
 @dataclass
@@ -73,5 +73,5 @@ class Function(Reward):
         return function
 
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor | Scores:
-        answer: Tensor | Scores = answer_of(self._function, images, examples, self.differentiable)
+        answer: Tensor | Scores = scores_of(self._function, images, examples, self.differentiable)
         return answer

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from alignkit.data.decode import to_uint8
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Reward
 from alignkit.records import Example
@@ -31,7 +32,7 @@ class JpegIncompressibility(Reward):
             raise ConfigError(f"{self.name}: quality is {self.quality}, expected 1 to 100")
 
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
-        levels = (images.detach() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        levels = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
         return torch.tensor([self._bytes(Image.fromarray(one)) / 1000 for one in levels], device=images.device)
 
     def _bytes(self, image: Image.Image) -> int:

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from alignkit.data.decode import to_uint8
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Reward
 from alignkit.records import Example, Scores
@@ -46,7 +47,7 @@ class PixelCheck(Reward):
                 f"pixel_check: found images of {images.shape[-2]} x {images.shape[-1]} pixels, expected {SIZE} x "
                 f"{SIZE}, which the embedded world draws"
             )
-        pixels = (images.detach().permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
+        pixels = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
         binding, whole = [], []
         for image, example in zip(pixels, examples, strict=True):
             regions, things = read(image), things_of(example.text)

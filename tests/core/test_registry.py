@@ -54,14 +54,14 @@ def test_a_model_is_a_bundle_or_a_function_that_returns_one(acme: Any, name: str
     assert isinstance(bundle, ModelBundle) and bundle.path == path
 
 
-def test_an_unknown_name_is_answered_with_the_nearest_and_where_to_look(acme: Any) -> None:
+def test_an_unknown_name_is_refused_with_the_nearest_and_the_command_that_lists_all(acme: Any) -> None:
     with pytest.raises(
         AlignkitError, match=r"unknown reward 'acme_rde'; did you mean acme_red\? \(`alignkit list rewards`"
     ):
         acme.registry().get("reward", "acme_rde")
 
 
-def test_a_name_of_another_kind_is_said_to_be_one(acme: Any) -> None:
+def test_a_name_of_another_kind_is_reported_as_such(acme: Any) -> None:
     with pytest.raises(AlignkitError, match="there is a sampler of this name"):
         acme.registry().get("reward", "acme_walk")
 
@@ -81,7 +81,7 @@ def test_a_name_of_another_kind_is_said_to_be_one(acme: Any) -> None:
         ),
     ],
 )
-def test_a_broken_plugin_is_a_row_with_its_reason_and_spares_the_others(acme: Any, init: str, reason: str) -> None:
+def test_a_broken_plugin_is_a_row_with_its_reason_and_the_others_work(acme: Any, init: str, reason: str) -> None:
     acme.install("shaky", init)
     registry = acme.registry()
     (row,) = [row for row in registry.components("sampler") if row.broken]
@@ -110,20 +110,20 @@ def test_a_disabled_plugin_is_not_even_imported(acme: Any, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("target", "reason"),
     [
-        ("wrong.gone:Red", "does not import: ModuleNotFoundError"),
-        ("wrong:Gone", "does not import: AttributeError"),
-        ("wrong:Number", "is no alignkit.interfaces.Reward"),
-        ("wrong:Half", "lacks __call__"),
+        ("wrong.gone:Red", "cannot be imported: ModuleNotFoundError"),
+        ("wrong:Gone", "cannot be imported: AttributeError"),
+        ("wrong:Number", "is not an alignkit.interfaces.Reward"),
+        ("wrong:Half", "does not implement __call__"),
     ],
 )
-def test_a_target_that_does_not_fit_is_the_plugins_error(plugins: Any, target: str, reason: str) -> None:
+def test_a_wrong_target_is_reported_with_its_plugin(plugins: Any, target: str, reason: str) -> None:
     classes = "\nfrom alignkit.interfaces import Reward\nNumber = 3\nclass Half(Reward): ...\n"
     plugins.install("wrong", REWARD.format(name="wrong", target=target) + classes)
     with pytest.raises(PluginError, match=rf"reward wrong \({target}, plugin wrong of wrong 1.0\) {reason}"):
         plugins.registry().get("reward", "wrong")
 
 
-def test_listing_what_is_installed_imports_nothing_heavy() -> None:
+def test_listing_the_components_imports_nothing_heavy() -> None:
     code = (
         "import sys; from alignkit.registry import default_registry; rows = default_registry().components();"
         f"print(len(rows), [name for name in {HEAVY!r} if name in sys.modules])"

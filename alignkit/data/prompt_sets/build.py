@@ -1,4 +1,7 @@
-"""Writes the sets that are made from templates: `python -m alignkit.data.prompt_sets.build`. Always the same files."""
+"""Write the prompt sets that are made from templates: `python -m alignkit.data.prompt_sets.build`.
+
+The output is deterministic.
+"""
 
 from __future__ import annotations
 
@@ -30,57 +33,57 @@ ATTRIBUTES = (
     _words("wooden glass metal plastic leather paper stone ceramic"),
     _words("striped spotted fluffy shiny rusty"),
 )
-"""Colours, shapes, materials, textures. Two of one prompt are of one kind, so that they can be exchanged."""
+"""Colours, shapes, materials, textures. Both attributes of a prompt are of one kind, so they could be swapped."""
 NUMBERS = _words("two three four five six")
 PLACES = ("to the left of", "to the right of", "above", "below", "next to")
 
 
 def build() -> dict[str, list[str]]:
-    """The prompts of each set by its name."""
+    """Return the prompts of each set by its name."""
     out = {}
     for suffix, things, plurals, count in (
         ("", THINGS, PLURALS, 300),
         ("_held_out", HELD_OUT_THINGS, HELD_OUT_PLURALS, 60),
     ):
-        chance = Random(0)
-        out[f"attributes{suffix}"] = attributes(things, count, chance)
-        out[f"counting{suffix}"] = counting(plurals, count, chance)
-        out[f"spatial{suffix}"] = spatial(things, count, chance)
+        rng = Random(0)
+        out[f"attributes{suffix}"] = attributes(things, count, rng)
+        out[f"counting{suffix}"] = counting(plurals, count, rng)
+        out[f"spatial{suffix}"] = spatial(things, count, rng)
     return out
 
 
-def attributes(things: Sequence[str], count: int, chance: Random) -> list[str]:
-    """As many of each kind of attribute, "a red car and a blue door"."""
+def attributes(things: Sequence[str], count: int, rng: Random) -> list[str]:
+    """Make prompts such as "a red car and a blue door", equally many for each kind of attribute."""
     found: dict[str, None] = {}
     while len(found) < count:
         kind = ATTRIBUTES[len(found) % len(ATTRIBUTES)]
-        (one, other), (first, second) = chance.sample(things, 2), chance.sample(kind, 2)
+        (one, other), (first, second) = rng.sample(things, 2), rng.sample(kind, 2)
         found[f"{a(first)} {one} and {a(second)} {other}"] = None
     return list(found)
 
 
-def counting(plurals: Sequence[str], count: int, chance: Random) -> list[str]:
-    """Half of them of one thing, "three cups", the others of two."""
+def counting(plurals: Sequence[str], count: int, rng: Random) -> list[str]:
+    """Make prompts such as "three cups" (half of them) and "two cups and four books"."""
     single = [f"{number} {thing}" for number, thing in product(NUMBERS, plurals)]
-    found = dict.fromkeys(chance.sample(single, count // 2))
+    found = dict.fromkeys(rng.sample(single, count // 2))
     while len(found) < count:
-        (one, other), (first, second) = chance.sample(plurals, 2), chance.choices(NUMBERS, k=2)
+        (one, other), (first, second) = rng.sample(plurals, 2), rng.choices(NUMBERS, k=2)
         found[f"{first} {one} and {second} {other}"] = None
-    return chance.sample(list(found), count)
+    return rng.sample(list(found), count)
 
 
-def spatial(things: Sequence[str], count: int, chance: Random) -> list[str]:
-    """As many of each place, "a cup to the left of an apple"."""
+def spatial(things: Sequence[str], count: int, rng: Random) -> list[str]:
+    """Make prompts such as "a cup to the left of an apple", equally many for each place."""
     found: dict[str, None] = {}
     while len(found) < count:
         place = PLACES[len(found) % len(PLACES)]
-        one, other = chance.sample(things, 2)
+        one, other = rng.sample(things, 2)
         found[f"{a(one)} {place} {a(other)}"] = None
     return list(found)
 
 
 def a(word: str) -> str:
-    """`word` behind its article; none of the words above begins with a vowel that is not spoken as one."""
+    """Put the article before `word`. No word above begins with a vowel letter that is not pronounced as a vowel."""
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 

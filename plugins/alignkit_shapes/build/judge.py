@@ -21,6 +21,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from transformers import BertTokenizer, BlipConfig, BlipForQuestionAnswering
 
+from alignkit.data.decode import to_uint8
 from alignkit.diffusion import add_noise
 from alignkit.models.diffusers_policy import DiffusersPolicy
 from alignkit_rewards.attribute_binding import answers, encode, yes_no
@@ -219,7 +220,7 @@ def sketches(teacher: Path, count: int, rng: np.random.Generator, guidance_scale
             again = policy.denoise(add_noise(x, noise, *policy.schedule(t)), t, prompt)
             keep = torch.rand(len(x), generator=generator) < share
             x = torch.where(keep[:, None, None, None], again, x)
-        images = (policy.decode(x).permute(0, 2, 3, 1) * 255).round().byte().numpy()
+        images = to_uint8(policy.decode(x)).permute(0, 2, 3, 1).numpy()
         found += [(image, scene, read(image)) for image, scene in zip(images, scenes, strict=True)]
     return found
 

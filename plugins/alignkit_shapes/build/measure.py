@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from alignkit.data.decode import to_uint8
 from alignkit.data.prompts import read_examples
 from alignkit.records import Example
 from alignkit.rewards.weighted import quantize
@@ -45,7 +46,7 @@ def agreement(judge: AttributeBinding, images: Tensor, examples: list[Example]) 
     asked = [asked_by(phrases(example)) for example in examples]
     rows = torch.tensor([row for row, some in enumerate(asked) for _ in some])
     logits = judge.ask(images, rows, judge.encode([text for some in asked for text, _ in some]))
-    pixels = (images.permute(0, 2, 3, 1) * 255).round().byte().numpy()
+    pixels = to_uint8(images).permute(0, 2, 3, 1).numpy()
     truth = [reply for p, e in zip(pixels, examples, strict=True) for reply in answers(read(p), things_of(e.text))]
     return float(((logits[:, 0] > logits[:, 1]) == torch.tensor(truth)).float().mean())
 

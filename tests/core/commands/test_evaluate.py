@@ -114,7 +114,7 @@ def test_the_table_names_runs_where_they_differ_and_csv_holds_all(trained: list[
     with console.capture() as capture:
         console.print(table([row for row in rows if row.run == "first" and row.prompts == "seen"]))
     text = " ".join(capture.get().split())
-    assert "first" not in text and "of the file that was trained from" in text
+    assert "first" not in text and "of the training file" in text
     records = list(csv.DictReader(io.StringIO(as_csv(rows))))
     assert len(records) == len(rows) and records[0]["run"] == "first"
     assert float(records[0]["after"]) == rows[0].after

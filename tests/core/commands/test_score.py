@@ -134,7 +134,7 @@ def test_a_judge_is_asked_about_several_images_at_once_and_its_parts_are_columns
 
 
 def test_what_was_scored_before_a_server_died_is_printed(folder: Callable[..., Path]) -> None:
-    endpoint = Endpoint(lambda *_: '{"alignment": 4, "quality": 5}' if len(endpoint.asked) <= 2 else (503, "gone"))
+    endpoint = Endpoint(lambda *_: '{"alignment": 4, "quality": 5}' if len(endpoint.requests) <= 2 else (503, "gone"))
     with running(endpoint):
         result = command("vlm_judge", folder(8, 8, 8), *judged(endpoint.url, "evaluate.batch_size=2"), "--json")
     assert result.exit_code == 1 and "reward 'vlm_judge'" in result.stderr and "gone" in result.stderr

@@ -458,5 +458,5 @@ def test_a_weight_that_became_a_regulariser_is_refused_with_its_table(key: str, 
 
 
 def test_a_reward_of_an_earlier_version_is_refused_with_its_new_name() -> None:
-    with pytest.raises(ConfigError, match="reward 'shapes_reading' was renamed; write pixel_check"):
+    with pytest.raises(ConfigError, match="reward 'shapes_reading' was renamed; use pixel_check"):
         load(None, {"reward": ["shapes_reading"]})

@@ -1,4 +1,4 @@
-"""Captioned images that are broken: named with their place, and refused or skipped."""
+"""Broken captioned images: messages give their location, and they are refused or skipped."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def test_a_missing_image_or_table_is_refused_by_line(folder: Path) -> None:
     ("line", "message"),
     [
         ("{", "line 2"),
-        ("[]", "line 2: no JSON object"),
+        ("[]", "line 2: not a JSON object"),
         ('{"text": "a"}', 'line 2: expected the image\'s path as "image" or "file_name"'),
         ('{"image": "a.png"}', "line 2: .*has no prompt, caption or text"),
-        ('{"image": "a.png", "text": 5}', "line 2: expected the caption as a string"),
-        ('{"image": "a.png", "text": " "}', "line 2: expected the caption as a string that is not empty"),
+        ('{"image": "a.png", "text": 5}', "line 2: expected a non-empty string as the caption, found 5"),
+        ('{"image": "a.png", "text": " "}', "line 2: expected a non-empty string as the caption, found ' '"),
     ],
 )
-def test_a_line_that_is_no_captioned_image_is_refused_or_skipped(folder: Path, line: str, message: str) -> None:
+def test_a_line_without_a_captioned_image_is_refused_or_skipped(folder: Path, line: str, message: str) -> None:
     table = folder / "metadata.jsonl"
     lines = table.read_text().splitlines()
     table.write_text("\n".join([lines[0], line, lines[2]]))
@@ -60,12 +60,12 @@ def test_an_image_without_a_text_is_refused_or_skipped(captioned: Path) -> None:
     assert set(seen(captioned, skipped)) == {"image a", "image c"} and "is empty" in skipped[1]
 
 
-def test_a_class_of_images_that_is_not_there_is_found_by_check() -> None:
+def test_check_refuses_a_class_of_images_that_does_not_exist() -> None:
     check_images("alignkit_shapes.data:Drawings")
     for source, message in (
         ("alignkit_shapes.data:Nope", "no attribute 'Nope'"),
         ("nowhere:Drawings", "No module named 'nowhere'"),
-        ("alignkit_shapes.data:DrawingPairs", "is no alignkit.data.sources.Images"),
+        ("alignkit_shapes.data:DrawingPairs", "is not an alignkit.data.sources.Images"),
     ):
         with pytest.raises(ConfigError, match=f"^data.images: .*{message}"):
             check_images(source)
@@ -73,7 +73,7 @@ def test_a_class_of_images_that_is_not_there_is_found_by_check() -> None:
 
 def test_a_text_without_an_image_is_refused_or_skipped(captioned: Path) -> None:
     (captioned / "b.png").rename(captioned / "b.avif")
-    with pytest.raises(ConfigError, match=r"b\.txt: there is no image of that name, expected \.bmp, .*\.webp"):
+    with pytest.raises(ConfigError, match=r"b\.txt: there is no image of this name; expected \.bmp, .*\.webp"):
         seen(captioned)
     skipped: list[str] = []
     assert set(seen(captioned, skipped)) == {"image a", "image c"} and len(skipped) == 1
@@ -95,14 +95,14 @@ def test_an_image_that_cannot_be_read_is_refused_or_replaced_by_the_next(folder:
         assert open_images(str(folder), 4, skipped=[]).batch(start, 5, seed=0)[1] == expected[start : start + 5]
 
 
-def test_a_set_of_which_nothing_can_be_read_is_refused_all_the_same(folder: Path) -> None:
+def test_a_set_without_a_readable_image_is_refused_even_when_skipping(folder: Path) -> None:
     for name in COLOURS:
         (folder / f"{name}.png").write_bytes(b"")
-    with pytest.raises(AlignkitError, match=r"none of 3 can be read; the first is .*a\.png"):
+    with pytest.raises(AlignkitError, match=r"none of the 3 items can be read; the first is .*a\.png"):
         open_images(str(folder), 4, skipped=[]).batch(0, 1, seed=0)
     for name in COLOURS:
         (folder / f"{name}.png").unlink()
-    with pytest.raises(ConfigError, match=r"holds no captioned image; .*line 1"):
+    with pytest.raises(ConfigError, match=r"contains no captioned image; .*line 1"):
         open_images(str(folder), 4, skipped=[])
 
 
@@ -125,20 +125,20 @@ def test_broken_samples_of_a_shard_are_named_by_member(tmp_path: Path) -> None:
     ]
 
 
-def test_a_second_member_of_one_name_is_refused_or_skipped(tmp_path: Path) -> None:
+def test_a_duplicate_member_is_refused_or_skipped(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "s.tar", {"a.png": png(COLOURS["a"]), "a.txt": b"image a"})
     with tarfile.open(path, "a") as tar:
         info = tarfile.TarInfo("a.txt")
         info.size = 5
         tar.addfile(info, io.BytesIO(b"other"))
-    with pytest.raises(ConfigError, match=r"s\.tar, member a\.txt: a second one of this name"):
+    with pytest.raises(ConfigError, match=r"s\.tar, member a\.txt: a duplicate name"):
         seen(path)
     skipped: list[str] = []
     assert set(seen(path, skipped)) == {"image a"} and len(skipped) == 1
 
 
 @pytest.mark.parametrize("left", [0.05, 0.3, 0.5, 0.62, 0.75])
-def test_a_shard_that_was_cut_short_anywhere_never_passes_for_whole(tmp_path: Path, left: float) -> None:
+def test_a_truncated_shard_never_passes_as_complete(tmp_path: Path, left: float) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(noise).save(file, "png")
@@ -151,13 +151,13 @@ def test_a_shard_that_was_cut_short_anywhere_never_passes_for_whole(tmp_path: Pa
         seen(shard)
 
 
-def test_a_shard_with_a_damaged_header_never_passes_for_whole(shard: Path) -> None:
+def test_a_shard_with_a_damaged_header_never_passes_as_complete(shard: Path) -> None:
     first = shard.with_name("s-00.tar")
     content = bytearray(first.read_bytes())
     place = content.index(b"b.json")
     content[place + 148 : place + 156] = b"garbage!"
     first.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"cut short or damaged behind member x/a"):
+    with pytest.raises(ConfigError, match=r"cut short or damaged after member x/a"):
         seen(first)
     skipped: list[str] = []
     assert set(seen(shard.with_name("s-*.tar"), skipped)) == {"image a", "image c"} and len(skipped) == 1
@@ -172,7 +172,7 @@ def test_a_shard_that_is_missing_or_compressed_is_refused_or_skipped(shard: Path
         tar.add(shard, "s.tar")
     with pytest.raises(ConfigError, match=r"z\.tar cannot be read as an uncompressed tar file"):
         seen(shard.with_name("z.tar"))
-    with pytest.raises(ConfigError, match="holds no captioned image"):
+    with pytest.raises(ConfigError, match="contains no captioned image"):
         seen(shard.with_name("q-*.tar"))
 
 

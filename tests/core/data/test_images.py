@@ -1,4 +1,4 @@
-"""Captioned images: where they may lie, and how they are made fit."""
+"""Captioned images: supported sources, cropping and conversion to RGB."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from alignkit.data.images import ImageSet, open_images
 from alignkit.errors import ConfigError
 from image_fixtures import EXPECTED, dataset, seen
 
-# where they lie
+# sources
 
 
 def test_a_folder_with_a_table_is_read(folder: Path) -> None:
     assert seen(folder) == EXPECTED
 
 
-def test_a_folder_with_a_text_beside_each_image_is_read_to_its_depth(captioned: Path) -> None:
+def test_a_folder_with_a_text_file_per_image_is_read_recursively(captioned: Path) -> None:
     assert seen(captioned) == EXPECTED
 
 
-def test_a_table_names_images_from_its_own_folder_or_anywhere(folder: Path, tmp_path: Path) -> None:
+def test_a_table_may_name_images_by_relative_or_absolute_path(folder: Path, tmp_path: Path) -> None:
     paths = {"a": "images/a.png", "b": str(folder / "b.png"), "c": "images/../images/c.png"}
     records = [{"image": path, "caption": f"image {name}"} for name, path in paths.items()]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, records)))
     assert seen(tmp_path / "t.jsonl") == EXPECTED
 
 
-def test_a_caption_is_named_where_there_are_several(tmp_path: Path, folder: Path) -> None:
+def test_the_caption_column_must_be_named_if_there_are_several(tmp_path: Path, folder: Path) -> None:
     line = {"image": "images/a.png", "text": "short", "caption": "long"}
     (tmp_path / "t.jsonl").write_text(json.dumps(line))
-    with pytest.raises(ConfigError, match=r"line 1: data\.caption_column: it has caption and text; say which"):
+    with pytest.raises(ConfigError, match=r"line 1: data\.caption_column: it has caption and text; name the one"):
         seen(tmp_path / "t.jsonl")
     assert set(seen(tmp_path / "t.jsonl", column="text")) == {"short"}
 
@@ -56,8 +56,8 @@ def test_braces_keep_their_zeros_and_their_order() -> None:
     ]  # fmt: skip
 
 
-def test_members_of_a_shard_are_read_where_they_lie(shard: Path) -> None:
-    """Against the tarfile module's own reading, after positions were taken from headers alone."""
+def test_members_of_a_shard_are_read_at_their_offsets(shard: Path) -> None:
+    """Offsets come from the headers alone; the bytes equal those that tarfile extracts."""
     images = open_images(str(shard.with_name("s-00.tar")), 4)
     assert isinstance(images, ImageSet)
     with tarfile.open(shard.with_name("s-00.tar")) as tar:
@@ -71,20 +71,20 @@ def test_a_data_set_on_disk_is_read(tmp_path: Path) -> None:
     assert seen(tmp_path / "saved") == EXPECTED
 
 
-def test_of_a_data_set_with_splits_one_is_named(tmp_path: Path) -> None:
+def test_one_split_of_a_data_set_must_be_named(tmp_path: Path) -> None:
     data = dataset(tmp_path)
     sys.modules["datasets"].DatasetDict(train=data, test=data).save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(ConfigError, match=r"holds the splits train, test; name one, as .*saved/train"):
+    with pytest.raises(ConfigError, match=r"has the splits train, test; choose one, for example .*saved/train"):
         seen(tmp_path / "saved")
     assert seen(tmp_path / "saved" / "test") == EXPECTED
 
 
 def test_a_data_set_by_name_is_loaded_by_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, datasets = dataset(tmp_path), sys.modules["datasets"]
-    asked: list[tuple[str, str]] = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: asked.append((name, split)) or data)
+    calls: list[tuple[str, str]] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: calls.append((name, split)) or data)
     assert seen("datasets:acme/images") == seen("datasets:acme/images:test[:10]") == EXPECTED
-    assert asked == [("acme/images", "train"), ("acme/images", "test[:10]")]
+    assert calls == [("acme/images", "train"), ("acme/images", "test[:10]")]
 
 
 def test_a_data_set_from_files_is_loaded_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +98,7 @@ def test_a_data_set_from_files_is_loaded_for_real(tmp_path: Path, monkeypatch: p
     assert "\n" not in str(caught.value)
 
 
-def test_what_a_data_set_lacks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_message_names_what_a_data_set_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset(tmp_path, caption=["1", "2", "3"]).save_to_disk(tmp_path / "two")
     with pytest.raises(ConfigError, match=r"data\.caption_column: .*has caption and text"):
         seen(tmp_path / "two")
@@ -122,7 +122,7 @@ def test_what_a_data_set_lacks_is_told(tmp_path: Path, monkeypatch: pytest.Monke
         ":Y",
     ],
 )
-def test_a_source_of_images_that_is_none_is_refused(source: str) -> None:
+def test_a_source_that_does_not_exist_or_has_no_images_is_refused(source: str) -> None:
     with pytest.raises(ConfigError, match=r"data\.images"):
         open_images(source or "nowhere/at/all", 32)
 
@@ -143,7 +143,7 @@ def test_the_stream_is_addressed_by_position_and_differs_by_seed(folder: Path) -
     assert open_images(str(folder), 32).batch(0, 9, seed=2)[1] != captions
 
 
-# how they are made fit
+# cropping and conversion
 
 
 def test_the_middle_square_is_kept(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_the_middle_square_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_an_image_stands_upright_as_its_exif_orientation_says(orientation: int) -> None:
+def test_an_image_is_turned_upright_by_its_exif_orientation(orientation: int) -> None:
     upright = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3) * 5)
     turned = {
         2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -173,7 +173,7 @@ def test_an_image_stands_upright_as_its_exif_orientation_says(orientation: int) 
     assert np.array_equal(np.asarray(as_rgb(Image.open(file))), np.asarray(upright))
 
 
-def test_what_is_transparent_lies_on_white() -> None:
+def test_transparent_pixels_are_put_on_white() -> None:
     clear, half = (0, 0, 0, 0), (255, 0, 0, 128)
     image = Image.new("RGBA", (2, 1))
     image.putpixel((0, 0), clear)
@@ -189,7 +189,7 @@ def test_what_is_transparent_lies_on_white() -> None:
     assert as_rgb(palette).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_grey_and_ink_images_become_rgb(tmp_path: Path) -> None:
+def test_grey_and_cmyk_images_become_rgb(tmp_path: Path) -> None:
     assert as_rgb(Image.new("L", (1, 1), 77)).getpixel((0, 0)) == (77, 77, 77)
     assert as_rgb(Image.new("1", (1, 1), 1)).getpixel((0, 0)) == (255, 255, 255)
     deep = Image.fromarray(np.array([[0, 32768, 65535]], dtype=np.uint16))

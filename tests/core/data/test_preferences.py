@@ -1,4 +1,4 @@
-"""Preference pairs: what is read, which is the winner, what is refused or left out, and never silently."""
+"""Preference pairs: supported tables, the winner of each pair, and rows that are refused or left out with a note."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WINNER, LOSER = (0, 255, 0), (255, 0, 0)
 
 
 def image(color: tuple[int, int, int], number: int, size: tuple[int, int] = (24, 16)) -> Image.Image:
-    """Of a colour, its blue telling the number."""
+    """A plain image whose blue channel encodes `number`."""
     return Image.new("RGB", size, (*color[:2], number * 10))
 
 
@@ -36,7 +36,7 @@ def file_bytes(image: Image.Image) -> bytes:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Five pairs; the winner is green, the loser red, and blue is the number that the caption tells."""
+    """Five pairs: the winner is green, the loser red, and the blue channel encodes the number in the caption."""
     path = tmp_path / "pairs"
     path.mkdir()
     lines = []
@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def numbers(pairs: Preferences, start: int, size: int, seed: int = 0) -> list[int]:
-    """Which pairs stand there, held against images and captions at once."""
+    """The numbers of the pairs in a batch, after checking that images and captions agree."""
     batch = pairs.batch(start, size, seed)
     assert batch.winners.shape == batch.losers.shape == (size, 3, SIZE, SIZE)
     assert batch.winners.dtype == torch.float32
@@ -78,7 +78,7 @@ def test_the_text_of_a_pair_may_have_another_of_the_usual_names(folder: Path) ->
     assert numbers(open_pairs(str(folder), SIZE), 0, 5) == before
 
 
-def test_a_class_of_pairs_that_is_not_there_is_found_by_check() -> None:
+def test_check_refuses_a_class_of_pairs_that_does_not_exist() -> None:
     check_pairs("alignkit_shapes.data:DrawingPairs")
     with pytest.raises(ConfigError, match=r"^data\.pairs: .*no attribute 'Nope'"):
         check_pairs("alignkit_shapes.data:Nope")
@@ -90,19 +90,19 @@ BROKEN_LINES = [
     ('["a"]', "expected a JSON object"),
     ('{"text": "a", ', "expected a JSON object"),
     ('{"text": "a", "winner": "0_w.png", "loser": "gone.png"}', r"there is no file .*gone\.png"),
-    ('{"text": "", "winner": "0_w.png", "loser": "0_l.png"}', "expected a JSON object .*not empty"),
+    ('{"text": "", "winner": "0_w.png", "loser": "0_l.png"}', "expected a JSON object .*non-empty"),
     ('{"text": "a", "winner": "0_w.png", "loser": "0_w.png"}', "winner and loser are the same file"),
 ]
 
 
 @pytest.mark.parametrize(("line", "message"), BROKEN_LINES)
-def test_a_line_that_is_no_pair_is_refused_or_left_out_with_its_number(folder: Path, line: str, message: str) -> None:
+def test_a_line_without_a_pair_is_refused_or_left_out_with_its_number(folder: Path, line: str, message: str) -> None:
     table = folder / "pairs.jsonl"
     table.write_text(table.read_text() + line + "\n")
     for read in (lambda: open_pairs(str(folder), SIZE), lambda: check_pairs(str(folder))):
         with pytest.raises(ConfigError, match=rf"pairs\.jsonl, line 6: {message}") as caught:
             read()
-        assert str(caught.value).endswith('mend it, or set data.on_error = "skip"')
+        assert str(caught.value).endswith('fix it, or set data.on_error = "skip"')
     skipped: list[str] = []
     pairs = open_pairs(str(folder), SIZE, skipped)
     assert sorted(numbers(pairs, 0, 5)) == [0, 1, 2, 3, 4]
@@ -113,7 +113,7 @@ def cut_short(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:50])
 
 
-def test_an_image_that_is_cut_short_ends_the_run_or_gives_its_place_to_the_next(folder: Path) -> None:
+def test_a_truncated_image_raises_an_error_or_is_replaced_by_the_next(folder: Path) -> None:
     cut_short(folder / "2_l.png")
     with pytest.raises(AlignkitError, match=r"pairs\.jsonl, line 3 cannot be read \(2_l\.png: "):
         numbers(open_pairs(str(folder), SIZE), 0, 5)
@@ -122,19 +122,19 @@ def test_an_image_that_is_cut_short_ends_the_run_or_gives_its_place_to_the_next(
     assert skipped == []
     whole = numbers(pairs, 0, 10)
     assert sorted(whole) == [0, 0, 1, 1, 3, 3, 3, 3, 4, 4]
-    assert numbers(pairs, 0, 10) == whole  # and what is known to be broken is not told again
+    assert numbers(pairs, 0, 10) == whole  # an item that is known to be broken is not reported again
     assert len(skipped) == 1 and "line 3 cannot be read (2_l.png: " in skipped[0]
     assert numbers(open_pairs(str(folder), SIZE, []), 6, 4) == whole[6:]  # a resumed run reads the same
 
 
-def test_where_no_image_can_be_read_skipping_ends_too(folder: Path) -> None:
+def test_skipping_fails_if_no_image_can_be_read(folder: Path) -> None:
     for file in folder.glob("*_w.png"):
         cut_short(file)
-    with pytest.raises(AlignkitError, match="none of 5 can be read"):
+    with pytest.raises(AlignkitError, match="none of the 5 items can be read"):
         open_pairs(str(folder), SIZE, []).batch(0, 2, 0)
 
 
-def test_images_lose_their_sides_and_take_the_size_of_the_model(folder: Path) -> None:
+def test_images_are_cropped_and_resized_to_the_size_of_the_model(folder: Path) -> None:
     wide = Image.new("RGB", (48, 16), LOSER)
     wide.paste((0, 255, 0), (16, 0, 32, 16))
     wide.save(folder / "0_w.png")
@@ -146,16 +146,16 @@ def test_images_lose_their_sides_and_take_the_size_of_the_model(folder: Path) ->
 @pytest.mark.parametrize(
     "source", ["nowhere/at/all", "no.such.module:Thing", "alignkit.data.stream:Stream", "alignkit.data.sources:X"]
 )
-def test_a_source_of_pairs_that_is_none_is_refused(source: str) -> None:
+def test_a_source_that_does_not_exist_or_has_no_pairs_is_refused(source: str) -> None:
     with pytest.raises(ConfigError, match=r"data\.pairs"):
         open_pairs(source, SIZE)
 
 
 def test_a_folder_without_pairs_and_a_table_without_lines_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no preference pairs; expected a folder with pairs"):
+    with pytest.raises(ConfigError, match="contains no preference pairs; expected a folder with pairs"):
         open_pairs(str(tmp_path), SIZE)
     (tmp_path / "pairs.jsonl").write_text("\n")
-    with pytest.raises(ConfigError, match="holds no pair of which"):
+    with pytest.raises(ConfigError, match="contains no readable pair"):
         open_pairs(str(tmp_path), SIZE)
 
 
@@ -201,11 +201,11 @@ def test_a_folder_of_shards_is_one_set_and_images_may_be_as_the_datasets_library
     [
         ({"label_0": 0.7, "label_1": 0.3}, "label_0 is 0.7"),
         ({"label_1": 1.0}, "label_0 is 1.0 and label_1 1.0"),
-        ({"caption": None}, "expected a string that is not empty as caption, found None"),
-        ({"caption": ""}, "expected a string that is not empty as caption, found ''"),
+        ({"caption": None}, "expected a non-empty string as caption, found None"),
+        ({"caption": ""}, "expected a non-empty string as caption, found ''"),
     ],
 )
-def test_a_row_that_is_no_pair_is_refused_or_left_out_with_its_number(
+def test_a_row_without_a_pair_is_refused_or_left_out_with_its_number(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     path = str(write_parquet(tmp_path / "p.parquet", [record(0, 1.0), record(1, 0.0), record(2, 1.0, **changes)]))
@@ -223,10 +223,10 @@ def test_an_image_in_parquet_that_is_broken_or_missing_is_named(tmp_path: Path) 
         open_pairs(path, SIZE).batch(0, 3, 0)
     skipped: list[str] = []
     assert numbers(open_pairs(path, SIZE, skipped), 0, 3) == [0, 0, 0]
-    assert len(skipped) == 2 and "row 2 cannot be read (jpg_0: found NoneType, expected the bytes of a" in skipped[1]
+    assert len(skipped) == 2 and "row 2 cannot be read (jpg_0: found NoneType, expected the bytes of an" in skipped[1]
 
 
-def test_a_file_that_is_no_parquet_or_lacks_a_column_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_parquet_or_lacks_a_column_is_refused(tmp_path: Path) -> None:
     lacking = {name: value for name, value in record(0, 1.0).items() if name not in ("caption", "jpg_1")}
     with pytest.raises(ConfigError, match="has no column caption, jpg_1; expected"):
         open_pairs(str(write_parquet(tmp_path / "a.parquet", [lacking])), SIZE)
@@ -259,7 +259,7 @@ def test_a_run_without_pairs_or_with_broken_ones_is_refused_before_any_weight_lo
         tiny_run(overrides=DPO | {"data.pairs": str(folder)}).check()
 
 
-def test_pairs_have_their_own_texts_so_prompts_may_be_missing(tiny_run: Callable[..., Run], folder: Path) -> None:
+def test_prompts_may_be_missing_because_pairs_bring_their_own_texts(tiny_run: Callable[..., Run], folder: Path) -> None:
     run = tiny_run(overrides=DPO | {"data.pairs": str(folder), "data.prompts": "", "train.updates": 1})
     run.check()
     assert [update.step for update in run.train()] == [1]
@@ -276,9 +276,7 @@ def test_pairs_that_were_left_out_are_in_the_record_of_the_run(tiny_run: Callabl
         assert record.count(message) == 1
 
 
-def test_a_stopped_run_goes_on_with_the_pairs_that_would_have_come_next(
-    tiny_run: Callable[..., Run], folder: Path
-) -> None:
+def test_a_resumed_run_continues_with_the_next_pairs(tiny_run: Callable[..., Run], folder: Path) -> None:
     cut_short(folder / "4_w.png")
     settings = DPO | {"data.pairs": str(folder), "data.on_error": "skip", "train.rows_per_update": 2}
     assert_a_stopped_run_ends_with_the_same_bits(tiny_run, settings)

@@ -1,4 +1,4 @@
-"""Prompts: what is read, what is refused, and streams that a resumed run enters anywhere."""
+"""Prompt files that are read or refused, and streams that a resumed run enters at any position."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_every_pass_of_a_stream_is_a_permutation_and_no_two_passes_are_equal() -
     assert len({tuple(one) for one in passes}) == 4
 
 
-def test_a_stream_is_the_same_from_whatever_position_it_is_read() -> None:
+def test_a_stream_is_the_same_from_any_starting_position() -> None:
     whole = Stream(7, seed=3).indices(0, 50)
     assert [Stream(7, seed=3).indices(i, 1)[0] for i in range(50)] == whole
     assert Stream(7, seed=3).indices(5, 20) == whole[5:25]
@@ -57,9 +57,9 @@ def test_prompts_are_read_from_lines_and_from_objects(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.txt", "", "holds no prompt"),
-        ("p.txt", "\n \n", "holds no prompt"),
-        ("p.jsonl", '{"text": "a"}\n{"ask": "b"}', "line 2"),
+        ("p.txt", "", "contains no prompt"),
+        ("p.txt", "\n \n", "contains no prompt"),
+        ("p.jsonl", '{"text": "a"}\n{"query": "b"}', "line 2"),
         ("p.jsonl", '{"text": "a"}\n\n{"text": ', "line 3"),
         ("p.jsonl", '["a"]', "line 1"),
         ("p.jsonl", '"a"', "line 1"),
@@ -75,7 +75,7 @@ def test_a_prompt_file_that_cannot_be_used_is_refused_by_line(
     assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_prompt_file_that_is_missing_or_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_prompt_file_that_is_missing_or_not_text_is_refused(tmp_path: Path) -> None:
     for path, reason in ((tmp_path / "nowhere.txt", "No such file or directory"), (tmp_path, "Is a directory")):
         with pytest.raises(ConfigError) as caught:
             read_examples(path)
@@ -89,11 +89,11 @@ def test_a_prompt_file_that_is_missing_or_no_text_is_refused(tmp_path: Path) -> 
 
 def test_the_key_of_a_prompt_can_be_named(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
-    path.write_text('{"ask": "a red circle", "text": "OPEN"}')
-    assert read_examples(path, "ask") == [Example("a red circle", {"text": "OPEN"})]
+    path.write_text('{"query": "a red circle", "text": "OPEN"}')
+    assert read_examples(path, "query") == [Example("a red circle", {"text": "OPEN"})]
 
 
-def test_without_a_name_the_key_of_a_prompt_is_one_of_the_usual_ones(tmp_path: Path) -> None:
+def test_without_a_name_the_key_of_a_prompt_is_one_of_the_default_ones(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a"}\n{"caption": "b", "target": 1}\n{"text": "c", "prompt": "d"}')
     assert [(e.text, dict(e.metadata)) for e in read_examples(path)] == [
@@ -104,24 +104,24 @@ def test_without_a_name_the_key_of_a_prompt_is_one_of_the_usual_ones(tmp_path: P
         read_examples(path)
 
 
-def test_broken_lines_are_left_out_and_named_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_broken_lines_are_left_out_and_named_when_skipping(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
-    path.write_text('{"text": "a"}\n{"text": \n\n{"ask": "b"}\n{"text": "c"}')
+    path.write_text('{"text": "a"}\n{"text": \n\n{"query": "b"}\n{"text": "c"}')
     skipped: list[str] = []
     assert [e.text for e in read_examples(path, skipped=skipped)] == ["a", "c"]
     assert [f"{path}, line {n}:" in line for n, line in zip((2, 4), skipped, strict=True)] == [True, True]
-    path.write_text('{"ask": "b"}')
-    with pytest.raises(ConfigError, match="holds no prompt"):
+    path.write_text('{"query": "b"}')
+    with pytest.raises(ConfigError, match="contains no prompt"):
         read_examples(path, skipped=[])
 
 
-def test_a_text_of_blanks_is_no_prompt(tmp_path: Path) -> None:
+def test_a_blank_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"text": "a"}\n{"text": " "}')
-    # Prompts that are trained on may be skipped, held-out ones may not.
-    with pytest.raises(ConfigError, match=r'^data\.prompts: .*line 2.*not empty.*set data\.on_error = "skip"$'):
+    # Training prompts may be skipped; held-out prompts may not.
+    with pytest.raises(ConfigError, match=r'^data\.prompts: .*line 2.*non-empty.*set data\.on_error = "skip"$'):
         read_examples(path, key="data.prompts")
-    with pytest.raises(ConfigError, match=r"^evaluate\.prompts: .*line 2.*not empty, found .*$") as caught:
+    with pytest.raises(ConfigError, match=r"^evaluate\.prompts: .*line 2.*non-empty string, found .*$") as caught:
         read_examples(path, key="evaluate.prompts")
     assert "data.on_error" not in str(caught.value)
     assert [e.text for e in read_examples(path, skipped=[])] == ["a"]
@@ -129,7 +129,7 @@ def test_a_text_of_blanks_is_no_prompt(tmp_path: Path) -> None:
 
 @pytest.fixture
 def table(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a .parquet file of these columns."""
+    """A function that writes columns to a .parquet file."""
     pyarrow = pytest.importorskip("pyarrow", reason="needs the extra parquet")
 
     def write(**columns: list[Any]) -> Path:
@@ -151,20 +151,20 @@ def test_prompts_of_a_parquet_file_bring_its_plain_columns_as_metadata(table: Ca
     assert [example.place for example in found] == [f"{path}, row 0", f"{path}, row 1"]
 
 
-def test_the_column_of_a_parquet_file_is_named_where_it_is_not_clear(table: Callable[..., Path]) -> None:
+def test_the_column_of_a_parquet_file_must_be_named_if_it_is_ambiguous(table: Callable[..., Path]) -> None:
     path = table(caption=["a"], text=["b"])
-    with pytest.raises(ConfigError, match=r"data\.prompt_column: .*has caption and text; say which"):
+    with pytest.raises(ConfigError, match=r"data\.prompt_column: .*has caption and text; name the one"):
         read_examples(path)
     assert read_examples(path, "caption") == [Example("a", {"text": "b"})]
-    with pytest.raises(ConfigError, match=r"has no title; what is there: caption, text"):
+    with pytest.raises(ConfigError, match=r"has no title; found: caption, text"):
         read_examples(path, "title")
-    with pytest.raises(ConfigError, match=r"has no prompt, caption or text; what is there: title"):
+    with pytest.raises(ConfigError, match=r"has no prompt, caption or text; found: title"):
         read_examples(table(title=["a"]))
 
 
 def test_rows_of_a_parquet_file_without_a_text_are_named(table: Callable[..., Path]) -> None:
     path, skipped = table(text=["a", None, "c"]), []
-    with pytest.raises(ConfigError, match=r"p\.parquet, row 1: expected a string .*not empty as text, found None"):
+    with pytest.raises(ConfigError, match=r"p\.parquet, row 1: expected a non-empty string as text, found None"):
         read_examples(path)
     assert [e.text for e in read_examples(path, skipped=skipped)] == ["a", "c"] and len(skipped) == 1
 

@@ -1,4 +1,4 @@
-"""The kernel distance between two sets of images' features."""
+"""The kernel distance between the features of two sets of images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_equal_images_have_no_distance() -> None:
     assert kernel_distance(x, x) == pytest.approx((0, 0, 0), abs=1e-9)
 
 
-def test_the_same_distribution_is_near_zero_and_another_one_far() -> None:
+def test_equal_distributions_have_a_distance_near_zero_and_others_a_large_one() -> None:
     x = normal(300, 0)
     same, low, high = kernel_distance(x, normal(300, 1))
     assert low < same < high and abs(same) < 0.05
@@ -40,20 +40,20 @@ def test_the_same_distribution_is_near_zero_and_another_one_far() -> None:
     assert low > 0.2 and low < moved < high
 
 
-def test_prompts_are_drawn_with_all_of_their_images() -> None:
-    # The change is the prompt's own, so three images of each tell hardly more than one: repeated draws show it.
+def test_prompts_are_resampled_with_all_of_their_images() -> None:
+    # The change depends on the prompt, so three images of each add little information: repeated samples show it.
     def sets(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         before = torch.cat([normal(40, 3 * seed + i) for i in range(3)])
         return before, before + (0.5 * normal(40, 1000 + seed) + 0.5).repeat(3, 1)
 
     found = torch.tensor([kernel_distance(*sets(seed), prompts=40, samples=100) for seed in range(30)])
-    told = (found[:, 2] - found[:, 1]) / 3.92
-    assert 0.7 < float(told.mean() / found[:, 0].std()) < 1.4
+    errors = (found[:, 2] - found[:, 1]) / 3.92
+    assert 0.7 < float(errors.mean() / found[:, 0].std()) < 1.4
     rows = torch.tensor([kernel_distance(*sets(seed), samples=100) for seed in range(5)])
-    assert float(((rows[:, 2] - rows[:, 1]) / 3.92 / told[:5]).mean()) < 0.85
+    assert float(((rows[:, 2] - rows[:, 1]) / 3.92 / errors[:5]).mean()) < 0.85
 
 
-def test_images_of_one_prompt_are_no_pair() -> None:
+def test_images_of_one_prompt_are_not_paired() -> None:
     x, y = normal(3, 0), normal(3, 1)
     # Rows that are the same image twice add nothing.
     assert kernel_distance(x.repeat(2, 1), y.repeat(2, 1), prompts=3)[0] == pytest.approx(kernel_distance(x, y)[0])
@@ -61,14 +61,14 @@ def test_images_of_one_prompt_are_no_pair() -> None:
         kernel_distance(x, y, prompts=4)
 
 
-def test_where_the_features_begin_and_their_unit_do_not_matter() -> None:
+def test_offset_and_scale_of_the_features_do_not_matter() -> None:
     x, y = normal(40, 0), normal(40, 1) + 0.5
     assert kernel_distance(7 * x + torch.arange(6.0), 7 * y + torch.arange(6.0)) == pytest.approx(
         kernel_distance(x, y), rel=1e-4
     )
 
 
-def test_it_repeats_and_touches_no_global_chance() -> None:
+def test_it_is_deterministic_and_leaves_the_global_rng_alone() -> None:
     state = torch.get_rng_state()
     assert kernel_distance(normal(9, 0), normal(9, 1)) == kernel_distance(normal(9, 0), normal(9, 1))
     assert torch.equal(torch.get_rng_state(), state)

@@ -76,7 +76,7 @@ class Noisy(Sampler):
 
 
 class Brightness(Reward):
-    """The mean of the image; what an example calls dark cannot be scored."""
+    """The mean of the image; an example with "dark" in its metadata cannot be scored."""
 
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
         valid = torch.tensor(["dark" not in example.metadata for example in examples])
@@ -100,7 +100,7 @@ def test_a_part_that_is_given_only_before_training_is_not_compared() -> None:
         values = {(1, "reward"): torch.rand(6)} | {(1, name): part for name, part in parts.items()}
         return Measurement(values, torch.zeros(0, 1, 3, 4, 4, dtype=torch.uint8))
 
-    rows = compare(measured(judge=torch.rand(6), yes=torch.rand(6)), measured(judge=torch.full((6,), torch.nan)))
+    rows = compare(measured(score=torch.rand(6), yes=torch.rand(6)), measured(score=torch.full((6,), torch.nan)))
     assert [row.reward for row in rows] == ["reward"]
 
 
@@ -130,7 +130,7 @@ def test_evaluation_leaves_the_global_generator_and_the_sampler_alone() -> None:
     assert sampler.num_steps == 3
 
 
-def test_one_step_gives_what_the_policy_predicts_from_the_seeded_noise() -> None:
+def test_one_step_gives_the_prediction_from_the_seeded_noise() -> None:
     noise = seeded_noises((3, 4, 4), 1, [(5, 2)])[:, 0]
     clean = noise / 2 + 0.03
     expected = ((clean / 2 + 0.5).clamp(0, 1) * 255).round().mean() / 255
@@ -144,7 +144,7 @@ def test_the_first_images_are_kept_for_the_grid() -> None:
     assert torch.equal(measure(steps=[1, 2], size=1).images, found)
 
 
-def test_a_brighter_model_is_seen_prompt_by_prompt() -> None:
+def test_a_brighter_model_is_measured_prompt_by_prompt() -> None:
     rows = compare(measure(), measure(brightness=0.2))
     assert [(row.num_steps, row.reward) for row in rows[:2]] == [(1, "reward"), (1, "brightness")]
     for row in rows:
@@ -163,7 +163,7 @@ def test_an_image_that_cannot_be_scored_is_left_out_of_both_sides() -> None:
     assert row.before == pytest.approx(float(before.values[1, "reward"][:3].mean()))
 
 
-def test_nothing_scored_gives_no_row() -> None:
+def test_without_scores_there_is_no_row() -> None:
     examples = [Example("night", {"dark": True})]
     assert compare(evaluate(Toy(), Noisy(), REWARDS, examples, [1], 5, 4)) == []
 
@@ -184,7 +184,7 @@ def test_the_interval_agrees_with_the_normal_one_for_many_prompts() -> None:
     assert high == pytest.approx(difference + half, abs=0.1 * half)
 
 
-def test_the_bootstrap_repeats_and_touches_no_global_chance() -> None:
+def test_the_bootstrap_is_deterministic_and_leaves_the_global_rng_alone() -> None:
     before, after, state = torch.rand(9), torch.rand(9), torch.get_rng_state()
     assert bootstrap(before, after) == bootstrap(before, after)
     assert bootstrap(before, after) != bootstrap(before, after, seed=1)

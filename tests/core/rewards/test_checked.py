@@ -1,4 +1,4 @@
-"""How one reward is asked: again when it fails for a while, and held to its contract."""
+"""One wrapped reward: retries, validation of its output, and copies of its inputs."""
 
 from __future__ import annotations
 
@@ -13,79 +13,79 @@ from alignkit.interfaces import Reward
 from alignkit.records import Example, Scores
 from alignkit.rewards.checked import Scoring
 from alignkit.rewards.weighted import WeightedRewards
-from scoring_fixtures import EXAMPLES, IMAGES, Judge, Slow, loaded
+from scoring_fixtures import EXAMPLES, IMAGES, Flaky, Slow, loaded
 
-# what passes is tried again
-
-
-def test_a_failure_that_passes_changes_nothing_but_the_time(waits: list[float]) -> None:
-    judge = Judge(fail=[1, 2])
-    scores = loaded(judge, Scoring(retry_seconds=0.5)).score(IMAGES, EXAMPLES, 6)
-    assert torch.equal(scores.values, loaded(Judge(), Scoring()).score(IMAGES, EXAMPLES, 6).values)
-    assert judge.asked == 3 and waits == [0.5, 1.0]
+# transient failures are retried
 
 
-@pytest.mark.parametrize("reward", [Judge, Slow])
-def test_a_reward_that_never_answers_is_named_after_a_bounded_number_of_tries(
-    waits: list[float], reward: type[Judge]
+def test_a_transient_failure_changes_nothing_but_the_time(waits: list[float]) -> None:
+    reward = Flaky(fail=[1, 2])
+    scores = loaded(reward, Scoring(retry_seconds=0.5)).score(IMAGES, EXAMPLES, 6)
+    assert torch.equal(scores.values, loaded(Flaky(), Scoring()).score(IMAGES, EXAMPLES, 6).values)
+    assert reward.calls == 3 and waits == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("kind", [Flaky, Slow])
+def test_a_reward_that_keeps_failing_is_named_after_a_bounded_number_of_attempts(
+    waits: list[float], kind: type[Flaky]
 ) -> None:
-    judge = reward(fail=range(100))
-    with pytest.raises(TransientError, match=r"^reward 'judge' did not answer, asked 4 times in 7 seconds: connection"):
-        loaded(judge, Scoring(retries=3)).score(IMAGES, EXAMPLES, 6)
-    assert judge.asked == 4 and waits == [1.0, 2.0, 4.0]
+    reward = kind(fail=range(100))
+    with pytest.raises(TransientError, match=r"^reward 'flaky' failed after 4 attempts in 7 seconds: connection"):
+        loaded(reward, Scoring(retries=3)).score(IMAGES, EXAMPLES, 6)
+    assert reward.calls == 4 and waits == [1.0, 2.0, 4.0]
 
 
-def test_a_reward_that_hangs_is_asked_no_more_once_the_time_is_up(waits: list[float]) -> None:
-    class Hangs(Judge):
+def test_a_reward_that_hangs_is_not_retried_after_the_time_limit(waits: list[float]) -> None:
+    class Hangs(Flaky):
         def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor | Scores:
             waits.append(120)
             return super().__call__(images, examples)
 
-    with pytest.raises(TransientError, match="did not answer, asked 3 times in 363 seconds"):
+    with pytest.raises(TransientError, match="failed after 3 attempts in 363 seconds"):
         loaded(Hangs(fail=range(100)), Scoring()).score(IMAGES, EXAMPLES, 6)
     assert waits == [120, 1, 120, 2, 120]
-    with pytest.raises(TransientError, match="did not answer, asked once"):
+    with pytest.raises(TransientError, match="failed after 1 attempt: connection refused"):
         loaded(Hangs(fail=range(100)), Scoring(retry_limit=120)).score(IMAGES, EXAMPLES, 6)
 
 
-def test_one_second_is_told_as_one(waits: list[float]) -> None:
-    with pytest.raises(TransientError, match="did not answer, asked 2 times in 1 second: connection refused"):
-        loaded(Judge(fail=range(100)), Scoring(retries=1)).score(IMAGES, EXAMPLES, 6)
+def test_one_second_is_singular_in_the_message(waits: list[float]) -> None:
+    with pytest.raises(TransientError, match="failed after 2 attempts in 1 second: connection refused"):
+        loaded(Flaky(fail=range(100)), Scoring(retries=1)).score(IMAGES, EXAMPLES, 6)
 
 
-def test_what_does_not_pass_is_not_tried_again(waits: list[float]) -> None:
-    class Broken(Judge):
+def test_other_failures_are_not_retried(waits: list[float]) -> None:
+    class Broken(Flaky):
         def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
-            self.asked += 1
+            self.calls += 1
             raise ValueError("no JSON: I would rather talk about ships")
 
-    judge = Broken()
-    told = "reward 'judge' failed while scoring image 0, 'prompt 0': ValueError: no JSON"
-    with pytest.raises(PluginError, match=told):
-        loaded(judge, Scoring()).score(IMAGES, EXAMPLES, 6)
-    assert judge.asked == 2 and waits == []  # the second time to find the image
+    reward = Broken()
+    message = "reward 'flaky' failed while scoring image 0, 'prompt 0': ValueError: no JSON"
+    with pytest.raises(PluginError, match=message):
+        loaded(reward, Scoring()).score(IMAGES, EXAMPLES, 6)
+    assert reward.calls == 2 and waits == []  # the second time to find the image
 
 
-# numbers that are none
+# scores that are not finite
 
 
-def test_a_score_that_is_no_number_is_refused_or_left_out_by_choice() -> None:
+def test_a_score_that_is_not_finite_is_refused_or_skipped() -> None:
     class Odd(Reward):
         def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
             return images.mean((1, 2, 3)).index_fill(0, torch.tensor([2]), torch.nan)
 
-    told: list[str] = []
+    warnings: list[str] = []
     with pytest.raises(PluginError, match=r"'odd' returned nan for image 2, 'prompt 2'.*scoring\.on_error"):
         loaded(Odd(), Scoring(), "odd").score(IMAGES, EXAMPLES, 6)
-    scores = loaded(Odd(), Scoring(on_error="skip", warn=told.append), "odd").score(IMAGES, EXAMPLES, 6)
+    scores = loaded(Odd(), Scoring(on_error="skip", warn=warnings.append), "odd").score(IMAGES, EXAMPLES, 6)
     assert scores.valid.tolist() == [True, True, False, True, True, True]
     assert list(scores.reasons) == ["", "", "odd: its score is not finite", "", "", ""]
     assert scores.values.isnan().tolist() == (~scores.valid).tolist()
-    assert len(told) == 1 and "'odd'" in told[0]
+    assert len(warnings) == 1 and "'odd'" in warnings[0]
 
 
-def test_an_image_that_is_not_scored_has_no_gradient_and_spoils_none() -> None:
-    """The root is of a number below 0 for one image: its score is masked, and without more its gradient is NaN."""
+def test_an_image_that_is_not_scored_gets_no_gradient_and_affects_no_other() -> None:
+    """One image takes the root of a negative number: masking its score alone would leave its gradient NaN."""
 
     class Root(Reward):
         differentiable = True
@@ -101,8 +101,8 @@ def test_an_image_that_is_not_scored_has_no_gradient_and_spoils_none() -> None:
     assert bool(images.grad.isfinite().all())
 
 
-def test_what_a_reward_writes_into_metadata_reaches_no_other() -> None:
-    class Counting(Judge):
+def test_a_reward_that_modifies_metadata_affects_no_other() -> None:
+    class Counting(Flaky):
         def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor | Scores:
             for example in examples:
                 assert "seen" not in example.metadata and example.metadata["deep"] == [1]

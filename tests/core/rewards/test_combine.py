@@ -1,4 +1,4 @@
-"""Several rewards as one: statistics against direct computations, and a floor that holds."""
+"""Combining rewards: statistics against direct computations, and lower bounds that are kept."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def scores(a: Tensor, b: Tensor, weights: tuple[float, float] = (1.0, 0.2)) -> S
     return Scores(weights[0] * a + weights[1] * b, valid, {"a": a, "b": b})
 
 
-def drawn(seed: int, count: int = 40, spread: float = 0.01) -> Scores:
+def sampled(seed: int, count: int = 40, spread: float = 0.01) -> Scores:
     generator = torch.Generator().manual_seed(seed)
     return scores(22 + torch.randn(count, generator=generator), spread * torch.randn(count, generator=generator))
 
@@ -46,31 +46,31 @@ def test_statistics_of_parts_together_are_those_of_the_whole() -> None:
     values[7] = torch.nan
     together = Statistics()
     for part in values.split(9):
-        together = together.with_(Statistics.of(part))
+        together = together.merged(Statistics.of(part))
     known = values[~values.isnan()]
     assert together.count == 49
     assert together.mean == pytest.approx(float(known.mean()), rel=1e-12)
     assert together.std == pytest.approx(float(known.std(correction=0)), rel=1e-9)
-    assert Statistics().with_(Statistics()) == Statistics.of(torch.tensor([torch.nan])) == Statistics()
+    assert Statistics().merged(Statistics()) == Statistics.of(torch.tensor([torch.nan])) == Statistics()
 
 
-def test_the_plain_sum_is_the_very_sum() -> None:
-    combination, found = Combination([A, B], ScoringConfig()), drawn(0)
+def test_the_plain_sum_is_passed_through() -> None:
+    combination, found = Combination([A, B], ScoringConfig()), sampled(0)
     assert combination.values(found) is found.values
     assert list(combination.terms(found)) == [""]
     assert rounds(combination, found) == {} and combination.values(found) is found.values
 
 
-def test_only_what_was_seen_is_the_measure_of_the_first_scores() -> None:
-    combination, both = Combination([A, B], ScoringConfig(combine="normalised")), drawn(0)
+def test_the_first_scores_are_normalised_by_those_that_were_seen() -> None:
+    combination, both = Combination([A, B], ScoringConfig(combine="normalised")), sampled(0)
     own = both.select(slice(20))
     combination.see(own)
     expected = z_score(both.parts["a"], own.parts["a"]) + 0.2 * z_score(both.parts["b"], own.parts["b"])
     torch.testing.assert_close(combination.values(both), expected, atol=4e-3, rtol=0)
 
 
-def test_normalised_scores_are_z_scores_and_weights_then_weigh_what_they_say() -> None:
-    combination, first = Combination([A, B], ScoringConfig(combine="normalised")), drawn(0)
+def test_normalised_scores_are_weighted_z_scores() -> None:
+    combination, first = Combination([A, B], ScoringConfig(combine="normalised")), sampled(0)
     expected = z_score(first.parts["a"]) + 0.2 * z_score(first.parts["b"])
     torch.testing.assert_close(combination.values(first), expected, atol=2e-3, rtol=0)
     assert float(torch.corrcoef(torch.stack([first.values, first.parts["b"]]))[0, 1].abs()) < 0.2
@@ -78,9 +78,9 @@ def test_normalised_scores_are_z_scores_and_weights_then_weigh_what_they_say() -
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
 
 
-def test_the_scale_stays_as_it_is_within_a_round_and_takes_all_of_it_into_the_next() -> None:
+def test_the_scale_is_constant_within_a_round_and_updated_by_all_of_it() -> None:
     combination = Combination([A, B], ScoringConfig(combine="normalised", statistics_decay=1.0))
-    one, other = drawn(0), drawn(1, spread=0.1)
+    one, other = sampled(0), sampled(1, spread=0.1)
     before = combination.values(one)
     combination.see(one)
     assert torch.equal(combination.values(one), before)
@@ -95,7 +95,7 @@ def test_the_scale_stays_as_it_is_within_a_round_and_takes_all_of_it_into_the_ne
     torch.testing.assert_close(alone, of_a + 0.2 * z_score(both), atol=2e-3, rtol=0)
 
 
-def test_a_decay_forgets() -> None:
+def test_decay_forgets_old_scores() -> None:
     combination = Combination([A, B], ScoringConfig(combine="normalised", statistics_decay=0.5))
     a = torch.tensor([0.0, 1.0])
     rounds(combination, scores(a, a), *[scores(a + 100, a)] * 30)
@@ -103,7 +103,7 @@ def test_a_decay_forgets() -> None:
     assert combination._running["a"].count == pytest.approx(4, abs=1e-6)  # 2 / (1 - 0.5)
 
 
-def test_what_could_not_be_scored_enters_no_statistics_and_stays_nan() -> None:
+def test_an_image_that_could_not_be_scored_enters_no_statistics_and_stays_nan() -> None:
     combination = Combination([A, B], ScoringConfig(combine="normalised"))
     a, b = torch.tensor([1.0, torch.nan, 3.0]), torch.tensor([1.0, 2.0, 3.0])
     found = combination.values(scores(a, b))
@@ -116,7 +116,7 @@ def test_a_constant_reward_adds_nothing() -> None:
     torch.testing.assert_close(combination.values(scores(a, torch.full((3,), 0.1))), z_score(a), atol=1e-4, rtol=0)
 
 
-def test_normalising_scales_the_gradient_and_bends_nothing() -> None:
+def test_normalising_scales_the_gradient_and_keeps_its_direction() -> None:
     combination = Combination([A, B], ScoringConfig(combine="normalised"))
     a = torch.tensor([1.0, 2.0, 4.0], requires_grad=True)
     combination.values(scores(a, a * 3)).sum().backward()
@@ -124,11 +124,11 @@ def test_normalising_scales_the_gradient_and_bends_nothing() -> None:
     torch.testing.assert_close(a.grad, torch.full((3,), 1 / spread + 0.2 / spread), rtol=1e-4, atol=0)
 
 
-def test_all_processes_measure_by_the_scores_of_all() -> None:
-    other = drawn(1)
+def test_all_processes_normalise_by_the_scores_of_all() -> None:
+    other = sampled(1)
     elsewhere = {name: Statistics.of(other.parts[name]) for name in ("a", "b")}
     combination = Combination([A, B], ScoringConfig(combine="normalised"), lambda mine: [*mine, elsewhere])
-    one = drawn(0)
+    one = sampled(0)
     both = {name: torch.cat([one.parts[name], other.parts[name]]) for name in ("a", "b")}
     expected = z_score(one.parts["a"], both["a"]) + 0.2 * z_score(one.parts["b"], both["b"])
     torch.testing.assert_close(combination.values(one), expected, atol=2e-3, rtol=0)
@@ -153,7 +153,7 @@ def test_a_multiplier_follows_its_equation() -> None:
     assert rounds(combination, high, high, high)["reward/b/multiplier"] == 0  # never below
 
 
-def test_the_start_is_the_mean_of_the_first_rounds_and_holds_nothing_until_then() -> None:
+def test_the_start_is_the_mean_of_the_first_rounds_and_no_bound_until_then() -> None:
     combination = Combination([A, HELD], SCORING)
     a = torch.tensor([0.0, 1.0])
     assert rounds(combination, scores(a, torch.tensor([1.0, 2.0]))) == {}
@@ -164,8 +164,8 @@ def test_the_start_is_the_mean_of_the_first_rounds_and_holds_nothing_until_then(
 
 
 @pytest.mark.parametrize("floor", [0.75, 0.96])
-def test_a_floor_is_held_where_the_sum_alone_would_break_it(floor: float) -> None:
-    """Raise x subject to 1 - x^2 >= floor: without the multiplier x grows without end, with it the mean stays there."""
+def test_a_floor_is_kept_where_the_sum_alone_would_violate_it(floor: float) -> None:
+    """Maximise x subject to 1 - x^2 >= floor: without the multiplier x diverges, with it the mean stays there."""
 
     def climbed(rewards: list[RewardConfig]) -> float:
         combination = Combination(rewards, ScoringConfig(combine="normalised", start_rounds=1, multiplier_rate=0.5))
@@ -182,22 +182,22 @@ def test_a_floor_is_held_where_the_sum_alone_would_break_it(floor: float) -> Non
             means.append(float(1 - x.detach() ** 2))
         return sum(means[-100:]) / 100
 
-    held = climbed([A, RewardConfig("b", weight=0.0, at_least=floor)])
+    bounded = climbed([A, RewardConfig("b", weight=0.0, at_least=floor)])
     free = climbed([A, RewardConfig("b", weight=0.0)])
-    assert held == pytest.approx(floor, abs=0.02) and free < floor - 0.2
+    assert bounded == pytest.approx(floor, abs=0.02) and free < floor - 0.2
 
 
-def test_a_combination_comes_back_from_a_checkpoint_and_goes_on_as_before(tmp_path: Any) -> None:
+def test_a_combination_continues_from_a_checkpoint(tmp_path: Any) -> None:
     first, second = Combination([A, HELD], SCORING), Combination([A, HELD], SCORING)
-    rounds(first, drawn(0), drawn(1), drawn(2))
-    first.see(drawn(3))
+    rounds(first, sampled(0), sampled(1), sampled(2))
+    first.see(sampled(3))
     second.load_state_dict(load(save(tmp_path, 1, first.state_dict())))
     assert second.begin_round() == first.begin_round() != {}
-    assert torch.equal(first.values(drawn(4)), second.values(drawn(4)))
+    assert torch.equal(first.values(sampled(4)), second.values(sampled(4)))
     assert first.state_dict() == second.state_dict()
 
 
-def test_advantages_apart_get_each_reward_with_its_weight() -> None:
+def test_separate_advantages_get_each_reward_with_its_weight() -> None:
     combination = Combination([A, B], ScoringConfig(combine="advantage"))
     a, b = torch.tensor([1.0, torch.nan, 3.0]), torch.tensor([1.0, 2.0, 3.0])
     terms = combination.terms(scores(a, b))
@@ -208,13 +208,13 @@ def test_advantages_apart_get_each_reward_with_its_weight() -> None:
 @pytest.mark.parametrize(
     ("rewards", "scoring", "message"),
     [
-        ([A, B], ScoringConfig(combine="advantage"), r'scoring\.combine: found "advantage", and algorithm lasro'),
+        ([A, B], ScoringConfig(combine="advantage"), r'scoring\.combine: found "advantage", but algorithm lasro'),
         ([HELD], SCORING, r"reward\.at_least: b is the only reward"),
         ([A, HELD], ScoringConfig(), r'reward\.at_least: set for b while scoring\.combine is "sum"'),
         ([RewardConfig("a", weight=0.0)], ScoringConfig(), "every weight is 0"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(
+def test_settings_that_cannot_be_combined_are_refused(
     rewards: list[RewardConfig], scoring: ScoringConfig, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -25,7 +25,7 @@ EXAMPLES = [Example("a"), Example("bb"), Example("ccc")]
 
 @pytest.fixture(autouse=True)
 def _own_registry(plugins: Any) -> None:
-    """What a test decorates is forgotten behind it."""
+    """Unregister the functions that a test registers."""
 
 
 def redness(images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -45,7 +45,7 @@ def test_a_function_becomes_a_reward_under_its_name() -> None:
     torch.testing.assert_close(made(IMAGES, ["a", "b", "c"]), IMAGES[:, 0].mean((1, 2)))
 
 
-def test_it_says_what_it_is() -> None:
+def test_the_decorator_sets_the_properties_of_the_reward() -> None:
     made = alignkit.reward(name="red", differentiable=True, bounds=(0.0, 1.0), deterministic=False)(redness)
     assert (made.differentiable, made.bounds, made.deterministic) == (True, (0.0, 1.0), False)
     check_reward(made)
@@ -53,11 +53,11 @@ def test_it_says_what_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    "answer",
+    "function",
     [lambda i, p: [len(x) for x in p], lambda i, p: np.array([1, 2, 3]), lambda i, p: torch.tensor([1, 2, 3])],
 )
-def test_prompts_are_texts_and_answers_any_numbers(answer: Any) -> None:
-    made = alignkit.reward(name="lengths")(answer)
+def test_prompts_are_texts_and_results_any_numbers(function: Any) -> None:
+    made = alignkit.reward(name="lengths")(function)
     assert WeightedRewards([("lengths", 1.0, made)])(IMAGES, EXAMPLES).values.tolist() == [1, 2, 3]
 
 
@@ -66,7 +66,7 @@ def test_scores_pass_through() -> None:
     assert WeightedRewards([("first", 1.0, made)])(IMAGES, EXAMPLES).valid.tolist() == [True, False, False]
 
 
-def test_what_is_no_number_is_told_with_the_function() -> None:
+def test_a_result_that_is_not_a_number_is_reported_with_the_function() -> None:
     made = alignkit.reward(name="wordy")(lambda i, p: "many")
     with pytest.raises(PluginError, match=rf"reward 'wordy' \(plugin alignkit.reward of {__name__}\) returned str"):
         WeightedRewards([("wordy", 1.0, made)])(IMAGES, EXAMPLES)
@@ -76,7 +76,7 @@ def test_defining_it_again_replaces_it_and_an_installed_name_is_refused() -> Non
     alignkit.reward(redness)
     again = alignkit.reward(redness)
     assert default_registry().get("reward", "redness") is type(again)
-    with pytest.raises(AlignkitError, match="reward clip_score is brought by plugin alignkit_rewards of"):
+    with pytest.raises(AlignkitError, match="reward clip_score is already registered by plugin alignkit_rewards of"):
         alignkit.reward(name="clip_score")(redness)
     with pytest.raises(AlignkitError, match="found the name '<lambda>', expected snake_case"):
         alignkit.reward(lambda images, prompts: images)
@@ -91,7 +91,7 @@ def test_a_run_trains_with_it_and_resumes(tiny_run: Any) -> None:
     assert_a_stopped_run_ends_with_the_same_bits(tiny_run, settings)
 
 
-def test_the_decorator_brings_no_torch() -> None:
+def test_the_decorator_does_not_import_torch() -> None:
     code = "import alignkit, sys; alignkit.reward(name='r')(lambda i, p: p); print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"

@@ -1,4 +1,4 @@
-"""Slow rewards: asked in a thread of their own, in order, and let go."""
+"""Slow rewards: scored in a thread of their own, in order, and released."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from alignkit.errors import AlignkitError, PluginError, TransientError
 from alignkit.records import Example, Scores
 from alignkit.rewards.checked import Scoring
 from alignkit.rewards.weighted import WeightedRewards
-from scoring_fixtures import EXAMPLES, IMAGES, Judge, Slow, loaded
+from scoring_fixtures import EXAMPLES, IMAGES, Flaky, Slow, loaded
 
 
-def test_a_process_ends_while_a_slow_reward_still_answers() -> None:
+def test_a_process_ends_while_a_slow_reward_is_still_scoring() -> None:
     program = """
 import time, torch
 from alignkit.rewards import worker
@@ -42,8 +42,8 @@ WeightedRewards([("slow", 1.0, Slow()), ("broken", 1.0, Broken())]).score(torch.
     assert ended.returncode == 1 and "reward 'broken' failed" in ended.stderr
 
 
-def test_a_process_does_not_wait_for_a_slow_reward_that_rests() -> None:
-    """Never closed, it waits for its next call when the process ends, which must not cost `PATIENCE`."""
+def test_a_process_does_not_wait_for_an_idle_slow_reward() -> None:
+    """Its thread was never closed and waits for a call when the process ends, which must not take `PATIENCE`."""
     program = """
 import atexit, time, torch
 ends = []
@@ -64,12 +64,12 @@ ends.append(time.monotonic())
     assert ended.stdout == "True\n", ended.stderr
 
 
-def test_images_are_let_go_once_they_are_scored_and_a_closed_reward_is_opened_again() -> None:
+def test_images_are_freed_once_they_are_scored_and_a_closed_reward_reopens() -> None:
     rewards = loaded(Slow(fail=[2]), Scoring(retry_seconds=0.01))
     images = IMAGES.clone()
-    (asked,) = rewards._members
+    (member,) = rewards._members
     held = weakref.ref(images)
-    asked.begin(images, EXAMPLES).result()
+    member.begin(images, EXAMPLES).result()
     del images
     for _ in range(100):
         gc.collect()
@@ -78,13 +78,13 @@ def test_images_are_let_go_once_they_are_scored_and_a_closed_reward_is_opened_ag
         time.sleep(0.05)
     assert held() is None
     rewards.close()
-    # Asked where one stands, it is tried again as if it had never been closed; and so it is in a thread anew.
-    assert asked(IMAGES, EXAMPLES).valid.all()
-    assert asked.begin(IMAGES, EXAMPLES).result().valid.all()
+    # It retries as if it had never been closed, in this thread and in a new one.
+    assert member(IMAGES, EXAMPLES).valid.all()
+    assert member.begin(IMAGES, EXAMPLES).result().valid.all()
     rewards.close()
 
 
-def test_a_slow_reward_that_was_let_go_is_not_asked_again() -> None:
+def test_a_slow_reward_is_not_retried_once_it_is_closed() -> None:
     begun, ended = threading.Event(), threading.Event()
 
     class Away(Slow):
@@ -93,21 +93,21 @@ def test_a_slow_reward_that_was_let_go_is_not_asked_again() -> None:
             raise TransientError("connection refused")
 
     rewards = WeightedRewards([("away", 1.0, Away())], scoring=Scoring(retries=3, retry_seconds=600, retry_limit=6000))
-    (asked,) = rewards._members
-    answer = asked.begin(IMAGES, EXAMPLES)
-    answer.add_done_callback(lambda _: ended.set())
+    (member,) = rewards._members
+    scores = member.begin(IMAGES, EXAMPLES)
+    scores.add_done_callback(lambda _: ended.set())
     assert begun.wait(60)
     rewards.close()
-    assert ended.wait(60) and isinstance(answer.exception(), TransientError)
+    assert ended.wait(60) and isinstance(scores.exception(), TransientError)
 
 
-def test_slow_rewards_answer_while_the_next_chunk_is_made_and_while_others_answer() -> None:
-    """Each waits until the others have begun and the last chunk is made: in turn they would wait for ever."""
+def test_slow_rewards_score_while_the_next_chunk_is_made_and_other_rewards_score() -> None:
+    """Each waits until the other has begun and the last chunk is made, so sequential scoring would deadlock."""
     everything_made, both_begun = threading.Event(), threading.Barrier(2, timeout=60)
 
     class Waiting(Slow):
         def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor | Scores:
-            if not self.asked:
+            if not self.calls:
                 assert everything_made.wait(60)
                 both_begun.wait()
             return super().__call__(images, examples)
@@ -117,9 +117,9 @@ def test_slow_rewards_answer_while_the_next_chunk_is_made_and_while_others_answe
             yield IMAGES[i : i + 2], EXAMPLES[i : i + 2]
         everything_made.set()
 
-    rewards = WeightedRewards([("a", 1.0, Waiting()), ("b", 0.5, Waiting()), ("c", 1.0, Judge())])
+    rewards = WeightedRewards([("a", 1.0, Waiting()), ("b", 0.5, Waiting()), ("c", 1.0, Flaky())])
     found = rewards.score_each(chunks())
-    plain = WeightedRewards([("a", 1.0, Judge()), ("b", 0.5, Judge()), ("c", 1.0, Judge())])
+    plain = WeightedRewards([("a", 1.0, Flaky()), ("b", 0.5, Flaky()), ("c", 1.0, Flaky())])
     expected = plain.score(IMAGES, EXAMPLES, 2)
     assert torch.equal(torch.cat([s.values for s in found]), expected.values)
     for name, values in expected.parts.items():
@@ -127,7 +127,7 @@ def test_slow_rewards_answer_while_the_next_chunk_is_made_and_while_others_answe
     rewards.close()
 
 
-def test_a_slow_reward_is_asked_in_order_one_call_at_a_time_without_gradient_and_autocast() -> None:
+def test_a_slow_reward_scores_in_order_one_call_at_a_time_without_gradient_and_autocast() -> None:
     seen: list[str] = []
     inside = threading.Lock()
 
@@ -146,7 +146,7 @@ def test_a_slow_reward_is_asked_in_order_one_call_at_a_time_without_gradient_and
     assert seen == [e.text for e in EXAMPLES]
 
 
-def test_without_overlap_and_with_a_gradient_a_slow_reward_is_asked_where_one_stands() -> None:
+def test_without_overlap_or_with_a_gradient_a_slow_reward_scores_in_the_calling_thread() -> None:
     threads: set[threading.Thread] = set()
 
     class Here(Slow):
@@ -162,7 +162,7 @@ def test_without_overlap_and_with_a_gradient_a_slow_reward_is_asked_where_one_st
 
 @pytest.mark.parametrize("slow", [True, False])
 def test_messages_count_images_over_the_chunks_of_a_call(slow: bool) -> None:
-    class Picky(Slow if slow else Judge):  # type: ignore[misc]
+    class Picky(Slow if slow else Flaky):  # type: ignore[misc]
         def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
             if any(e.text == "prompt 5" for e in examples):
                 raise ValueError("not this one")
@@ -174,12 +174,12 @@ def test_messages_count_images_over_the_chunks_of_a_call(slow: bool) -> None:
     rewards.close()
 
 
-def test_behind_a_failure_a_slow_reward_is_not_asked_for_the_rest(waits: list[float]) -> None:
+def test_after_a_failure_a_slow_reward_does_not_score_the_rest(waits: list[float]) -> None:
     made = threading.Event()
 
     class Failing(Slow):
         def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor | Scores:
-            self.asked += 1
+            self.calls += 1
             made.wait(60)
             raise ValueError("gone")
 
@@ -189,9 +189,9 @@ def test_behind_a_failure_a_slow_reward_is_not_asked_for_the_rest(waits: list[fl
         made.set()
         raise AlignkitError("the decoder broke")
 
-    judge = Failing()
-    rewards = loaded(judge, Scoring())
+    reward = Failing()
+    rewards = loaded(reward, Scoring())
     with pytest.raises(AlignkitError, match="decoder"):
         rewards.score_each(chunks())
     rewards.close()
-    assert judge.asked <= 2
+    assert reward.calls <= 2

@@ -19,7 +19,7 @@ IMAGES = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
 class Given(Reward):
-    """Answers what a function answers."""
+    """A reward that returns the result of a function."""
 
     def __init__(self, function: Callable[[Tensor, Sequence[Example]], Any]) -> None:
         self.function = function
@@ -47,7 +47,7 @@ def test_the_sum_is_weighted_and_the_parts_are_raw() -> None:
     torch.testing.assert_close(scores.parts["number/half"], torch.arange(5.0) / 2)
 
 
-def test_what_a_reward_writes_into_its_images_and_examples_stays_its_own() -> None:
+def test_a_reward_that_modifies_its_images_and_examples_affects_no_other() -> None:
     def writes(images: Tensor, examples: Sequence[Example]) -> Tensor:
         values = images.mean((1, 2, 3))
         images.mul_(-1).add_(1)
@@ -65,7 +65,7 @@ def test_what_a_reward_writes_into_its_images_and_examples_stays_its_own() -> No
     assert given[1] == EXAMPLES and torch.equal(given[0], quantize(IMAGES))
 
 
-def test_a_reward_that_writes_into_its_images_before_it_fails_is_asked_again_about_the_same() -> None:
+def test_a_reward_that_modifies_its_images_and_fails_is_retried_with_the_originals() -> None:
     seen: list[Tensor] = []
 
     def fails_once(images: Tensor, examples: Sequence[Example]) -> Tensor:
@@ -86,7 +86,7 @@ def test_every_type_is_promoted_to_float32_before_it_is_weighted(dtype: torch.dt
     torch.testing.assert_close(scores.values, torch.full((5,), 0.3))
 
 
-def test_a_row_is_valid_only_if_all_rewards_say_so_and_is_nan_where_not() -> None:
+def test_a_row_is_valid_only_if_all_rewards_scored_it_and_is_nan_otherwise() -> None:
     values = torch.tensor([1.0, torch.nan, 1.0, 1.0, 1.0])
     first = Given(lambda x, e: Scores(values, ~values.isnan()))
     second = Given(lambda x, e: Scores(torch.ones(5), torch.tensor([True, True, True, False, True])))
@@ -97,7 +97,7 @@ def test_a_row_is_valid_only_if_all_rewards_say_so_and_is_nan_where_not() -> Non
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5])
-def test_why_an_image_could_not_be_scored_is_told_of_each(chunk: int) -> None:
+def test_every_image_that_could_not_be_scored_has_its_reason(chunk: int) -> None:
     def odd_ones(images: Tensor, examples: Sequence[Example]) -> Scores:
         odd = [int(e.text.split()[1]) % 2 for e in examples]
         return Scores(images.mean((1, 2, 3)), torch.tensor(odd) == 0, {}, [f"{i} is odd" if i else "" for i in odd])
@@ -117,7 +117,7 @@ def test_why_an_image_could_not_be_scored_is_told_of_each(chunk: int) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 100])
-def test_chunks_give_what_the_whole_gives_in_order_without_gradient(chunk: int) -> None:
+def test_chunks_give_the_same_scores_as_one_batch_in_order_without_gradient(chunk: int) -> None:
     seen: list[int] = []
 
     def count(images: Tensor, examples: Sequence[Example]) -> Tensor:
@@ -145,11 +145,11 @@ def test_a_part_that_only_some_chunks_have_is_nan_elsewhere() -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "message"),
+    ("output", "message"),
     [
         (torch.ones(5, 1), r"'bad' returned values of shape \(5, 1\), expected shape \(5,\)"),
         (torch.tensor(1.0), r"'bad' returned values of shape \(\), expected shape \(5,\)"),
-        (Scores(torch.ones(5), torch.ones(5) > 0, {}, ["x"]), "'bad' returned 1 reasons for 5 images, expected one"),
+        (Scores(torch.ones(5), torch.ones(5) > 0, {}, ["x"]), "'bad' returned 1 reasons, expected 5"),
         ([1.0] * 5, r"'bad' returned list, expected a tensor \(5,\) or Scores"),
         (None, "'bad' returned NoneType"),
         (Scores(torch.ones(5), torch.ones(4)), r"'bad' returned valid of shape \(4,\)"),
@@ -159,14 +159,14 @@ def test_a_part_that_only_some_chunks_have_is_nan_elsewhere() -> None:
         (torch.tensor([0, 0, 0, -torch.inf, 0]), "'bad' returned -inf for image 3, 'prompt 3'"),
     ],
 )
-def test_a_broken_contract_is_one_line_that_names_the_reward(answer: Any, message: str) -> None:
-    rewards = WeightedRewards([("fine", 1.0, Brightness()), ("bad", 1.0, Given(lambda x, e: answer))])
+def test_a_broken_contract_is_one_line_that_names_the_reward(output: Any, message: str) -> None:
+    rewards = WeightedRewards([("fine", 1.0, Brightness()), ("bad", 1.0, Given(lambda x, e: output))])
     with pytest.raises(PluginError, match=message) as caught:
         rewards.score(IMAGES, EXAMPLES, 8)
     assert "\n" not in str(caught.value)
 
 
-def test_an_exception_inside_a_reward_is_chained_and_told_in_one_line() -> None:
+def test_an_exception_inside_a_reward_is_chained_and_reported_in_one_line() -> None:
     def fail(images: Tensor, examples: Sequence[Example]) -> Tensor:
         raise KeyError("no such\nthing")
 
@@ -178,7 +178,7 @@ def test_an_exception_inside_a_reward_is_chained_and_told_in_one_line() -> None:
 
 @pytest.mark.parametrize("chunk", [2, 8])
 def test_a_reward_that_fails_is_named_with_its_plugin_and_the_image_it_fails_on(plugins: Any, chunk: int) -> None:
-    plugins.install("acme_judges", JUDGES, version="0.7")
+    plugins.install("acme_rewards", REWARDS, version="0.7")
     registry = default_registry()
 
     def message(name: str) -> str:
@@ -186,23 +186,23 @@ def test_a_reward_that_fails_is_named_with_its_plugin_and_the_image_it_fails_on(
             WeightedRewards([(name, 1.0, registry.get("reward", name)())]).score(IMAGES, EXAMPLES, chunk)
         return str(caught.value)
 
-    origin = "(plugin acme_judges of acme_judges 0.7)"
+    origin = "(plugin acme_rewards of acme_rewards 0.7)"
     raised = f"reward 'raises' {origin} failed while scoring image 3, 'prompt 3': KeyError: 'gone' ("
     assert message("raises").startswith(raised)
     assert message("nans").startswith(f"reward 'nans' {origin} returned nan for image 3, 'prompt 3', expected a")
     assert message("misshapen").startswith(f"reward 'misshapen' {origin} returned values of shape")
     crowded = message("crowded")
-    assert f"scoring {min(chunk, 5)} images together, each of which it scores alone: ValueError" in crowded
+    assert f"scoring {min(chunk, 5)} images in one batch (each alone succeeds): ValueError" in crowded
 
 
-JUDGES = """
+REWARDS = """
 from alignkit import hookimpl
 from alignkit.interfaces import Reward
 
 @hookimpl
 def register_rewards(register):
     for name in ("raises", "nans", "misshapen", "crowded"):
-        register(name, f"acme_judges:{name.capitalize()}", "help")
+        register(name, f"acme_rewards:{name.capitalize()}", "help")
 
 class Raises(Reward):
     def __call__(self, images, examples):
@@ -243,13 +243,13 @@ def test_an_error_meant_for_the_user_passes_unchanged() -> None:
 
 
 @pytest.mark.parametrize("bad", [1, 4, 9, None])
-def test_a_refused_prompt_is_told_with_its_place_and_wrong_settings_are_not(bad: int | None) -> None:
-    asked = []
+def test_a_refused_prompt_is_reported_with_its_location_and_wrong_settings_without(bad: int | None) -> None:
+    checked = []
 
     class Picky(Brightness):
         def check(self, examples: Iterable[Example]) -> None:
             given = list(examples)
-            asked.append(len(given))
+            checked.append(len(given))
             if bad is None or any(int(example.text) >= bad for example in given):
                 raise ConfigError("picky: cannot be scored")
 
@@ -258,7 +258,7 @@ def test_a_refused_prompt_is_told_with_its_place_and_wrong_settings_are_not(bad:
     where = f"p.txt, line {bad}: " if bad else ""
     with pytest.raises(ConfigError, match=f"^{where}picky: cannot be scored$"):
         rewards.check(examples)
-    assert len(asked) <= 6  # of nine; each may be a call to a server
+    assert len(checked) <= 6  # of nine; each may be a call to a server
     with pytest.raises(ConfigError, match=r"^picky: cannot be scored$"):
         rewards.check([Example("9")])
 
@@ -282,13 +282,13 @@ def test_the_gradient_of_a_reward_reaches_the_pixels() -> None:
     torch.testing.assert_close(x.grad, torch.full_like(x, 3 / 48))
 
 
-def test_quantize_gives_what_an_8_bit_file_holds() -> None:
+def test_quantize_gives_the_values_of_an_8_bit_file() -> None:
     x = torch.tensor([-0.3, 0.0, 0.4 / 255, 0.6 / 255, 0.5, 1.0, 1.7])
     torch.testing.assert_close(quantize(x) * 255, torch.tensor([0.0, 0, 0, 1, 128, 255, 255]))
     assert torch.equal(quantize(quantize(x)), quantize(x))
 
 
-def test_a_clamped_value_takes_only_the_gradient_that_leads_back() -> None:
+def test_a_clamped_value_gets_only_the_gradient_that_leads_back() -> None:
     x = torch.tensor([-0.3, -0.3, 0.5, 0.5, 1.7, 1.7], requires_grad=True)
     slope = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])
     (quantize(x) * slope).sum().backward()

@@ -207,7 +207,7 @@ def test_resuming_takes_no_other_settings(finished: Run) -> None:
         ({"sampler.num_steps": 3}, "step_weights"),
         ({"data.prompts": ""}, "data.prompts"),
         ({"data.images": ""}, "data.images"),
-        ({"data.prompts": "EMPTY"}, "holds no prompt"),
+        ({"data.prompts": "EMPTY"}, "contains no prompt"),
         ({"data.images": "nowhere"}, "data.images"),
         ({"model.teacher": ""}, "model.teacher"),
         ({"model.name": "FOLDER"}, "model_index"),

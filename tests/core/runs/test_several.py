@@ -127,7 +127,7 @@ def test_a_server_killed_in_the_middle_costs_nothing(tiny_run: MakeRun, judges: 
     with pytest.raises(TransientError) as caught:
         list(broken.train())
     assert str(caught.value) == (
-        "reward 'judge' (plugin judges of judges 1.0) did not answer, asked 5 times in 0 seconds: "
+        "reward 'judge' (plugin judges of judges 1.0) failed after 5 attempts in 0 seconds: "
         "no server at 127.0.0.1:8188 (connection refused); "
         f"go on with: alignkit train --resume {broken.folder}"
     )

@@ -57,21 +57,21 @@ def server() -> Iterator[RewardServer]:
 
 
 @pytest.fixture
-def ask(server: RewardServer) -> Iterator[Callable[..., tuple[int, dict[str, Any]]]]:
+def send(server: RewardServer) -> Iterator[Callable[..., tuple[int, dict[str, Any]]]]:
     with httpx2.Client(base_url=server.url, timeout=20, trust_env=False) as client:
 
-        def send(method: str, path: str, **content: Any) -> tuple[int, dict[str, Any]]:
+        def request(method: str, path: str, **content: Any) -> tuple[int, dict[str, Any]]:
             answer = client.request(method, path, **content)
             return answer.status_code, answer.json()
 
-        yield send
+        yield request
 
 
-Ask = Callable[..., tuple[int, dict[str, Any]]]
+Send = Callable[..., tuple[int, dict[str, Any]]]
 
 
-def test_it_says_what_it_serves(ask: Ask) -> None:
-    status, spec = ask("GET", "/spec")
+def test_the_spec_describes_the_served_reward(send: Send) -> None:
+    status, spec = send("GET", "/spec")
     assert status == 200
     assert {"protocol": 1, "name": "served", "fingerprint": MARK, "deterministic": True}.items() <= spec.items()
     assert spec["cacheable"] is False  # it has no fingerprint of its own
@@ -79,19 +79,19 @@ def test_it_says_what_it_serves(ask: Ask) -> None:
     assert spec["limits"] == {"items": 2, "bytes": 200_000, "pixels": 8192}
 
 
-def test_images_of_every_kind_of_png_are_scored(ask: Ask) -> None:
+def test_images_of_every_kind_of_png_are_scored(send: Send) -> None:
     plain = {"png": png(color=(255, 0, 0)), "text": "a"}
-    status, answer = ask("POST", "/score", json=body(plain, {**plain, "png": png(mode="RGBA", color=(255, 0, 0, 0))}))
+    status, answer = send("POST", "/score", json=body(plain, {**plain, "png": png(mode="RGBA", color=(255, 0, 0, 0))}))
     assert status == 200 and answer["fingerprint"] == MARK
     assert [item["score"] for item in answer["items"]] == [1.0, 1.0]
     grey = {"png": png(mode="L", color=51), "text": ""}
-    assert ask("POST", "/score", json=body(grey))[1]["items"] == [
+    assert send("POST", "/score", json=body(grey))[1]["items"] == [
         {"valid": True, "score": pytest.approx(0.2), "parts": {}}
     ]
 
 
 def head(width: int, height: int) -> bytes:
-    """A PNG file that claims to be of this size, and has next to nothing in it."""
+    """A PNG file whose header states this size, with almost no data."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -114,26 +114,38 @@ ONE = {"png": png(), "text": "a"}
 
 
 @pytest.mark.parametrize(
-    ("sent", "status", "told"),
+    ("sent", "status", "message"),
     [
-        ({"json": {"items": [ONE]}}, 409, "speaks protocol 1, not None"),
-        ({"json": {**body(ONE), "protocol": 2}}, 409, "speaks protocol 1, not 2"),
-        ({"json": body(ONE, fingerprint="other")}, 409, f"fingerprint is {MARK}, not other"),
-        ({"json": body()}, 400, "items is empty"),
-        ({"json": {"protocol": 1}}, 400, "items is missing, expected a list of objects"),
-        ({"json": body("x")}, 400, "items is missing, expected a list of objects"),
-        ({"json": body({"png": png()})}, 400, "an item lacks text"),
-        ({"json": body({**ONE, "metadata": 3})}, 400, "an item lacks text"),
-        ({"json": body({"text": "a"})}, 400, "lacks png, expected a PNG file in base64"),
-        ({"json": body({**ONE, "png": "/etc/passwd"})}, 400, "lacks png, expected a PNG file in base64"),
-        ({"json": body({**ONE, "png": "file:///etc/passwd"})}, 400, "lacks png, expected a PNG file in base64"),
-        ({"json": body(coded(jpeg()))}, 400, "an image is no PNG file"),
-        ({"json": body(coded(b"\x80\x04K\x01."))}, 400, "an image is no PNG file"),
+        ({"json": {"items": [ONE]}}, 409, "found protocol None, expected 1"),
+        ({"json": {**body(ONE), "protocol": 2}}, 409, "found protocol 2, expected 1"),
+        (
+            {"json": body(ONE, fingerprint="other")},
+            409,
+            f"fingerprint other, this server has {MARK}",
+        ),
+        ({"json": body()}, 400, "found no items, expected at least one"),
+        ({"json": {"protocol": 1}}, 400, "items is missing; expected a list of objects"),
+        ({"json": body("x")}, 400, "items is missing; expected a list of objects"),
+        ({"json": body({"png": png()})}, 400, "expected each item to have text"),
+        ({"json": body({**ONE, "metadata": 3})}, 400, "expected each item to have text"),
+        ({"json": body({"text": "a"})}, 400, "each item to have png, a PNG file in base64"),
+        ({"json": body({**ONE, "png": "/etc/passwd"})}, 400, "each item to have png, a PNG file in base64"),
+        (
+            {"json": body({**ONE, "png": "file:///etc/passwd"})},
+            400,
+            "each item to have png, a PNG file in base64",
+        ),
+        ({"json": body(coded(jpeg()))}, 400, "an image is not a PNG file"),
+        ({"json": body(coded(b"\x80\x04K\x01."))}, 400, "an image is not a PNG file"),
         ({"json": body(coded(head(8, 8)))}, 400, "an image cannot be read"),
-        ({"json": body(coded(head(50_000, 50_000)))}, 413, "1 images of 50000x50000, more than 8192 pixels"),
+        (
+            {"json": body(coded(head(50_000, 50_000)))},
+            413,
+            "1 images of 50000x50000, expected 8192 pixels or fewer",
+        ),
         ({"json": body(coded(head(0, 8)))}, 400, "an image cannot be read"),
-        ({"json": body(ONE, ONE, ONE)}, 413, "3 items, expected 2 or fewer"),
-        ({"json": body(ONE, {**ONE, "png": png((8, 9))})}, 400, "images of 2 sizes, expected one"),
+        ({"json": body(ONE, ONE, ONE)}, 413, "found 3 items, expected 2 or fewer"),
+        ({"json": body(ONE, {**ONE, "png": png((8, 9))})}, 400, "found images of 2 sizes, expected one size"),
         ({"json": body({**ONE, "text": "x" * 200_000})}, 413, "bytes, expected 200000 or fewer"),
         ({"json": [1]}, 400, "expected a JSON object"),
         ({"content": b"{", "headers": {"Content-Type": "application/json"}}, 400, "expected a JSON object"),
@@ -144,49 +156,49 @@ ONE = {"png": png(), "text": "a"}
     ],
     ids=lambda value: "" if isinstance(value, dict) else str(value),
 )
-def test_what_cannot_be_scored_is_refused_in_one_line_and_the_server_goes_on(
-    sent: dict[str, Any], status: int, told: str, ask: Ask
+def test_a_bad_request_is_refused_in_one_line_and_the_server_continues(
+    sent: dict[str, Any], status: int, message: str, send: Send
 ) -> None:
-    found, answer = ask("POST", "/score", **sent)
+    found, answer = send("POST", "/score", **sent)
     assert (found, set(answer)) == (status, {"protocol", "error"})
-    assert told in answer["error"] and "\n" not in answer["error"]
-    assert ask("POST", "/score", json=body(ONE))[0] == 200
+    assert message in answer["error"] and "\n" not in answer["error"]
+    assert send("POST", "/score", json=body(ONE))[0] == 200
 
 
 @pytest.mark.parametrize("path", ["/", "/../../etc/passwd", "/v1/score", "/spec?x=1"])
-def test_there_is_nothing_else_to_be_had(path: str, ask: Ask) -> None:
-    assert ask("GET", path)[0] == 404
-    assert ask("POST", path, json=body())[0] == 404
+def test_every_other_path_is_not_found(path: str, send: Send) -> None:
+    assert send("GET", path)[0] == 404
+    assert send("POST", path, json=body())[0] == 404
 
 
-def test_more_at_once_than_there_is_room_for_is_told_to_come_again(server: RewardServer, ask: Ask) -> None:
+def test_too_many_requests_at_a_time_are_refused_with_503(server: RewardServer, send: Send) -> None:
     server.patience = 0.05
     for _ in range(2):
-        assert server.room.acquire(blocking=False)
-    status, answer = ask("POST", "/score", json=body(ONE))
-    assert (status, answer["error"]) == (503, "2 requests are under way; come again")
-    server.room.release()
-    assert ask("POST", "/score", json=body(ONE))[0] == 200
-    assert ask("POST", "/score", json=body())[0] == 400  # a refusal gives its room back
-    assert ask("POST", "/score", json=body(ONE))[0] == 200
+        assert server.slots.acquire(blocking=False)
+    status, answer = send("POST", "/score", json=body(ONE))
+    assert (status, answer["error"]) == (503, "2 requests are in progress; try again")
+    server.slots.release()
+    assert send("POST", "/score", json=body(ONE))[0] == 200
+    assert send("POST", "/score", json=body())[0] == 400  # a refused request frees its slot
+    assert send("POST", "/score", json=body(ONE))[0] == 200
 
 
-def test_a_client_that_goes_away_takes_nothing_along(server: RewardServer, ask: Ask, capfd: Any) -> None:
+def test_a_client_that_disconnects_does_no_harm(server: RewardServer, send: Send, capfd: Any) -> None:
     for text in ("POST /score HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{", "GET /sp"):
         with socket.create_connection(server.server_address[:2]) as connection:
             connection.sendall(text.encode())
-    assert ask("POST", "/score", json=body(ONE))[0] == 200
+    assert send("POST", "/score", json=body(ONE))[0] == 200
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_without_a_token_nothing_is_answered_under_another_name_than_that_of_this_machine() -> None:
+def test_without_a_token_requests_for_another_host_are_refused() -> None:
     with serving(Red()) as server, httpx2.Client(base_url=server.url, trust_env=False) as client:
         for host, status in (("evil.example", 403), ("evil.example:8188", 403), ("[oh", 403), ("localhost:1", 200)):
             assert client.get("/spec", headers={"Host": host}).status_code == status
         assert "ALIGNKIT_TOKEN" in client.get("/spec", headers={"Host": "evil.example"}).json()["error"]
         assert client.get("/spec", headers={"Host": "[::1]:8188"}).status_code == 200
     with serving(Red(), token="s3cret") as server, httpx2.Client(base_url=server.url, trust_env=False) as client:
-        headers = {"Host": "judge.example", "Authorization": "Bearer s3cret"}
+        headers = {"Host": "rewards.example", "Authorization": "Bearer s3cret"}
         assert client.get("/spec", headers=headers).status_code == 200
 
 
@@ -198,7 +210,7 @@ def test_bounds_that_are_not_finite_are_none() -> None:
         assert client.get("/spec").json()["bounds"] == [0.0, None]
 
 
-def test_nothing_is_answered_without_the_token() -> None:
+def test_requests_without_the_token_are_refused() -> None:
     with serving(Red(), token="s3cret") as server, httpx2.Client(base_url=server.url, trust_env=False) as client:
         for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "s3cret"}):
             assert client.get("/spec", headers=given).status_code == 401
@@ -207,46 +219,46 @@ def test_nothing_is_answered_without_the_token() -> None:
         assert client.post("/score", json=body(ONE), headers={"Authorization": "Bearer s3cret"}).status_code == 200
 
 
-def test_loopback_is_told_from_what_others_reach() -> None:
+def test_loopback_addresses_are_distinguished_from_others() -> None:
     for host in ("127.0.0.1", "127.8.8.8", "localhost", "::1", "[::1]"):
         assert is_loopback(host)
     for host in ("0.0.0.0", "::", "192.168.0.3", "", "localhost.example", "127.0.0.1.example"):
         assert not is_loopback(host)
 
 
-def test_what_may_pass_is_handed_on_at_once_for_the_client_to_try_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+def test_a_transient_failure_is_passed_on_at_once_for_the_client_to_retry(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
 
     def busy(self: Reward, images: torch.Tensor, examples: Any) -> torch.Tensor:
-        asked.append(len(examples))
-        raise TransientError("come again")
+        calls.append(len(examples))
+        raise TransientError("busy")
 
     monkeypatch.setattr(JpegIncompressibility, "__call__", busy)
     with (
         open_server("jpeg_incompressibility", port=0) as server,
-        pytest.raises(TransientError, match="did not answer, asked once: come again"),
+        pytest.raises(TransientError, match="failed after 1 attempt: busy"),
     ):
         server.score(body({"png": png(), "text": "a"}))
-    assert asked == [1]
+    assert calls == [1]
 
 
-def test_an_address_that_others_reach_needs_a_word_and_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_public_address_needs_the_flag_and_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ALIGNKIT_TOKEN", raising=False)
-    with pytest.raises(ConfigError, match=r"--host 0.0.0.0: other machines reach this address; add --network"):
+    with pytest.raises(ConfigError, match=r"--host 0.0.0.0: other machines can reach this address; add --network"):
         open_server("jpeg_incompressibility", host="0.0.0.0", port=0)
-    with pytest.raises(ConfigError, match=r"set a token in the environment: ALIGNKIT_TOKEN$"):
+    with pytest.raises(ConfigError, match=r"set a token in the variable ALIGNKIT_TOKEN$"):
         open_server("jpeg_incompressibility", host="0.0.0.0", port=0, network=True)
     monkeypatch.setenv("ALIGNKIT_TOKEN", "s3cret")
     with open_server("jpeg_incompressibility", host="0.0.0.0", port=0, network=True) as server:
         assert server.token == "s3cret"
 
 
-def test_what_cannot_be_served_is_told(server: RewardServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_settings_are_refused(server: RewardServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ALIGNKIT_TOKEN", raising=False)
     with pytest.raises(AlignkitError, match=r"--port \d+: cannot be bound .*; choose another"):
         open_server("jpeg_incompressibility", port=server.server_address[1])
     for port in (-1, 80_000):
-        with pytest.raises(ConfigError, match=rf"^--port {port}: expected a number from 1 to 65535, or 0, which takes"):
+        with pytest.raises(ConfigError, match=rf"^--port {port}: expected 1 to 65535, or 0 for a free port"):
             open_server("jpeg_incompressibility", port=port)
     with pytest.raises(ConfigError, match=r"--device quantum: cannot be used"):
         open_server("jpeg_incompressibility", port=0, device="quantum")
@@ -267,7 +279,7 @@ def test_the_fingerprint_names_reward_and_settings() -> None:
     assert fingerprint(RewardConfig("jpeg_compressibility", {"quality": 90}), "edited") not in marks
 
 
-def test_a_function_that_was_edited_is_another_reward_and_its_kept_scores_are_not_found(
+def test_an_edited_function_is_another_reward_and_its_cached_scores_are_not_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -291,7 +303,7 @@ def test_a_function_that_was_edited_is_another_reward_and_its_kept_scores_are_no
         first = server.fingerprint
         assert server.spec({})["cacheable"] and scored(server) == [1.0]
         server.reward._function = lambda images, examples: [5.0]  # type: ignore[attr-defined]
-        assert scored(server) == [1.0]  # kept
+        assert scored(server) == [1.0]  # cached
     with served("images.mean((1, 2, 3)) * 10") as server:
         with pytest.raises(ConfigError, match=f"serves function with fingerprint .*, expected {first}; start the serv"):
             Remote(url=server.url, serves=first).check([])
@@ -303,7 +315,7 @@ REWARD = ["jpeg_incompressibility", "--set", "reward.jpeg_incompressibility.qual
 
 
 @pytest.mark.slow
-def test_the_command_serves_until_it_is_ended(tmp_path: Path) -> None:
+def test_the_command_serves_until_it_is_terminated(tmp_path: Path) -> None:
     environment = {**os.environ, "ALIGNKIT_TOKEN": "s3cret"}
     process = subprocess.Popen(
         [sys.executable, "-m", "alignkit", "serve", *REWARD],

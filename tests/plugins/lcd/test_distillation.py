@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from alignkit_lasro.additions import ExtendedLaSRO as LaSRO
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -29,6 +28,7 @@ from alignkit.rollout import sample
 from alignkit.runs.run import Run
 from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint
 from alignkit.training.trainer import Trainer
+from alignkit_lasro.additions import ExtendedLaSRO as LaSRO
 from alignkit_lcd.algorithm import LCD
 from alignkit_samplers.ddim import DDIM
 from alignkit_samplers.lcm import LCM

@@ -100,7 +100,7 @@ def test_a_bug_in_it_is_told_with_the_reward(images: Tensor, examples: list[Exam
     ("name", "told"),
     [
         ("not_a_number", r"nan for image 0, 'a red circle', expected a finite number"),
-        ("too_many", r"values of shape \(4, 3\), expected shape \(4,\): one an image"),
+        ("too_many", r"values of shape \(4, 3\), expected shape \(4,\), one per image"),
         ("nothing", r"NoneType, expected a tensor \(4,\) or Scores"),
         ("words", r"list, expected a tensor \(4,\) or Scores"),
     ],

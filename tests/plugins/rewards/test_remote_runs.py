@@ -41,19 +41,19 @@ def test_a_resumed_run_is_held_to_what_was_served_when_it_began(tiny_run: Callab
         list(alignkit.load(resume=run.folder).train())
     assert str(caught.value) == (
         f"reward remote: found served of alignkit {alignkit.__version__} with fingerprint second, expected served of "
-        f"alignkit {alignkit.__version__} with fingerprint first, as when {saved} was saved; serve that again, with "
-        "the settings and versions of then"
+        f"alignkit {alignkit.__version__} with fingerprint first, as when {saved} was saved; serve that one, with "
+        "the same settings and versions"
     )
     assert {path: path.stat().st_mtime_ns for path in before} == before
     with serving(Odd(), fingerprint="first", port=port):
         assert [update.step for update in alignkit.load(resume=run.folder).train()] == [2]
 
 
-def test_a_run_whose_reward_tells_no_more_who_answers_is_refused() -> None:
+def test_a_run_is_refused_if_its_reward_no_longer_reports_its_backend() -> None:
     rewards = WeightedRewards([("odd", 1.0, Odd())])
-    rewards.hold_to({}, "it was saved")
-    with pytest.raises(ConfigError, match=r"^reward odd: found nothing that tells what it is, expected a, as when it"):
-        rewards.hold_to({"odd": "a"}, "it was saved")
+    rewards.check_identities({}, "it was saved")
+    with pytest.raises(ConfigError, match=r"^reward odd: found a backend without identity, expected a, as when it"):
+        rewards.check_identities({"odd": "a"}, "it was saved")
 
 
 @contextmanager

@@ -140,7 +140,7 @@ def test_a_caption_is_compared_with_the_prompt_by_bertscore(
     torch.testing.assert_close(found.parts["precision"], precision, atol=1e-5, rtol=1e-5)
     found = judge(server, reference="The image contains {}", **small)(images, examples)
     torch.testing.assert_close(found.values, f1, atol=1e-5, rtol=1e-5)
-    asked = [one["messages"][0]["content"][1]["text"] for one in server.asked]
+    asked = [one["messages"][0]["content"][1]["text"] for one in server.requests]
     assert set(asked) == {"Say in one sentence what this image shows."}
 
 
@@ -168,7 +168,7 @@ def test_a_prompt_without_a_word_is_refused_where_captions_are_compared(
 def test_what_is_asked(images: Tensor, examples: list[Example], endpoint: Callable[..., Endpoint]) -> None:
     server = endpoint(by_brightness("yes_no"))
     judge(server, question="Is it {} or {}?", extra={"temperature": 0.5, "seed": 3})(images[:1], [Example("a {} cat")])
-    (body,) = server.asked
+    (body,) = server.requests
     assert body["messages"][0]["content"][1]["text"] == "Is it a {} cat or a {} cat?"
     wanted = {"model": "judge", "max_completion_tokens": 1, "logprobs": True, "top_logprobs": 20, "temperature": 0.5}
     assert {**body, **wanted, "seed": 3} == body
@@ -177,33 +177,33 @@ def test_what_is_asked(images: Tensor, examples: list[Example], endpoint: Callab
     text = Example('a "sign" in {braces}')
     found = judge(server, mode="rubric", criteria={"style": "is it a woodcut?"}, scale=(1, 5))(images[:1], [text])
     assert found.values.tolist() == [0.5]
-    (body,) = server.asked
+    (body,) = server.requests
     asked = body["messages"][0]["content"][1]["text"]
     assert text.text in asked and "- style: is it a woodcut?" in asked and "1 (worst) to 5 (best)" in asked
     schema = body["response_format"]["json_schema"]["schema"]
     assert schema["required"] == ["reasoning", "style"] and body["temperature"] == 0
     judge(server, mode="rubric", criteria={"style": "?"}, structured=False)(images[:1], [text])
-    assert "response_format" not in server.asked[-1]
+    assert "response_format" not in server.requests[-1]
 
     server = endpoint(by_brightness("viescore"))
     judge(server, mode="viescore")(images[:1], [text])
-    first, second = (body["messages"][0]["content"][1]["text"] for body in server.asked)
+    first, second = (body["messages"][0]["content"][1]["text"] for body in server.requests)
     assert text.text in first and text.text not in second
 
 
 def test_an_answer_that_cannot_be_read_is_asked_for_once_more(
     images: Tensor, examples: list[Example], endpoint: Callable[..., Endpoint]
 ) -> None:
-    server = endpoint(lambda *_: "It is lovely." if len(server.asked) == 1 else '{"alignment": 5, "quality": 3}')
+    server = endpoint(lambda *_: "It is lovely." if len(server.requests) == 1 else '{"alignment": 5, "quality": 3}')
     found = judge(server, mode="rubric")(images[:1], examples[:1])
     assert found.valid.tolist() == [True] and found.values.tolist() == [0.75]
-    roles = [message["role"] for message in server.asked[1]["messages"]]
-    assert roles == ["user", "assistant", "user"] and server.asked[1]["messages"][1]["content"] == "It is lovely."
-    assert "JSON object alone" in server.asked[1]["messages"][2]["content"]
+    roles = [message["role"] for message in server.requests[1]["messages"]]
+    assert roles == ["user", "assistant", "user"] and server.requests[1]["messages"][1]["content"] == "It is lovely."
+    assert "JSON object alone" in server.requests[1]["messages"][2]["content"]
 
     silent = endpoint(lambda *_: "It is lovely.")
     assert judge(silent, mode="rubric")(images[:1], examples[:1]).valid.tolist() == [False]
-    assert len(silent.asked) == 2
+    assert len(silent.requests) == 2
 
 
 @pytest.mark.parametrize("mode", list(EXPECTED))
@@ -263,20 +263,20 @@ def test_no_more_than_so_many_questions_are_open_at_once(
 ) -> None:
     server = endpoint(by_brightness("yes_no"), slow=0.1)
     found = judge(server, concurrency=concurrency)(images.repeat(3, 1, 1, 1), examples * 3)
-    assert server.most_at_once == concurrency and len(server.asked) == 12
+    assert server.most_at_once == concurrency and len(server.requests) == 12
     torch.testing.assert_close(found.values, brightness(images).float().repeat(3))
 
 
 def test_a_busy_endpoint_is_asked_again_a_few_times(
     images: Tensor, examples: list[Example], endpoint: Callable[..., Endpoint]
 ) -> None:
-    server = endpoint(lambda light, _: (429, "slow down") if len(server.asked) < 3 else logit(light))
-    assert judge(server)(images[:1], examples[:1]).valid.all() and len(server.asked) == 3
-    server.asked.clear()
-    server.say = lambda *_: (503, "overloaded")
+    server = endpoint(lambda light, _: (429, "slow down") if len(server.requests) < 3 else logit(light))
+    assert judge(server)(images[:1], examples[:1]).valid.all() and len(server.requests) == 3
+    server.requests.clear()
+    server.respond = lambda *_: (503, "overloaded")
     with pytest.raises(TransientError, match=r"/chat/completions in 3 tries \(status 503: overloaded\)"):
         judge(server, retries=2)(images[:1], examples[:1])
-    assert len(server.asked) == 3
+    assert len(server.requests) == 3
 
 
 def test_the_key_is_sent_and_never_told(
@@ -288,7 +288,7 @@ def test_the_key_is_sent_and_never_told(
     assert "Authorization" not in server.headers[-1]  # not to whoever answers at this address
     judge(server, key_env="OPENAI_API_KEY")(images[:1], examples[:1])
     assert server.headers[-1]["Authorization"] == "Bearer sk-mine"
-    server.say = lambda *_: (401, "Incorrect API key provided: sk-mine")
+    server.respond = lambda *_: (401, "Incorrect API key provided: sk-mine")
     with pytest.raises(ConfigError, match=r"the one in the environment variable OPENAI_API_KEY .*\*\*\*") as caught:
         judge(server, key_env="OPENAI_API_KEY")(images[:1], examples[:1])
     assert "sk-mine" not in str(caught.value)
@@ -362,13 +362,15 @@ def test_a_run_whose_judge_answers_nonsense_stops_saved_and_goes_on_as_if_it_had
     settings = {"reward": [judged], "evaluate.prompts": "", "train.updates": 3}
     whole, broken = (tiny_run(name, settings) for name in ("whole", "broken"))
     list(whole.train())
-    half = len(server.asked) // 2 + 1
-    server.asked.clear()
-    server.say = lambda light, _: logit(light) if len(server.asked) <= half else "I would rather talk about ships"
+    half = len(server.requests) // 2 + 1
+    server.requests.clear()
+    server.respond = lambda light, _: (
+        logit(light) if len(server.requests) <= half else "I would rather talk about ships"
+    )
     with pytest.raises(AlignkitError, match=r"no usable answer for 2 images in a row.*; go on with: alignkit train"):
         list(broken.train())
     assert checkpoint.latest(broken.folder / "checkpoints") is not None
-    server.say = lambda light, _: logit(light)
+    server.respond = lambda light, _: logit(light)
     list(alignkit.load(resume=broken.folder).train())
     ends = [checkpoint.load(checkpoint.latest(run.folder / "checkpoints"))["trainer"] for run in (whole, broken)]
     assert ends[0]["update"] == 3 and not differences(*ends)

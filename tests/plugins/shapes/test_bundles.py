@@ -72,7 +72,7 @@ WITH_SETTINGS = [
     ("shapes_teacher", "lcd", AS_LCM, NO_LCM),
     ("shapes_teacher", "lcd", {**AS_LCM, "model.prediction": "consistency"}, FINE),
     ("shapes_lcm", "lcd", {"data.prompts": ""}, FINE),
-    ("shapes_lcm", "lcd", {"data.images": "nowhere"}, r"data\.images: '.*nowhere' is no folder"),
+    ("shapes_lcm", "lcd", {"data.images": "nowhere"}, r"data\.images: found '.*nowhere', expected a folder"),
     ("shapes_lcm", "lasro", {"data.prompts": ""}, r"data\.prompts: missing"),
 ]
 
