@@ -1,23 +1,22 @@
-"""The papers' comparisons in small, on the embedded world: every method draws as many samples.
+"""The papers' comparisons at small scale, on the embedded world: every method generates the same number of samples.
 
     python benchmarks/compare_methods.py                         # everything: a day on one core
     python benchmarks/compare_methods.py --tables turbo --methods sdpo,ddpo --seeds 0 --cells 1
     python benchmarks/compare_methods.py --render
     python benchmarks/compare_methods.py --quick --out runs/quick
 
-A table is a model, a sampler, the numbers of steps it is read at, and methods. A cell is one run: a method, a learning
-rate, a seed. Each method first tries the rates of the table's grid once, with seed TUNING_SEED; the one with the best
-trained reward on *training* prompts, mean over the steps, is then run with every seed. A cell ends behind the round in
-which it has drawn its share of samples (`Method.drawn`), tuning no earlier, since a rate that raises a reward fastest
-may lose it again. What follows from the samples (updates, queries of the reward) is the method's own affair. Held-out
-prompts are drawn with the same noises by every cell.
+A table is a model, a sampler, the numbers of steps it is evaluated at, and methods. A cell is one run: a method, a
+learning rate, a seed. Each method is first run once with each rate of the table's grid, with seed TUNING_SEED; the rate
+with the best trained reward on *training* prompts, mean over the numbers of steps, is then run with every seed. A cell
+ends after the round in which it reaches its number of samples (`Method.samples_per_prompt`). Tuning runs are not
+shorter, because the rate that raises a reward fastest may lose it again. The number of updates and of queries of the
+reward is up to the method. Every cell uses the same noises for the held-out prompts.
 
-The `result.json` of a cell in `--out` is written behind it, and a cell that has one is not run again; one that was
-interrupted goes on from its checkpoint. So the comparison can be made cell by cell, extended by seeds and methods, and
-divided among processes that have different tables or methods. `benchmarks/results`, where it goes by default, comes
-with the results that docs/results.md shows (`make docs` writes them there); to make them again from nothing, name
-another folder. `--render` prints the
-tables of what is there. Intervals are 95 % bootstraps over seeds and prompts.
+A finished cell writes `result.json` into its folder in `--out` and is not run again; an interrupted one continues from
+its checkpoint. So the comparison can be run cell by cell, extended by seeds and methods, and divided among processes
+with different tables or methods. `benchmarks/results`, the default, holds the results that docs/results.md shows
+(`make docs` writes them there); to reproduce them from scratch, name another folder. `--render` prints the tables of
+the existing results. Intervals are 95 % bootstrap intervals over seeds and prompts.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ TRAIN, HELD_OUT = FOLDER / "prompts" / "train.txt", FOLDER / "prompts" / "held_o
 
 @functools.cache
 def weights() -> str:
-    """16 digits that tell the embedded weights apart."""
+    """Return a hash of the embedded weights, 16 hex digits."""
     digest = hashlib.blake2b(digest_size=8)
     for file in sorted(WEIGHTS.rglob("*.safetensors")):
         digest.update(f"{file.relative_to(WEIGHTS).as_posix()} ".encode() + file.read_bytes())
@@ -67,13 +66,13 @@ def weights() -> str:
 
 
 def where() -> dict[str, Any]:
-    """On what a cell was run."""
+    """Return versions, commit and CPU that a cell is run on."""
     found = environment()
     return {key: found[key] for key in ("versions", "git", "cpu")}
 
 
 class Budgeted(Run):
-    """A run that ends behind a number of rounds, those before an interruption included."""
+    """A run that ends after a number of rounds, including those before an interruption."""
 
     rounds, limit = 0, 0
 
@@ -92,15 +91,15 @@ class Budgeted(Run):
 
 
 def samples_of_a_round(run: Run, method: Method) -> int:
-    fields = run.config.algorithm.fields
-    if method.drawn == "rows":
+    fields, source = run.config.algorithm.fields, method.samples_per_prompt
+    if source == "rows":
         return run.config.train.rows_per_update
-    each = 2 * fields["pairs"] if method.drawn == "2 pairs" else fields[method.drawn]
+    each = 2 * fields["pairs"] if source == "2 pairs" else fields[source]
     return run.config.data.batch_size * int(each)
 
 
 def train(cell: Cell, folder: Path) -> tuple[Run, dict[str, Any]]:
-    """Train the cell in `folder`, going on where it was interrupted; what became of it."""
+    """Train the cell in `folder`, or continue it; return the run, and its samples, updates and seconds."""
     if (folder / "run.toml").is_file() and checkpoint.latest(folder / "checkpoints") is None:
         shutil.rmtree(folder)  # interrupted before the first checkpoint
     existing = (folder / "run.toml").is_file()
@@ -120,7 +119,7 @@ def train(cell: Cell, folder: Path) -> tuple[Run, dict[str, Any]]:
 
 
 def measure(run: Run, table: Table, prompts: Path, limit: int, average: Mapping[str, Tensor]) -> dict[str, Any]:
-    """By number of steps: trained reward and pixel check of every prompt, and features of the images."""
+    """Return trained reward and pixel check of every prompt by number of steps, and features of the images."""
     policy, examples = run.policy(), read_examples(prompts)[:limit]
     rewards, ((trained, _, _),) = run.with_measured([PIXEL_CHECK]), run.trained_rewards()
     rewards.load(policy.device)
@@ -143,7 +142,7 @@ def measure(run: Run, table: Table, prompts: Path, limit: int, average: Mapping[
 
 
 class Comparison:
-    """What has been run, in a folder."""
+    """The cells that were run, with their results in a folder."""
 
     def __init__(self, folder: Path, prompts: int, console: Console) -> None:
         self.folder, self.prompts, self.console = folder, prompts, console
@@ -151,7 +150,7 @@ class Comparison:
         self._features: dict[str, dict[int, Tensor]] = {}
 
     def has(self, cell: Cell) -> bool:
-        """Whether the cell was run; raises ConfigError if it was, with other settings than those of today."""
+        """Whether the cell was run. Raises ConfigError if it was run with settings other than the current ones."""
         found = self.results.get(cell.key)
         if found is None:
             return False
@@ -159,29 +158,31 @@ class Comparison:
         changed = sorted(k for k in now.keys() | found["settings"].keys() if now.get(k) != found["settings"].get(k))
         if changed:
             raise ConfigError(
-                f"{self.folder / cell.key}: was run with other settings ({', '.join(changed)}); name another --out, or "
-                "remove the folder"
+                f"{self.folder / cell.key}: was run with other settings ({', '.join(changed)}); choose another --out, "
+                "or remove the folder"
             )
         return True
 
     def _settings(self, cell: Cell) -> dict[str, Any]:
-        """What is set for a cell. What the model and the methods bring besides is told by its commit, and written out
-        in `resolved`."""
+        """Return the settings of a cell without the defaults of models and methods.
+
+        Those follow from the commit, and are written to `resolved`.
+        """
         table = cell.table
-        measured = {"steps": table.steps, "prompts": self.prompts, "images": table.images}
-        return {**cell.settings(), **measured, "weights": weights()}
+        evaluation = {"steps": table.steps, "prompts": self.prompts, "images": table.images}
+        return {**cell.settings(), **evaluation, "weights": weights()}
 
     def run(self, cell: Cell) -> None:
-        """Train and measure the cell, and note it."""
+        """Train and evaluate the cell, and write its result."""
         self.console.print(f"[bold]{cell.key}[/]")
-        table, told = cell.table, {}
+        table, outcome = cell.table, {}
         if cell.method:
-            run, told = train(cell, self.folder / cell.key)
-            run.policy()  # reads the average
-            told["resolved"] = config.to_toml(replace(run.config, output="")).replace(str(FOLDER), FOLDER.name)
+            run, outcome = train(cell, self.folder / cell.key)
+            run.policy()  # loads the averaged weights
+            outcome["resolved"] = config.to_toml(replace(run.config, output="")).replace(str(FOLDER), FOLDER.name)
         else:
             run = Run(config.load(None, cell.settings()))
-        # Rates are chosen on prompts that were trained on, so that the held-out ones choose nothing.
+        # Rates are chosen on training prompts, so that held-out prompts have no influence on the choice.
         found = measure(run, table, TRAIN if cell.tuning else HELD_OUT, self.prompts, run.average)
         drift = {}
         if cell.method and not cell.tuning:
@@ -191,7 +192,7 @@ class Comparison:
             self._features[table.name] = found["features"]
         self.results[cell.key] = {
             "table": table.name, "method": cell.method, "rate": cell.rate, "seed": cell.seed, "tuning": cell.tuning,
-            **told, "values": found["values"], "drift": drift, **where(), "settings": self._settings(cell),
+            **outcome, "values": found["values"], "drift": drift, **where(), "settings": self._settings(cell),
         }  # fmt: skip
         (self.folder / cell.key).mkdir(parents=True, exist_ok=True)
         write_file(self.folder / cell.key / RESULT, json.dumps(self.results[cell.key]))
@@ -206,7 +207,7 @@ class Comparison:
         return self._features[table.name]
 
     def best_rate(self, table: Table, method: str) -> float:
-        """The method's own, or that with the best trained reward on training prompts, mean over steps."""
+        """Return the method's own rate, or that with the best trained reward on training prompts, mean over steps."""
         if own := table.methods[method].rate:
             return own
         cells = tuning_cells(table, method)
@@ -214,7 +215,7 @@ class Comparison:
 
 
 def cells(comparison: Comparison, table: Table, methods: Sequence[str], seeds: Sequence[int]) -> Iterator[Cell]:
-    """The cells of a table in order; the final ones of a method behind its tuning."""
+    """Yield the cells of a table in order; the final cells of a method come after its tuning."""
     yield Cell(table)
     for method in methods:
         yield from tuning_cells(table, method)
@@ -226,16 +227,18 @@ def cells(comparison: Comparison, table: Table, methods: Sequence[str], seeds: S
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="a folder for each run")
-    parser.add_argument("--tables", default=",".join(TABLES))
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder with a subfolder for each run")
+    parser.add_argument("--tables", default=",".join(TABLES), help="names of tables, separated by commas")
     parser.add_argument(
-        "--methods", default="", help="rows of the tables, or algorithms, with commas and no spaces between; empty: all"
+        "--methods",
+        default="",
+        help="rows of the tables or algorithms, separated by commas without spaces; empty: all",
     )
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--prompts", type=int, default=200, help="that are read, held out from training")
-    parser.add_argument("--cells", type=int, default=0, help="stop behind so many; 0: none is left")
+    parser.add_argument("--seeds", default="0,1,2", help="seeds, separated by commas")
+    parser.add_argument("--prompts", type=int, default=200, help="number of prompts to evaluate on")
+    parser.add_argument("--cells", type=int, default=0, help="stop after this many cells; 0: run all")
     parser.add_argument("--quick", action="store_true", help="a smoke test: few samples, eight prompts, one seed")
-    parser.add_argument("--render", action="store_true", help="print the tables of what is there; nothing is run")
+    parser.add_argument("--render", action="store_true", help="print the tables of the existing results; run nothing")
     options = parser.parse_args(arguments)
     comparison = Comparison(options.out, 8 if options.quick else options.prompts, Console(width=100))
     tables = [quick(TABLES[name]) if options.quick else TABLES[name] for name in options.tables.split(",")]
@@ -244,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"### {table.title} ({table.paper})\n\n{render(comparison.results, table)}")
         return
     seeds = [0] if options.quick else [int(seed) for seed in options.seeds.split(",")]
-    wanted = set(filter(None, re.split(r",(?! )", options.methods)))  # names of rows have commas with a space behind
+    wanted = set(filter(None, re.split(r",(?! )", options.methods)))  # a comma followed by a space is part of a name
     known = {n for table in tables for name, method in table.methods.items() for n in (name, method.algorithm)}
     if unknown := sorted(wanted - known):
         raise ConfigError(

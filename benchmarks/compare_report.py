@@ -1,4 +1,4 @@
-"""The tables of compare_methods.py in markdown."""
+"""Render the tables of compare_methods.py in markdown."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What was written of each cell, by its name."""
+    """Return the results of all cells, by the name of the cell."""
     return {
         file.parent.relative_to(folder).as_posix(): json.loads(file.read_text())
         for file in sorted(folder.rglob(RESULT))
@@ -24,12 +24,12 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def trained_mean(result: Mapping[str, Any]) -> float:
-    """The trained reward, mean over prompts and steps."""
+    """Return the mean of the trained reward over prompts and steps."""
     return float(torch.tensor([v["trained"] for v in result["values"].values()]).nanmean())
 
 
 def final(results: Mapping[str, Any], table: Table) -> list[Mapping[str, Any]]:
-    """What the tables show of one: the base, and the runs at the best rate of the grid that was tried."""
+    """Return the results of a table to show: the base, and the runs at the best of the learning rates that were run."""
     grids = {m: [results[c.key] for c in tuning_cells(table, m) if c.key in results] for m in table.methods}
     best = {method: max(tried, key=trained_mean)["rate"] for method, tried in grids.items() if tried}
     shown = []
@@ -44,19 +44,19 @@ def final(results: Mapping[str, Any], table: Table) -> list[Mapping[str, Any]]:
     return shown
 
 
-def interval(values: Tensor, draws: int = 2000) -> tuple[float, float, float]:
-    """Mean of `values` (seeds, prompts) and its 95 % interval: seeds and prompts are both drawn anew."""
+def interval(values: Tensor, resamples: int = 2000) -> tuple[float, float, float]:
+    """Return the mean of `values` (seeds, prompts) and its 95 % bootstrap interval over both seeds and prompts."""
     seeds, prompts = values.shape
-    chance = torch.Generator().manual_seed(0)
-    row = torch.randint(seeds, (draws, seeds), generator=chance)
-    column = torch.randint(prompts, (draws, prompts), generator=chance)
+    generator = torch.Generator().manual_seed(0)
+    row = torch.randint(seeds, (resamples, seeds), generator=generator)
+    column = torch.randint(prompts, (resamples, prompts), generator=generator)
     means = values.double()[row[:, :, None], column[:, None, :]].nanmean((1, 2))
     low, high = means.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return float(values.double().nanmean()), low, high
 
 
 def render(results: Mapping[str, Any], table: Table) -> str:
-    """A table in markdown, as far as it was run; says so if no method was."""
+    """Render the finished part of a table in markdown, or a sentence if no method was run."""
     here = final(results, table)
     base = next((r for r in here if not r["method"]), None)
     if base is None or not any(r["method"] for r in here):
@@ -88,7 +88,7 @@ def render(results: Mapping[str, Any], table: Table) -> str:
 
 
 def measured(results: Mapping[str, Any], algorithm: str) -> str:
-    """What the tables say of one method, a line each for its forms and numbers of steps; says so if none was run."""
+    """Render the results of one algorithm, one line per variant and number of steps, or a sentence if none was run."""
     lines = [["table", "steps", "trained reward", "change", "pixel check", "change"], ["---"] * 6]
     for table in TABLES.values():
         here = final(results, table)

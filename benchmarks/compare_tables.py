@@ -1,4 +1,4 @@
-"""What compare_methods.py compares: the tables with their methods, and a cell of them as the settings of a run."""
+"""Tables and methods that compare_methods.py compares, and the settings of each run."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ Settings = dict[str, Any]
 
 TUNING_SEED = 100
 NEVER = 10**9
-"""As a number of updates: the samples end the run."""
+"""Number of updates that is never reached: the number of samples ends the run."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method as one table has it."""
+    """A method with its settings in one table."""
 
     algorithm: str
-    drawn: str
-    """Samples of a prompt in one round: the algorithm's field that says so, "2 pairs" for walks in pairs, "rows" where
-    the samples are predictions for the rows of an update."""
+    samples_per_prompt: str
+    """Samples per prompt in one round: the algorithm's field with this number, "2 pairs" for pairs of trajectories, or
+    "rows" if the samples are the predictions for the rows of an update."""
     settings: Settings = field(default_factory=dict)
     free_rounds: int = 0
-    """Rounds at the start that draw no samples."""
+    """Rounds at the start that generate no samples."""
     samples: int = 0
-    """Of each run; 0: as the table."""
+    """Samples of each run; 0: those of the table."""
     rate: float = 0.0
-    """Of each run, so that none is chosen; 0: the table's grid."""
+    """Learning rate of each run, without tuning; 0: chosen from the table's grid."""
 
 
 @dataclass(frozen=True)
@@ -42,26 +42,26 @@ class Table:
     settings: Settings
     steps: tuple[int, ...]
     samples: int
-    """Of each run."""
+    """Samples of each run."""
     rates: tuple[float, ...]
     methods: Mapping[str, Method]
     images: int = 2
-    """Of each prompt, in what is read in the end."""
+    """Images per prompt in the final evaluation."""
 
 
-# LaSRO's baselines have its distillation loss beside them.
+# LaSRO's paper combines its baselines with the distillation loss.
 _distilled: Settings = {"regulariser": ["lcd"]}
 _rows: Settings = {"train.rows_per_update": 32, "train.rows_per_pass": 128, "train.ema_decay": 0.95}
 _two_steps: Settings = {
     "model.name": "shapes_lcm", "sampler.name": "lcm", "sampler.num_steps": 2, "data.batch_size": 16, **_rows,
 }  # fmt: skip
-# As they are in their own papers.
+# The same methods as in their own papers.
 _undistilled = {
     "RLCM, no distillation": Method("ddpo", "samples", {"algorithm.samples": 4}),
     "PSO, no distillation": Method("pso", "2 pairs", {"algorithm.pairs": 2}),
 }
 _gors_lcm = Method("gors_lcm", "samples", {"algorithm.samples": 4})
-# 40 rounds, some more than the 32 that the model brings; its batch sets the number of samples for all.
+# 40 rounds, slightly more than the 32 of the model's defaults; its batch size sets the number of samples for all.
 _lasro = Method("lasro", "samples", {
     "data.batch_size": 48, "train.rows_per_update": 96, "train.rows_per_pass": 48, "train.ema_decay": 0.96,
 })  # fmt: skip
@@ -84,7 +84,7 @@ _by_likelihood = {
 
 
 def _longer(name: str, **fields: Any) -> Method:
-    """A method of these with four times the samples, and other fields."""
+    """Return the method with four times the samples, and with these fields changed."""
     method = _by_likelihood[name]
     settings = {**method.settings, **{f"algorithm.{field}": value for field, value in fields.items()}}
     return replace(method, samples=10240, rate=3e-4, settings=settings)
@@ -103,10 +103,10 @@ _tables = [
             "RLCM (ddpo)": Method("ddpo", "samples", {"algorithm.samples": 4, **_distilled}),
             "PSO": Method("pso", "2 pairs", {"algorithm.pairs": 2, **_distilled}),
             **_undistilled,
-            # LaSRO's model brings an adapter of more layers for it.
+            # The model's defaults for LaSRO have an adapter with more layers; this is DDPO with the same adapter.
             "RLCM, wide adapter": Method("ddpo", "samples", {"algorithm.samples": 4, "model.lora_targets": WIDE}),
             "GORS-LCM": _gors_lcm,
-            # The control of all that distil beside a reward.
+            # The control for the methods that combine distillation with a reward.
             "distillation alone": Method("lcd", "rows"),
             "LaSRO": _lasro,
         },
@@ -120,7 +120,7 @@ _tables = [
         steps=(1, 2),
         samples=3840,
         rates=(1e-4, 3e-4, 1e-3),
-        # The surrogate that the model brings knows another reward; LaSRO teaches one from nothing, within its samples.
+        # The shipped surrogate was trained on another reward; LaSRO trains one from scratch, within its samples.
         methods={
             **_undistilled,
             "GORS-LCM": _gors_lcm,
@@ -132,17 +132,17 @@ _tables = [
         "turbo",
         "Few steps after training at many",
         "SDPO (2411.11727), Table 1",
-        # At eight steps most hard answers are right, and walks of a prompt would tie.
+        # At eight steps most hard answers are correct, so that the trajectories of a prompt would tie.
         {**_eight_steps, "reward": [{"name": "attribute_binding", "mode": "soft"}]},
         steps=(1, 2, 4, 8, 16),
         samples=2560,
         rates=(3e-4, 1e-3),
         methods={
             **_by_likelihood,
-            # Whether samples are what is missing.
+            # These test whether more samples help.
             "DDPO for longer": _longer("DDPO"),
             "SDPO for longer": _longer("SDPO"),
-            # Whether it is the rewards of a walk's predictions, or what stands between those that are asked for.
+            # These test the rewards of intermediate predictions, and the interpolation between the queried ones.
             "SDPO for longer, last reward": _longer("SDPO", queries="one"),
             "SDPO for longer, every reward": _longer("SDPO", queries="all"),
         },
@@ -155,7 +155,7 @@ _tables = [
         steps=(1, 2, 4, 8, 16),
         samples=1280,
         rates=(3e-4, 1e-3),
-        # D3PO drifts much farther than the others at the rate with the best reward, and less at the one below.
+        # D3PO drifts much further than the others at the rate with the best reward, and less at the next lower one.
         methods={
             **_by_likelihood,
             "D3PO more slowly": replace(_by_likelihood["D3PO"], rate=3e-4),
@@ -175,11 +175,11 @@ _tables = [
         samples=3840,
         rates=(1e-4, 3e-4),
         methods={
-            # With the target that RG-LCD has.
+            # With the same target as RG-LCD.
             "LCM, distilled on": Method("lcd", "rows", {"algorithm.target_decay": 0.95}),
             "RG-LCD": Method("rg_lcd", "rows", {"algorithm.beta": 1.0}),
             "RG-LCD, proxy": Method("rg_lcd", "rows", {"algorithm.beta": 1.0, **_proxy}, free_rounds=100),
-            # 400 rounds in which the expert teaches it before the policy follows.
+            # The proxy is trained for 400 rounds on the expert's preferences before the policy follows it.
             "RG-LCD, proxy taught first": Method(
                 "rg_lcd", "rows", _taught_first, free_rounds=800, samples=3840 + 400 * 32, rate=3e-4
             ),
@@ -188,8 +188,8 @@ _tables = [
     Table(
         "offline",
         "From pairs that are given",
-        "none; PSO (2410.03190) has its offline form beside Diffusion-DPO",
-        # True and wrong drawings of a caption, which the model brings.
+        "none; PSO (2410.03190) reports its offline form next to Diffusion-DPO",
+        # Correct and incorrect drawings of a caption, from the model's defaults.
         {
             "model.name": "shapes_turbo", "sampler.name": "euler_ancestral", "sampler.eta": 0.0,
             "sampler.num_steps": 4, **_rows,
@@ -199,8 +199,8 @@ _tables = [
         rates=(3e-5, 1e-4, 3e-4),
         methods={
             "Diffusion-DPO": Method("diffusion_dpo", "rows"),
-            # The same with the first time, where the other sees noise alone and so learns nothing. Errors of the
-            # velocity are larger, most there.
+            # Includes the first time, where noise prediction sees nothing but noise and so learns nothing. Errors of
+            # the velocity are larger, above all at that time.
             "Diffusion-DPO, velocity": Method("diffusion_dpo", "rows", {
                 "algorithm.space": "velocity", "algorithm.zero_terminal_snr": False, "algorithm.beta": 250.0,
             }),
@@ -212,7 +212,7 @@ TABLES = {table.name: table for table in _tables}
 
 
 def quick(table: Table) -> Table:
-    """The same for a smoke test: a round or two of few samples, two rates, two numbers of steps."""
+    """Return the table for a smoke test: one or two rounds of few samples, two rates, two numbers of steps."""
     small: Settings = {"data.batch_size": 2, "train.rows_per_update": 8}
     methods = {
         name: replace(
@@ -228,7 +228,7 @@ def quick(table: Table) -> Table:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a table, or with an empty method the model as it is."""
+    """One run of a table; with an empty method, the untrained model."""
 
     table: Table
     method: str = ""
@@ -239,7 +239,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Its name, and its folder."""
+        """Name of the cell, which is also its folder."""
         if not self.method:
             return f"{self.table.name}/base"
         kind = "tune" if self.tuning else "run"
@@ -247,10 +247,10 @@ class Cell:
         return f"{self.table.name}/{name}/{kind}-{self.rate:g}-seed{self.seed}-{self.samples}"
 
     def settings(self) -> Settings:
-        """Its run as overrides, the output left out."""
+        """Return the run's settings as overrides, without the output."""
         common = {"reward": ["attribute_binding"], **self.table.settings, "seed": self.seed}
         if not self.method:
-            return {**common, "algorithm.name": "diffusion_dpo"}  # one that takes every sampler; nothing is trained
+            return {**common, "algorithm.name": "diffusion_dpo"}  # accepts every sampler; nothing is trained
         method = self.table.methods[self.method]
         loop = {
             "train.updates": NEVER, "train.checkpoint_every": 50, "train.keep_checkpoints": 1,
@@ -260,7 +260,7 @@ class Cell:
 
 
 def tuning_cells(table: Table, method: str) -> list[Cell]:
-    """The runs that choose a method's learning rate; none if it has one."""
+    """Return the runs that choose a method's learning rate; none if the method has a fixed one."""
     if table.methods[method].rate:
         return []
     return [Cell(table, method, rate, TUNING_SEED, table.samples, tuning=True) for rate in table.rates]

@@ -1,15 +1,15 @@
-"""Where the gradient of a surrogate leads: samples of a model moved along it, judged and read off.
+"""Usefulness of a surrogate's gradient: move a model's samples along it, then score them with both rewards.
 
     python benchmarks/gradient.py [--run RUN] [--surrogate RUN]
 
-A learned reward may rank samples well and still point nowhere useful. Here no policy is trained: the clean latents of
-`--prompts` training prompts take four steps along the gradient of the shipped surrogate, less its score under another
-prompt (`algorithm.contrast`), and for comparison along that of the judge itself through the decoder; each as it is and
-through the teacher (`algorithm.purify`). The gradient is the mean over four draws of noise (`algorithm.smoothing`),
-scaled to a root mean square over all samples of `distance`, in units of a latent's spread. With `--surrogate` it is
-that of a run, lasro's or the proxy of rg_lcd. `score` is what the surrogate makes of them, less that under the other
-prompt. With `--run`, a run of `lasro` on shapes_lcm, its policy answers the same noises: how far it moves the samples
-(root mean square), and how far the mean of all.
+A learned reward may rank samples well although its gradient points nowhere useful. Here no policy is trained: the clean
+latents of `--prompts` training prompts take four steps along the gradient of the shipped surrogate minus its score
+under another prompt (`algorithm.contrast`), and for comparison along the gradient of the VQA model itself through the
+decoder; each directly and through the teacher (`algorithm.purify`). The gradient is the mean over four noise samples
+(`algorithm.smoothing`), scaled so that its root mean square over all samples is `distance`, in units of the latents'
+standard deviation. `--surrogate` uses the surrogate of a run instead, lasro's or the proxy of rg_lcd. `score` is the
+surrogate's score of the result minus that under the other prompt. With `--run`, a run of `lasro` on shapes_lcm, its
+policy samples from the same noises; the output states how far it moves the samples (root mean square) and their mean.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from alignkit_shapes.reward import PixelCheck
 
 
 def moved(score: Callable[[Tensor], Tensor], latents: Tensor, distance: float) -> Tensor:
-    """`latents` (N, *S) behind four steps along the gradient of `score`; those with a small gradient move less."""
+    """Move `latents` (N, *S) four steps along the gradient of `score`; those with a small gradient move less."""
     x = latents
     for _ in range(4):
         total = torch.zeros_like(x)
         for _ in range(4):
-            there = x.clone().requires_grad_(True)
-            total += torch.autograd.grad(score(there).sum(), there)[0]
+            point = x.clone().requires_grad_(True)
+            total += torch.autograd.grad(score(point).sum(), point)[0]
         x = x + distance / 4 * total / total.square().mean().sqrt().clamp(min=1e-9)
     return x
 
@@ -62,29 +62,28 @@ def main() -> None:
     surrogate = learned.load_surrogate(policy)
     assert surrogate is not None
     prompt = policy.encode([e.text for e in examples])
-    judges = [AttributeBinding(judge=str(WEIGHTS / "judge"), mode=mode) for mode in ("hard", "soft")]
-    for judge in judges:
-        judge.load(policy.device)
-    hard, soft = judges
-    chance = torch.Generator().manual_seed(0)
+    hard, soft = (AttributeBinding(judge=str(WEIGHTS / "judge"), mode=mode) for mode in ("hard", "soft"))
+    for reward in (hard, soft):
+        reward.load(policy.device)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         noises = seeded_noises(policy.latent_shape, 2, [(77, i) for i in range(len(examples))])
         clean = run_sampler(policy, sampler, prompt, noises).clean
         trained = None
         if arguments.run:
-            its = open_run(arguments.run)
-            if its.config.model.name != "shapes_lcm":
+            lasro = open_run(arguments.run)
+            if lasro.config.model.name != "shapes_lcm":
                 parser.error(
-                    f"--run {arguments.run}: found a run on {its.config.model.name}, expected one on shapes_lcm"
+                    f"--run {arguments.run}: found a run on {lasro.config.model.name}, expected one on shapes_lcm"
                 )
-            learner = its.policy()
-            with learner.using(its.average):
+            learner = lasro.policy()
+            with learner.using(lasro.average):
                 trained = run_sampler(learner, sampler, learner.encode([e.text for e in examples]), noises).clean
     teacher = DiffusersPolicy(run.teacher_source(), trainable=False, guidance_scale=1.0)
     level = torch.full((len(examples),), arguments.purify)
 
     def noise() -> Tensor:
-        return torch.randn(clean[:, 0].shape, generator=chance)
+        return torch.randn(clean[:, 0].shape, generator=generator)
 
     other = prompt.select(torch.arange(len(examples)).roll(1))
 
@@ -92,7 +91,7 @@ def main() -> None:
         x = x + arguments.smoothing * noise()
         return surrogate.score(x, prompt) - surrogate.score(x, other)
 
-    def judge_score(x: Tensor) -> Tensor:
+    def vqa_score(x: Tensor) -> Tensor:
         return soft(quantize(policy.decode(x + arguments.smoothing * noise())), examples).values
 
     def purified(score: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -101,18 +100,18 @@ def main() -> None:
     def show(what: str, latents: Tensor) -> None:
         with torch.no_grad():
             images = quantize(policy.decode(latents))
-            judged, read_off = (float(r(images, examples).values.mean()) for r in (hard, PixelCheck()))
-            liked = float(torch.stack([surrogate_score(latents) for _ in range(4)]).mean())
-        print(f"{what:<48} judge {judged:.3f}  pixel check {read_off:.3f}  score {liked:.2f}", flush=True)
+            binding, checked = (float(r(images, examples).values.mean()) for r in (hard, PixelCheck()))
+            estimate = float(torch.stack([surrogate_score(latents) for _ in range(4)]).mean())
+        print(f"{what:<48} VQA model {binding:.3f}  pixel check {checked:.3f}  score {estimate:.2f}", flush=True)
 
     for step in (0, 1):
         latents = clean[:, step]
         show(f"{step + 1} step{'s' * step}", latents)
         if trained is not None:
-            way = trained[:, step] - latents
-            far, shared = (float(x.square().mean().sqrt()) for x in (way, way.mean(0)))
-            show(f"  {arguments.run}, moved {far:.2f}, mean {shared:.2f}", trained[:, step])
-        for name, score in (("surrogate", surrogate_score), ("judge", judge_score)):
+            change = trained[:, step] - latents
+            each, shared = (float(x.square().mean().sqrt()) for x in (change, change.mean(0)))
+            show(f"  {arguments.run}, moved {each:.2f}, mean {shared:.2f}", trained[:, step])
+        for name, score in (("surrogate", surrogate_score), ("VQA model", vqa_score)):
             for distance in (0.1, 0.2):
                 show(f"  {name}, distance {distance}", moved(score, latents, distance))
                 show(f"  {name} through the teacher, distance {distance}", moved(purified(score), latents, distance))

@@ -1,10 +1,11 @@
-"""Where on a walk a training moved the model: how far its predictions are from those of the model before.
+"""Change of a model's predictions by training, at each step of a trajectory.
 
     python benchmarks/movement.py RUN [RUN ...] [--steps 4] [--prompts 200]
 
-The model before training walks `--steps` steps of each of the first training prompts; at every latent on the way both
-predict. Root mean squares over all numbers, of the noise and of the clean latent: an error of the noise weighs sigma /
-alpha in the clean latent, most where a walk begins. The average weights of a run are taken.
+The model before training samples a trajectory of `--steps` steps for each of the first training prompts; both models
+predict at every latent of it. The table shows root mean squares over all numbers, of the difference in the noise and in
+the clean latent: an error of the noise is scaled by sigma / alpha in the clean latent, most at the start of a
+trajectory. The averaged weights of a run are used.
 """
 
 from __future__ import annotations

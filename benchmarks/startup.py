@@ -1,9 +1,9 @@
-"""How long `alignkit list` and `alignkit --help` take, against `python -c "import torch"`.
+"""Start-up time of `alignkit list` and `alignkit --help`, relative to `python -c "import torch"`.
 
     python benchmarks/startup.py [REPEATS]
 
-The commands take turns, so that what else the machine does falls on all; medians are compared. Exits with 1 where one
-takes more than LIMIT of torch's time: the registry and the command line must not import it.
+The commands take turns, so that other load on the machine affects all of them; medians are compared. Exits with 1 if
+one takes more than LIMIT of torch's time: the registry and the command line must not import torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def seconds(arguments: list[str]) -> float:
 
 
 repeats = int(sys.argv[1]) if len(sys.argv) > 1 else 7
-for arguments in COMMANDS.values():  # once for the disk cache
+for arguments in COMMANDS.values():  # warms up the disk cache
     seconds(arguments)
 taken: dict[str, list[float]] = {name: [] for name in COMMANDS}
 for _ in range(repeats):

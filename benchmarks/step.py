@@ -1,9 +1,9 @@
-"""How the time of a LaSRO update divides: sampling, decoding, reward, surrogate, generator, bookkeeping.
+"""Profile of a LaSRO update: time for sampling, decoding, reward, surrogate, generator and bookkeeping.
 
     python benchmarks/step.py [--updates 5] [--model shapes_lcm] [--set KEY=VALUE ...]
 
-A real run, with the methods of its parts timed; what none of them accounts for is bookkeeping (data, pairs, trackers,
-averages, clipping, metrics). Exits with 1 where that is more than LIMIT.
+It times the methods of the parts in a real run; the remaining time is bookkeeping (data, pairs, trackers, averages,
+clipping, metrics). Exits with 1 if bookkeeping takes more than LIMIT.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from alignkit.rewards.checked import CheckedReward
 LIMIT = 0.05
 BOOKKEEPING = "bookkeeping"
 MEANING = {
-    "sampling": "the walk of the policy, without gradient",
-    "decoding": "latents to images, to be scored",
-    "encoding": "texts and captioned images to features and latents",
+    "sampling": "the policy's trajectories, without gradient",
+    "decoding": "latents to images for scoring",
+    "encoding": "texts to features and captioned images to latents",
     "reward": "the true reward of the images",
-    "surrogate": "its scores and its own updates",
-    "generator": "the policy's loss (teacher and surrogate within), its gradient and step",
+    "surrogate": "the surrogate's scores and its own updates",
+    "generator": "the policy's loss (including teacher and surrogate), its gradient and step",
     BOOKKEEPING: "everything else",
 }
 
 
 class Clock:
-    """Time by category; what is called within a timed call is taken off that call."""
+    """Time by category; nested timed calls do not count for the outer call."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -52,7 +52,7 @@ class Clock:
         self._inner: list[float] = []
 
     def time(self, owner: Any, name: str, category: str | Callable[[], str]) -> None:
-        """Replace the method by one that is timed."""
+        """Replace the method by a timed version."""
         method = getattr(owner, name)
 
         @functools.wraps(method)
@@ -71,7 +71,7 @@ class Clock:
         setattr(owner, name, timed)
 
     def enter(self, owner: Any, name: str, phase: str) -> None:
-        """Replace the method by one that says what the calls from here on are for."""
+        """Replace the method by a version that sets the phase for the calls from then on."""
         method = getattr(owner, name)
 
         @functools.wraps(method)
@@ -89,14 +89,14 @@ def now() -> float:
 
 
 def measure(overrides: dict[str, Any], updates: int, skipped: int = 1) -> tuple[dict[str, float], float]:
-    """Seconds by category and in all of `updates` updates, behind some that are not counted."""
+    """Return the seconds of `updates` updates by category and in total, after `skipped` updates that do not count."""
     with tempfile.TemporaryDirectory() as folder:
         settings = {
             "algorithm.name": "lasro",
             "output": f"{folder}/run",
             "evaluate.prompts": "",
             "train.checkpoint_every": 0,
-            "train.updates": skipped + updates + 1,  # the last one ends with a checkpoint
+            "train.updates": skipped + updates + 1,  # the last one writes a checkpoint and is not timed
             "surrogate.warmup": 0,
         }
         run = alignkit.load(None, {**settings, **overrides})
@@ -113,7 +113,7 @@ def measure(overrides: dict[str, Any], updates: int, skipped: int = 1) -> tuple[
         clock.time(CheckedReward, "__call__", "reward")
         clock.time(surrogate, "score", lambda: "generator" if clock.phase == "generator" else "surrogate")
         clock.time(Accelerator, "backward", lambda: clock.phase)
-        clock.time(torch.autograd, "grad", lambda: clock.phase)  # by the predicted latents, in the policy's loss
+        clock.time(torch.autograd, "grad", lambda: clock.phase)  # gradients at predicted latents, in the policy's loss
         clock.time(AcceleratedOptimizer, "step", lambda: clock.phase)
         training = run.train(Console(file=io.StringIO()))
         for _ in range(skipped):
@@ -123,7 +123,7 @@ def measure(overrides: dict[str, Any], updates: int, skipped: int = 1) -> tuple[
         for _ in range(updates):
             next(training)
         total = now() - start
-        del training  # ends it while its folder is there
+        del training  # end it before its folder is deleted
     return dict(clock.seconds), total
 
 
@@ -134,7 +134,7 @@ parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
 options = parser.parse_args()
 taken, total = measure({"model.name": options.model, **dict(map(parse_assignment, options.set))}, options.updates)
 taken[BOOKKEEPING] = total - sum(taken.values())
-table = Table("part", "share", "seconds an update", "what it is")
+table = Table("part", "share", "seconds per update", "content")
 for part, meaning in MEANING.items():
     spent = taken.get(part, 0.0)
     table.add_row(part, f"{spent / total:.1%}", f"{spent / options.updates:.4f}", meaning)

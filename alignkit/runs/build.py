@@ -142,9 +142,9 @@ class Parts:
                 f"{self.config.algorithm.name} learns from the likelihood of steps with chance in them; "
                 "raise sampler.num_steps, or sampler.eta where there is one, or take another sampler or algorithm"
             )
-        algorithm.check(sampler)
-        for _, _, regulariser in self.regularisers():
+        for _, _, regulariser in self.regularisers():  # first: it may refuse the sampler as such, whatever its steps
             regulariser.check(sampler)
+        algorithm.check(sampler)
         for steps in self.config.evaluate.steps:
             self.sampler(steps)
         if (who := self.who_needs("teacher")) and not self.teacher_source():

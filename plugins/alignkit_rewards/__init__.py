@@ -6,26 +6,29 @@ from alignkit import hookimpl
 from alignkit.hookspecs import Register
 
 REWARDS = {
-    "aesthetic": ("aesthetic:Aesthetic", "Beauty from 1 to 10, whatever the prompt: LAION's head on CLIP"),
+    "aesthetic": ("aesthetic:Aesthetic", "Aesthetic rating from 1 to 10, prompt ignored: LAION's head on CLIP"),
     "attribute_binding": (
         "attribute_binding:AttributeBinding",
-        "Does every thing named in the prompt show its attributes? Asked of a BLIP VQA model (LaSRO)",
+        "Share of objects and attributes of the prompt that a BLIP VQA model confirms (LaSRO)",
     ),
-    "clip_score": ("clip_score:ClipScore", "How alike CLIP finds image and prompt"),
-    "function": ("function:Function", "Any function of Python, as module:function"),
+    "clip_score": ("clip_score:ClipScore", "Cosine similarity of image and prompt in CLIP"),
+    "function": ("function:Function", "Any Python function, as module:function"),
     "hpsv2": ("hpsv2:HPSv2", "Human Preference Score v2, versions 2.0 and 2.1"),
-    "image_reward": ("image_reward:ImageReward", "What people prefer, read by BLIP from image and prompt together"),
-    "jpeg_compressibility": ("jpeg:JpegCompressibility", "Minus the kilobytes of the image as JPEG"),
-    "jpeg_incompressibility": ("jpeg:JpegIncompressibility", "The kilobytes of the image as JPEG"),
-    "ocr": ("ocr:Ocr", "Does the image show the words that the prompt quotes? Read by GOT-OCR2"),
-    "pickscore": ("pickscore:PickScore", "Which image people would pick for the prompt, on CLIP ViT-H"),
-    "remote": ("remote:Remote", "A reward behind HTTP, as `alignkit serve` offers it"),
-    "text_alignment": ("text_alignment:TextAlignment", "Florence-2's caption against the prompt, by BERTScore (LaSRO)"),
+    "image_reward": ("image_reward:ImageReward", "Human preference predicted by BLIP from image and prompt"),
+    "jpeg_compressibility": ("jpeg:JpegCompressibility", "Minus the size of the image as a JPEG file, in kilobytes"),
+    "jpeg_incompressibility": ("jpeg:JpegIncompressibility", "Size of the image as a JPEG file, in kilobytes"),
+    "ocr": ("ocr:Ocr", "Similarity of the text in the image, read by GOT-OCR2, to the text quoted in the prompt"),
+    "pickscore": ("pickscore:PickScore", "Human preference for the image given the prompt, from CLIP ViT-H"),
+    "remote": ("remote:Remote", "A reward served over HTTP by `alignkit serve`"),
+    "text_alignment": (
+        "text_alignment:TextAlignment",
+        "BERTScore of Florence-2's caption of the image against the prompt (LaSRO)",
+    ),
     "vlm_judge": (
         "vlm_judge:VlmJudge",
-        "A vision language model behind an OpenAI-compatible endpoint: yes or no, a rubric, VIEScore, or its caption",
+        "A vision language model at an OpenAI-compatible endpoint: yes or no, rubric, VIEScore or caption",
     ),
-    "vqa_score": ("vqa_score:VqaScore", "How sure a vision language model is that the image shows the prompt"),
+    "vqa_score": ("vqa_score:VqaScore", "Probability of a vision language model's yes that the image shows the prompt"),
 }
 
 

@@ -1,4 +1,4 @@
-"""What is read off the answer of a vision language model: a number, or why there is none."""
+"""Parse the answer of a vision language model into a number, or into the reason why there is none."""
 
 from __future__ import annotations
 
@@ -12,54 +12,54 @@ from alignkit_rewards.endpoint import Answer
 
 
 class Unusable(Exception):
-    """An answer from which no score can be read; the message says why."""
+    """Raised for an answer that yields no score; the message gives the reason."""
 
 
 def first_choice(answer: Answer) -> Mapping[str, Any]:
-    """The first choice of a chat completion. Raises Unusable where there is none: a filter's refusal, say."""
+    """Return the first choice of a chat completion. Raises Unusable if there is none (a content filter, say)."""
     if answer.status != 200:
         raise Unusable(f"status {answer.status}: {answer.reason}")
     choices = answer.body.get("choices") if isinstance(answer.body, dict) else None
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise Unusable("the answer is no chat completion")
+        raise Unusable("the answer is not a chat completion")
     return choices[0]
 
 
 def yes_and_no(choice: Mapping[str, Any]) -> tuple[float, float]:
-    """The probability of "yes" and of "no" as the first token, each summed over how it can be written.
+    """Return the probabilities of "yes" and "no" as the first token, each summed over its spellings.
 
-    Raises Unusable where neither is among the likeliest tokens, or a log-probability is missing or none.
+    Raises Unusable if neither is among the likeliest tokens, or if log-probabilities are missing or not numbers.
     """
     try:
-        told = choice["logprobs"]["content"][0]["top_logprobs"]
-        tokens = [(str(one["token"]).strip(" \t\n▁").lower(), float(one["logprob"])) for one in told]
+        top = choice["logprobs"]["content"][0]["top_logprobs"]
+        tokens = [(str(one["token"]).strip(" \t\n▁").lower(), float(one["logprob"])) for one in top]
     except (KeyError, IndexError, TypeError, ValueError):
         raise Unusable("the answer has no log-probabilities") from None
-    broken = next((one for one in tokens if not one[1] < math.inf), None)  # -inf is a probability of 0
-    if broken:
-        raise Unusable(f"the log-probability of {broken[0]!r} is {broken[1]}, expected a finite number")
+    for token, log_probability in tokens:
+        if not log_probability < math.inf:  # NaN or inf; -inf is a probability of 0
+            raise Unusable(f"the log-probability of {token!r} is {log_probability}, expected a finite number")
     yes, no = (sum(math.exp(min(p, 0.0)) for token, p in tokens if token == word) for word in ("yes", "no"))
     if not yes + no > 0:
         likeliest = ", ".join(repr(token) for token, _ in tokens[:3])
-        raise Unusable(f"it begins neither with yes nor with no, but with {likeliest or 'nothing'}")
+        raise Unusable(f"the answer begins with neither yes nor no, but with {likeliest or 'nothing'}")
     return yes, no
 
 
 def content(choice: Mapping[str, Any]) -> str:
-    """The text of a choice. Raises Unusable where there is none."""
+    """Return the text of a choice. Raises Unusable if it has none."""
     message = choice.get("message")
-    said = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(said, str):
+    text = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(text, str):
         raise Unusable("the answer has no text")
-    return said
+    return text
 
 
 def first_object(text: str) -> dict[str, Any]:
-    """The first JSON object in an answer that is not empty, whatever stands around it.
+    """Return the first non-empty JSON object in an answer, ignoring the text around it.
 
-    Raises Unusable where there is none, or where it is broken: what lies within it would be another one.
+    Raises Unusable if there is none, or if the first one is malformed: an object nested in it is a different object.
     """
-    for start in (at.start() for at in re.finditer(r'\{(?=\s*["}])', text)):  # no brace of the prose around
+    for start in (at.start() for at in re.finditer(r'\{(?=\s*["}])', text)):  # skips braces of the surrounding prose
         try:
             found, _ = json.JSONDecoder().raw_decode(text, start)
         except (ValueError, RecursionError):
@@ -70,12 +70,12 @@ def first_object(text: str) -> dict[str, Any]:
 
 
 def grades(found: Mapping[str, Any], criteria: Iterable[str], low: float, high: float) -> dict[str, float]:
-    """The number of each criterion. Raises Unusable for one that is missing, no number, or out of its range."""
+    """Return the grade of each criterion. Raises Unusable if one is missing, not a number, or out of range."""
     return {name: _number(found.get(name), name, low, high) for name in criteria}
 
 
 def scores(found: Mapping[str, Any], count: int) -> list[float]:
-    """The `count` numbers from 0 to 10 under "score". Raises Unusable for anything else."""
+    """Return the `count` numbers from 0 to 10 under "score". Raises Unusable for anything else."""
     given = found.get("score")
     if not isinstance(given, list) or len(given) != count:
         raise Unusable(f"score is {_short(given)}, expected a list of {count}")
@@ -83,7 +83,7 @@ def scores(found: Mapping[str, Any], count: int) -> list[float]:
 
 
 def viescore(consistency: Sequence[float], quality: Sequence[float]) -> tuple[float, float, float]:
-    """(O, SC, PQ) of VIEScore: SC and PQ are the least of their numbers, 0 to 10, and O = sqrt(SC PQ)."""
+    """Return (O, SC, PQ) of VIEScore: SC and PQ are the minimum of their grades, 0 to 10, and O = sqrt(SC PQ)."""
     semantic, perceptual = min(consistency), min(quality)
     return math.sqrt(semantic * perceptual), semantic, perceptual
 

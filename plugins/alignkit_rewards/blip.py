@@ -1,4 +1,4 @@
-"""BLIP as its authors publish it (Li et al., 2201.12086): their architectures and names, in transformers' terms."""
+"""BLIP in its authors' layout (Li et al., 2201.12086): their architectures and weight names, mapped to transformers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _VISION = {
 
 
 def names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The published weights by transformers' names: those of the vision tower are other ones there."""
+    """Return the published weights under transformers' names, which differ for the vision tower."""
     out: dict[str, Tensor] = {}
     for name, value in state.items():
         if name.startswith("visual_encoder."):
@@ -36,22 +36,22 @@ def names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def vqa(state: Mapping[str, Tensor]) -> Translated:
-    """The weights of a visual question answering model; it has no head of ours."""
+    """Return the weights of a visual question answering model under transformers' names, and no separate head."""
     return names(state), {}
 
 
 def base() -> Any:
-    """The architecture with a ViT-B/16, at the 480 pixels of visual question answering, as a BlipConfig."""
+    """Return the BlipConfig with a ViT-B/16 at 480 pixels, as for visual question answering."""
     return _architecture(768, layers=12, heads=12, pixels=480)
 
 
 def large() -> Any:
-    """The architecture with a ViT-L/16, at 224 pixels, as a BlipConfig."""
+    """Return the BlipConfig with a ViT-L/16 at 224 pixels."""
     return _architecture(1024, layers=24, heads=16, pixels=224)
 
 
 def _architecture(width: int, layers: int, heads: int, pixels: int) -> Any:
-    """The authors' med_config.json and vision transformer. Heads and epsilons differ from the defaults of the class."""
+    """Return the authors' med_config.json and ViT as a BlipConfig; heads and epsilons differ from its defaults."""
     from transformers import BlipConfig
 
     return BlipConfig(

@@ -1,4 +1,4 @@
-"""Rewards that read images, and most of them texts, with the towers of CLIP: what they share."""
+"""Base classes of the rewards that embed images, and mostly texts too, with CLIP."""
 
 from __future__ import annotations
 
@@ -28,15 +28,17 @@ from alignkit_rewards.pixels import CLIP_MEAN, CLIP_STD, normalize, resize_and_c
 
 @dataclass
 class ClipImages(Reward):
-    """The image's side of a CLIPModel of transformers, frozen. Projections, lengths and dot products are float32; the
-    towers alone follow `precision`: cosines of one prompt's images differ in the third place, which half precision
-    cannot hold."""
+    """Frozen image tower and projection of a CLIPModel of transformers.
+
+    Only the towers use `precision`. Projections, norms and dot products are float32: the cosines of one prompt's images
+    differ in the third decimal, which half precision does not resolve.
+    """
 
     checkpoint: str = ""
     """Hub id or local folder of a CLIPModel."""
     precision: Precision = "auto"
-    """The towers' precision. auto is bf16 on CUDA and fp32 elsewhere; fp16 is nearer to fp32, bf16 safer in the
-    gradient. Heads are always float32."""
+    """Precision of the towers: auto is bf16 on CUDA and fp32 elsewhere; fp16 is closer to fp32, bf16 is safer for
+    gradients. Heads are always float32."""
 
     differentiable: ClassVar[bool] = True
     name: ClassVar[str]
@@ -60,16 +62,16 @@ class ClipImages(Reward):
             tower.to(backbone_dtype(self.precision, device))
 
     def folder(self) -> str:
-        """Where the CLIPModel lies, in transformers' layout."""
+        """Return the hub id or folder of the CLIPModel, in transformers' layout."""
         return self.checkpoint
 
     def pixels(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) in [0, 1] as the vision tower takes them."""
+        """Resize, crop and normalise images (N, 3, H, W) in [0, 1] for the vision tower."""
         size = self._model.config.vision_config.image_size
         return normalize(resize_and_crop(images, size), CLIP_MEAN, CLIP_STD)
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Unit vectors (N, D) float32, with gradient to the pixels."""
+        """Return the images as unit vectors (N, D) float32, with gradient to the pixels."""
         pixels = self.pixels(images).to(self._model.vision_model.dtype)
         pooled = self._model.vision_model(pixel_values=pixels).pooler_output
         return unit(self._model.visual_projection(pooled.float()), dim=-1)
@@ -77,11 +79,11 @@ class ClipImages(Reward):
 
 @dataclass
 class ClipReward(ClipImages):
-    """A CLIPModel of transformers with both its sides, and its tokenizer."""
+    """A CLIPModel of transformers with both towers, and its tokenizer."""
 
     tokenizer: str = ""
-    """Hub id or local folder of the tokenizer. Empty: with the checkpoint if that is a folder with one, or else the
-    public one."""
+    """Hub id or local folder of the tokenizer. Empty: that of the checkpoint if it is a folder with a tokenizer, or
+    else the public one."""
 
     public_tokenizer: ClassVar[str]
 
@@ -100,7 +102,7 @@ class ClipReward(ClipImages):
             self._tokenizer = load_tokenizer(self.name, source, self._model.config.text_config.vocab_size)
 
     def text(self, example: Example) -> str:
-        """What the text tower reads."""
+        """Return the text that is given to the text tower."""
         return example.text
 
     def tokens(self, example: Example) -> tuple[int, int] | None:
@@ -112,7 +114,7 @@ class ClipReward(ClipImages):
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Unit vectors (N, D) float32, and (N,) 1 where a text was too long and its end was not read."""
+        """Return N texts as unit vectors (N, D) float32, and (N,) float32 that is 1 where a text was truncated."""
         distinct = list(dict.fromkeys(texts))
         tokens = tokenize(self._tokenizer, distinct, self._limit, self._model.device)
         pooled = self._model.text_model(input_ids=tokens.ids, attention_mask=tokens.mask).pooler_output
@@ -121,6 +123,6 @@ class ClipReward(ClipImages):
         return features[index], tokens.truncated[index]
 
     def cosine(self, images: Tensor, examples: Sequence[Example]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The cosine of each image and its text (N,), and the parts that tell which texts were cut."""
+        """Return the cosine (N,) of each image with its text, and the part "truncated"."""
         features, truncated = self.text_features([self.text(example) for example in examples])
         return (self.image_features(images) * features).sum(-1), {"truncated": truncated}

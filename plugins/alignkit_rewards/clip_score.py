@@ -1,4 +1,4 @@
-"""CLIPScore: how alike CLIP finds image and prompt (Hessel et al., "CLIPScore", 2104.08718)."""
+"""CLIPScore: cosine similarity of image and prompt in CLIP (Hessel et al., "CLIPScore", 2104.08718)."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ from alignkit_rewards.clip import ClipReward
 
 @dataclass
 class ClipScore(ClipReward):
-    """The cosine of CLIP's image and text vectors, in [-1, 1]; `scale`, `clamp` and `prefix` make it the published
-    variants. Part "truncated": 1 where the prompt has more tokens than CLIP reads (77)."""
+    """Cosine of CLIP's image and text vectors, in [-1, 1].
+
+    `scale`, `clamp` and `prefix` give the published variants. Part "truncated": 1 if the prompt has more tokens than
+    CLIP reads (77).
+    """
 
     checkpoint: str = "openai/clip-vit-large-patch14"
     """Hub id or local folder of a CLIPModel."""
     scale: float = 1.0
-    """What the cosine is multiplied with: 2.5 in the paper, 100 in torchmetrics."""
+    """Factor on the cosine: 2.5 in the paper, 100 in torchmetrics."""
     clamp: bool = False
-    """Whether negative cosines count as 0, as both have it; there the gradient is 0 too."""
+    """Whether negative cosines count as 0, as in the paper and torchmetrics; the gradient is 0 there too."""
     prefix: str = ""
-    """What stands before each prompt: "A photo depicts " in the paper."""
+    """Text put before each prompt: "A photo depicts " in the paper."""
 
     name: ClassVar[str] = "clip_score"
     public_tokenizer: ClassVar[str] = "openai/clip-vit-large-patch14"

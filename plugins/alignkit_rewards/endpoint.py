@@ -1,6 +1,6 @@
 """Query a server over HTTP: bounded time per answer, retries, parallel requests, no secrets in messages.
 
-JSON and PNG go over the wire, never a pickle: who reads one runs what its sender wrote.
+Only JSON and PNG go over the wire, never a pickle: unpickling executes code chosen by the sender.
 """
 
 from __future__ import annotations
@@ -31,86 +31,91 @@ B = TypeVar("B")
 
 RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504})
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
-"""Seconds before the second try, doubled for each further one; and the longest, whatever a server asks for."""
+"""Seconds before the second try, doubled for each further try; and the upper limit, whatever the server requests."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A server's answer to one question."""
+    """A server's answer to one request."""
 
     status: int
     body: Any
-    """The JSON value; None where it was something else."""
+    """The JSON value; None if the body is not JSON."""
     reason: str
-    """What an error says, on one line, without the key; empty where there is none."""
+    """The error message on one line, with the key masked; empty if there was no error."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a reward asks, and how patiently. Raises ConfigError for fields that cannot work."""
+    """Address of a server and the limits on requests to it. Raises ConfigError for bad values."""
 
     reward: str
     """The reward's name, for messages."""
     url: str
-    """What the paths are appended to."""
+    """Base URL that the paths are appended to."""
     key_field: str
     """The field of the reward that names the environment variable with the bearer token."""
     key_env: str
     """That variable; empty for no token."""
     concurrency: int
     timeout: float
-    """Seconds that an answer may take, and after which a question is not asked again."""
+    """Seconds to wait for an answer, and after which a request is not retried."""
     retries: int
-    """Further tries of a question that may yet be answered; so it takes less than two timeouts in all."""
+    """Further tries of a request that failed in a way that may pass. One request takes less than two timeouts."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", self.url):
             raise ConfigError(f"{self.reward}: url is {self.url!r}, expected http://HOST:PORT or https://HOST")
         if "@" in self.url:
             raise ConfigError(
-                f"{self.reward}: url holds a name or password, which would be written into the run folder; put a token "
-                f"into the environment variable that {self.key_field} names"
+                f"{self.reward}: url contains a user name or password, which would be written into the run folder; put "
+                f"a token into the environment variable that {self.key_field} names"
             )
         if not re.fullmatch(r"\w*", self.key_env, re.ASCII):  # most likely the key itself: do not show it
-            raise ConfigError(f"{self.reward}: {self.key_field} is no name of an environment variable, as HOUSE_TOKEN")
+            raise ConfigError(
+                f"{self.reward}: {self.key_field} is not the name of an environment variable, such as HOUSE_TOKEN"
+            )
         for field, least in (("concurrency", 1), ("retries", 0)):
             if getattr(self, field) < least:
                 raise ConfigError(f"{self.reward}: {field} is {getattr(self, field)}, expected {least} or more")
         if not 0 < self.timeout < float("inf"):
-            raise ConfigError(f"{self.reward}: timeout is {self.timeout}, expected seconds, more than 0")
+            raise ConfigError(f"{self.reward}: timeout is {self.timeout}, expected a number of seconds above 0")
 
     def key(self) -> str:
-        """The bearer token; empty for none. It stands in the environment alone, never in a run's files."""
+        """Return the bearer token; empty for none. It is only in the environment, never in a run's files."""
         return os.environ.get(self.key_env, "").strip() if self.key_env else ""
 
     @contextmanager
     def connect(self) -> Iterator[Connection]:
-        """Connections for the questions of one batch, closed behind it."""
+        """Open connections for the requests of one batch, and close them afterwards."""
         import httpx2
 
         key = self.key()
         if not (key.isascii() and key.isprintable()):
-            raise ConfigError(f"{self.reward}: the environment variable {self.key_env} holds no token that can be sent")
+            raise ConfigError(
+                f"{self.reward}: the environment variable {self.key_env} holds a token with characters that cannot be "
+                "sent in a header; expected printable ASCII"
+            )
         with httpx2.Client(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx2.Timeout(self.timeout, connect=min(self.timeout, 10.0)),
             limits=httpx2.Limits(max_connections=self.concurrency),
-            trust_env=not is_loopback(httpx2.URL(self.url).host),  # no proxy reaches this machine's own loopback
+            trust_env=not is_loopback(httpx2.URL(self.url).host),  # a proxy cannot reach this machine's loopback
         ) as client:
             yield Connection(self, client, key)
 
 
 class Connection:
-    """Open connections to an endpoint; may be used from several threads."""
+    """Open connections to an endpoint; thread-safe."""
 
     def __init__(self, endpoint: Endpoint, client: Any, key: str) -> None:
         self.endpoint, self._client, self._key = endpoint, client, key
         self._stopping = threading.Event()
 
     def map(self, function: Callable[[A], B], items: Sequence[A]) -> list[B]:
-        """`function` of each item, at most `concurrency` at once, in the order of the items.
+        """Apply `function` to each item, at most `concurrency` at once; results are in the order of the items.
 
-        The first error ends it: what has not begun is left out, and nobody waits for another try.
+        The first error is raised at once: calls that have not started are cancelled, and retries are not waited for.
         """
         with ThreadPoolExecutor(self.endpoint.concurrency) as pool:
             futures = [pool.submit(function, item) for item in items]
@@ -121,11 +126,11 @@ class Connection:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def ask(self, method: str, path: str, body: Any = None) -> Answer:
-        """The answer to one question, whose status may be a refusal that is not worth another try.
+    def request(self, method: str, path: str, body: Any = None) -> Answer:
+        """Send one request, retrying transient failures. The answer's status may be an error that a retry cannot fix.
 
-        Raises TransientError where the last try failed in a way that may pass, ConfigError for a token that is refused
-        and for a redirect, which would carry images and token to another place.
+        Raises TransientError if the last try failed in a way that may pass, and ConfigError if the token is refused or
+        the server redirects, which would send images and token elsewhere.
         """
         import httpx2
 
@@ -139,30 +144,31 @@ class Connection:
             else:
                 answer = Answer(response.status_code, _json(response), self._reason(response))
                 if answer.status not in RETRYABLE:
-                    return self._admitted(answer, url)
+                    self._check_status(answer, url)
+                    return answer
                 problem = f"status {answer.status}: {answer.reason}"
-                wait = min(_asked_wait(response.headers.get("Retry-After", ""), wait), LONGEST_WAIT)
-            # Who had all the time there is may be at it still: asked again at once it had twice the work.
+                wait = min(_retry_after(response.headers.get("Retry-After", ""), wait), LONGEST_WAIT)
+            # After a timeout the server may still be working on the request: a retry would double its work.
             late = monotonic() - begun + wait > end.timeout
             if attempt == end.retries or late or self._stopping.wait(wait):
                 break
         tries = f"{attempt + 1} {'try' if attempt == 0 else 'tries'}"
-        raise TransientError(f"{end.reward}: no answer from {url} in {tries} ({problem}); see that the server is up")
+        raise TransientError(f"{end.reward}: no answer from {url} in {tries} ({problem}); check that the server is up")
 
-    def _admitted(self, answer: Answer, url: str) -> Answer:
+    def _check_status(self, answer: Answer, url: str) -> None:
+        """Raise ConfigError for a refused token and for a redirect."""
         end = self.endpoint
         if answer.status in (401, 403):
-            held = f"the one in the environment variable {end.key_env}" if self._key else "none was sent"
+            sent = f"the one in the environment variable {end.key_env}" if self._key else "none was sent"
             raise ConfigError(
-                f"{end.reward}: {url} refuses the token, {held} (status {answer.status}: {answer.reason}); put the "
+                f"{end.reward}: {url} refuses the token, {sent} (status {answer.status}: {answer.reason}); put the "
                 f"right one into the environment variable that {end.key_field} names"
             )
         if 300 <= answer.status < 400:
             raise ConfigError(f"{end.reward}: {url} answers with a redirect, which is not followed; correct the url")
-        return answer
 
     def _reason(self, response: Any) -> str:
-        """What an error says, in the manner of `alignkit serve` or of OpenAI, else the beginning of the text."""
+        """Return the error message of `alignkit serve` or an OpenAI-style API, or else the beginning of the text."""
         if response.is_success:
             return ""
         body = _json(response)
@@ -180,8 +186,8 @@ def _json(response: Any) -> Any:
         return None
 
 
-def _asked_wait(header: str, otherwise: float) -> float:
-    """Seconds that a Retry-After header asks for, as a number or as a date."""
+def _retry_after(header: str, otherwise: float) -> float:
+    """Return the seconds of a Retry-After header, given as a number or a date; `otherwise` if it is neither."""
     if re.fullmatch(r"\d{1,9}(\.\d+)?", header.strip()):
         return float(header)
     try:
@@ -191,11 +197,11 @@ def _asked_wait(header: str, otherwise: float) -> float:
 
 
 def as_png(images: Tensor) -> list[bytes]:
-    """Images (N, 3, H, W) in [0, 1], as 8-bit files hold them, as such files: nothing is lost."""
+    """Encode images (N, 3, H, W) with 8-bit levels in [0, 1] as PNG files, without loss."""
     levels = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
     files = []
     for one in levels:
         file = io.BytesIO()
-        Image.fromarray(one).save(file, format="PNG", compress_level=1)  # quick; lossless at every level
+        Image.fromarray(one).save(file, format="PNG", compress_level=1)  # fast; every level is lossless
         files.append(file.getvalue())
     return files

@@ -1,4 +1,4 @@
-"""Any function of Python as a reward, by its name."""
+"""Any Python function as a reward, given by its name."""
 
 from __future__ import annotations
 
@@ -21,21 +21,23 @@ from alignkit.rewards.functions import scores_of
 
 @dataclass
 class Function(Reward):
-    """What `target(images, examples)` returns, for images (N, 3, H, W) float32 in [0, 1] and N examples with `text` and
-    `metadata`: a tensor (N,), N numbers, or Scores."""
+    """Scores returned by `target(images, examples)`: a tensor (N,), N numbers, or Scores.
+
+    The function gets images (N, 3, H, W) float32 in [0, 1] and N examples with `text` and `metadata`.
+    """
 
     target: str = ""
-    """The function, as "module:function"; the module lies in the working directory or is installed."""
+    """The function, as "module:function"; the module is in the working directory or installed."""
     gradient: bool = False
-    """Whether the values have a useful gradient with respect to the pixels. It is taken at its word."""
+    """Whether the values have a useful gradient with respect to the pixels. This is not verified."""
     repeats: bool = False
-    """Whether the same image and text always get the same value, so that values are kept while the file of the
-    function stays as it is. It is taken at its word, and what the function calls elsewhere must stay too."""
+    """Whether the same image and text always get the same value, so that scores are cached until the file of the
+    function changes. This is not verified; other code that the function calls must not change either."""
     waits: bool = False
-    """Whether the function waits for something else, a server say, and is best called in a thread of its own."""
+    """Whether the function waits for something else, such as a server, and should run in a thread of its own."""
 
     def __post_init__(self) -> None:
-        # The fields decide, not the class.
+        # These depend on the fields, not on the class.
         self.differentiable = self.gradient  # type: ignore[misc]
         self.deterministic = self.repeats  # type: ignore[misc]
         self.slow = self.waits  # type: ignore[misc]
@@ -52,24 +54,24 @@ class Function(Reward):
     def fingerprint(self) -> str:
         try:
             source = inspect.getsource(inspect.getmodule(self._function) or self._function)
-        except (OSError, TypeError):  # built in, or compiled: there is no text that would tell it from another version
+        except (OSError, TypeError):  # built in or compiled: without source, versions cannot be distinguished
             return ""
         return f"{self.target}\n{source}"
 
     def _import(self) -> Any:
-        wanted = 'expected "module:function", as --set reward.function.target=my_rewards:sharpness'
+        wanted = 'expected "module:function", such as --set reward.function.target=my_rewards:sharpness'
         module, _, name = self.target.partition(":")
         if not module or not name:
             raise ConfigError(f"function: target is {self.target!r}, {wanted}")
-        if os.getcwd() not in sys.path:  # the command `alignkit` does not look there by itself
+        if os.getcwd() not in sys.path:  # the command `alignkit` does not add it
             sys.path.append(os.getcwd())
         try:
             function = getattr(importlib.import_module(module), name)
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ConfigError(f"function: target {self.target!r} does not import ({reason}); {wanted}") from error
+            raise ConfigError(f"function: target {self.target!r} cannot be imported ({reason}); {wanted}") from error
         if not callable(function):
-            raise ConfigError(f"function: target {self.target!r} is no function; {wanted}")
+            raise ConfigError(f"function: target {self.target!r} is not a function; {wanted}")
         return function
 
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor | Scores:

@@ -1,4 +1,4 @@
-"""Human Preference Score v2 (Wu et al., 2306.09341), versions 2.0 and 2.1, by the classes of transformers."""
+"""Human Preference Score v2 (Wu et al., 2306.09341), versions 2.0 and 2.1, with classes of transformers."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ FILES: dict[Version, str] = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_c
 
 @dataclass
 class HPSv2(ClipReward):
-    """A CLIP ViT-H/14 trained on people's rankings: the cosine, about 0.25 to 0.35; papers print it times 100. Values
-    of v2.0 and v2.1 do not compare. Part "truncated": 1 where the prompt has more tokens than CLIP reads (77)."""
+    """Cosine of image and prompt in a CLIP ViT-H/14 trained on human rankings, about 0.25 to 0.35.
+
+    Papers print it times 100. Values of v2.0 and v2.1 are not comparable. Part "truncated": 1 if the prompt has more
+    tokens than CLIP reads (77).
+    """
 
     checkpoint: str = ""
     """The published file, on disk or as owner/name/file on the hub, or a CLIPModel (hub id or folder). Empty: the
     published file of `version`, of xswu/HPSv2."""
     version: Version = "v2.1"
-    """Which weights an empty checkpoint means: SDPO trains with v2.0, RG-LCD with v2.1."""
+    """Version of the weights if the checkpoint is empty: SDPO trains with v2.0, RG-LCD with v2.1."""
 
     name: ClassVar[str] = "hpsv2"
     public_tokenizer: ClassVar[str] = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -50,7 +53,7 @@ class HPSv2(ClipReward):
         return str(converted(self.name, file, CLIPModel, vit_h_14, lambda state: (from_open_clip(state), {})))
 
     def pixels(self, images: Tensor) -> Tensor:
-        # The authors resize tensors, not 8-bit images: nothing is rounded in between.
+        # The authors resize tensors, not 8-bit images, so there is no rounding between the passes.
         size = self._model.config.vision_config.image_size
         return normalize(resize_and_crop(images, size, levels=False), CLIP_MEAN, CLIP_STD)
 
@@ -60,7 +63,7 @@ class HPSv2(ClipReward):
 
 
 def vit_h_14() -> Any:
-    """The architecture that open_clip calls ViT-H-14, as a CLIPConfig."""
+    """Return the CLIPConfig of open_clip's ViT-H-14."""
     from transformers import CLIPConfig
 
     text = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -99,9 +102,9 @@ _OTHERS = {
 
 
 def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of an open_clip CLIP with ViT towers, by the names of transformers' CLIPModel.
+    """Return the weights of an open_clip CLIP with ViT towers under the names of transformers' CLIPModel.
 
-    A name that is not known is kept, so that whoever compares names finds it.
+    Unknown names are kept, so that the later comparison of names reports them.
     """
     out: dict[str, Tensor] = {}
     for name, value in state.items():

@@ -1,7 +1,7 @@
-"""ImageReward: what people prefer, from comparisons of images of one prompt (Xu et al., 2304.05977).
+"""ImageReward: human preference, learned from comparisons of images of one prompt (Xu et al., 2304.05977).
 
-BLIP reads the prompt while looking at the image, and a head makes a number of its first token. Classes of
-transformers, with the weights that the authors publish; their package is not needed.
+BLIP encodes the prompt with cross-attention to the image, and a head maps the first token to a number. It uses classes
+of transformers with the authors' published weights; their package is not needed.
 """
 
 from __future__ import annotations
@@ -37,25 +37,27 @@ from alignkit_rewards.published import Translated, converted
 
 PUBLISHED = "THUDM/ImageReward/ImageReward.pt"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-"""Of the raw values over the authors' validation set; part of the published score."""
+"""Mean and standard deviation of the raw values over the authors' validation set; part of the published score."""
 
 
 @dataclass
 class ImageReward(Reward):
-    """(raw - mean) / std of a BLIP ViT-L and its head; mostly in [-2, 2]. Part "truncated": 1 where the prompt has
-    more tokens than are read (`max_tokens`)."""
+    """(raw - mean) / std of a BLIP ViT-L with a head; mostly in [-2, 2].
+
+    Part "truncated": 1 if the prompt has more tokens than are read (`max_tokens`).
+    """
 
     checkpoint: str = PUBLISHED
     """The published file, on disk or as owner/name/file on the hub, or a local folder that was converted from it."""
     tokenizer: str = ""
-    """Hub id or local folder of BERT's tokenizer. Empty: with the checkpoint if it lies there, or else
+    """Hub id or local folder of BERT's tokenizer. Empty: that of the checkpoint's folder if there is one, or else
     google-bert/bert-base-uncased."""
     precision: Precision = "auto"
-    """The backbone's precision: auto is bf16 on CUDA and fp32 elsewhere. The head is always float32."""
+    """Precision of the backbone: auto is bf16 on CUDA and fp32 elsewhere. The head is always float32."""
     normalized: bool = True
-    """Whether mean and std are taken out, as the authors do. SDPO's numbers are without."""
+    """Whether to subtract the mean and divide by the standard deviation, as the authors do. SDPO reports raw values."""
     max_tokens: int = 35
-    """Tokens of the prompt that are read, [CLS] and [SEP] counted; 35 as published."""
+    """Tokens of the prompt that are read, including [CLS] and [SEP]; 35 as published."""
 
     differentiable: ClassVar[bool] = True
     name: ClassVar[str] = "image_reward"
@@ -100,19 +102,19 @@ class ImageReward(Reward):
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
         size = self._model.config.vision_config.image_size
         pixels = normalize(resize_and_crop(images, size), CLIP_MEAN, CLIP_STD).to(self._model.dtype)
-        seen = self._model.vision_model(pixel_values=pixels).last_hidden_state
+        image_features = self._model.vision_model(pixel_values=pixels).last_hidden_state
         tokens = tokenize(self._tokenizer, [example.text for example in examples], self.max_tokens, images.device)
-        read = self._model.text_encoder(
-            input_ids=tokens.ids, attention_mask=tokens.mask, encoder_hidden_states=seen
+        hidden = self._model.text_encoder(
+            input_ids=tokens.ids, attention_mask=tokens.mask, encoder_hidden_states=image_features
         ).last_hidden_state
-        values = read[:, 0].float() @ self._weight + self._bias
+        values = hidden[:, 0].float() @ self._weight + self._bias
         if self.normalized:
             values = (values - MEAN) / STD
         return Scores(values, torch.ones_like(values, dtype=torch.bool), {"truncated": tokens.truncated})
 
 
 def translate(state: Mapping[str, Tensor]) -> Translated:
-    """The published weights by the names of BlipForImageTextRetrieval, and the head folded into weight and bias."""
+    """Return the weights under BlipForImageTextRetrieval's names, and the head folded into weight and bias."""
     model: dict[str, Tensor] = {}
     head: dict[str, Tensor] = {}
     for name, value in state.items():

@@ -1,4 +1,4 @@
-"""The size of an image as a JPEG file: the rewards that need no network (Black et al., DDPO, 2305.13301)."""
+"""Rewards that need no network: the size of the image as a JPEG file (Black et al., DDPO, 2305.13301)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from alignkit.records import Example
 
 @dataclass
 class JpegIncompressibility(Reward):
-    """Kilobytes (1000 bytes) of the image as a JPEG file: the more detail, the higher. No gradient."""
+    """Size of the image as a JPEG file in kilobytes (1000 bytes): more detail scores higher. No gradient."""
 
     quality: int = 95
-    """JPEG quality, 1 to 100; colours at half resolution, as Pillow does by itself."""
+    """JPEG quality, 1 to 100; colours are stored at half resolution, Pillow's default."""
 
     bounds: ClassVar[tuple[float | None, float | None]] = (0.0, None)
     name: ClassVar[str] = "jpeg_incompressibility"
@@ -43,7 +43,7 @@ class JpegIncompressibility(Reward):
 
 @dataclass
 class JpegCompressibility(JpegIncompressibility):
-    """Minus the kilobytes (1000 bytes) of the image as a JPEG file: the plainer, the higher. No gradient."""
+    """Minus the size of the image as a JPEG file in kilobytes (1000 bytes): less detail scores higher. No gradient."""
 
     bounds: ClassVar[tuple[float | None, float | None]] = (None, 0.0)
     name: ClassVar[str] = "jpeg_compressibility"

@@ -1,8 +1,8 @@
-"""Written words: does the image show what the prompt wants to be read in it?
+"""Text rendering: compare the text that an OCR model reads in the image with the text that the prompt asks for.
 
-The text rendering reward of Flow-GRPO (Liu et al., 2505.05470): one minus the edit distance between the words that
-are wanted and those that an OCR model reads, by their length. The reader is GOT-OCR2, which takes a whole image and
-needs no package beside transformers; theirs is PaddleOCR.
+The text rendering reward of Flow-GRPO (Liu et al., 2505.05470): one minus the edit distance between target text and
+recognised text, relative to the length of the target. The OCR model is GOT-OCR2, which takes a whole image and needs no
+package besides transformers; Flow-GRPO uses PaddleOCR.
 """
 
 from __future__ import annotations
@@ -31,33 +31,32 @@ from alignkit_rewards.pixels import CLIP_MEAN, CLIP_STD, normalize, resize
 
 _QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
 START, END, IMAGE_START, IMAGE_END = "<|im_start|>", "<|im_end|>", "<img>", "</img>"
-BEFORE = (
+BEFORE_IMAGE = (
     f"{START}system\nYou should follow the instructions carefully and explain your answers in detail.{END}"
     f"{START}user\n{IMAGE_START}"
 )
-BEHIND = f"{IMAGE_END}\n OCR: {END}{START}assistant\n"
-"""What the model was trained to be asked, before and behind the image."""
+AFTER_IMAGE = f"{IMAGE_END}\n OCR: {END}{START}assistant\n"
+"""The request that the model was trained on, before and after the image."""
 VERSION = 1
-"""Goes up when a score can change by what is written here: what is asked, how images are resized, the distance."""
+"""Increment with every change here that can change a score: the request, how images are resized, the distance."""
 _SHRINKING = 4
-"""The projector behind the vision tower halves each side twice."""
+"""The projector after the vision tower halves each side twice."""
 
 
 @dataclass
 class Ocr(Reward):
-    """1 - min(edit distance, length) / length of the words wanted, in [0, 1]; 1 where they stand in what is read.
+    """1 - min(edit distance, length) / length of the target text, in [0, 1]; 1 if the target occurs in the image.
 
-    Wanted are "target" of a prompt's metadata, or else the first words in double quotes. Upper and lower case and
-    blanks do not count. A prompt without such words cannot be scored. No gradient. Part: "found", 1 where all of it
-    stands there.
+    The target is "target" of the prompt's metadata, or else the first text in double quotes. Case and blanks are
+    ignored. A prompt without a target cannot be scored. No gradient. Part: "found", 1 if the whole target was read.
     """
 
     checkpoint: str = "stepfun-ai/GOT-OCR-2.0-hf"
     """Hub id or local folder of a GotOcr2ForConditionalGeneration, with its tokenizer."""
     max_new_tokens: int = 128
-    """Tokens read of an image; what is written behind them is not seen."""
+    """Tokens read per image; further text is not read."""
     precision: Precision = "auto"
-    """The network's precision: auto is bf16 on CUDA and fp32 elsewhere."""
+    """Precision of the network: auto is bf16 on CUDA and fp32 elsewhere."""
 
     bounds: ClassVar[tuple[float | None, float | None]] = (0.0, 1.0)
     name: ClassVar[str] = "ocr"
@@ -71,18 +70,18 @@ class Ocr(Reward):
     def check(self, examples: Iterable[Example]) -> None:
         check_local(self.name, "checkpoint", self.checkpoint)
         for example in examples:
-            if not wanted(example):
+            if not target_text(example):
                 raise ConfigError(
-                    f"ocr: the prompt {example.text!r} wants no words to be written; expected them in double quotes, "
-                    'or as "target" in its metadata; change the prompt or leave it out'
+                    f"ocr: the prompt {example.text!r} asks for no text in the image; expected text in double quotes, "
+                    'or "target" in its metadata; change the prompt or leave it out'
                 )
 
     def fingerprint(self) -> str:
         return f"ocr {VERSION} {self.max_new_tokens} {state_of(self._model, self._tokenizer)}"
 
     def explain(self, example: Example) -> list[str]:
-        words = wanted(example)
-        return [f'does it say "{words}"?'] if words else []
+        target = target_text(example)
+        return [f'does it say "{target}"?'] if target else []
 
     def load(self, device: torch.device) -> None:
         if self._model is None:
@@ -91,23 +90,27 @@ class Ocr(Reward):
             model = load_model(self.name, "checkpoint", self.checkpoint, GotOcr2ForConditionalGeneration)
             vocabulary = model.config.text_config.vocab_size
             words = load_tokenizer(self.name, self.checkpoint, vocabulary, field="checkpoint")
-            self._before, self._behind = (words(text, add_special_tokens=False).input_ids for text in (BEFORE, BEHIND))
+            self._before, self._after = (
+                words(text, add_special_tokens=False).input_ids for text in (BEFORE_IMAGE, AFTER_IMAGE)
+            )
             self._end = words.convert_tokens_to_ids(END)
             if self._end in (None, words.unk_token_id):
-                raise ConfigError(f"ocr: the tokenizer of {self.checkpoint!r} lacks {END}; expected that of a GOT-OCR2")
+                raise ConfigError(
+                    f"ocr: the tokenizer of {self.checkpoint!r} lacks {END}; expected the tokenizer of a GOT-OCR2"
+                )
             known = model.generation_config.eos_token_id
             self._ends = [self._end, *(known if isinstance(known, list) else [] if known is None else [known])]
             self._model, self._tokenizer = model, words
         self._model.to(device, backbone_dtype(self.precision, device))
 
     def read(self, images: Tensor) -> list[str]:
-        """What stands in images (N, 3, H, W) in [0, 1], each made a square first; greedy decoding, nothing is drawn."""
+        """Return the text in images (N, 3, H, W) in [0, 1], each resized to a square, by greedy decoding."""
         model, vision = self._model, self._model.config.vision_config
         pixels = normalize(resize(images, vision.image_size, vision.image_size), CLIP_MEAN, CLIP_STD)
         places = (vision.image_size // vision.patch_size // _SHRINKING) ** 2
-        ids = [*self._before, *[model.config.image_token_id] * places, *self._behind]
+        ids = [*self._before, *[model.config.image_token_id] * places, *self._after]
         tokens = torch.tensor([ids], device=images.device).expand(len(images), -1)
-        said = model.generate(
+        generated = model.generate(
             input_ids=tokens,
             attention_mask=torch.ones_like(tokens),
             pixel_values=pixels.to(model.dtype),
@@ -117,19 +120,19 @@ class Ocr(Reward):
             eos_token_id=self._ends,
             pad_token_id=self._end,
         )
-        return [self._tokenizer.decode(one[len(ids) :], skip_special_tokens=True).strip() for one in said]
+        return [self._tokenizer.decode(one[len(ids) :], skip_special_tokens=True).strip() for one in generated]
 
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
         found = self.read(images.detach())
-        targets = [wanted(example) for example in examples]
+        targets = [target_text(example) for example in examples]
         values = [similarity(target, text) for target, text in zip(targets, found, strict=True)]
         scores = torch.tensor(values, device=images.device)
         valid = torch.tensor([bool(target) for target in targets], device=images.device)
         return Scores(scores, valid, {"found": (scores == 1).float()})
 
 
-def wanted(example: Example) -> str:
-    """The words to be read, without blanks and in lower case: the prompt's "target", or the first in double quotes."""
+def target_text(example: Example) -> str:
+    """Return the target text, lower case without blanks: metadata "target", or the first text in double quotes."""
     target = example.metadata.get("target")
     if target is None:
         quoted = _QUOTED.search(example.text)
@@ -140,12 +143,12 @@ def wanted(example: Example) -> str:
 
 
 def plain(text: str) -> str:
-    """Lower case, without blanks and line breaks."""
+    """Return the text in lower case, without blanks and line breaks."""
     return "".join(text.lower().split())
 
 
 def similarity(target: str, text: str) -> float:
-    """How much of `target` (see `wanted`) stands in `text`, from 0 to 1; 1 if all of it does, whatever stands around.
+    """Return the similarity of `text` to `target` (see `target_text`), 0 to 1; 1 if `text` contains the target.
 
     0 for an empty target.
     """
@@ -156,7 +159,7 @@ def similarity(target: str, text: str) -> float:
 
 
 def edit_distance(first: str, second: str) -> int:
-    """The fewest insertions, deletions and replacements of a letter that make one of the other (Levenshtein)."""
+    """Return the Levenshtein distance: the fewest insertions, deletions and replacements of a letter."""
     row = list(range(len(second) + 1))
     for i, letter in enumerate(first, start=1):
         diagonal, row[0] = row[0], i

@@ -1,7 +1,7 @@
-"""Noun phrases and their attributes, by rules alone: closed word lists and a scan from left to right.
+"""Find noun phrases and their attributes by rules: closed word lists and a scan from left to right.
 
-Made for prompts that name things with adjectives ("a fluffy dog and a wooden chair next to it"), where it agrees with a
-statistical tagger nearly always; free prose is better served by phrases given with the prompt (`metadata["phrases"]`).
+Made for prompts that name objects with adjectives ("a fluffy dog and a wooden chair next to it"), where it nearly
+always agrees with a statistical tagger. For free prose, give the phrases with the prompt (`metadata["phrases"]`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from alignkit.records import Example
 
 @dataclass(frozen=True)
 class Phrase:
-    """One thing that a prompt names: "two small red wooden chairs" is ("chairs", ("small", "red", "wooden"), True)."""
+    """An object that a prompt names: "two small red wooden chairs" is ("chairs", ("small", "red", "wooden"), True)."""
 
     head: str
     attributes: tuple[str, ...] = ()
@@ -44,7 +44,7 @@ MATERIALS = {
     "velvet": "velvet", "marble": "marble", "steel": "steel", "iron": "iron", "brass": "brass", "bamboo": "bamboo",
     "wicker": "wicker", "denim": "denim", "cardboard": "cardboard", "clay": "clay", "porcelain": "porcelain",
 }  # fmt: skip
-"""The word before a noun, and what the thing is made of."""
+"""The adjective before a noun, and the name of the material."""
 OTHERS = _words(
     "small large big little tiny huge giant tall short long wide narrow thick thin mini massive gigantic enormous old "
     "new young modern vintage antique ancient shiny glossy matte smooth rough soft hard fluffy furry fuzzy hairy wooly "
@@ -74,32 +74,32 @@ _NOUNS = _words(
     "ring king wing string spring building ceiling painting earring clothing swing wedding evening morning bed shed "
     "sled seed weed butterfly dragonfly fly lily family belly jelly thing lightning pudding stocking bedding red"
 )
-"""Words that end like a participle or adverb and are none."""
+"""Words that end like a participle or an adverb but are nouns (or the colour red)."""
 _COLLECTIONS = _words(
-    "pair group bunch piece set lot couple pile stack row photo photograph image image illustration drawing painting "
+    "pair group bunch piece set lot couple pile stack row photo photograph picture image illustration drawing painting "
     "rendering render sketch portrait close-up closeup type kind slice"
 )
-"""Not the thing itself when "of" follows."""
+"""Words that do not name the object itself when "of" follows, as in "a pair of shoes" or "a photo of a dog"."""
 _PLACES = _words("top side front back middle center centre bottom foreground background corner edge end")
-"""Named for the layout; a thing only with an attribute of its own."""
+"""Words that describe the layout; they count as objects only with an attribute of their own."""
 _IRREGULAR_PLURALS = _words("people men women children feet teeth mice geese")
 _ALSO_NOUNS = SHAPES | MATERIALS.keys() | _words("orange light rainbow lime peach coral olive")
 _SINGULARS = _words("lens gas canvas atlas christmas")
 
 
-BEHIND = ("made of ", "in ", "painted ")
-"""How attributes begin that stand behind their noun: "a cat made of glass", "a sign in red", "a car painted red"."""
-_HYPHENED = ("-colored", "-shaped")
-_OF_A_PART = re.compile(r"[a-z]+(-[a-z]+)*-[a-z]+ed")
-"""What a thing has: "red-haired", "one-eyed"."""
+TRAILING = ("made of ", "in ", "painted ")
+"""Beginnings of attributes that follow their noun: "a cat made of glass", "a sign in red", "a car painted red"."""
+_HYPHENATED = ("-colored", "-shaped")
+_HAS_PART = re.compile(r"[a-z]+(-[a-z]+)*-[a-z]+ed")
+"""Adjectives for a part of the object: "red-haired", "one-eyed"."""
 _MADE_OF = re.compile(r"made (?:\w+ly )?(?:out )?(?:of|from) ")
 _QUOTED = re.compile(r"""(?<!\w)"[^"]*"|“[^”]*”|(?<!\w)'[^']*'(?!\w)|\d+\"""")
-"""And inches."""
+"""Quoted text, and lengths in inches such as 5"."""
 
 
 def _is_attribute(word: str) -> bool:
-    of_a_part = _OF_A_PART.fullmatch(word) and word.rpartition("-")[2] not in _NOUNS
-    return all(part in ATTRIBUTES for part in word.split("-")) or word.endswith(_HYPHENED) or bool(of_a_part)
+    has_part = _HAS_PART.fullmatch(word) and word.rpartition("-")[2] not in _NOUNS
+    return all(part in ATTRIBUTES for part in word.split("-")) or word.endswith(_HYPHENATED) or bool(has_part)
 
 
 def _is_participle(word: str) -> bool:
@@ -108,12 +108,12 @@ def _is_participle(word: str) -> bool:
 
 
 def _is_name(word: str) -> bool:
-    """Whether a noun phrase may hold it: no punctuation, no stop."""
+    """Whether the word may be part of a noun phrase: neither punctuation nor a stop word."""
     return word[0].isalnum() and word not in _CLOSED
 
 
 def phrases(example: Example) -> list[Phrase]:
-    """The phrases given as metadata, a list of {"head", "attributes", "plural"}, or else those found in the text."""
+    """Return the phrases in the metadata, a list of {"head", "attributes", "plural"}, or else those in the text."""
     given = example.metadata.get("phrases")
     if given is None:
         return find_phrases(example.text)
@@ -131,13 +131,13 @@ def _given(item: Any, text: str) -> Phrase:
 
 
 def find_phrases(text: str) -> list[Phrase]:
-    """The noun phrases of `text`, in order.
+    """Return the noun phrases of `text`, in order.
 
-    A phrase is a run of words up to punctuation or a stop (preposition, verb, pronoun). Up to its last known attribute,
-    short of its last word, the run counts as attributes ("a strange red fire hydrant"); the rest is the head.
-    "black and white cat" and "big, red ball" are one phrase, "the car is red" gives the car its colour, "a cat made of
-    glass", "a sign in red" and "a car painted red" what stands behind them. What is quoted is written in the
-    image, and no phrase.
+    A phrase is a run of words up to punctuation or a stop word (preposition, verb, pronoun). The words up to the last
+    known attribute, excluding the last word of the run, are its attributes ("a strange red fire hydrant"); the rest is
+    the head. "black and white cat" and "big, red ball" are one phrase; in "the car is red" the colour belongs to the
+    car; in "a cat made of glass", "a sign in red" and "a car painted red" the attribute follows the noun. Quoted text
+    is text to be rendered in the image, not a phrase.
     """
     tokens = _tokens(text)
     found: list[Phrase] = []
@@ -147,7 +147,7 @@ def find_phrases(text: str) -> list[Phrase]:
     for i, token in enumerate([*tokens, "."]):
         following = tokens[i + 1] if i + 1 < len(tokens) else "."
         bare = bool(run) and all(map(_is_attribute, run))
-        if " " in token:  # an attribute behind its noun
+        if " " in token:  # an attribute that follows its noun
             named = _phrase(run, number, then=token) if run else found[-1:]
             found += named if run else []
             if named:
@@ -177,7 +177,7 @@ def find_phrases(text: str) -> list[Phrase]:
 
 
 def _tokens(text: str) -> list[str]:
-    """Words and punctuation outside of quotation marks; an attribute behind its noun is one token, blanks included."""
+    """Split into words and punctuation outside of quotes; an attribute after its noun is one token with blanks."""
     text = text.lower().replace("colour", "color")
     outside = _QUOTED.sub(" ", text)
     words: list[str] = []
@@ -186,15 +186,14 @@ def _tokens(text: str) -> list[str]:
         words += " and ".join(parts).split() if all(map(_is_attribute, parts)) else [word]
     out: list[str] = []
     while words:
-        found, length = _behind(out[-1] if out else ".", [*words, ".", ".", "."])
+        found, length = _trailing_attributes(out[-1] if out else ".", [*words, ".", ".", "."])
         out += found or words[:1]
         words = words[length or 1 :]
     return out
 
 
-def _behind(before: str, words: Sequence[str]) -> tuple[list[str], int]:
-    """Attributes behind a noun with which `words` begin, and how many of the words they take; `before` stands before
-    them."""
+def _trailing_attributes(before: str, words: Sequence[str]) -> tuple[list[str], int]:
+    """Return the attributes of the noun `before` that `words` begin with, and the number of words they take."""
     made = _MADE_OF.match(" ".join([*words[:4], ""]))
     start = end = made[0].count(" ") if made else 1
     if made:
@@ -202,7 +201,7 @@ def _behind(before: str, words: Sequence[str]) -> tuple[list[str], int]:
             _is_name(words[end]) and (end == start or not _is_participle(words[end]) or _is_participle(words[end - 1]))
         ):
             end += 1
-        verb = words[end] in _DETERMINERS and end > start + 1  # as in `_phrase`
+        verb = words[end] in _DETERMINERS and end > start + 1  # the last word was a verb, as in `_phrase`
         found = ["made of " + " ".join(words[start : end - verb])] if end > start else []
         while found:
             step = 2 if words[end] == "," and words[end + 1] == "and" else 1
@@ -211,7 +210,7 @@ def _behind(before: str, words: Sequence[str]) -> tuple[list[str], int]:
             found.append(f"made of {words[end + step]}")
             end += step + 1
         return found, end
-    # "a car painted red", and not "a painted red car", "a newly painted red car".
+    # Matches "a car painted red", but not "a painted red car" or "a newly painted red car".
     noun = _is_name(before) and not _is_attribute(before) and not before.endswith("ly")
     if words[0] != "in" and not (words[0] == "painted" and noun):
         return [], 0
@@ -224,14 +223,14 @@ def _behind(before: str, words: Sequence[str]) -> tuple[list[str], int]:
 
 
 def _phrase(run: Sequence[str], number: str, then: str) -> list[Phrase]:
-    """None or one phrase, made of `run`, with `number` (a determiner or nothing) before it and `then` behind it."""
+    """Return the phrase made of `run`, or none; `number` (a determiner or "") precedes it and `then` follows it."""
     known = [i for i, word in enumerate(run[:-1]) if _is_attribute(word)]
     cut = known[-1] + 1 if known else 0
     head = list(run[cut:])
-    if then in _DETERMINERS and len(head) > 1:  # two noun phrases do not touch: the last word was a verb
+    if then in _DETERMINERS and len(head) > 1:  # noun phrases are never adjacent: the last word was a verb
         head.pop()
     if len(head) == 1 and _is_attribute(head[0]) and head[0] not in _ALSO_NOUNS:
-        return []  # adjectives without their noun
+        return []  # adjectives without a noun
     if (then == "of" and head[-1] in _COLLECTIONS) or (head[-1] in _PLACES and not cut and " " not in then):
         return []
     name = head[-1]
@@ -241,11 +240,11 @@ def _phrase(run: Sequence[str], number: str, then: str) -> list[Phrase]:
 
 
 def _attributes(words: Sequence[str]) -> tuple[str, ...]:
-    """Each attribute once; "dark red" and "cream colored" are one attribute each."""
+    """Return each attribute once; "dark red" and "cream colored" are one attribute each."""
     out: list[str] = []
     for i, word in enumerate(words):
         if word in ("colored", "shaped"):
-            if out:  # "brightly colored" leaves no colour to ask about
+            if out:  # "brightly colored" names no colour to ask about
                 out[-1] = f"{out[-1]}-{word}"
         elif i and words[i - 1] in _SHADES and word in COLORS:
             out[-1] = f"{out[-1]} {word}"

@@ -1,4 +1,4 @@
-"""PickScore: which of two images would people pick for this prompt? (Kirstain et al., "Pick-a-Pic", 2305.01569)."""
+"""PickScore: human preference between images of one prompt (Kirstain et al., "Pick-a-Pic", 2305.01569)."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ Variant = Literal["logit", "cosine"]
 
 @dataclass
 class PickScore(ClipReward):
-    """A CLIP ViT-H/14 trained on people's choices: exp(logit_scale) times the cosine, about 19 to 23 for images of
-    Stable Diffusion. Part "truncated": 1 where the prompt has more tokens than CLIP reads (77)."""
+    """exp(logit_scale) times the cosine of image and prompt in a CLIP ViT-H/14 trained on human choices.
+
+    About 19 to 23 for images of Stable Diffusion. Part "truncated": 1 if the prompt has more tokens than CLIP reads
+    (77).
+    """
 
     checkpoint: str = "yuvalkirstain/PickScore_v1"
     """Hub id or local folder of a CLIPModel."""
     variant: Variant = "logit"
-    """logit: with the learned scale (about 100), whose differences are log-odds of a choice; cosine: without, as SDPO
-    and RG-LCD use it."""
+    """logit: with the learned scale (about 100), so that differences are log-odds of a choice; cosine: without it, as
+    in SDPO and RG-LCD."""
 
     name: ClassVar[str] = "pickscore"
     public_tokenizer: ClassVar[str] = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"

@@ -1,7 +1,7 @@
-"""Images as a vision tower takes them: Pillow's bicubic resize to the bit, with a gradient, and the usual constants.
+"""Image preprocessing for vision towers: Pillow's bicubic resize, bit-exact but with a gradient, and normalisation.
 
-The image processors of transformers are left out on purpose: which pixels they give depends on whether torchvision is
-installed, and they have no gradient.
+The image processors of transformers are deliberately not used: their pixels depend on whether torchvision is installed,
+and they have no gradient.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _PRECISION = 1 << 22
-"""Pillow rounds filter weights of 8-bit images to 22 binary places (libImaging/Resample.c)."""
+"""Pillow rounds filter weights of 8-bit images to 22 binary digits (libImaging/Resample.c)."""
 
 
 @lru_cache(maxsize=16)
 def bicubic_matrix(size: int, target: int) -> Tensor:
-    """Pillow's bicubic weights (a = -0.5, widened when shrinking) as a float64 matrix (target, size)."""
+    """Return Pillow's bicubic weights (a = -0.5, widened when shrinking) as a float64 matrix (target, size)."""
     scale = size / target
     width = max(scale, 1.0)
     center = (torch.arange(target, dtype=torch.float64) + 0.5)[:, None] * scale
@@ -35,7 +35,7 @@ def bicubic_matrix(size: int, target: int) -> Tensor:
 
 
 def _along_last(x: Tensor, target: int, levels: bool) -> Tensor:
-    """One pass of the resize over the last axis: levels 0..255 in and out, the rounding straight through."""
+    """Resize the last axis: levels 0..255 in and out; rounding has a straight-through gradient."""
     if x.shape[-1] == target:
         return x
     smooth = x @ bicubic_matrix(x.shape[-1], target).to(x).T
@@ -46,13 +46,13 @@ def _along_last(x: Tensor, target: int, levels: bool) -> Tensor:
 
 
 def resize(images: Tensor, height: int, width: int, levels: bool = True) -> Tensor:
-    """(N, 3, H, W) in [0, 1] to float32 (N, 3, height, width) in [0, 1], as Pillow's `resize(..., BICUBIC)` would.
+    """Resize (N, 3, H, W) in [0, 1] to float32 (N, 3, height, width) in [0, 1], like Pillow's `resize(..., BICUBIC)`.
 
-    Equal to Pillow for 8-bit images: across first, then down, each pass rounded. (For some images that lose height
-    Pillow 13 goes down first: rounding and clamping between the passes then differ, by 2 levels on smooth images
-    and up to 25 on noise. Older ones never do.) All sums are exact in float64, so they agree on every device;
-    differentiable, the rounding counting as the identity. Without `levels` nothing is rounded or clamped, as in
-    torch's antialiased bicubic resize of a tensor; values may then leave [0, 1] a little.
+    Equal to Pillow for 8-bit images: the width is resized first, then the height, and each pass is rounded. (For some
+    images whose height shrinks, Pillow 13 resizes the height first; rounding and clamping between the passes then
+    differ, by 2 levels on smooth images and up to 25 on noise. Older versions never do.) All sums are exact in float64,
+    so they agree on every device. Differentiable; rounding counts as the identity. With `levels=False` nothing is
+    rounded or clamped, as in torch's antialiased bicubic resize of a tensor; values may then slightly exceed [0, 1].
     """
     exact = torch.float32 if images.device.type == "mps" else torch.float64  # MPS has no float64: a level may differ
     x = images.to(exact) * 255
@@ -64,9 +64,9 @@ def resize(images: Tensor, height: int, width: int, levels: bool = True) -> Tens
 
 
 def resize_and_crop(images: Tensor, size: int, levels: bool = True) -> Tensor:
-    """(N, 3, H, W) in [0, 1] to (N, 3, size, size): the shorter side becomes `size`, and the middle stays.
+    """Resize (N, 3, H, W) in [0, 1] so that the shorter side is `size`, and crop the centre: (N, 3, size, size).
 
-    Lengths and offsets are rounded down, as transformers does it; torchvision's crop may lie one pixel further.
+    Lengths and offsets are rounded down, as in transformers; torchvision's crop may be shifted by one pixel.
     """
     height, width = images.shape[-2:]
     shorter = min(height, width)
@@ -76,5 +76,5 @@ def resize_and_crop(images: Tensor, size: int, levels: bool = True) -> Tensor:
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """(N, 3, H, W) in [0, 1] to zero mean and unit deviation by channel."""
+    """Normalise (N, 3, H, W) in [0, 1] to zero mean and unit standard deviation per channel."""
     return (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]

@@ -1,4 +1,4 @@
-"""Files of weights as their authors publish them: read without pickle, and converted once."""
+"""Read weight files in their authors' layout without executing pickled code, and convert them once."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignkit.errors import ConfigError
-from alignkit_rewards.checkpoints import told
+from alignkit_rewards.checkpoints import load_errors
 
 Translated = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
-"""The weights of the model, by transformers' names, and those of a head of ours."""
+"""The weights of the model under transformers' names, and those of a head that transformers does not have."""
 
 
 def read_weights(reward: str, field: str, path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a pickle of tensors alone (torch's `weights_only`), by name.
+    """Return the tensors by name of a .safetensors file, or of a pickle with nothing but tensors (`weights_only`).
 
     Raises ConfigError for anything else.
     """
-    wanted = "expected a file of weights, safetensors or torch's, with tensors by name"
-    with told(reward, field, str(path), wanted):
+    wanted = "expected a weights file of safetensors or torch with named tensors"
+    with load_errors(reward, field, str(path), wanted):
         found: Any = load_file(path) if path.suffix == ".safetensors" else _unpickled(reward, field, path, wanted)
     state: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
     state = next((state[key] for key in ("state_dict", "model") if isinstance(state.get(key), Mapping)), state)
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ConfigError(
-            f"{reward}: the {field} {str(path)!r} holds no tensor by name ({type(found).__name__}); {wanted}"
+            f"{reward}: the {field} {str(path)!r} holds no named tensors ({type(found).__name__}); {wanted}"
         )
     return tensors
 
@@ -46,11 +46,12 @@ def _unpickled(reward: str, field: str, path: Path, wanted: str) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError:
         raise
-    except Exception as error:  # any kind: the bytes of another file are read as instructions
-        what = (
-            "holds more than tensors, which is not read" if "GLOBAL" in str(error) else "is damaged, or none of torch"
-        )
-        raise ConfigError(f"{reward}: the {field} {str(path)!r} {what}; {wanted}") from error
+    except Exception as error:  # of any type: the unpickler interprets the bytes of a foreign file as instructions
+        if "GLOBAL" in str(error):
+            problem = "holds more than tensors and is not read, since that could execute code"
+        else:
+            problem = "is damaged or not a file of torch"
+        raise ConfigError(f"{reward}: the {field} {str(path)!r} {problem}; {wanted}") from error
 
 
 def converted(
@@ -61,24 +62,26 @@ def converted(
     translate: Callable[[Mapping[str, Tensor]], Translated],
     absent: Sequence[str] = (),
 ) -> Path:
-    """A folder in transformers' layout with what `file` holds in its authors': config.json, model.safetensors and
-    head.safetensors where there is a head. Made once, in alignkit's cache, and found again by path, size and time.
+    """Convert `file` from its authors' layout into a folder in transformers' layout, and return the folder.
 
-    The architecture is that of a config.json of the same kind of model beside `file`, or else `official()`. Raises
-    ConfigError unless every weight of the model is there with its shape (but for names that begin as `absent` does),
-    and nothing else.
+    The folder holds config.json, model.safetensors and, if there is a head, head.safetensors. It is made once, in
+    alignkit's cache, keyed by the file's path, size and modification time. The architecture is that of a config.json
+    next to `file` if it is for the same type of model, or else `official()`. Raises ConfigError unless the weights are
+    exactly those of the model, with their shapes; names that begin with a prefix in `absent` may be missing.
     """
     status = file.resolve().stat()
-    beside = file.parent / "config.json"
-    parts = (reward, file.resolve(), status.st_size, status.st_mtime_ns, beside.is_file() and beside.read_text())
+    config_file = file.parent / "config.json"
+    config_text = config_file.is_file() and config_file.read_text()
+    parts = (reward, file.resolve(), status.st_size, status.st_mtime_ns, config_text)
     folder = cache() / f"{reward}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
     if folder.is_dir():
         return folder
     config = official()
-    # That of a tokenizer, which may lie there too, is another model's.
-    if beside.is_file():
-        with told(reward, "configuration", str(beside), "expected that of the model or its tokenizer, or no file"):
-            if json.loads(beside.read_text()).get("model_type") == config.model_type:
+    if config_file.is_file():
+        expectation = "expected the config.json of the model or its tokenizer, or no file"
+        with load_errors(reward, "configuration", str(config_file), expectation):
+            # The file may belong to a tokenizer in the same folder; then it describes another model.
+            if json.loads(config_file.read_text()).get("model_type") == config.model_type:
                 config = type(config).from_pretrained(file.parent)
     weights, head = translate(read_weights(reward, "checkpoint", file))
     with torch.device("meta"):
@@ -88,7 +91,7 @@ def converted(
         folder.parent.mkdir(parents=True, exist_ok=True)
         making = Path(tempfile.mkdtemp(dir=folder.parent))
         config.save_pretrained(making)
-        # Separate memory each: safetensors refuses views of one tensor.
+        # Cloned, because safetensors refuses tensors that share memory.
         save_file(
             {k: v.clone().contiguous() for k, v in weights.items()}, making / "model.safetensors", {"format": "pt"}
         )
@@ -96,39 +99,39 @@ def converted(
             save_file(dict(head), making / "head.safetensors")
         try:
             making.rename(folder)
-        except OSError:  # another process was quicker
+        except OSError:  # another process converted the file first
             shutil.rmtree(making)
             if not folder.is_dir():
                 raise
     except OSError as error:
         raise ConfigError(
             f"{reward}: {file} cannot be converted into {folder.parent} ({error}); set ALIGNKIT_CACHE to a folder "
-            "with room for it"
+            "with enough space"
         ) from error
     return folder
 
 
 def cache() -> Path:
-    """Where converted weights are kept: the folder that ALIGNKIT_CACHE names, or ~/.cache/alignkit."""
+    """Return the folder for converted weights, in the folder that ALIGNKIT_CACHE names or in ~/.cache/alignkit."""
     return Path(os.environ.get("ALIGNKIT_CACHE") or Path.home() / ".cache" / "alignkit") / "weights"
 
 
 def _compare(
     reward: str, file: Path, found: Mapping[str, Any], expected: Mapping[str, Any], absent: Sequence[str]
 ) -> None:
-    """Raise ConfigError, naming the first weight, unless names and shapes agree."""
+    """Raise ConfigError, naming the first offending weight, unless names and shapes agree."""
     missing = [k for k in expected if k not in found and not k.startswith(tuple(absent))]
     missing = [k for k in missing if not k.endswith("position_ids")]
     unexpected = sorted(found.keys() - expected.keys())
     shapes = [k for k in found if k in expected and found[k] != expected[k]]
     if missing:
-        wrong = f"lacks {missing[0]} (as transformers names it) and {len(missing) - 1} more"
+        problem = f"lacks {missing[0]} (as transformers names it) and {len(missing) - 1} more"
     elif unexpected:
-        wrong = f"holds {unexpected[0]} and {len(unexpected) - 1} more that the model has not"
+        problem = f"holds {unexpected[0]} and {len(unexpected) - 1} more weights that the model does not have"
     elif shapes:
-        wrong = f"has {shapes[0]} of shape {tuple(found[shapes[0]])}, expected {tuple(expected[shapes[0]])}"
+        problem = f"has {shapes[0]} of shape {tuple(found[shapes[0]])}, expected {tuple(expected[shapes[0]])}"
     else:
         return
     raise ConfigError(
-        f"{reward}: the checkpoint {file} {wrong}; expected the published file, or its config.json beside"
+        f"{reward}: the checkpoint {file} {problem}; expected the published file, or its config.json next to it"
     )

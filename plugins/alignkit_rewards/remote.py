@@ -21,28 +21,29 @@ from alignkit_rewards.endpoint import Connection, Endpoint, as_png
 
 @dataclass
 class Remote(Reward):
-    """What the reward behind `url` gives, as if it were computed here: images go there as PNG files, which lose
-    nothing. Without gradient, whatever is served."""
+    """Scores of the reward served at `url`, the same as if it were computed here, but without gradient.
+
+    Images are sent as PNG files, which are lossless.
+    """
 
     url: str = "http://127.0.0.1:8188"
-    """Where `alignkit serve` answers."""
+    """Address of `alignkit serve`."""
     serves: str = ""
-    """The fingerprint of what the server must be serving, as it prints at its start; empty takes whatever it serves
-    when the run begins. Scores are kept only if it is set, and if the reward served has a fingerprint of
-    its own."""
+    """Fingerprint that the server must have, as it prints at its start; empty accepts whatever it serves when the run
+    begins. Scores are cached only if this is set and the served reward has a fingerprint of its own."""
     token_env: str = TOKEN
     """The environment variable with the server's token; nothing is sent if it is not set."""
     images_per_request: int = 16
-    """Images sent together."""
+    """Images per request."""
     concurrency: int = 2
-    """Requests under way at once: one is scored while another travels."""
+    """Requests in flight at once: one is scored while another is transferred."""
     timeout: float = 120.0
-    """Seconds to wait for an answer, and after which a request is not tried again."""
+    """Seconds to wait for an answer, and after which a request is not retried."""
     retries: int = 2
-    """Further tries of one request, with longer and longer waits between; after them the whole batch is asked again, as
-    `[scoring]` says (retries, retry_limit), before the run stops."""
+    """Further tries of one request, with increasing waits; then the whole batch is retried as set in `[scoring]`
+    (retries, retry_limit) before the run stops."""
 
-    deterministic: ClassVar[bool] = False  # until `load` knows better
+    deterministic: ClassVar[bool] = False  # `load` sets it from what is served
     slow: ClassVar[bool] = True
     name: ClassVar[str] = "remote"
 
@@ -55,7 +56,7 @@ class Remote(Reward):
         self._spec: dict[str, Any] = {}
 
     def check(self, examples: Iterable[Example]) -> None:
-        """Ask the server, which knows the reward. Also finds a server that is not there before weights load."""
+        """Let the server check the prompts. This also detects a missing server before any weights load."""
         items = [{"text": example.text, "metadata": dict(example.metadata)} for example in examples]
         for item in items:
             try:
@@ -66,7 +67,7 @@ class Remote(Reward):
         with self._endpoint.connect() as connection:
             self._identify(connection)
             for start in range(0, len(items), 1000):
-                body = self._ask(connection, "POST", "/check", {"items": items[start : start + 1000]})
+                body = self._request(connection, "POST", "/check", {"items": items[start : start + 1000]})
                 if body.get("problem"):
                     raise ConfigError(f"remote: {self.url} cannot score a prompt: {body['problem']}")
 
@@ -74,8 +75,8 @@ class Remote(Reward):
         with self._endpoint.connect() as connection:
             self._identify(connection)
         low, high = self._spec["bounds"]
-        self.bounds = (low, high)  # type: ignore[misc]  # what is served decides, not the class
-        # Held to one reward by name, or else the same settings may mean another one tomorrow.
+        self.bounds = (low, high)  # type: ignore[misc]  # depends on what is served, not on the class
+        # Without `serves`, the server may serve another reward next time under the same settings.
         self.deterministic = bool(self.serves) and self._spec["deterministic"] is True  # type: ignore[misc]
 
     def identity(self) -> str:
@@ -83,9 +84,10 @@ class Remote(Reward):
         return f"{spec.get('name')} of alignkit {spec.get('alignkit')} with fingerprint {spec['fingerprint']}"
 
     def fingerprint(self) -> str:
-        # Of what cannot tell, the server's fingerprint may stay the same while the scores become others.
-        kept = self.deterministic and self._spec.get("cacheable") is True
-        return f"remote {self._spec['fingerprint']}" if kept else ""
+        # If the served reward has no fingerprint of its own, its scores may change while the server's fingerprint stays
+        # the same.
+        cacheable = self.deterministic and self._spec.get("cacheable") is True
+        return f"remote {self._spec['fingerprint']}" if cacheable else ""
 
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
         files = [base64.b64encode(file).decode() for file in as_png(images)]
@@ -108,74 +110,81 @@ class Remote(Reward):
         return Scores(values, valid, parts, reasons)
 
     def _requests(self, items: Sequence[dict[str, Any]], pixels: int) -> Iterator[list[dict[str, Any]]]:
-        """The items in requests that keep the server's limits."""
+        """Split the items into requests within the server's limits."""
         limits = self._spec["limits"]
         most = min(self.images_per_request, limits["items"], limits["pixels"] // pixels)
         part: list[dict[str, Any]] = []
-        size = room = 4096  # for what stands around the items
+        size = overhead = 4096  # for the JSON around the items
         for item in items:
             length = len(json.dumps(item))
-            if most < 1 or room + length > limits["bytes"]:
-                raise ConfigError(f"remote: an image of {pixels} pixels is more than {self.url} takes at once")
+            if most < 1 or overhead + length > limits["bytes"]:
+                raise ConfigError(f"remote: an image of {pixels} pixels is larger than {self.url} accepts")
             if part and (len(part) >= most or size + length > limits["bytes"]):
                 yield part
-                part, size = [], room
+                part, size = [], overhead
             part.append(item)
             size += length + 2
         yield part
 
     def _score(self, connection: Connection, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The answer to each item."""
-        body = self._ask(connection, "POST", "/score", {"fingerprint": self._spec["fingerprint"], "items": items})
+        """Send one request and return the answer for each item."""
+        body = self._request(connection, "POST", "/score", {"fingerprint": self._spec["fingerprint"], "items": items})
         answers = body.get("items")
         if not isinstance(answers, list) or len(answers) != len(items):
             found = len(answers) if isinstance(answers, list) else "no"
-            raise PluginError(f"remote: {self.url} gave {found} scores for {len(items)} images, expected one each")
+            raise PluginError(f"remote: {self.url} returned {found} scores for {len(items)} images, expected one each")
         for answer in answers:
             if not _is_answer(answer):
-                told = json.dumps(answer)[:200]
-                raise PluginError(f'remote: {self.url} gave {told}, expected "valid", and where true "score", a number')
+                found = json.dumps(answer)[:200]
+                raise PluginError(
+                    f'remote: {self.url} returned {found}, expected "valid" and, if it is true, "score", a number'
+                )
         return answers
 
     def _identify(self, connection: Connection) -> None:
-        """Read what is served. Raises ConfigError for what is not the reward that is expected."""
-        spec = self._ask(connection, "GET", "/spec")
+        """Store the server's spec. Raises ConfigError if it serves another reward than expected."""
+        spec = self._request(connection, "GET", "/spec")
         limits, bounds = spec.get("limits"), spec.get("bounds")
-        whole = (
+        complete = (
             isinstance(spec.get("fingerprint"), str)
             and isinstance(limits, dict)
             and all(type(limits.get(key)) is int and limits[key] > 0 for key in ("items", "bytes", "pixels"))
             and isinstance(bounds, list)
             and len(bounds) == 2
         )
-        if not whole:
-            raise ConfigError(f"remote: {self.url} does not say what it serves; expected an `alignkit serve`")
+        if not complete:
+            raise ConfigError(
+                f"remote: {self.url} does not report a fingerprint, limits and bounds; expected `alignkit serve`"
+            )
         expected = self.serves or (self._spec and self._spec["fingerprint"])
         if expected and spec["fingerprint"] != expected:
             raise ConfigError(
                 f"remote: {self.url} serves {spec.get('name')} with fingerprint {spec['fingerprint']}, expected "
-                f"{expected}; start the server with the settings and versions of then"
+                f"{expected}; start the server with the same settings and versions as before"
             )
         self._spec = spec
 
-    def _ask(
+    def _request(
         self, connection: Connection, method: str, path: str, body: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """The server's answer. Raises ConfigError where no `alignkit serve` of this protocol is there, or another
-        reward; PluginError where the reward failed."""
-        answer = connection.ask(method, path, None if body is None else {"protocol": PROTOCOL, **body})
+        """Send one request and return the JSON object of the answer.
+
+        Raises PluginError if the reward failed, and ConfigError if the server is not an `alignkit serve` of this
+        protocol or refuses the request (because it serves another reward, for instance).
+        """
+        answer = connection.request(method, path, None if body is None else {"protocol": PROTOCOL, **body})
         if answer.status == 422:
             raise PluginError(f"remote: the reward at {self.url} failed: {answer.reason}")
         if not isinstance(answer.body, dict) or "protocol" not in answer.body:
-            told = f" (status {answer.status}: {answer.reason})" if answer.status != 200 else ""
-            raise ConfigError(f"remote: {self.url}{path} is no `alignkit serve`{told}; correct the url")
+            status = f" (status {answer.status}: {answer.reason})" if answer.status != 200 else ""
+            raise ConfigError(f"remote: {self.url}{path} is not an `alignkit serve`{status}; correct the url")
         if answer.body["protocol"] != PROTOCOL:
             raise ConfigError(
-                f"remote: {self.url} speaks protocol {answer.body['protocol']}, this alignkit {PROTOCOL}; use one "
-                "version of alignkit on both sides"
+                f"remote: {self.url} uses protocol {answer.body['protocol']}, this alignkit uses {PROTOCOL}; install "
+                "the same version of alignkit on both sides"
             )
         if answer.status != 200:
-            raise ConfigError(f"remote: {self.url}{path} refuses (status {answer.status}: {answer.reason})")
+            raise ConfigError(f"remote: {self.url}{path} refuses the request (status {answer.status}: {answer.reason})")
         return answer.body
 
 

@@ -1,9 +1,9 @@
-"""Text alignment: what a captioner says about the image, compared with the prompt.
+"""Text alignment: caption the image and compare the caption with the prompt.
 
 The text alignment score of LaSRO ("Reward fine-tuning two-step diffusion models via learning differentiable
-latent-space surrogate reward"): a detailed caption by Florence-2, against the prompt by BERTScore. The paper names
-neither the task of the captioner nor the model behind BERTScore; these are ours. DDPO (Black et al., 2305.13301) did
-the same with LLaVA.
+latent-space surrogate reward"): Florence-2 writes a detailed caption, and BERTScore compares it with the prompt. The
+paper names neither the captioner's task nor BERTScore's language model; both are our choice. DDPO (Black et al.,
+2305.13301) did the same with LLaVA.
 """
 
 from __future__ import annotations
@@ -36,41 +36,41 @@ REQUESTS: dict[Task, str] = {
     "detailed_caption": "Describe in detail what is shown in the image.",
     "more_detailed_caption": "Describe with a paragraph what is shown in the image.",
 }
-"""What Florence-2 was trained to be asked."""
+"""The requests that Florence-2 was trained on."""
 VERSION = 1
-"""Goes up when a score can change by what is written here: what is asked, how images are resized, the comparison."""
+"""Increment with every change here that can change a score: the request, how images are resized, the comparison."""
 
 
 @dataclass
 class TextAlignment(Reward):
     """BERTScore of the image's caption against the prompt, at most 1. No gradient.
 
-    Parts: "precision" and "recall", not rescaled, and "truncated", 1 where the prompt has more tokens than are read. A
-    caption without a word scores as nothing matched; a prompt without one cannot be scored.
+    Parts: "precision" and "recall", without the rescaling by `baseline`, and "truncated", 1 if the prompt has more
+    tokens than are read. An empty caption scores as if nothing matched; an empty prompt cannot be scored.
     """
 
     captioner: str = "florence-community/Florence-2-large"
     """Hub id or local folder of a Florence2ForConditionalGeneration, with its tokenizer."""
     task: Task = "detailed_caption"
-    """How much the captioner is asked to say."""
+    """Level of detail of the caption."""
     resolution: int = 768
-    """Side of the square that the image is made for the captioner; as it was trained. Less is quicker."""
+    """Side in pixels of the square image given to the captioner; 768 as in its training. Less is faster."""
     num_beams: int = 3
-    """Captions followed at once while decoding; 1 is greedy and quickest."""
+    """Beams of the beam search; 1 is greedy decoding and fastest."""
     max_new_tokens: int = 256
-    """Tokens of a caption."""
+    """Maximum number of tokens of a caption."""
     encoder: str = "FacebookAI/roberta-large"
-    """Hub id or local folder of the model behind BERTScore: RoBERTa, BERT or DeBERTa."""
+    """Hub id or local folder of BERTScore's language model: RoBERTa, BERT or DeBERTa."""
     layer: int = 17
-    """The layer that is compared: BERTScore's choice for roberta-large."""
+    """Layer whose output is compared; 17 is BERTScore's choice for roberta-large."""
     measure: Measure = "f1"
-    """f1, precision (is what the caption says in the prompt?) or recall (the reverse; DDPO)."""
+    """f1, precision (is the content of the caption in the prompt?) or recall (the reverse; DDPO)."""
     reference: str = "{}"
-    """What the caption is compared with; {} stands for the prompt. DDPO: "The image contains {}"."""
+    """Text that the caption is compared with; {} stands for the prompt. DDPO: "The image contains {}"."""
     baseline: float = 0.0
-    """b of (score - b) / (1 - b), which spreads the values: BERTScore's is 0.83122575 for roberta-large's f1."""
+    """b of (score - b) / (1 - b), which spreads the values; BERTScore's is 0.83122575 for the f1 of roberta-large."""
     precision: Precision = "auto"
-    """Of both networks: auto is bf16 on CUDA and fp32 elsewhere. Tokens are compared in float32."""
+    """Precision of both networks: auto is bf16 on CUDA and fp32 elsewhere. Tokens are compared in float32."""
 
     bounds: ClassVar[tuple[float | None, float | None]] = (None, 1.0)
     name: ClassVar[str] = "text_alignment"
@@ -91,8 +91,9 @@ class TextAlignment(Reward):
         self._comparison.check(examples)
 
     def fingerprint(self) -> str:
-        said = self.task, self.resolution, self.num_beams, self.max_new_tokens, state_of(self._model, self._tokenizer)
-        return f"text_alignment {VERSION} {' '.join(map(str, said))} {self._comparison.fingerprint()}"
+        network = state_of(self._model, self._tokenizer)
+        captioning = f"{self.task} {self.resolution} {self.num_beams} {self.max_new_tokens} {network}"
+        return f"text_alignment {VERSION} {captioning} {self._comparison.fingerprint()}"
 
     def tokens(self, example: Example) -> tuple[int, int] | None:
         return self._comparison.tokens(example)
@@ -110,15 +111,15 @@ class TextAlignment(Reward):
         self._comparison.load(device)
 
     def captions(self, images: Tensor) -> list[str]:
-        """What the captioner says about images (N, 3, H, W) in [0, 1], beam search or greedy; nothing is drawn."""
+        """Return captions of images (N, 3, H, W) in [0, 1], by deterministic beam search or greedy decoding."""
         model, words = self._model, self._tokenizer
         pixels = normalize(resize(images, self.resolution, self.resolution), IMAGENET_MEAN, IMAGENET_STD)
         side = -(-self.resolution // prod(model.config.vision_config.patch_stride))
         request = words(REQUESTS[self.task], add_special_tokens=False).input_ids
-        # A token for each place of the image and one for their mean.
+        # One token for each position of the feature map and one for their mean.
         ids = [*[model.config.image_token_id] * (side**2 + 1), words.bos_token_id, *request, words.eos_token_id]
         tokens = torch.tensor([ids], device=images.device).expand(len(images), -1)
-        said = model.generate(
+        generated = model.generate(
             input_ids=tokens,
             attention_mask=torch.ones_like(tokens),
             pixel_values=pixels.to(model.dtype),
@@ -126,7 +127,7 @@ class TextAlignment(Reward):
             do_sample=False,
             max_new_tokens=self.max_new_tokens,
         )
-        return [words.decode(one, skip_special_tokens=True).strip() for one in said]
+        return [words.decode(one, skip_special_tokens=True).strip() for one in generated]
 
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
         return self._comparison(self.captions(images.detach()), examples)

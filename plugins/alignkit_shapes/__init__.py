@@ -1,4 +1,4 @@
-"""The embedded world: coloured shapes, a model that draws them, a judge that answers questions about them."""
+"""The embedded world: coloured shapes, models that generate them, and a VQA model that answers questions about them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def register_models(register: Register) -> None:
     register(
         "shapes_turbo",
         "alignkit_shapes.models:shapes_turbo",
-        "The same in SD-Turbo's form: predicts the noise, no guidance",
+        "Coloured shapes like SD-Turbo: predicts the noise, no guidance",
     )
     register(
         "shapes_teacher",
         "alignkit_shapes.models:shapes_teacher",
-        "What both were distilled from; 25 steps and more",
+        "Teacher of shapes_lcm and shapes_turbo; 25 steps or more",
     )
 
 
@@ -28,5 +28,5 @@ def register_rewards(register: Register) -> None:
     register(
         "pixel_check",
         "alignkit_shapes.reward:PixelCheck",
-        "Attribute binding checked in the pixels of an image of shapes, by rules",
+        "Attribute binding in images of shapes, checked in the pixels by rules",
     )

@@ -1,5 +1,7 @@
-"""Endless captioned drawings, as `[data] images = "alignkit_shapes.data:Drawings"`, and pairs of drawings of which
-one is right, as `[data] pairs = "alignkit_shapes.data:DrawingPairs"`."""
+"""Endless captioned drawings, and pairs of a correct and an incorrect drawing.
+
+Use them as `[data] images = "alignkit_shapes.data:Drawings"` and `[data] pairs = "alignkit_shapes.data:DrawingPairs"`.
+"""
 
 from __future__ import annotations
 
@@ -11,29 +13,31 @@ from torch import Tensor
 
 from alignkit.data.sources import Images, Preferences
 from alignkit.records import PreferencePairs
-from alignkit_shapes.build.questions import spoiled
+from alignkit_shapes.build.questions import corrupted
 from alignkit_shapes.scenes import SIZE, Scene, caption, draw, sample_scene
 
 
 class Drawings(Images):
-    """Image `i` of the stream of a seed is drawn from (seed, i) alone."""
+    """Endless stream of captioned drawings; drawing `i` depends only on (seed, i)."""
 
     def __init__(self, size: int) -> None:
         _expect(size)
 
     def batch(self, start: int, size: int, seed: int) -> tuple[Tensor, list[str]]:
-        drawn, captions = [], []
+        drawings, captions = [], []
         for position in range(start, start + size):
             rng = np.random.default_rng([seed, position])
             scene = sample_scene(rng)
-            drawn.append(draw(scene))
+            drawings.append(draw(scene))
             captions.append(caption(scene, rng))
-        return _images(drawn), captions
+        return _images(drawings), captions
 
 
 class DrawingPairs(Preferences):
-    """A true drawing of each caption, and one of the same places that is wrong: colours exchanged, or things melted,
-    half another shape or of two colours, as few-step models draw them. Pair `i` of a seed depends on (seed, i) alone.
+    """Endless stream of pairs: a correct drawing of a caption, and an incorrect one with the same layout.
+
+    The incorrect one has swapped colours, or the typical errors of few-step models: melted objects, objects between two
+    shapes or of two colours. Pair `i` depends only on (seed, i).
     """
 
     def __init__(self, size: int) -> None:
@@ -42,7 +46,7 @@ class DrawingPairs(Preferences):
     def batch(self, start: int, size: int, seed: int) -> PreferencePairs:
         winners, losers, captions = [], [], []
         for position in range(start, start + size):
-            rng = np.random.default_rng([seed, position, 1])  # not those of `Drawings`
+            rng = np.random.default_rng([seed, position, 1])  # differs from the scenes of `Drawings`
             scene = sample_scene(rng)
             winners.append(draw(scene))
             losers.append(wrong(scene, rng))
@@ -51,15 +55,17 @@ class DrawingPairs(Preferences):
 
 
 def wrong(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """A drawing, uint8 (SIZE, SIZE, 3), that shows something else than the scene: at even chance things with each
-    other's colours, where they have two, or some of them spoiled."""
+    """Return a drawing, uint8 (SIZE, SIZE, 3), that does not show the scene.
+
+    With probability .5 two objects have swapped colours, if there are two colours; otherwise some are corrupted.
+    """
     first, *others = scene.things
     other = next((thing for thing in others if thing.color != first.color), None)
     if other is not None and rng.random() < 0.5:
-        exchanged = {first: replace(first, color=other.color), other: replace(other, color=first.color)}
-        return draw(replace(scene, things=tuple(exchanged.get(thing, thing) for thing in scene.things)))
+        swapped = {first: replace(first, color=other.color), other: replace(other, color=first.color)}
+        return draw(replace(scene, things=tuple(swapped.get(thing, thing) for thing in scene.things)))
     while True:
-        image, truth, _ = spoiled(scene, rng)
+        image, truth, _ = corrupted(scene, rng)
         if truth.things != scene.things:
             return image
 
@@ -69,6 +75,6 @@ def _expect(size: int) -> None:
         raise ValueError(f"the drawings have {SIZE} pixels, the model {size}")
 
 
-def _images(drawn: list[np.ndarray]) -> Tensor:
-    """(N, 3, SIZE, SIZE) in [0, 1]."""
-    return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float() / 255
+def _images(drawings: list[np.ndarray]) -> Tensor:
+    """Stack drawings into images (N, 3, SIZE, SIZE) in [0, 1]."""
+    return torch.from_numpy(np.stack(drawings)).permute(0, 3, 1, 2).float() / 255

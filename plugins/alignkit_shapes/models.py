@@ -10,7 +10,7 @@ from alignkit.interfaces import ModelBundle
 FOLDER = Path(__file__).parent
 WEIGHTS = FOLDER / "weights"
 WIDE = ["conv1", "conv2", "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
-"""Layers of a LoRA that reaches convolutions too."""
+"""Layers of a LoRA that covers convolutions as well as attention."""
 
 _data: dict[str, Any] = {
     "data": {
@@ -21,33 +21,33 @@ _data: dict[str, Any] = {
     "evaluate": {"prompts": str(FOLDER / "prompts" / "held_out.txt"), "rewards": ["pixel_check"]},
     "reward": [{"name": "attribute_binding", "judge": str(WEIGHTS / "judge")}],
 }
-# Captions say what stands left of what, so drawings are not mirrored.
+# Captions name spatial relations such as "left of", so drawings are not mirrored.
 _unflipped: dict[str, Any] = {"algorithm": {"flip": False}}
 
 
-# Small rounds: the surrogate learns from all of them again.
+# Rounds are small, so the surrogate is trained on all earlier rounds again.
 _often: dict[str, Any] = {"pairs": "random", "replay": 64}
 
 
 def _walk(name: str, num_steps: int, read_at: list[int], **fields: Any) -> dict[str, Any]:
-    """A sampler to train with, and the numbers of steps to measure at."""
+    """Return the settings of the training sampler, and the numbers of steps to evaluate at."""
     return {"sampler": {"name": name, "num_steps": num_steps, **fields}, "evaluate": {"steps": read_at}}
 
 
 def _likelihoods(walk: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The methods that learn from the likelihood of steps, on this walk."""
-    # The papers' prompts are few and come again: here each is measured by the four rewards that it gets in a round.
+    """Return the defaults of the methods that train on the likelihood of steps, with this sampler."""
+    # The papers use few prompts, which recur. Here a reward is normalised by the four that its prompt gets in a round.
     own = {"min_count": 4}
-    # Their ranges are for latents of 16384 numbers. The mean over 256 scatters eight times as wide.
+    # The papers' clip ranges are for latents of 16384 numbers; with 256 numbers the mean varies eight times as much.
     clip = {"algorithm": {"clip_range": 1e-3, **own}}
     return {"ddpo": walk | clip, "sdpo": walk | clip, "rebel": walk | {"algorithm": own}, "d3po": walk, "pso": walk}
 
 
 def shapes_lcm() -> ModelBundle:
-    """The few-step model; guidance as it was distilled with."""
+    """Return the bundle of the few-step model, with the guidance scales that it was distilled with."""
     guidance = {"guidance_scale_min": 2.0, "guidance_scale_max": 4.0}
-    # Few and large updates with an honest gradient, held to the model before training: without that most of what the
-    # policy moves is chance, and the further it goes, the more it finds where the surrogate is wrong
+    # A few large updates with a low-noise gradient, regularised towards the model before training. Otherwise most of
+    # the policy's movement is noise, and the further it moves, the more it exploits the surrogate's errors
     # (docs/algorithms/lasro.md).
     lasro = {
         "data": {"batch_size": 48},
@@ -72,15 +72,15 @@ def shapes_lcm() -> ModelBundle:
         },
         "evaluate": {"every": 0, "limit": 200, "samples": 3, "steps": [1, 2]},
     }  # fmt: skip
-    # The shipped surrogate knows this reward, which asks each prompt something else. Others may ask the same of all,
-    # and nothing would be left of them in contrast to another prompt.
+    # The shipped surrogate was trained on this reward, which depends on the prompt. A reward that ignores the prompt
+    # would cancel out in the contrast with another prompt, so other rewards do not get this default.
     binding = {
         "algorithm": {"contrast": 1.0},
         "surrogate": {"init": str(WEIGHTS / "surrogate.safetensors"), "warmup": 0},
     }
     rg_lcd = {
         "algorithm": guidance,
-        # Hard answers have no gradient. The proxy's own default is a tower for latents of 64 x 64; here they are 8 x 8.
+        # Hard answers have no gradient. The proxy's default is a tower for latents of 64 x 64; these are 8 x 8.
         "reward": [{"name": "attribute_binding", "mode": "soft"}],
         "surrogate": {"name": "lrm", "patch": 1, "width": 128, "layers": 4, "heads": 4, "latent_groups": 3},
     }
@@ -106,8 +106,10 @@ def shapes_lcm() -> ModelBundle:
 
 
 def shapes_turbo() -> ModelBundle:
-    """The few-step model of SD-Turbo's form: the teacher with a LoRA that makes it predict the noise in 1 to 8 trailing
-    steps without guidance."""
+    """Return the bundle of the few-step model that works like SD-Turbo.
+
+    It is the teacher with a LoRA that makes it predict the noise in 1 to 8 trailing steps without guidance.
+    """
     on_grid = {"algorithm": {**_unflipped["algorithm"], "grid_steps": 4, "zero_terminal_snr": True}}
     return ModelBundle(
         path=str(WEIGHTS / "shapes_teacher"),
@@ -123,7 +125,7 @@ def shapes_turbo() -> ModelBundle:
                 **_walk("renoise", 2, [1, 2, 4]),
                 "algorithm": _often,
                 "regulariser": [],
-                "train": {"learning_rate": 3e-5},  # as the bundles of models that were distilled so have it
+                "train": {"learning_rate": 3e-5},  # as in the bundles of other models that were distilled like this
             },
             "diffusion_dpo": on_grid,
         },
@@ -131,7 +133,7 @@ def shapes_turbo() -> ModelBundle:
 
 
 def shapes_teacher() -> ModelBundle:
-    """The many-step model."""
+    """Return the bundle of the many-step model."""
     return ModelBundle(
         path=str(WEIGHTS / "shapes_teacher"),
         defaults={

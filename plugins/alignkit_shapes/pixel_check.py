@@ -11,21 +11,21 @@ from scipy import ndimage
 from alignkit_shapes.scenes import COLORS, RADII, SHAPES, SIZE, Thing, mask
 
 GROUND_DISTANCE = 45.0
-"""How far (RGB, 0..255) a pixel must be from the ground to belong to a thing."""
+"""Smallest distance (RGB, 0..255) of a thing's pixels from the ground."""
 MIN_AREA = 25
-"""Pixels; smaller regions are specks."""
+"""Smallest region in pixels; smaller ones are ignored as specks."""
 MIN_PURITY = 0.75
-"""The share of a thing's inner pixels that must be nearest to one colour of the palette."""
+"""Share of a thing's inner pixels that must be nearest to one colour of the palette."""
 MAX_COLOR_DISTANCE = 75.0
-"""How far a thing's median colour may be from that colour."""
+"""Largest distance (RGB, 0..255) of a thing's median colour from that colour."""
 MIN_OVERLAP = 0.68
-"""Intersection over union with the best outline, below which a region has no shape."""
+"""Smallest intersection over union with the best outline for which a region has a shape."""
 _GRID = 24
 
 
 @dataclass(frozen=True)
 class Region:
-    """A connected region of an image. `shape` and `color` are None where it is neither clear."""
+    """A connected region of an image. `shape` or `color` is None if it is not clear."""
 
     shape: str | None
     color: str | None
@@ -36,8 +36,10 @@ class Region:
 
 @cache
 def _templates() -> list[tuple[str, np.ndarray]]:
-    """The outline of each shape, filled to its bounding box on a small grid, at three sizes: fine outlines look
-    different once they are drawn in few pixels."""
+    """Return the mask of each shape, cropped to its bounding box and resampled to a small grid.
+
+    Each shape has three sizes, because fine outlines look different when they cover few pixels.
+    """
     return [
         (shape, _boxed(np.asarray(mask(shape, SIZE / 2, SIZE / 2, float(radius))) > 127))
         for shape in SHAPES
@@ -46,7 +48,7 @@ def _templates() -> list[tuple[str, np.ndarray]]:
 
 
 def _boxed(region: np.ndarray) -> np.ndarray:
-    """A boolean mask cut to its bounding box, centred in a square and resampled to the grid."""
+    """Crop a boolean mask to its bounding box, centre it in a square and resample it to the grid."""
     rows, cols = np.nonzero(region.any(1))[0], np.nonzero(region.any(0))[0]
     cut = region[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1].astype(np.float32)
     height, width = cut.shape
@@ -58,8 +60,8 @@ def _boxed(region: np.ndarray) -> np.ndarray:
     return grid
 
 
-def read(image: np.ndarray) -> list[Region]:
-    """The regions of an image, uint8 (SIZE, SIZE, 3), largest first."""
+def find_regions(image: np.ndarray) -> list[Region]:
+    """Return the regions of an image, uint8 (SIZE, SIZE, 3), largest first."""
     pixels = image.astype(np.float32)
     edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     ground = np.median(edge, axis=0)
@@ -90,8 +92,10 @@ def _region(where: np.ndarray, pixels: np.ndarray) -> Region:
 
 
 def answers(regions: list[Region], things: list[Thing]) -> list[bool]:
-    """The questions of attribute binding, read off the regions: for each thing whether its shape is there, and whether
-    a region of that shape has its colour."""
+    """Answer the questions of attribute binding from the regions.
+
+    Two answers for each thing: whether a region has its shape, and whether a region of that shape has its colour.
+    """
     out = []
     for thing in things:
         same = [r for r in regions if r.shape == thing.shape]

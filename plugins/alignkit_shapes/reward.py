@@ -1,4 +1,4 @@
-"""The pixel check as a reward: independent of every network, so it shows when a VQA model is being gamed."""
+"""The pixel check as a reward. It uses no network, so it shows when a policy exploits the errors of a VQA model."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from alignkit.data.decode import to_uint8
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Reward
 from alignkit.records import Example, Scores
-from alignkit_shapes.pixel_check import answers, exact, read
+from alignkit_shapes.pixel_check import answers, exact, find_regions
 from alignkit_shapes.scenes import COLORS, SHAPES, SIZE, Thing
 
 _PHRASE = re.compile(rf"\b({'|'.join(COLORS)})\s+({'|'.join(SHAPES)})\b")
 
 
 def things_of(text: str) -> list[Thing]:
-    """The things that a caption names."""
+    """Return the things that a caption names."""
     return [Thing(shape, color) for color, shape in _PHRASE.findall(text.lower())]
 
 
 @dataclass
 class PixelCheck(Reward):
-    """The questions of attribute binding, answered from palette and outlines (0 to 1), without any network.
+    """Share of attribute binding's questions that palette and outlines answer with yes, in [0, 1], without any network.
 
-    The part `exact` is 1 where the image shows just what the prompt names.
+    The part `exact` is 1 if the image shows the things that the prompt names and nothing else.
     """
 
     bounds: ClassVar[tuple[float | None, float | None]] = (0.0, 1.0)
@@ -38,19 +38,20 @@ class PixelCheck(Reward):
         for example in examples:
             if not things_of(example.text):
                 raise ConfigError(
-                    f"pixel_check: the prompt {example.text!r} names no coloured shape of the embedded world"
+                    f"pixel_check: the prompt {example.text!r} names no coloured shape of the embedded world; expected "
+                    'one, such as "a red circle"; change the prompt or leave it out'
                 )
 
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
         if images.shape[-2:] != (SIZE, SIZE):
             raise ConfigError(
                 f"pixel_check: found images of {images.shape[-2]} x {images.shape[-1]} pixels, expected {SIZE} x "
-                f"{SIZE}, which the embedded world draws"
+                f"{SIZE}, the size of the embedded world"
             )
         pixels = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
         binding, whole = [], []
         for image, example in zip(pixels, examples, strict=True):
-            regions, things = read(image), things_of(example.text)
+            regions, things = find_regions(image), things_of(example.text)
             replies = answers(regions, things)
             binding.append(sum(replies) / len(replies))
             whole.append(float(exact(regions, things)))

@@ -1,6 +1,6 @@
 """The drawing program: coloured shapes on a plain ground, and the captions that describe them.
 
-A scene is one to three things with distinct shapes. Everything here is NumPy and Pillow; chance comes from the
+A scene is one to three things with distinct shapes. Everything here is NumPy and Pillow; all randomness comes from the
 `numpy.random.Generator` that the caller passes.
 """
 
@@ -26,7 +26,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "white": (250, 250, 250),
 }
 RADII = (10.0, 12.5)
-"""Radius of a thing in pixels, from and to."""
+"""Smallest and largest radius of a thing in pixels."""
 
 RELATIONS = ("left of", "right of", "above", "below")
 _OVERSAMPLE = 4
@@ -61,7 +61,7 @@ SHAPES: dict[str, list[tuple[float, float]]] = {
     "diamond": [(0.0, -1.1), (0.8, 0.0), (0.0, 1.1), (-0.8, 0.0)],
     "ring": _circle(),
 }  # fmt: skip
-"""Outlines in units of the radius, y downwards. The ring's hole is cut when it is drawn."""
+"""Outlines in units of the radius, with y pointing down. The ring's hole is cut out by `mask`."""
 RING_HOLE = 0.52
 
 
@@ -77,7 +77,7 @@ class Thing:
 
     @property
     def phrase(self) -> str:
-        """The noun phrase that names it, as "a red circle"."""
+        """The noun phrase that names it, such as "a red circle"."""
         return f"{'an' if self.color[0] in 'aeiou' else 'a'} {self.color} {self.shape}"
 
 
@@ -90,7 +90,7 @@ class Scene:
 
 
 def mask(shape: str, x: float, y: float, radius: float) -> Image.Image:
-    """The coverage of one shape as an 8-bit grey image of `SIZE` x `SIZE`."""
+    """Return the coverage of one shape as an 8-bit greyscale image of `SIZE` x `SIZE`."""
     scale = _OVERSAMPLE
     image = Image.new("L", (SIZE * scale, SIZE * scale))
     pen = ImageDraw.Draw(image)
@@ -102,7 +102,7 @@ def mask(shape: str, x: float, y: float, radius: float) -> Image.Image:
 
 
 def draw(scene: Scene) -> np.ndarray:
-    """The scene as an image, uint8 (SIZE, SIZE, 3)."""
+    """Draw the scene as an image, uint8 (SIZE, SIZE, 3)."""
     image = Image.new("RGB", (SIZE, SIZE), scene.ground)
     for thing in scene.things:
         image.paste(COLORS[thing.color], (0, 0), mask(thing.shape, thing.x, thing.y, thing.radius))
@@ -110,7 +110,7 @@ def draw(scene: Scene) -> np.ndarray:
 
 
 def _place(radii: list[float], rng: np.random.Generator) -> list[tuple[float, float]]:
-    """Centres that keep the things inside the image and apart from each other."""
+    """Return random centres that keep the things inside the image and apart from each other."""
     while True:
         places: list[tuple[float, float]] = []
         for radius in radii:
@@ -131,13 +131,13 @@ def _place(radii: list[float], rng: np.random.Generator) -> list[tuple[float, fl
 
 
 def sample_things(count: int, rng: np.random.Generator) -> list[Thing]:
-    """`count` things of distinct shapes; colours are independent, places and radii still open."""
+    """Sample `count` things of distinct shapes and independent colours, without places and radii."""
     shapes = rng.choice(list(SHAPES), size=count, replace=False)
     return [Thing(str(s), str(rng.choice(list(COLORS)))) for s in shapes]
 
 
 def arrange(things: list[Thing], rng: np.random.Generator) -> Scene:
-    """A scene of these things at random places on a random grey ground."""
+    """Return a scene of these things at random places on a random grey ground."""
     radii = [float(rng.uniform(*RADII)) for _ in things]
     places = _place(radii, rng)
     level = int(rng.integers(150, 191))
@@ -146,12 +146,12 @@ def arrange(things: list[Thing], rng: np.random.Generator) -> Scene:
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
-    """A random scene: one thing with probability .15, two with .6, three with .25."""
+    """Sample a scene: one thing with probability .15, two with .6, three with .25."""
     return arrange(sample_things(int(rng.choice([1, 2, 3], p=[0.15, 0.6, 0.25])), rng), rng)
 
 
 def related(first: Thing, second: Thing) -> str:
-    """How `first` stands to `second`, along the axis on which they lie further apart."""
+    """Return the spatial relation of `first` to `second` along the axis on which they are further apart."""
     dx, dy = first.x - second.x, first.y - second.y
     if abs(dx) >= abs(dy):
         return "left of" if dx < 0 else "right of"
@@ -159,7 +159,7 @@ def related(first: Thing, second: Thing) -> str:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A true caption; two things are related in space with probability .3."""
+    """Return a true caption; with probability .3 the caption of two things states their spatial relation."""
     things = [scene.things[i] for i in rng.permutation(len(scene.things))]
     if len(things) == 2 and rng.random() < 0.3:
         return f"{things[0].phrase} {related(*things)} {things[1].phrase}"
@@ -167,5 +167,5 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def join(phrases: list[str]) -> str:
-    """The phrases as a list in words."""
+    """Join the phrases with commas and "and"."""
     return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"

@@ -1,4 +1,4 @@
-"""benchmarks/compare_methods.py: cells are runs that `check` accepts, draw as many samples, and go on again."""
+"""benchmarks/compare_methods.py: cells pass `check`, generate the same number of samples, and can be resumed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def small(tables: ModuleType) -> Any:
 
 
 def read(out: Path) -> dict[str, Any]:
-    """What was written of each cell."""
+    """Return the results of all cells by name."""
     return {f.parent.relative_to(out).as_posix(): json.loads(f.read_text()) for f in sorted(out.rglob("result.json"))}
 
 
@@ -65,7 +65,7 @@ def test_every_cell_is_a_run_that_check_accepts(tables: ModuleType, compare: Mod
             run.check()
             assert run.config.train.learning_rate == 1e-4 and run.config.train.updates == tables.NEVER
             rounds.append(samples / compare.samples_of_a_round(run, shown.methods[method]))
-        # A round that ends behind its share draws at most a hundredth more than it.
+        # The last round exceeds the number of samples by at most 1 %.
         assert shown is not table or all(-(-r // 1) / r < 1.01 for r in rounds)
 
 
@@ -75,10 +75,10 @@ def test_an_interrupted_cell_ends_as_one_that_was_not(
     def cell(samples: int) -> Any:
         return tables.Cell(small, "DDPO", 1e-3, 0, samples)
 
-    whole, told = compare.train(cell(12), tmp_path / "whole")
+    whole, outcome = compare.train(cell(12), tmp_path / "whole")
     compare.train(cell(4), tmp_path / "parts")
     parts, again = compare.train(cell(12), tmp_path / "parts")
-    assert told["samples"] == again["samples"] == 12 and told["updates"] == again["updates"] == 3
+    assert outcome["samples"] == again["samples"] == 12 and outcome["updates"] == again["updates"] == 3
     assert all(torch.equal(parts.average[name], value) for name, value in whole.average.items())
     assert any(bool(value.any()) for name, value in whole.average.items() if "lora_B" in name)
     done, finished = compare.train(cell(12), tmp_path / "parts")
@@ -115,10 +115,10 @@ def test_the_comparison_is_made_cell_by_cell_and_rendered(
     before = sorted(file.stat().st_mtime_ns for file in out.rglob("result.json"))
     compare.main(base)  # nothing is left
     assert sorted(file.stat().st_mtime_ns for file in out.rglob("result.json")) == before
-    # A run at a rate that another grid would have chosen stays in the folder, and out of the tables.
+    # A run at a rate that is not the best stays in the folder but is not shown in the tables.
     (other,) = {1e-4, 1e-3} - {final["rate"]}
     assert len(report.final({**results, "other": {**final, "rate": other}}, small)) == 2
-    # A row with a rate of its own tries none, and one with samples of its own draws as many.
+    # A row with its own rate is not tuned, and one with its own number of samples generates that many.
     longer = replace(small.methods["DDPO"], rate=other, samples=12)
     monkeypatch.setitem(compare.TABLES, "small", replace(small, methods={**small.methods, "DDPO, longer": longer}))
     compare.main([*base, "--methods", "DDPO, longer"])
@@ -131,7 +131,7 @@ def test_the_comparison_is_made_cell_by_cell_and_rendered(
     text, mean = capsys.readouterr().out, float(torch.tensor(final["values"]["1"]["trained"]).mean())
     assert text.startswith("### Small (none)") and f"| DDPO | {mean:.3f} (" in text
     assert f"torch {torch.__version__}." in text and final["cpu"] in text
-    # The page of a method has the same numbers, in a line for each number of steps.
+    # The page of a method has the same numbers, one line per number of steps.
     one, two = report.measured(results, "ddpo").splitlines()[2:]
     assert one.startswith(f"| Small: DDPO | 1 | {mean:.3f} | ") and two.startswith("|  | 2 | ")
     change = text.split(f"| DDPO | {mean:.3f} (")[1].split(")")[0]
@@ -154,12 +154,11 @@ def test_the_quick_comparison_of_a_real_table_runs(compare: ModuleType, tmp_path
 
 
 def test_the_interval_is_that_of_seeds_and_prompts(report: ModuleType) -> None:
-    chance = torch.Generator().manual_seed(0)
-    prompts = torch.randn(1, 400, generator=chance)
+    prompts = torch.randn(1, 400, generator=torch.Generator().manual_seed(0))
     mean, low, high = report.interval(prompts)
     assert mean == pytest.approx(float(prompts.mean()), abs=1e-6)
     assert (high - low) / 2 == pytest.approx(1.96 / 20, rel=0.15)
-    # Seeds that differ widen it, however alike the prompts are.
+    # Different seeds widen the interval even if all prompts are equal.
     seeds = torch.tensor([[0.0], [0.3]]).expand(2, 400)
     assert report.interval(seeds)[1:] == (0.0, pytest.approx(0.3))
     gap = torch.full((1, 4), 0.5)

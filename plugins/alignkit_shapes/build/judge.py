@@ -1,9 +1,9 @@
-"""The judge: a BlipForQuestionAnswering that learns to answer yes or no about drawings.
+"""The VQA model: a BlipForQuestionAnswering that is trained to answer yes or no about drawings.
 
-Trained end to end from scratch it stays at the majority answer, so it learns in stages: the vision tower first learns
-what is present (a throw-away linear head over max-pooled tokens), then the text encoder and decoder learn to read the
-frozen features, and then all of it learns together. Every batch shows fresh scenes. Once there is a teacher, the judge
-also learns from the teacher's unfinished images, as the drawing program reads them.
+Trained end to end from scratch it only ever gives the majority answer, so it is trained in stages: first the vision
+tower learns which things are present (with a temporary linear head over max-pooled tokens), then the text encoder and
+decoder are trained on the frozen features, and then everything is trained together. Every batch has new scenes. Once
+there is a teacher, the model is also trained on the teacher's unfinished images, with the pixel check's answers.
 """
 
 from __future__ import annotations
@@ -24,26 +24,25 @@ from transformers import BertTokenizer, BlipConfig, BlipForQuestionAnswering
 from alignkit.data.decode import to_uint8
 from alignkit.diffusion import add_noise
 from alignkit.models.diffusers_policy import DiffusersPolicy
-from alignkit_rewards.attribute_binding import answers, encode, yes_no
-from alignkit_shapes.build.questions import labels, pixels, question, spoiled
-from alignkit_shapes.pixel_check import Region, read
-from alignkit_shapes.pixel_check import answers as answers_of
+from alignkit_rewards.attribute_binding import answer_logits, encode, yes_no
+from alignkit_shapes.build.questions import corrupted, labels, pixels, question
+from alignkit_shapes.pixel_check import Region, answers, find_regions
 from alignkit_shapes.scenes import COLORS, SHAPES, Scene, caption, draw, sample_scene
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]", "yes", "no", "is", "are", "there", "the"]
 WORDS += ["a", "an", "?", "and", "of", "left", "right", "above", "below", ",", "made", "small", "large"]
 NAMES = [*list(SHAPES)[:3], "star", *list(SHAPES)[3:]]
-"""With "star", which the shipped weights knew in their first legs."""
+"""With "star", which the shipped weights were first trained with."""
 IMAGE = 64
 WIDTH = 96
 Sketch = tuple[np.ndarray, Scene, list[Region]]
-"""An image, uint8 (SIZE, SIZE, 3), the scene it is meant to show, and what is read in it."""
+"""An image, uint8 (SIZE, SIZE, 3), the scene it should show, and the regions that the pixel check finds in it."""
 Lesson = tuple[torch.Tensor, list[list[tuple[str, bool]]]]
-"""The image tokens (N, T, WIDTH) of N images, and equally many questions about each with their true answers."""
+"""The image tokens (N, T, WIDTH) of N images, and for each image the same number of questions with true answers."""
 
 
 def tokenizer() -> BertTokenizer:
-    """Whole words only, the class of the real judge's tokenizer."""
+    """Return a tokenizer of whole words, of the same class as that of the public BLIP VQA model."""
     words = [*WORDS, *NAMES, *COLORS]
     return BertTokenizer(
         vocab={word: i for i, word in enumerate(words)},
@@ -53,7 +52,7 @@ def tokenizer() -> BertTokenizer:
 
 
 def config(vocabulary: int, dec: int) -> BlipConfig:
-    """A hundredth of the real judge's width, the same class."""
+    """Return a much smaller configuration of the same class as the public BLIP VQA model."""
     return BlipConfig(
         text_config=dict(
             vocab_size=vocabulary, hidden_size=WIDTH, encoder_hidden_size=WIDTH, intermediate_size=2 * WIDTH,
@@ -64,7 +63,7 @@ def config(vocabulary: int, dec: int) -> BlipConfig:
         vision_config=dict(
             hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=4, num_attention_heads=4,
             image_size=IMAGE, patch_size=8, hidden_act="gelu", layer_norm_eps=1e-6,
-            initializer_range=0.02,  # the class default of 1e-10 leaves the tower dead
+            initializer_range=0.02,  # with the class default of 1e-10 the tower does not train
         ),
         projection_dim=WIDTH, image_text_hidden_size=WIDTH,
     )  # fmt: skip
@@ -76,7 +75,7 @@ def _optimizer(parameters: list[Parameter], lr: float, steps: int) -> tuple[Adam
 
 
 def train_vision(model: BlipForQuestionAnswering, steps: int, batch: int, rng: np.random.Generator) -> None:
-    """Stage 1: presence labels from the maximum over the image tokens."""
+    """Stage 1: predict presence labels from the maximum over the image tokens."""
     head = torch.nn.Linear(WIDTH, len(labels(sample_scene(rng))))
     parameters = [*model.vision_model.parameters(), *head.parameters()]
     optimizer, schedule = _optimizer(parameters, 1e-3, steps)
@@ -108,7 +107,7 @@ def _step(loss: torch.Tensor, parameters: list[Parameter], optimizer: AdamW, sch
 
 
 class Features:
-    """Scenes with the frozen vision tower's tokens of their images; some are drawn anew at each batch."""
+    """A pool of scenes with the frozen vision tower's tokens; each batch replaces some of them."""
 
     def __init__(self, model: BlipForQuestionAnswering, size: int, rng: np.random.Generator) -> None:
         self.model, self.rng = model, rng
@@ -126,7 +125,7 @@ class Features:
             self.tokens[place] = features
 
     def batch(self, size: int, fresh: int) -> tuple[list[Scene], torch.Tensor]:
-        """`size` scenes with their tokens, after `fresh` places were drawn anew."""
+        """Replace `fresh` random scenes, then return `size` random scenes with their tokens."""
         self._fill(self.rng.integers(0, len(self.scenes), fresh).tolist())
         index = self.rng.integers(0, len(self.scenes), size)
         return [self.scenes[i] for i in index], self.tokens[index]
@@ -142,20 +141,22 @@ def _train_answers(
     accuracy: float,
     lesson: Callable[[int], Lesson],
 ) -> None:
-    """Learn to answer the questions of each step's `lesson`; `accuracy` is where the running mean begins."""
+    """Train on the questions of each step's `lesson`; `accuracy` is the initial value of the printed running mean."""
     optimizer, schedule = _optimizer(parameters, lr, steps)
-    start, right = time.time(), accuracy
+    start = time.time()
     choice = yes_no(words)
     for step in range(steps):
-        features, asked = lesson(step)
-        rows = torch.arange(len(asked)).repeat_interleave(len(asked[0]))
-        logits = answers(model, choice, features, rows, encode(model, words, [q for some in asked for q, _ in some]))
-        target = torch.tensor([0 if truth else 1 for some in asked for _, truth in some])
+        features, questions = lesson(step)
+        rows = torch.arange(len(questions)).repeat_interleave(len(questions[0]))
+        ids = encode(model, words, [text for some in questions for text, _ in some])
+        logits = answer_logits(model, choice, features, rows, ids)
+        target = torch.tensor([0 if truth else 1 for some in questions for _, truth in some])
         loss = F.cross_entropy(logits, target)
         _step(loss, parameters, optimizer, schedule)
-        right = 0.98 * right + 0.02 * (logits.argmax(1) == target).float().mean().item()
+        accuracy = 0.98 * accuracy + 0.02 * (logits.argmax(1) == target).float().mean().item()
         if step % 100 == 0 or step == steps - 1:
-            print(f"{name} {step} loss {loss.item():.4f} accuracy {right:.4f} {time.time() - start:.0f} s", flush=True)
+            elapsed = time.time() - start
+            print(f"{name} {step} loss {loss.item():.4f} accuracy {accuracy:.4f} {elapsed:.0f} s", flush=True)
 
 
 def train_text(
@@ -166,10 +167,10 @@ def train_text(
     rng: np.random.Generator,
     lr: float = 6e-4,
 ) -> None:
-    """Stage 2: text encoder and decoder on frozen features, two questions a scene.
+    """Stage 2: train text encoder and decoder on frozen features, with two questions per scene.
 
-    The first fifth of the steps asks for presence alone: from there the step to colours is short, while all questions
-    at once leave it at chance for long.
+    The first fifth of the steps has only questions about presence; colours are then learned quickly. With all questions
+    from the start the accuracy stays near 50 % for long.
     """
     pool = Features(model, 3000, rng)
 
@@ -189,22 +190,22 @@ def train_together(
     rng: np.random.Generator,
     lr: float = 2e-4,
 ) -> None:
-    """Stage 3: the whole judge, four questions a fresh scene, of which half are spoiled."""
+    """Stage 3: train the whole model, with four questions per new scene; half of the drawings are corrupted."""
 
     def lesson(step: int) -> Lesson:
         scenes = [sample_scene(rng) for _ in range(batch)]
-        drawn = [spoiled(s, rng) if rng.random() < 0.5 else (draw(s), s, []) for s in scenes]
-        features = model.vision_model(pixel_values=pixels([p for p, _, _ in drawn], rng)).last_hidden_state
-        return features, [[question(truth, rng, gone=gone) for _ in range(4)] for _, truth, gone in drawn]
+        drawings = [corrupted(s, rng) if rng.random() < 0.5 else (draw(s), s, []) for s in scenes]
+        features = model.vision_model(pixel_values=pixels([p for p, _, _ in drawings], rng)).last_hidden_state
+        return features, [[question(truth, rng, gone=gone) for _ in range(4)] for _, truth, gone in drawings]
 
     _train_answers("judge", model, words, list(model.parameters()), steps, lr, 0.95, lesson)
 
 
 @torch.no_grad()
 def sketches(teacher: Path, count: int, rng: np.random.Generator, guidance_scale: float = 3.0) -> list[Sketch]:
-    """What the teacher makes of noised drawings in one step or two, read by the drawing program.
+    """Denoise noised drawings with the teacher in one or two steps, and find the regions of the results.
 
-    Such images lie between right and melted, as those of few-step models do.
+    Like the images of few-step models, they range from correct to melted.
     """
     policy = DiffusersPolicy(str(teacher), trainable=False, guidance_scale=guidance_scale)
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
@@ -213,7 +214,7 @@ def sketches(teacher: Path, count: int, rng: np.random.Generator, guidance_scale
         scenes = [sample_scene(rng) for _ in range(64)]
         prompt = policy.encode([caption(scene, rng) for scene in scenes])
         x = policy.encode_images(torch.from_numpy(np.stack([draw(s) for s in scenes])).permute(0, 3, 1, 2) / 255)
-        # One step from much noise; for half of them a second from less, which sharpens what the first has sketched.
+        # One step from high noise; for half of the images a second step from lower noise, which sharpens the first.
         for low, high, share in ((300, 950, 1.0), (150, 600, 0.5)):
             t = torch.randint(low, high, (len(x),), generator=generator)
             noise = torch.randn(x.shape, generator=generator)
@@ -221,21 +222,21 @@ def sketches(teacher: Path, count: int, rng: np.random.Generator, guidance_scale
             keep = torch.rand(len(x), generator=generator) < share
             x = torch.where(keep[:, None, None, None], again, x)
         images = to_uint8(policy.decode(x)).permute(0, 2, 3, 1).numpy()
-        found += [(image, scene, read(image)) for image, scene in zip(images, scenes, strict=True)]
+        found += [(image, scene, find_regions(image)) for image, scene in zip(images, scenes, strict=True)]
     return found
 
 
-def asked_of(sketch: Sketch, rng: np.random.Generator) -> tuple[str, bool]:
-    """A question about a thing of the scene, or now and then about another, and what the reading answers."""
+def sketch_question(sketch: Sketch, rng: np.random.Generator) -> tuple[str, bool]:
+    """Return a question about a thing of the scene, or sometimes another, with the pixel check's answer."""
     _, scene, regions = sketch
     thing = scene.things[int(rng.integers(len(scene.things)))]
     if rng.random() < 0.2:
         thing = replace(thing, shape=str(rng.choice(list(SHAPES))))
     if rng.random() < 0.25:
         thing = replace(thing, color=str(rng.choice(list(COLORS))))
-    there, colored = answers_of(regions, [thing])
+    present, colored = answers(regions, [thing])
     if rng.random() < 0.5:
-        return f"is there {'an' if thing.shape[0] in 'aeiou' else 'a'} {thing.shape}?", there
+        return f"is there {'an' if thing.shape[0] in 'aeiou' else 'a'} {thing.shape}?", present
     return f"is the {thing.shape} {thing.color}?", colored
 
 
@@ -249,19 +250,19 @@ def train_on_sketches(
     lr: float = 2e-4,
     pool: int = 8000,
 ) -> None:
-    """Stage 4: the whole judge, on drawings, spoiled drawings and the teacher's sketches, four questions each."""
+    """Stage 4: train the whole model on drawings and the teacher's sketches, half of each, four questions per image."""
     known = sketches(teacher, pool, rng)
 
     def lesson(step: int) -> Lesson:
         some = [known[i] for i in rng.integers(0, len(known), batch // 2)]
         scenes = [sample_scene(rng) for _ in range(batch - len(some))]
-        drawn = [spoiled(s, rng) if rng.random() < 0.5 else (draw(s), s, []) for s in scenes]
-        images = [p for p, _, _ in drawn]
-        # The reading judges pixels as they are, so sketches are not roughened.
+        drawings = [corrupted(s, rng) if rng.random() < 0.5 else (draw(s), s, []) for s in scenes]
+        images = [p for p, _, _ in drawings]
+        # The labels of sketches come from their exact pixels, so sketches get no blur or noise.
         inputs = torch.cat([pixels(images, rng), pixels([p for p, _, _ in some], rng, rough=0.0)])
         features = model.vision_model(pixel_values=inputs).last_hidden_state
-        asked = [[question(truth, rng, gone=gone) for _ in range(4)] for _, truth, gone in drawn]
-        return features, asked + [[asked_of(sketch, rng) for _ in range(4)] for sketch in some]
+        questions = [[question(truth, rng, gone=gone) for _ in range(4)] for _, truth, gone in drawings]
+        return features, questions + [[sketch_question(sketch, rng) for _ in range(4)] for sketch in some]
 
     _train_answers("sketches", model, words, list(model.parameters()), steps, lr, 0.85, lesson)
 
@@ -274,7 +275,7 @@ def train(
     batch: int = 64,
     seed: int = 1,
 ) -> None:
-    """All stages; saves model and tokenizer to `out`."""
+    """Run stages 1 to 3 and save model and tokenizer to `out`."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     words = tokenizer()
@@ -288,8 +289,8 @@ def train(
     words.save_pretrained(out)
 
 
-def train_again(first: Path, teacher: Path, out: Path, steps: int = 1000, batch: int = 48, seed: int = 7) -> None:
-    """The last stage, from the judge in `first`; saves model and tokenizer to `out`."""
+def refine(first: Path, teacher: Path, out: Path, steps: int = 1000, batch: int = 48, seed: int = 7) -> None:
+    """Run stage 4 on the model in `first` and save model and tokenizer to `out`."""
     torch.manual_seed(seed)
     words = BertTokenizer.from_pretrained(first)
     model = BlipForQuestionAnswering.from_pretrained(first).float().train()

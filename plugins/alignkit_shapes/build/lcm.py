@@ -1,4 +1,4 @@
-"""Stage 3: the few-step model, distilled from the teacher by alignkit's own `lcd`."""
+"""Stage 3: the few-step model, distilled from the teacher with alignkit's own `lcd`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from alignkit_shapes.build.teacher import SCHEDULE, unet
 from alignkit_shapes.models import WIDE
 
 GUIDANCE_SCALE = 3.0
-"""The guidance scale while sampling."""
+"""Guidance scale for sampling."""
 SCALE_MIN, SCALE_MAX = 2.0, 4.0
 
 
 def student(teacher: Path, out: Path) -> None:
-    """The teacher with a guidance embedding and the LCM scheduler, not distilled yet."""
+    """Save the teacher with a guidance embedding and the LCM scheduler to `out`, not distilled yet."""
     torch.manual_seed(0)
     pipe = StableDiffusionPipeline.from_pretrained(teacher)
     network = unet(time_cond_proj_dim=256)
@@ -36,22 +36,22 @@ def student(teacher: Path, out: Path) -> None:
 
 @dataclass(frozen=True)
 class Leg:
-    """A part of the distillation, from where the one before it ended."""
+    """A phase of the distillation, which starts from the result of the previous one."""
 
     updates: int
     rate: float
     rank: int = 0
-    """Of a LoRA, which is merged into the weights; 0 for all weights."""
+    """Rank of a LoRA that is merged into the weights afterwards; 0 trains all weights."""
     targets: Sequence[str] = ()
     """Layers of the LoRA; attention if empty."""
     rows: int = 64
     average: float = 0.99
     runs: int = 1
-    """LoRAs of as many seeds, of which the mean is merged."""
+    """Number of seeds; the mean of their LoRAs is merged."""
 
     def __post_init__(self) -> None:
         if self.runs > 1 and not self.rank:
-            raise ValueError(f"runs is {self.runs}, expected 1 without a LoRA: whole models are not averaged")
+            raise ValueError(f"runs is {self.runs}, expected 1 without a LoRA: only LoRAs are averaged")
 
 
 LEGS = (
@@ -63,12 +63,12 @@ LEGS = (
 
 
 def train(teacher: Path, out: Path, run: Path, legs: Sequence[Leg] = LEGS, seed: int = 3) -> None:
-    """Distil into `out` leg by leg, with the runs kept beside `run`; an interrupted run is resumed.
+    """Distil into `out` leg by leg, with the run folders next to `run`; an interrupted run is resumed.
 
-    At the first rate alone, images of several steps get worse again after some 250 updates while those of one step
-    still improve; the second, smaller rate brings them back. Faint specks on the ground stay; the third leg, a LoRA at
-    the first rate, takes them away. Behind it single runs still lead a little further and drift besides, each its own
-    way: the last leg is the mean of three.
+    With only the first rate, images of several steps get worse again after some 250 updates while those of one step
+    still improve; the second, smaller rate recovers them. Faint specks on the ground remain; the third leg, a LoRA at
+    the first rate, removes them. After that, single runs still improve a little, but each drifts in its own direction,
+    so the last leg is the mean of three.
     """
     start = run.with_name(run.name + "-start")
     if not start.exists():
@@ -93,7 +93,7 @@ def train(teacher: Path, out: Path, run: Path, legs: Sequence[Leg] = LEGS, seed:
 
 
 def _distil(teacher: Path, start: Path, run: Path, leg: Leg, seed: int) -> None:
-    """One run of `lcd` on the model at `start`."""
+    """Run `lcd` on the model at `start`."""
     prompts = Path(__file__).parents[1] / "prompts"
     if run.exists():
         job = alignkit.load(resume=run)

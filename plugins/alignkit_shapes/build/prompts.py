@@ -1,4 +1,4 @@
-"""Stage 0: the prompts. Some coloured shapes, and all spatial forms, are kept out of the training prompts."""
+"""Stage 0: the prompts. Some coloured shapes and all spatial relations are held out from the training prompts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ def _held_out(things: list[Thing]) -> bool:
 
 
 def write(folder: Path, train: int = 400, held_out: int = 200, test: int = 400, seed: int = 7) -> None:
-    """`train.txt`: things none of which is held out. `held_out.txt` and `test.txt`: at least one held out, some with a
-    relation; the first is for what is measured and chosen on the way, the other for what is measured in the end.
+    """Write `train.txt`, `held_out.txt` and `test.txt`.
 
-    Three of four prompts drawn name two things, the others three; no prompt comes twice.
+    Prompts of `train.txt` name no held-out thing; those of the other two name at least one, some with a spatial
+    relation. `held_out.txt` is for evaluation and selection during development, `test.txt` for the final evaluation.
+    Three of four sampled prompts name two things, the others three; all prompts are distinct.
     """
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -30,14 +31,14 @@ def write(folder: Path, train: int = 400, held_out: int = 200, test: int = 400, 
         (folder / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _distinct(rng: np.random.Generator, count: int, wanted: bool) -> list[str]:
-    """`count` prompts, with held-out things or without."""
+def _distinct(rng: np.random.Generator, count: int, held_out: bool) -> list[str]:
+    """Sample `count` distinct prompts, with held-out things if `held_out`, or else without."""
     lines: dict[str, None] = {}
     while len(lines) < count:
         things = sample_things(2 if rng.random() < 0.75 else 3, rng)
-        if _held_out(things) != wanted:
+        if _held_out(things) != held_out:
             continue
         phrases = [t.phrase for t in things]
-        spatial = wanted and len(things) == 2 and rng.random() < 0.5
+        spatial = held_out and len(things) == 2 and rng.random() < 0.5
         lines[f"{phrases[0]} {rng.choice(RELATIONS)} {phrases[1]}" if spatial else join(phrases)] = None
     return list(lines)

@@ -1,4 +1,4 @@
-"""What the judge learns from: drawings, some of them spoiled, and questions about them with their true answers."""
+"""Training data of the VQA model: drawings, some of them corrupted, and questions about them with true answers."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 def _warped(outline: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """A mask (SIZE, SIZE) moved by a smooth random field of `strength` pixels."""
+    """Warp a mask (SIZE, SIZE) with a smooth random field of `strength` pixels."""
     field = ndimage.gaussian_filter(rng.standard_normal((2, SIZE, SIZE)), (0, 5, 5))
-    moved = np.mgrid[:SIZE, :SIZE] + strength * field / field.std()
-    bent: np.ndarray = ndimage.map_coordinates(outline, moved, order=1)
-    return bent
+    coordinates = np.mgrid[:SIZE, :SIZE] + strength * field / field.std()
+    warped: np.ndarray = ndimage.map_coordinates(outline, coordinates, order=1)
+    return warped
 
 
 def _blended(first: np.ndarray, second: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """An outline halfway between two masks."""
+    """Return a mask about halfway between two masks."""
     share = rng.uniform(0.4, 0.6)
     soft = ndimage.gaussian_filter(share * first + (1 - share) * second, 2.0)
     halfway: np.ndarray = np.clip((soft - 0.5) * 6 + 0.5, 0, 1)
     return halfway
 
 
-def spoiled(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, Scene, list[str]]:
-    """The scene as a few-step model might draw it: some outlines melted or between two shapes, some colours mixed.
+def corrupted(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, Scene, list[str]]:
+    """Draw the scene with errors of few-step models: outlines melted or between two shapes, and mixed colours.
 
-    The image, uint8 (SIZE, SIZE, 3); what is still true of it, where a thing of mixed colour has the colour ""; and
-    the shapes that are gone.
+    Returns the image, uint8 (SIZE, SIZE, 3); the scene that is left, in which things of mixed colour have the colour
+    ""; and the shapes that are no longer recognisable.
     """
     image: np.ndarray = np.empty((SIZE, SIZE, 3))
     image[:] = scene.ground
@@ -43,20 +43,20 @@ def spoiled(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, Scene, 
     for thing in scene.things:
         outline = np.asarray(mask(thing.shape, thing.x, thing.y, thing.radius), np.float32) / 255
         paint = np.broadcast_to(np.array(COLORS[thing.color], np.float32), image.shape)
-        color, chance = thing.color, rng.random()
-        if chance < 0.2:
+        color, u = thing.color, rng.random()
+        if u < 0.2:
             outline = _warped(outline, rng.uniform(2.5, 4.5), rng)
-        elif chance < 0.35:
+        elif u < 0.35:
             other = str(rng.choice([s for s in SHAPES if s != thing.shape]))
             outline = _blended(outline, np.asarray(mask(other, thing.x, thing.y, thing.radius), np.float32) / 255, rng)
-        elif chance < 0.6:
+        elif u < 0.6:
             other = str(rng.choice([c for c in COLORS if c != thing.color]))
             angle = rng.uniform(0, 2 * np.pi)
             y, x = np.mgrid[:SIZE, :SIZE]
             along = ((x - thing.x) * np.cos(angle) + (y - thing.y) * np.sin(angle)) / thing.radius
             share = np.clip(0.5 + along * rng.uniform(0.5, 2), 0, 1)[..., None]
             paint, color = share * paint + (1 - share) * np.array(COLORS[other], np.float32), ""
-        if chance < 0.35:
+        if u < 0.35:
             gone.append(thing.shape)
         else:
             kept.append(replace(thing, color=color))
@@ -65,21 +65,21 @@ def spoiled(scene: Scene, rng: np.random.Generator) -> tuple[np.ndarray, Scene, 
 
 
 def pixels(images: list[np.ndarray], rng: np.random.Generator, rough: float = 0.5) -> torch.Tensor:
-    """Normalised images; a share of them blurred or noisy as a decoder's are, so that the judge reads samples too."""
+    """Normalise images for BLIP; a share `rough` gets blur and noise like a decoder's output, to cover samples too."""
     x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
-    spoil = torch.from_numpy(rng.random(len(images)) < rough)
+    roughened = torch.from_numpy(rng.random(len(images)) < rough)
     width = float(rng.uniform(0.3, 1.1))
     taps = torch.exp(-((torch.arange(-2, 3).float() / width) ** 2) / 2)
     taps = taps / taps.sum()
     kernel = (taps[:, None] * taps[None, :]).expand(3, 1, 5, 5)
     soft = F.conv2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), kernel, groups=3)
     noise = torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32)) * float(rng.uniform(0, 0.05))
-    x = torch.where(spoil[:, None, None, None], (soft + noise).clamp(0, 1), x)
+    x = torch.where(roughened[:, None, None, None], (soft + noise).clamp(0, 1), x)
     return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
 def labels(scene: Scene) -> np.ndarray:
-    """What is present: shapes, then coloured shapes."""
+    """Return presence labels, 0 or 1: first of the shapes, then of the coloured shapes."""
     shapes, colors = list(SHAPES), list(COLORS)
     out = np.zeros(len(shapes) * (1 + len(colors)), dtype=np.float32)
     for thing in scene.things:
@@ -90,25 +90,25 @@ def labels(scene: Scene) -> np.ndarray:
 
 
 def question(scene: Scene, rng: np.random.Generator, colors: bool = True, gone: Sequence[str] = ()) -> tuple[str, bool]:
-    """A question and its true answer, yes as often as no; the wrong colour is most often that of another thing.
+    """Return a question and its true answer, yes as often as no; a wrong colour is mostly that of another thing.
 
-    `gone` are shapes that are no longer what they were; a question about what is absent is most often about them.
+    `gone` are shapes that are no longer recognisable; questions about absent shapes are mostly about them.
     """
-    there = {t.shape: t for t in scene.things}
+    present = {t.shape: t for t in scene.things}
     clear = [t for t in scene.things if t.color]
-    truth = bool(rng.random() < 0.5) and bool(there)
-    absent = [s for s in SHAPES if s not in there]
+    truth = bool(rng.random() < 0.5) and bool(present)
+    absent = [s for s in SHAPES if s not in present]
     if gone and rng.random() < 0.7:
         absent = list(gone)
     if not colors or rng.random() < 0.35 or (truth and not clear):
-        shape = str(rng.choice(list(there) if truth else absent))
+        shape = str(rng.choice(list(present) if truth else absent))
         return f"is there {'an' if shape[0] in 'aeiou' else 'a'} {shape}?", truth
-    if not truth and (not there or rng.random() < (0.5 if gone else 0.2)):
+    if not truth and (not present or rng.random() < (0.5 if gone else 0.2)):
         return f"is the {rng.choice(absent)} {rng.choice(list(COLORS))}?", False
     if truth:
         thing = clear[int(rng.integers(len(clear)))]
         return f"is the {thing.shape} {thing.color}?", True
-    thing = there[str(rng.choice(list(there)))]
+    thing = present[str(rng.choice(list(present)))]
     others = [t.color for t in clear if t.color != thing.color]
     if not others or rng.random() < 0.4:
         others = [c for c in COLORS if c != thing.color]

@@ -1,6 +1,6 @@
-"""Stage 6: the surrogate of `attribute_binding`, which later runs may start from.
+"""Stage 6: the surrogate of `attribute_binding`, from which later runs can start.
 
-LaSRO's first stage, and then what policies that follow the surrogate find wrong with it.
+LaSRO's first stage trains it; then it is trained further on the samples of policies that exploit its errors.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from alignkit_shapes.build import prompts
 
 
 def train(out: Path, run: Path, rounds: int = 250, updates: int = 400, seed: int = 5) -> None:
-    """Learn from `rounds` rounds of samples of `shapes_lcm`, then beside policies that are thrown away.
+    """Train on `rounds` rounds of samples of `shapes_lcm`, then together with policies that are discarded.
 
-    The rounds have prompts of their own, many of them, samples of much the same layout, and soft answers of the judge,
-    which tell nearly every two samples apart: what ranks samples is not yet what makes them better.
+    The rounds use many prompts of their own, samples with nearly the same layout, and soft answers of the VQA model,
+    which distinguish almost any two samples. But ranking samples well is not enough for a gradient that improves them.
 
-    Each policy starts from `shapes_lcm` and follows the surrogate until it has gone wrong where the surrogate is wrong;
-    samples of both models from the same noises teach the surrogate so. The next goes wrong later.
+    So each policy starts from `shapes_lcm` and follows the surrogate until it exploits an error of the surrogate; the
+    samples of both models from the same noises correct the surrogate. The next policy can be trained for longer.
     """
     first, second = (run.with_name(f"{run.name}-{leg}") for leg in (1, 2))
     texts = run.with_name(f"{run.name}-prompts")
@@ -38,14 +38,14 @@ def train(out: Path, run: Path, rounds: int = 250, updates: int = 400, seed: int
         "algorithm.restart_every": 30, "algorithm.surrogate_steps": 2, "algorithm.pairs_per_update": 96,
         "algorithm.policy_steps": 1, "regulariser": [], "train.learning_rate": 2e-4,
     })  # fmt: skip
-    taught = load_file(second / "surrogate.safetensors")
-    save_file({name: tensor.half() for name, tensor in taught.items()}, out)
+    trained = load_file(second / "surrogate.safetensors")
+    save_file({name: tensor.half() for name, tensor in trained.items()}, out)
 
 
 def _run(folder: Path, seed: int, overrides: dict[str, Any]) -> None:
-    """One run of `lasro` whose policy is not kept; an interrupted one is resumed."""
-    measured = {"evaluate.limit": 8, "evaluate.every": 0, "evaluate.steps": [2]}
-    settings = {"algorithm.name": "lasro", "seed": seed, "output": str(folder), **measured, **overrides}
+    """Run `lasro` for its surrogate; the policy is discarded. An interrupted run is resumed."""
+    evaluation = {"evaluate.limit": 8, "evaluate.every": 0, "evaluate.steps": [2]}
+    settings = {"algorithm.name": "lasro", "seed": seed, "output": str(folder), **evaluation, **overrides}
     job = alignkit.load(resume=folder) if folder.exists() else alignkit.load(None, settings)
     for _ in job.train(Console(width=140)):
         pass

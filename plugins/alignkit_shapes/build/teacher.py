@@ -1,4 +1,4 @@
-"""Stage 2: the teacher, a StableDiffusionPipeline whose UNet and text encoder learn together."""
+"""Stage 2: the teacher, a StableDiffusionPipeline whose UNet and text encoder are trained together."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ SCHEDULE = dict(
     prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, steps_offset=1,
     timestep_spacing="trailing",
 )  # fmt: skip
-"""The noise levels of Stable Diffusion. v-prediction keeps the clean latent accurate where there is only noise."""
+"""The noise levels of Stable Diffusion. v-prediction keeps the clean latent accurate even at pure noise."""
 
 
 def unet(time_cond_proj_dim: int | None = None) -> UNet2DConditionModel:
-    """A UNet of Stable Diffusion's form for 8x8 latents; `attention_head_dim` is the number of heads, as always."""
+    """Return a UNet like Stable Diffusion's for 8x8 latents."""
+    # As in Stable Diffusion's configs, `attention_head_dim` is the number of heads.
     return UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, block_out_channels=(48, 96), layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -37,7 +38,7 @@ def unet(time_cond_proj_dim: int | None = None) -> UNet2DConditionModel:
 
 
 class Pool:
-    """Encoded scenes; a part is drawn anew at each batch, captions always are."""
+    """A pool of encoded scenes; each batch replaces some of them and samples new captions."""
 
     def __init__(self, vae: AutoencoderKL, size: int, seed: int) -> None:
         self.vae, self.rng = vae, np.random.default_rng(seed)
@@ -55,7 +56,7 @@ class Pool:
             self.latents[place] = latent
 
     def batch(self, size: int, fresh: int) -> tuple[Tensor, list[str]]:
-        """`size` latents (size, 4, 8, 8) with captions, after `fresh` places were drawn anew."""
+        """Replace `fresh` random scenes, then return `size` random latents (size, 4, 8, 8) with captions."""
         if fresh:
             self._fill(self.rng.integers(0, len(self.scenes), fresh).tolist())
         index = self.rng.integers(0, len(self.scenes), size)
@@ -63,7 +64,7 @@ class Pool:
 
 
 def average_gradients(accelerator: Accelerator, parameters: list[torch.nn.Parameter]) -> None:
-    """The mean over processes, in one message."""
+    """Average the gradients over all processes, in one collective call."""
     if accelerator.num_processes > 1:
         flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
         flat = accelerator.reduce(flat, "mean")
@@ -82,9 +83,9 @@ def train(
     seed: int = 2,
     source: Path | None = None,
 ) -> None:
-    """Train with `batch` scenes a step, over all processes; saves the average weights as a pipeline every 500 steps.
+    """Train with `batch` scenes per step over all processes; save the averaged weights as a pipeline every 500 steps.
 
-    `source` is a pipeline folder to go on from.
+    `source` is the folder of a pipeline to continue from.
     """
     accelerator = Accelerator(cpu=True)
     torch.manual_seed(seed)
@@ -103,16 +104,16 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.04)
     seed += 1000 * accelerator.process_index
-    pool, chance = Pool(vae, 8000, seed), torch.Generator().manual_seed(seed)
+    pool, generator = Pool(vae, 8000, seed), torch.Generator().manual_seed(seed)
     each = batch // accelerator.num_processes
     start, smooth = time.time(), 0.0
     for step in range(steps):
         latents, captions = pool.batch(each, fresh=3)
-        dropped = torch.rand(each, generator=chance) < 0.1
+        dropped = torch.rand(each, generator=generator) < 0.1
         texts = ["" if drop else text for text, drop in zip(captions, dropped, strict=True)]
         ids = words(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        t = torch.randint(0, 1000, (each,), generator=chance)
-        noise = torch.randn(latents.shape, generator=chance)
+        t = torch.randint(0, 1000, (each,), generator=generator)
+        noise = torch.randn(latents.shape, generator=generator)
         alpha, sigma = alphas[t].sqrt(), (1 - alphas[t]).sqrt()
         x = diffusion.add_noise(latents, noise, alpha, sigma)
         velocity = diffusion.add_noise(noise, -latents, alpha, sigma)

@@ -1,4 +1,4 @@
-"""The tokenizer and text encoder: CLIPTokenizer and CLIPTextModel, small."""
+"""Tokenizer and text encoder: a CLIPTokenizer and a small CLIPTextModel."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ OTHER_WORDS = [
     "?",
     "star",
 ]
-"""With "star", which the shipped weights drew in their first legs."""
+"""With "star", which the shipped weights were first trained with."""
 
 
 def tokenizer() -> CLIPTokenizer:
-    """Byte-pair encoding in which each word of the world is one token; any other text still splits into bytes."""
+    """Return a byte-pair tokenizer in which each word of the world is one token; other text is split into bytes."""
     words = [*OTHER_WORDS, *COLORS, *SHAPES]
     model = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     model.pre_tokenizer = pre_tokenizers.Whitespace()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     letters = [*alphabet, *(letter + "</w>" for letter in alphabet)]
-    # Numbered beforehand: pairs that are equally frequent are merged in that order, which would else be that of a hash.
+    # Given in a fixed order, because equally frequent pairs are merged in that order; otherwise it depends on hashes.
     trainer = trainers.BpeTrainer(
         vocab_size=2000, special_tokens=letters, end_of_word_suffix="</w>", show_progress=False
     )
@@ -53,7 +53,7 @@ def tokenizer() -> CLIPTokenizer:
 
 
 def text_encoder(words: CLIPTokenizer) -> CLIPTextModel:
-    """Two layers, 96 wide, untrained; it learns together with the teacher's UNet."""
+    """Return an untrained text encoder of two layers, 96 wide; it is trained together with the teacher's UNet."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(words), hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=2,

@@ -1,4 +1,4 @@
-"""Stage 1: the AutoencoderKL, trained to draw the drawings again."""
+"""Stage 1: the AutoencoderKL, trained to reconstruct drawings."""
 
 from __future__ import annotations
 
@@ -27,37 +27,37 @@ KL_WEIGHT = 1e-5
 
 
 def drawings_of(scenes: list[Scene]) -> torch.Tensor:
-    """The scenes as float (N, 3, 64, 64) in [-1, 1]."""
+    """Draw the scenes as float (N, 3, 64, 64) in [-1, 1]."""
     return torch.from_numpy(np.stack([draw(s) for s in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def drawings(count: int, rng: np.random.Generator) -> torch.Tensor:
-    """`count` random drawings, float (count, 3, 64, 64) in [-1, 1]."""
+    """Return `count` random drawings, float (count, 3, 64, 64) in [-1, 1]."""
     return drawings_of([sample_scene(rng) for _ in range(count)])
 
 
 def crops(images: torch.Tensor, edge: int, rng: np.random.Generator) -> torch.Tensor:
-    """One crop of `edge` pixels from each image, at multiples of the VAE's 8."""
+    """Take one random crop of `edge` x `edge` pixels from each image, at multiples of the VAE's 8 pixels."""
     places = rng.integers(0, (images.shape[-1] - edge) // 8 + 1, (len(images), 2)) * 8
     return torch.stack([p[:, y : y + edge, x : x + edge] for p, (y, x) in zip(images, places, strict=True)])
 
 
 def distance(decoded: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    """L1 plus squared error, four times as heavy at things and their outlines.
+    """Return L1 plus squared error, with four times the weight at things and their outlines.
 
-    Most pixels are plain ground; without weights it takes the decoder long to see the outlines.
+    Most pixels are plain ground; without the weights the decoder takes long to learn the outlines.
     """
     ground = pixels.flatten(2).median(-1).values[..., None, None]
-    away = (pixels - ground).abs().amax(1, keepdim=True)
-    weight = 1 + 3 * (F.max_pool2d(away, 3, stride=1, padding=1) > 0.1).float()
+    contrast = (pixels - ground).abs().amax(1, keepdim=True)
+    weight = 1 + 3 * (F.max_pool2d(contrast, 3, stride=1, padding=1) > 0.1).float()
     difference = decoded - pixels
     return (weight * (difference.abs() + difference**2)).mean() / weight.mean()
 
 
 def train(out: Path, steps: int = 4000, whole: int = 400, batch: int = 24, lr: float = 1e-3, seed: int = 0) -> None:
-    """Train on crops of 32 pixels, the last `whole` steps on whole drawings; save in diffusers format to `out`.
+    """Train on crops of 32 pixels, and in the last `whole` steps on whole drawings; save in diffusers format to `out`.
 
-    The scaling factor makes latents unit variance.
+    The scaling factor gives the latents unit variance.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -89,10 +89,10 @@ def train(out: Path, steps: int = 4000, whole: int = 400, batch: int = 24, lr: f
 
 
 def refine(source: Path, out: Path, steps: int = 1000, batch: int = 16, lr: float = 1e-3, seed: int = 9) -> None:
-    """Train the decoder alone on whole drawings, from latents with as much noise as a sampler leaves, 0 to 0.3 of them.
+    """Train only the decoder on whole drawings, from latents with as much noise as a sampler leaves: 0 to 0.3 std.
 
     The encoder is frozen, so networks trained on its latents stay valid. Without the noise a square decodes to a
-    circle as soon as its latent is a little off.
+    circle as soon as its latent is slightly off.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from alignkit_lasro.algorithm import LaSRO
 from PIL import Image
 
 import alignkit
@@ -30,9 +31,8 @@ from alignkit.testing import (
 )
 from alignkit.testing.algorithm import tiny_trainer
 from alignkit.testing.world import Form, TinyImages, TinyPairs
-from alignkit_lasro.algorithm import LaSRO
 from alignkit_models import MODELS
-from alignkit_rewards.attribute_binding import Asked, Mode
+from alignkit_rewards.attribute_binding import Mode, QuestionForm
 from alignkit_shapes.models import WEIGHTS
 
 TESTS = Path(__file__).parents[2]
@@ -49,7 +49,7 @@ REWARDS: dict[str, list[dict[str, Any]]] = {
     "attribute_binding": [
         {"judge": str(WEIGHTS / "judge"), "mode": mode, "questions": questions}
         for mode in get_args(Mode)
-        for questions in get_args(Asked)
+        for questions in get_args(QuestionForm)
     ],
     "function": [{"target": "reward_fixtures:mean_of_pixels", "gradient": g} for g in (False, True)],
     "jpeg_compressibility": [{}],

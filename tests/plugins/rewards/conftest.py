@@ -1,4 +1,4 @@
-"""Small checkpoints of the published classes, with random weights wide enough apart that scores differ."""
+"""Small checkpoints of the published classes, with random weights spread widely enough that scores differ."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A CLIPModel for images of 32 pixels and texts of 24 tokens, with its tokenizer."""
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-    # The shipped one: byte pairs that are learned anew may come in another order, and tests want cosines of both signs.
+    # The shipped tokenizer: newly learned byte pairs may come in another order, and tests need cosines of both signs.
     words = CLIPTokenizer.from_pretrained(WEIGHTS / "shapes_teacher" / "tokenizer")
     size = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = CLIPConfig(
@@ -56,9 +56,9 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def byte_pairs() -> Callable[..., Any]:
-    """Makes a tokenizer of byte pairs, as BART's and RoBERTa's are, in which `words` behind a blank are one token.
+    """Return a factory of byte-pair tokenizers like BART's and RoBERTa's, in which each of `words` is one token.
 
-    `special` are further tokens of their own. Texts become <s> ... </s>.
+    `special` are additional special tokens. Texts become <s> ... </s>.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -88,7 +88,7 @@ Randomized = Callable[[torch.nn.Module], torch.nn.Module]
 
 @pytest.fixture(scope="session")
 def randomized() -> Randomized:
-    """Draws all weights of a model anew, always the same."""
+    """Return a function that randomises all weights of a model, always in the same way."""
     return _randomized
 
 
@@ -100,7 +100,7 @@ def _randomized(model: torch.nn.Module) -> torch.nn.Module:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
             elif name.endswith("bias"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-            elif parameter.dim() and not name.endswith("weight"):  # the token that CLIP puts before the image's
+            elif parameter.dim() and not name.endswith("weight"):  # CLIP's class embedding
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
     return model.eval()
 
@@ -126,7 +126,7 @@ def encoder(
         max_position_embeddings=82, pad_token_id=1, bos_token_id=0, eos_token_id=2,
     )  # fmt: skip
     path = tmp_path_factory.mktemp("roberta")
-    randomized(RobertaForMaskedLM(config)).save_pretrained(path)  # as published: a head that is not used, no pooler
+    randomized(RobertaForMaskedLM(config)).save_pretrained(path)  # as published: with an unused head, without pooler
     words.save_pretrained(path)
     return str(path)
 
@@ -144,16 +144,15 @@ def examples() -> list[Example]:
 
 
 @pytest.fixture
-def is_asked_once(
+def is_scored_once(
     images: Tensor, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., None]:
-    """Checks that of two rewards with one cache of scores, made and loaded alike, the second asks its model nothing,
-    and that one with other `fields` does."""
+    """Check that a second, identical reward with the same score cache never calls its model, unless `fields` differ."""
 
     def check(load: Callable[..., Any], fields: Sequence[dict[str, Any]], examples: list[Example] = examples) -> None:
         cache = ScoreCache(tmp_path / "scores.sqlite")
 
-        def asked(**given: Any) -> tuple[Scores, int]:
+        def scored(**given: Any) -> tuple[Scores, int]:
             reward, calls = load(**given), []
             generate = reward._model.generate
             monkeypatch.setattr(reward._model, "generate", lambda **k: calls.append(1) or generate(**k))
@@ -161,12 +160,12 @@ def is_asked_once(
             rewards.load(torch.device("cpu"))
             return rewards(images, examples), len(calls)
 
-        (first, once), (again, never) = asked(), asked()
+        (first, once), (again, never) = scored(), scored()
         assert once == 1 and never == 0 and again.valid.all()
         assert torch.equal(first.values, again.values)
         assert first.parts.keys() == again.parts.keys()
         for other in fields:
-            assert asked(**other)[1] == 1, other
+            assert scored(**other)[1] == 1, other
         cache.close()
 
     return check
@@ -174,7 +173,7 @@ def is_asked_once(
 
 @pytest.fixture
 def holds_the_contract(images: Tensor, examples: list[Example], tmp_path: Path) -> Callable[..., None]:
-    """Checks what holds for every reward, and that images in files score the same and differently."""
+    """Check the contract of every reward, that images score differently, and that a PNG file scores like its tensor."""
 
     def check(reward: Reward, within: float = 0.05, examples: list[Example] = examples) -> None:
         check_reward(reward, images, examples, within=within)

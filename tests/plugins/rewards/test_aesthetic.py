@@ -39,7 +39,7 @@ def head(tmp_path: Path) -> tuple[Predictor, str]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Predictor(16).eval()
-    for parameter in model.parameters():  # as wide apart as trained ones
+    for parameter in model.parameters():  # spread as widely as trained ones
         parameter.data *= 2
     torch.save(model.state_dict(), tmp_path / "sac+logos+ava1-l14-linearMSE.pth")
     return model, str(tmp_path / "sac+logos+ava1-l14-linearMSE.pth")
@@ -104,26 +104,26 @@ def test_layers_are_taken_by_number_and_not_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "told"),
+    ("state", "message"),
     [
-        ({"norm.weight": torch.zeros(1, 1)}, r"norm\.weight is no weight or bias"),
+        ({"norm.weight": torch.zeros(1, 1)}, r"norm\.weight is not the weight or bias"),
         ({"layers.0.weight": torch.zeros(1, 16)}, "lacks its weight or its bias"),
-        ({"weight": torch.zeros(2, 16), "bias": torch.zeros(2)}, "gives 2 numbers, expected 1"),
+        ({"weight": torch.zeros(2, 16), "bias": torch.zeros(2)}, "outputs 2 numbers, expected 1"),
     ],
 )
-def test_another_head_is_refused(state: dict[str, Tensor], told: str, clip_folder: str, tmp_path: Path) -> None:
+def test_another_head_is_refused(state: dict[str, Tensor], message: str, clip_folder: str, tmp_path: Path) -> None:
     torch.save(state, tmp_path / "head.pth")
-    with pytest.raises(ConfigError, match=f"aesthetic: the head .* is not LAION's: .*{told}"):
+    with pytest.raises(ConfigError, match=f"aesthetic: the head .* is not one of LAION's heads: .*{message}"):
         loaded(checkpoint=clip_folder, head=str(tmp_path / "head.pth"))
 
 
 def test_a_head_for_another_clip_is_refused(clip_folder: str, tmp_path: Path) -> None:
     torch.save(nn.Linear(768, 1).state_dict(), tmp_path / "head.pth")
-    with pytest.raises(ConfigError, match=r"reads 768 numbers and the checkpoint .* gives 16"):
+    with pytest.raises(ConfigError, match=r"takes vectors of 768 numbers and the checkpoint .* produces 16"):
         loaded(checkpoint=clip_folder, head=str(tmp_path / "head.pth"))
 
 
-def test_a_head_that_is_no_file_is_told(clip_folder: str, tmp_path: Path) -> None:
+def test_a_head_that_is_not_a_file_is_reported(clip_folder: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"aesthetic: head is .*, expected a file, or owner/name/file on the hub"):
         loaded(checkpoint=clip_folder, head=str(tmp_path))
     with pytest.raises(ConfigError, match=r"aesthetic: there is no file .* to load the head from"):

@@ -1,4 +1,4 @@
-"""What a judge says, read as numbers."""
+"""Answers of a vision language model, parsed into numbers."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def test_yes_and_no_are_summed_over_how_they_can_be_written() -> None:
 @pytest.mark.parametrize(
     ("found", "why"),
     [
-        (choice({"The": -0.1, "A": -3.0}), "begins neither with yes nor with no, but with 'the', 'a'"),
-        (choice({"yes": -math.inf}), "begins neither"),
+        (choice({"The": -0.1, "A": -3.0}), "begins with neither yes nor no, but with 'the', 'a'"),
+        (choice({"yes": -math.inf}), "begins with neither"),
         (choice({}), "but with nothing"),
         (choice({"yes": math.nan, "no": math.nan}), "the log-probability of 'yes' is nan, expected a finite number"),
         (choice({"yes": -0.1, "no": math.nan}), "the log-probability of 'no' is nan, expected a finite number"),
@@ -39,7 +39,7 @@ def test_yes_and_no_are_summed_over_how_they_can_be_written() -> None:
         ({"logprobs": {"content": [{"top_logprobs": [{"token": "yes"}]}]}}, "no log-probabilities"),
     ],
 )
-def test_neither_yes_nor_no_is_no_half(found: dict[str, Any], why: str) -> None:
+def test_an_answer_without_yes_and_no_has_no_score(found: dict[str, Any], why: str) -> None:
     with pytest.raises(Unusable, match=why):
         yes_and_no(found)
 
@@ -54,7 +54,7 @@ def test_neither_yes_nor_no_is_no_half(found: dict[str, Any], why: str) -> None:
         ([4, 9], [9], (6, 4, 9)),
     ],
 )
-def test_viescore_is_the_root_of_the_product_of_the_least(
+def test_viescore_is_the_root_of_the_product_of_the_minima(
     consistency: list[float], quality: list[float], expected: tuple[float, ...]
 ) -> None:
     assert viescore(consistency, quality) == pytest.approx(expected)
@@ -67,12 +67,12 @@ def test_viescore_is_the_root_of_the_product_of_the_least(
         ('```json\n{"score": [8.5]}\n```', [8.5]),
         ('Here it is: {"score": [10], "reasoning": "{braces}"} Done.', [10]),
         ('I use {curly} braces. {"score": [8]}', [8]),
-        ('{"score": [8]} as {asked}', [8]),
+        ('{"score": [8]} as {requested}', [8]),
         ('I fill in {}: {"score": [8]}, or else {"score": [9]}', [8]),
         ("{" * 5000 + '{"score": [8]}', [8]),
     ],
 )
-def test_the_object_is_found_whatever_stands_around_it(text: str, expected: list[float]) -> None:
+def test_the_object_is_found_whatever_text_surrounds_it(text: str, expected: list[float]) -> None:
     assert scores(first_object(text), 1) == expected
 
 
@@ -94,12 +94,12 @@ def test_the_object_is_found_whatever_stands_around_it(text: str, expected: list
         ('{"score": [-1]}', "score is -1"),
     ],
 )
-def test_nonsense_is_no_number(text: str, why: str) -> None:
+def test_a_malformed_answer_has_no_score(text: str, why: str) -> None:
     with pytest.raises(Unusable, match=why.replace("[", r"\[").replace("(", r"\(")):
         scores(first_object(text), 1)
 
 
-def test_a_rubric_wants_every_criterion_in_its_range() -> None:
+def test_a_rubric_needs_every_criterion_in_its_range() -> None:
     assert grades({"a": 1, "b": 4.5, "c": "ignored"}, ["a", "b"], 1, 5) == {"a": 1.0, "b": 4.5}
     for found, why in (({"a": 1}, "b is None"), ({"a": 0, "b": 1}, "a is 0, expected a number from 1 to 5")):
         with pytest.raises(Unusable, match=why):

@@ -12,7 +12,7 @@ from transformers import BlipForQuestionAnswering, CLIPConfig
 
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.records import Example
-from alignkit_rewards.attribute_binding import AttributeBinding, answers, encode, questions, yes_no
+from alignkit_rewards.attribute_binding import AttributeBinding, answer_logits, encode, questions, yes_no
 from alignkit_rewards.phrases import find_phrases
 from alignkit_rewards.pixels import CLIP_MEAN, CLIP_STD, normalize, resize
 from alignkit_shapes.build.judge import config, tokenizer
@@ -31,7 +31,7 @@ EXAMPLES = [Example(text) for text in TEXTS]
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The embedded judge's configuration with random weights, wide enough apart that answers differ."""
+    """The embedded VQA model's configuration with random weights, spread widely enough that answers differ."""
     folder = tmp_path_factory.mktemp("judge")
     words = tokenizer()
     with torch.random.fork_rng():
@@ -83,18 +83,18 @@ def test_scores_follow_a_permutation_of_the_batch(judge: str, images: torch.Tens
     torch.testing.assert_close(mixed.parts["attributes"], whole.parts["attributes"][order], atol=1e-5, rtol=0)
 
 
-def test_every_mode_is_what_the_same_logits_say(judge: str, images: torch.Tensor) -> None:
+def test_every_mode_follows_from_the_same_logits(judge: str, images: torch.Tensor) -> None:
     model = _loaded(judge)
     size = model._model.config.vision_config.image_size
     features = model._model.vision_model(normalize(resize(images, size, size), CLIP_MEAN, CLIP_STD)).last_hidden_state
     scores = {mode: _loaded(judge, mode)(images, EXAMPLES) for mode in ("hard", "soft", "product")}
     hard_answers = set()
     for i, text in enumerate(TEXTS):
-        asked = questions(find_phrases(text))
-        rows = torch.full((len(asked),), i)
-        ids = encode(model._model, model._tokenizer, [q for q, _ in asked])
-        logits = answers(model._model, yes_no(model._tokenizer), features, rows, ids)
-        about = torch.tensor([a for _, a in asked])
+        all_questions = questions(find_phrases(text))
+        rows = torch.full((len(all_questions),), i)
+        ids = encode(model._model, model._tokenizer, [q for q, _ in all_questions])
+        logits = answer_logits(model._model, yes_no(model._tokenizer), features, rows, ids)
+        about = torch.tensor([a for _, a in all_questions])
         yes, p = (logits[:, 0] > logits[:, 1]).float(), logits.softmax(-1)[:, 0]
         hard_answers |= set(yes.tolist())
         torch.testing.assert_close(scores["hard"].values[i], yes.mean())
@@ -105,7 +105,7 @@ def test_every_mode_is_what_the_same_logits_say(judge: str, images: torch.Tensor
     assert hard_answers == {0.0, 1.0}
 
 
-def test_by_phrase_the_product_is_that_of_t2i_compbench(judge: str, images: torch.Tensor) -> None:
+def test_by_phrase_the_product_equals_that_of_t2i_compbench(judge: str, images: torch.Tensor) -> None:
     """P("a red chair?") of each phrase by the whole model's softmax at its first step, multiplied."""
     reward = AttributeBinding(judge=judge, mode="product", questions="by_phrase")
     reward.load(CPU)
@@ -136,17 +136,17 @@ def test_by_phrase_the_product_is_that_of_t2i_compbench(judge: str, images: torc
         expected.append(product)
     scores = reward(images, EXAMPLES)
     torch.testing.assert_close(scores.values, torch.tensor(expected), atol=1e-5, rtol=1e-4)
-    assert scores.valid.tolist() == [True, True, True, True, True, False]  # the judge knows no "stars"
+    assert scores.valid.tolist() == [True, True, True, True, True, False]  # the model does not know the word "stars"
     assert scores.parts["exists"].isnan().tolist() == [True, True, True, False, True, True]
 
 
-def test_half_precision_is_the_towers_alone(judge: str, images: torch.Tensor) -> None:
+def test_half_precision_applies_to_the_towers_only(judge: str, images: torch.Tensor) -> None:
     half = AttributeBinding(judge=judge, mode="soft", precision="bf16")
     half.load(CPU)
     found, whole = half(images, EXAMPLES).values, _loaded(judge)(images, EXAMPLES).values
     assert half._model.text_encoder.dtype == torch.bfloat16 and found.dtype == torch.float32
     published = BlipForQuestionAnswering.from_pretrained(judge).text_decoder.cls.predictions.decoder
-    half.load(CPU)  # a second time rounds nothing more
+    half.load(CPU)  # loading again must not round once more
     last = half._model.text_decoder.cls.predictions.decoder
     assert torch.equal(last.weight, published.weight) and torch.equal(last.bias, published.bias)
     torch.testing.assert_close(found, whole, atol=0.05, rtol=0)
@@ -154,7 +154,7 @@ def test_half_precision_is_the_towers_alone(judge: str, images: torch.Tensor) ->
 
 
 def test_the_answer_is_the_token_that_generate_starts_with(judge: str, images: torch.Tensor) -> None:
-    """The two-part path equals transformers' own `generate`, once that is given the [ENC] token."""
+    """The logits equal those of transformers' own `generate` if that is given the [ENC] token."""
     reward = _loaded(judge)
     model, words = reward._model, reward._tokenizer
     pixels = normalize(resize(images, 64, 64), CLIP_MEAN, CLIP_STD)
@@ -166,11 +166,11 @@ def test_the_answer_is_the_token_that_generate_starts_with(judge: str, images: t
     ).logits[0]
     features = model.vision_model(pixel_values=pixels).last_hidden_state
     rows = torch.arange(len(TEXTS))
-    ours = answers(model, yes_no(words), features, rows, encode(model, words, [text] * len(TEXTS)))
+    ours = answer_logits(model, yes_no(words), features, rows, encode(model, words, [text] * len(TEXTS)))
     torch.testing.assert_close(ours, made[:, words.convert_tokens_to_ids(["yes", "no"])], atol=1e-5, rtol=1e-4)
 
 
-def test_soft_scores_have_a_gradient_to_the_pixels_and_the_judge_stays_frozen(judge: str, images: torch.Tensor) -> None:
+def test_soft_scores_have_a_gradient_to_the_pixels_and_the_model_stays_frozen(judge: str, images: torch.Tensor) -> None:
     reward = _loaded(judge)
     x = images.clone().requires_grad_()
     reward(x, EXAMPLES).values.sum().backward()
@@ -182,28 +182,28 @@ def test_soft_scores_have_a_gradient_to_the_pixels_and_the_judge_stays_frozen(ju
     assert not reward._model.training
 
 
-def test_hard_scores_have_no_gradient_and_say_so(judge: str, images: torch.Tensor) -> None:
+def test_hard_scores_have_no_gradient_and_report_it(judge: str, images: torch.Tensor) -> None:
     reward = _loaded(judge, "hard")
     assert not reward.differentiable
     assert not reward(images.clone().requires_grad_(), EXAMPLES).values.requires_grad
 
 
-def test_what_cannot_be_scored_is_invalid_and_leaves_the_rest_alone(judge: str, images: torch.Tensor) -> None:
+def test_what_cannot_be_scored_is_invalid_and_does_not_affect_the_rest(judge: str, images: torch.Tensor) -> None:
     reward = _loaded(judge)
     texts = ["a red circle", "in front of", "a circle", "a pink circle"]
     scores = reward(images[:4], [Example(t) for t in texts])
     assert scores.valid.tolist() == [True, False, False, False]
     unbound = "the prompt has no attribute to bind"
-    unknown = "the judge does not know every word of 'is the circle pink?'"
+    unknown = "the VQA model does not know every word of 'is the circle pink?'"
     assert scores.reasons == ["", unbound, unbound, unknown]
     torch.testing.assert_close(scores.values[0], reward(images, EXAMPLES).values[0], atol=1e-5, rtol=0)
     nothing = reward(images[:1], [Example("in front of")])
     assert nothing.valid.tolist() == [False]
-    # A question that would be cut would be another question.
+    # A truncated question would be another question.
     lengths = {count: [{"head": "circle", "attributes": [" ".join(["red"] * count)]}] for count in (10, 40)}
     long = reward(images[:2], [Example("many", {"phrases": phrases}) for phrases in lengths.values()])
     assert long.valid.tolist() == [True, False]
-    assert long.reasons[0] == "" and long.reasons[1].endswith("tokens, the judge reads 35")
+    assert long.reasons[0] == "" and long.reasons[1].endswith("tokens, the VQA model reads 35")
 
 
 def test_a_prompt_without_attributes_is_refused_by_name_before_anything_loads() -> None:
@@ -222,15 +222,15 @@ def test_loading_twice_keeps_the_model(judge: str) -> None:
     assert reward._model is model
 
 
-def test_a_judge_stored_in_half_precision_is_used_in_float32(judge: str, tmp_path: Path) -> None:
+def test_a_model_stored_in_half_precision_is_used_in_float32(judge: str, tmp_path: Path) -> None:
     folder = tmp_path / "half"
     shutil.copytree(judge, folder)
     BlipForQuestionAnswering.from_pretrained(judge).half().save_pretrained(folder)
     assert {p.dtype for p in _loaded(str(folder))._model.parameters()} == {torch.float32}
 
 
-def test_a_judge_without_enc_in_its_tokenizer_takes_the_id_after_dec(judge: str, images: torch.Tensor) -> None:
-    """As the public checkpoints are: their tokenizer is plain BERT's."""
+def test_without_enc_in_the_tokenizer_the_id_after_dec_is_used(judge: str, images: torch.Tensor) -> None:
+    """The public checkpoints are like this: their tokenizer is plain BERT's."""
     reward = _loaded(judge)
     before = reward(images, EXAMPLES).values
 
@@ -250,13 +250,13 @@ def test_a_judge_without_enc_in_its_tokenizer_takes_the_id_after_dec(judge: str,
     torch.testing.assert_close(reward(images, EXAMPLES).values, before)
 
 
-def test_a_folder_that_is_missing_is_one_clear_line(tmp_path: Path) -> None:
+def test_a_missing_folder_is_reported_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(AlignkitError, match=r"attribute_binding: there is no folder .*gone") as caught:
         _loaded(str(tmp_path / "gone"))
     assert "\n" not in str(caught.value)
 
 
-def test_another_kind_of_model_is_one_clear_line(tmp_path: Path) -> None:
+def test_another_kind_of_model_is_reported_in_one_line(tmp_path: Path) -> None:
     CLIPConfig().save_pretrained(tmp_path)
     with pytest.raises(AlignkitError, match="is a clip model; expected a hub id or a folder") as caught:
         _loaded(str(tmp_path))
@@ -274,7 +274,7 @@ def test_a_blip_of_another_head_is_refused_for_its_missing_weights(judge: str, t
         _loaded(str(folder))
 
 
-def test_a_weight_file_cut_short_is_one_clear_line(judge: str, tmp_path: Path) -> None:
+def test_a_truncated_weight_file_is_reported_in_one_line(judge: str, tmp_path: Path) -> None:
     folder = tmp_path / "short"
     shutil.copytree(judge, folder)
     path = folder / "model.safetensors"
@@ -301,7 +301,7 @@ def test_a_field_out_of_range_is_refused(field: str, value: object) -> None:
         AttributeBinding(**{field: value})  # type: ignore[arg-type]
 
 
-def test_the_fingerprint_tells_judges_and_modes_apart_and_folders_alike(judge: str, tmp_path: Path) -> None:
+def test_the_fingerprint_distinguishes_models_and_modes_but_not_folders(judge: str, tmp_path: Path) -> None:
     hard = _loaded(judge, "hard")
     same = shutil.copytree(judge, tmp_path / "same")
     assert hard.deterministic and not hard.differentiable

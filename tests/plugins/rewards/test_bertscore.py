@@ -1,4 +1,4 @@
-"""BERTScore against a computation pair by pair, and against values worked out by hand."""
+"""BERTScore compared with a pairwise computation and with values computed by hand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REFERENCES = ["a red circle", "a small white heart, an orange square and a black
 def folder(
     request: Any, tmp_path_factory: pytest.TempPathFactory, randomized: Callable[..., Any], byte_pairs: Any
 ) -> str:
-    """Four layers, 40 places for tokens."""
+    """An encoder with four layers and 40 token positions."""
     from transformers import AutoConfig, AutoModel
 
     words = byte_pairs(WORDS)
@@ -42,12 +42,12 @@ def folder(
 
 
 def embedded(vectors: list[list[float]], length: int) -> Embedded:
-    """One text with a token before and one behind, padded to `length`."""
+    """Return one text whose first and last vectors are the start and end tokens, padded to `length`."""
     rows = torch.nn.functional.normalize(torch.tensor(vectors), dim=-1)
-    there = torch.arange(length) < len(rows)
-    counted = there & (torch.arange(length) > 0) & (torch.arange(length) < len(rows) - 1)
+    matchable = torch.arange(length) < len(rows)
+    counted = matchable & (torch.arange(length) > 0) & (torch.arange(length) < len(rows) - 1)
     padded = torch.cat([rows, torch.ones(length - len(rows), rows.shape[1])])
-    return Embedded(padded[None], there[None], counted[None], torch.zeros(1))
+    return Embedded(padded[None], matchable[None], counted[None], torch.zeros(1))
 
 
 def test_values_worked_out_by_hand() -> None:
@@ -55,14 +55,14 @@ def test_values_worked_out_by_hand() -> None:
     candidate = embedded([ends, [1.0, 0.0], [3.0, 4.0], ends], 6)
     reference = embedded([ends, [0.0, 1.0], [-0.0, -1.0], [1.0, 0.0], ends], 7)
     precision, recall, f1 = bertscore(candidate, reference)
-    # Of the candidate, (1, 0) meets itself and (.6, .8) meets (0, 1) at .8; of the reference, (0, 1) meets (.6, .8) at
-    # .8, (0, -1) the ends at 0, which may be matched, and (1, 0) itself.
+    # Candidate: (1, 0) matches itself and (.6, .8) matches (0, 1) with .8. Reference: (0, 1) matches (.6, .8) with .8,
+    # (0, -1) matches the start and end tokens with 0, which may be matched, and (1, 0) matches itself.
     assert precision.item() == pytest.approx(0.9)
     assert recall.item() == pytest.approx((0.8 + 0.0 + 1.0) / 3)
     assert f1.item() == pytest.approx(2 * 0.9 * 0.6 / 1.5)
 
 
-def test_an_empty_text_scores_zero_whichever_it_is() -> None:
+def test_an_empty_candidate_or_reference_scores_zero() -> None:
     empty, full = embedded([[1.0, 0.0], [1.0, 0.0]], 4), embedded([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]], 5)
     assert [value.item() for value in bertscore(empty, full)] == [0, 0, 0]
     assert [value.item() for value in bertscore(full, empty)] == [0, 0, 0]
@@ -98,7 +98,7 @@ def test_it_is_the_mean_of_the_best_cosines_of_each_pair_alone(folder: str) -> N
         torch.testing.assert_close(torch.stack([value[i] for value in found]), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_text_is_like_itself_and_exchanging_the_two_exchanges_precision_and_recall(folder: str) -> None:
+def test_a_text_matches_itself_and_swapping_the_two_swaps_precision_and_recall(folder: str) -> None:
     encoder = TextEncoder("it", "encoder", folder, layer=2)
     candidates, references = encoder(CANDIDATES), encoder(REFERENCES)
     for value in bertscore(references, references):
@@ -108,14 +108,14 @@ def test_a_text_is_like_itself_and_exchanging_the_two_exchanges_precision_and_re
     assert (p - r).abs().max() > 1e-3
 
 
-def test_a_first_word_is_like_any_other_to_roberta(folder: str) -> None:
+def test_roberta_tokenizes_the_first_word_like_any_other(folder: str) -> None:
     encoder = TextEncoder("it", "encoder", folder, layer=2)
-    first = encoder.tokenizer(encoder._before + "red").input_ids[1]
+    first = encoder.tokenizer(encoder._prefix + "red").input_ids[1]
     inner = encoder.tokenizer("a red").input_ids[2]
     assert (first == inner) == (encoder.model.config.model_type == "roberta")
 
 
-def test_the_end_of_a_long_text_is_not_read_and_told(folder: str) -> None:
+def test_a_long_text_is_truncated_and_reported_as_such(folder: str) -> None:
     encoder = TextEncoder("it", "encoder", folder, layer=2)
     assert encoder.limit == (40 if encoder.model.config.model_type == "roberta" else 42)
     words = ["a"] * (encoder.limit - 2)
@@ -126,18 +126,20 @@ def test_the_end_of_a_long_text_is_not_read_and_told(folder: str) -> None:
     torch.testing.assert_close(longer, other)
 
 
-def test_blanks_around_a_text_change_nothing_and_no_text_has_no_token(folder: str) -> None:
+def test_surrounding_blanks_change_nothing_and_an_empty_text_has_no_tokens(folder: str) -> None:
     encoder = TextEncoder("it", "encoder", folder, layer=2)
     found = encoder(["a red circle", "  a red circle\n", " ", ""])
     assert torch.equal(found.vectors[0], found.vectors[1])
     assert found.counted.sum(1).tolist() == [3, 3, 0, 0]
 
 
-def test_a_layer_that_is_not_there_is_refused(folder: str) -> None:
-    with pytest.raises(ConfigError, match=r"it: layer is 17, and the encoder .* has 4"):
+def test_a_missing_layer_is_refused(folder: str) -> None:
+    with pytest.raises(ConfigError, match=r"it: layer is 17, but the encoder .* has 4 layers"):
         TextEncoder("it", "encoder", folder, layer=17)
 
 
 def test_another_kind_of_model_is_refused(tmp_path: Path, clip_folder: str) -> None:
-    with pytest.raises(ConfigError, match=r"it: the encoder .* is a clip model, expected an encoder with layers"):
+    with pytest.raises(
+        ConfigError, match=r"it: the encoder .* is a clip model, expected an encoder with a list of lay"
+    ):
         TextEncoder("it", "encoder", clip_folder, layer=1)

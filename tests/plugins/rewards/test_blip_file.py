@@ -1,4 +1,4 @@
-"""A judge from the file that BLIP's authors publish, against its network, written down after theirs."""
+"""A VQA model from the file that BLIP's authors publish, compared with a reimplementation of their network."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Published(nn.Module):
 
 @pytest.fixture
 def published(tmp_path: Path, randomized: Callable[[nn.Module], nn.Module]) -> tuple[Published, Path]:
-    """A small network and its file, as the authors publish theirs, with configuration and vocabulary beside."""
+    """A small network and its file in the authors' layout, next to its configuration and vocabulary."""
     words = tokenizer()
     architecture = config(len(words), words.convert_tokens_to_ids("[DEC]"))
     model = randomized(Published(architecture))
@@ -116,14 +116,16 @@ def test_a_caption_model_in_its_place_is_refused(published: tuple[Published, Pat
         loaded(file)
 
 
-def test_the_configuration_of_a_tokenizer_beside_is_not_that_of_the_model(published: tuple[Published, Path]) -> None:
+def test_the_configuration_of_a_tokenizer_next_to_the_file_is_not_used_for_the_model(
+    published: tuple[Published, Path],
+) -> None:
     _, file = published
     (file.parent / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ConfigError, match=r"lacks vision_model\.encoder\.layers\.4"):
         loaded(file)
 
 
-def test_a_configuration_that_cannot_be_read_is_one_clear_line(published: tuple[Published, Path]) -> None:
+def test_an_unreadable_configuration_is_reported_in_one_line(published: tuple[Published, Path]) -> None:
     _, file = published
     (file.parent / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"attribute_binding: cannot load the configuration .*config\.json") as caught:

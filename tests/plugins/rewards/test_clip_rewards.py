@@ -30,7 +30,7 @@ def loaded(reward: ClipReward) -> ClipReward:
 
 
 def cosines(folder: str, images: Tensor, texts: list[str]) -> Tensor:
-    """By transformers' own path, one pair at a time: padded to the limit, features of `get_*_features`."""
+    """Compute cosines with transformers' `get_*_features`, one pair at a time, texts padded to the limit."""
     from transformers import AutoTokenizer, CLIPModel
 
     model, words = CLIPModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
@@ -79,7 +79,7 @@ def test_pickscore_is_the_cosine_times_the_learned_scale(
     torch.testing.assert_close(logit, math.exp(2.6592) * expected, rtol=1e-4, atol=1e-5)  # CLIPConfig's initial value
 
 
-def test_a_prompt_beyond_the_limit_is_told_and_its_end_changes_nothing(clip_folder: str, images: Tensor) -> None:
+def test_a_prompt_beyond_the_limit_is_reported_and_its_end_changes_nothing(clip_folder: str, images: Tensor) -> None:
     reward = loaded(ClipScore(checkpoint=clip_folder))
     texts = ["a red circle " * 40, "a red circle " * 40 + "and a blue square", "a red circle"]
     scores = reward(images[:1].expand(3, -1, -1, -1), [Example(text) for text in texts])
@@ -87,7 +87,7 @@ def test_a_prompt_beyond_the_limit_is_told_and_its_end_changes_nothing(clip_fold
     assert scores.values[0] == scores.values[1] != scores.values[2]
 
 
-def test_lint_tells_how_many_tokens_are_read_and_how_many_were_found(clip_folder: str, tmp_path: Path) -> None:
+def test_lint_reports_how_many_tokens_are_read_and_how_many_were_found(clip_folder: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     def whys(**fields: str) -> list[str]:
@@ -113,7 +113,7 @@ def test_an_empty_prompt_has_a_score(clip_folder: str, images: Tensor) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_is_the_towers_alone(
+def test_half_precision_applies_to_the_towers_only(
     precision: str, clip_folder: str, images: Tensor, examples: list[Example]
 ) -> None:
     reward = loaded(PickScore(checkpoint=clip_folder, precision=precision))  # type: ignore[arg-type]
@@ -122,12 +122,12 @@ def test_half_precision_is_the_towers_alone(
     published = CLIPModel.from_pretrained(clip_folder)
     for name in ("visual_projection", "text_projection"):
         assert torch.equal(getattr(reward._model, name).weight, getattr(published, name).weight)
-    reward.load(torch.device("cpu"))  # a second time rounds nothing more
+    reward.load(torch.device("cpu"))  # loading again must not round once more
     assert torch.equal(reward._model.visual_projection.weight, published.visual_projection.weight)
     scores = reward(images, examples)
     assert scores.values.dtype == torch.float32
     assert scores.values.unique().numel() == len(examples)
-    assert (scores.values.to(half).float() != scores.values).any(), "the values hold more than half precision can"
+    assert (scores.values.to(half).float() != scores.values).any(), "the values need more than half precision"
     full = loaded(PickScore(checkpoint=clip_folder, precision="fp32"))(images, examples).values
     torch.testing.assert_close(scores.values, full, rtol=0.05, atol=0.3)
 
@@ -160,7 +160,7 @@ def test_loading_twice_keeps_the_model(clip_folder: str) -> None:
     assert reward._model is model
 
 
-def test_a_missing_folder_is_told_before_anything_loads(tmp_path: Path) -> None:
+def test_a_missing_folder_is_reported_before_anything_loads(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"clip_score: there is no folder '.*gone' to load the checkpoint from"):
         ClipScore(checkpoint=str(tmp_path / "gone")).check([])
 
@@ -209,7 +209,7 @@ def test_a_field_out_of_range_is_refused(kind: type[ClipReward], field: str) -> 
         kind(**{field: "odd"})
 
 
-def test_a_weight_that_is_missing_is_named(clip_folder: str, tmp_path: Path) -> None:
+def test_a_missing_weight_is_named(clip_folder: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "less"
@@ -222,7 +222,7 @@ def test_a_weight_that_is_missing_is_named(clip_folder: str, tmp_path: Path) -> 
         loaded(ClipScore(checkpoint=str(folder)))
 
 
-def test_a_weight_of_another_shape_is_named_and_one_that_is_too_much_is_left_out(
+def test_a_weight_of_another_shape_is_named_and_a_surplus_weight_is_ignored(
     clip_folder: str, tmp_path: Path, images: Tensor, examples: list[Example]
 ) -> None:
     from safetensors.torch import load_file, save_file

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from alignkit.errors import ConfigError
-from alignkit_rewards.endpoint import LONGEST_WAIT, Endpoint, _asked_wait, as_png
+from alignkit_rewards.endpoint import LONGEST_WAIT, Endpoint, _retry_after, as_png
 from servers import Endpoint as Server
 from servers import running
 
@@ -21,20 +21,20 @@ def endpoint(url: str) -> Endpoint:
     return Endpoint("it", url, "key_env", "", concurrency=2, timeout=20.0, retries=1)
 
 
-def test_a_png_file_holds_every_level() -> None:
+def test_a_png_file_preserves_every_level() -> None:
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16).clone()
     levels[1] = levels[1].flip(0, 2)
     for file, expected in zip(as_png(levels.float() / 255), levels, strict=True):
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(file))), expected.permute(1, 2, 0).numpy())
 
 
-def test_the_wait_that_a_server_asks_for_is_a_number_or_a_date() -> None:
-    assert _asked_wait("2", 9.0) == 2 and _asked_wait("0.25", 9.0) == 0.25
-    assert _asked_wait("", 9.0) == 9 and _asked_wait("soon", 9.0) == 9 and _asked_wait("-1", 9.0) == 9
+def test_retry_after_is_a_number_or_a_date() -> None:
+    assert _retry_after("2", 9.0) == 2 and _retry_after("0.25", 9.0) == 0.25
+    assert _retry_after("", 9.0) == 9 and _retry_after("soon", 9.0) == 9 and _retry_after("-1", 9.0) == 9
     later = datetime.now(UTC) + timedelta(seconds=1000)
-    assert 900 < _asked_wait(format_datetime(later, usegmt=True), 9.0) <= 1000
-    assert _asked_wait(format_datetime(datetime(2020, 1, 1, tzinfo=UTC), usegmt=True), 9.0) == 0
-    assert LONGEST_WAIT == 30  # whatever it asks for
+    assert 900 < _retry_after(format_datetime(later, usegmt=True), 9.0) <= 1000
+    assert _retry_after(format_datetime(datetime(2020, 1, 1, tzinfo=UTC), usegmt=True), 9.0) == 0
+    assert LONGEST_WAIT == 30  # the upper limit on what a server may request
 
 
 def test_a_redirect_is_not_followed() -> None:
@@ -44,17 +44,17 @@ def test_a_redirect_is_not_followed() -> None:
         image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{file}"}}
         body = {"model": "x", "messages": [{"content": [image, {"type": "text", "text": "?"}]}]}
         with pytest.raises(ConfigError, match="answers with a redirect, which is not followed; correct the url"):
-            connection.ask("POST", "/chat/completions", body)
+            connection.request("POST", "/chat/completions", body)
 
 
-def test_loopback_is_asked_without_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loopback_is_reached_without_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with running(server := Server(lambda *_: "")), endpoint(server.url).connect() as connection:
-        assert connection.ask("GET", "/models").status == 200
+        assert connection.request("GET", "/models").status == 200
 
 
-def test_the_first_error_ends_all_and_nobody_waits_on() -> None:
+def test_the_first_error_cancels_the_rest_without_waiting() -> None:
     with endpoint("http://127.0.0.1:1").connect() as connection:
         done: list[int] = []
 

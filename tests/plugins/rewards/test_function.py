@@ -82,7 +82,7 @@ def test_metadata_reaches_the_function(images: Tensor) -> None:
     assert scored("target_of", images[:1], [Example("a", {"target": 0.5})]).values.tolist() == [0.5]
 
 
-def test_the_gradient_flows_where_it_is_said_to(images: Tensor, examples: list[Example]) -> None:
+def test_the_gradient_flows_if_the_field_declares_it(images: Tensor, examples: list[Example]) -> None:
     assert not Function(target="my_own_rewards:brightness").differentiable
     assert Function(target="my_own_rewards:brightness", gradient=True).differentiable
     pixels = images.clone().requires_grad_()
@@ -90,14 +90,14 @@ def test_the_gradient_flows_where_it_is_said_to(images: Tensor, examples: list[E
     torch.testing.assert_close(pixels.grad, torch.full_like(images, 1 / images[0].numel()))
 
 
-def test_a_bug_in_it_is_told_with_the_reward(images: Tensor, examples: list[Example]) -> None:
+def test_a_bug_in_the_function_is_reported_with_the_reward(images: Tensor, examples: list[Example]) -> None:
     where = r"reward 'function' \(my_own_rewards:target_of\) failed while scoring image 0, 'a red circle'"
     with pytest.raises(PluginError, match=rf"{where}: KeyError: 'target' \(my_own_rewards.py, line \d+\)"):
         scored("target_of", images, examples)
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("not_a_number", r"nan for image 0, 'a red circle', expected a finite number"),
         ("too_many", r"values of shape \(4, 3\), expected shape \(4,\), one per image"),
@@ -105,32 +105,34 @@ def test_a_bug_in_it_is_told_with_the_reward(images: Tensor, examples: list[Exam
         ("words", r"list, expected a tensor \(4,\) or Scores"),
     ],
 )
-def test_an_answer_that_is_none_is_told_with_module_and_function(
-    name: str, told: str, images: Tensor, examples: list[Example]
+def test_a_wrong_return_value_is_reported_with_module_and_function(
+    name: str, message: str, images: Tensor, examples: list[Example]
 ) -> None:
-    with pytest.raises(PluginError, match=rf"^reward 'function' \(my_own_rewards:{name}\) returned {told}") as caught:
+    with pytest.raises(
+        PluginError, match=rf"^reward 'function' \(my_own_rewards:{name}\) returned {message}"
+    ) as caught:
         scored(name, images, examples)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("target", "told"),
+    ("target", "message"),
     [
         ("", r'target is \'\', expected "module:function"'),
         ("my_own_rewards", r"target is 'my_own_rewards', expected"),
-        ("my_own_rewards:gone", r"does not import \(AttributeError: .*gone"),
-        ("no_such_module:f", r"does not import \(ModuleNotFoundError: .*no_such_module"),
-        ("broken_rewards:f", r"does not import \(ModuleNotFoundError: .*nothing_of_this_name"),
-        ("my_own_rewards:number", "is no function"),
+        ("my_own_rewards:gone", r"cannot be imported \(AttributeError: .*gone"),
+        ("no_such_module:f", r"cannot be imported \(ModuleNotFoundError: .*no_such_module"),
+        ("broken_rewards:f", r"cannot be imported \(ModuleNotFoundError: .*nothing_of_this_name"),
+        ("my_own_rewards:number", "is not a function"),
     ],
 )
-def test_a_target_that_cannot_be_used_is_told_before_anything_loads(target: str, told: str) -> None:
-    with pytest.raises(ConfigError, match=f"function: .*{told}") as caught:
+def test_an_unusable_target_is_reported_before_anything_loads(target: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"function: .*{message}") as caught:
         Function(target=target).check([])
     assert "\n" not in str(caught.value)
 
 
-def test_scores_are_kept_only_if_the_user_says_they_repeat_and_while_the_file_stays(tmp_path: Path) -> None:
+def test_scores_are_cached_only_if_the_user_declares_repeats_and_while_the_file_is_unchanged(tmp_path: Path) -> None:
     def loaded(**fields: Any) -> Function:
         sys.modules.pop("my_own_rewards", None)
         reward = Function(target="my_own_rewards:brightness", **fields)

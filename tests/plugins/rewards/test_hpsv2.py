@@ -1,4 +1,4 @@
-"""HPSv2 against open_clip's network, written down here from its paper's parts: same names, shapes and mathematics."""
+"""HPSv2 compared with a reimplementation of open_clip's network: same names, shapes and mathematics."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Visual(nn.Module):
 
 
 class OpenClip(nn.Module):
-    """open_clip's CLIP: the names of its state dict, `attn_mask` included, which older versions saved."""
+    """open_clip's CLIP with the names of its state dict, including `attn_mask`, which older versions saved."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class OpenClip(nn.Module):
 
 @pytest.fixture
 def published(clip_folder: str, tmp_path: Path, randomized: Callable[[nn.Module], nn.Module]) -> tuple[OpenClip, Path]:
-    """A small network and its file, as the authors publish theirs, with the configuration beside."""
+    """A small network and its file in the authors' layout, next to its configuration."""
     from transformers import CLIPConfig
 
     config = CLIPConfig.from_pretrained(clip_folder)
@@ -140,7 +140,7 @@ def test_the_published_layout_of_vit_h_14_converts_without_remainder() -> None:
         found = from_open_clip(OpenClip(config).state_dict())
         expected = CLIPModel(config).state_dict()
     assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in expected.items()}
-    assert sum(v.numel() for v in found.values()) == 986_109_441  # ViT-H-14 of open_clip, as its tables have it
+    assert sum(v.numel() for v in found.values()) == 986_109_441  # ViT-H-14 in open_clip's tables
 
 
 def test_the_file_is_converted_once_and_then_read_as_safetensors(
@@ -171,21 +171,24 @@ def test_safetensors_in_the_published_layout_are_read_too(
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda state: state.pop("visual.proj"), r"lacks visual_projection\.weight .* and 0 more"),
-        (lambda state: state.update(extra=torch.zeros(1)), "holds extra and 0 more that the model has not"),
+        (
+            lambda state: state.update(extra=torch.zeros(1)),
+            "holds extra and 0 more weights that the model does not have",
+        ),
         (lambda state: state.update(logit_scale=torch.zeros(2)), r"has logit_scale of shape \(2,\), expected \(\)"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(
-    published: tuple[OpenClip, Path], change: Callable[[dict[str, Tensor]], None], told: str
+    published: tuple[OpenClip, Path], change: Callable[[dict[str, Tensor]], None], message: str
 ) -> None:
     model, file = published
     state = dict(model.state_dict())
     change(state)
     torch.save({"state_dict": state}, file)
-    with pytest.raises(ConfigError, match=f"hpsv2: the checkpoint .* {told}"):
+    with pytest.raises(ConfigError, match=f"hpsv2: the checkpoint .* {message}"):
         loaded(file)
 
 

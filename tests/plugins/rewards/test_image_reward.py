@@ -1,4 +1,4 @@
-"""ImageReward against its network, written down here after the published one: same names, shapes and mathematics."""
+"""ImageReward compared with a reimplementation of the published network: same names, shapes and mathematics."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Published(nn.Module):
 
 @pytest.fixture
 def published(tmp_path: Path, randomized: Callable[[nn.Module], nn.Module]) -> tuple[Published, Path]:
-    """A small network and its file, as the authors publish theirs, with configuration and vocabulary beside."""
+    """A small network and its file in the authors' layout, next to its configuration and vocabulary."""
     from transformers import BertTokenizer, BlipConfig
 
     config = BlipConfig(
@@ -137,7 +137,7 @@ def test_a_converted_folder_is_a_checkpoint_itself(
     assert torch.equal(again(images, examples).values, before)
 
 
-def test_a_prompt_beyond_the_limit_is_told(published: tuple[Published, Path], images: Tensor) -> None:
+def test_a_prompt_beyond_the_limit_is_reported(published: tuple[Published, Path], images: Tensor) -> None:
     long = [Example("a red circle " * 20), Example("a red circle " * 20 + "and a blue square"), Example("a heart")]
     shown = images[:1].expand(3, -1, -1, -1)
     scores = loaded(published[1])(shown, long)
@@ -168,7 +168,7 @@ def test_a_weight_of_another_name_is_refused(published: tuple[Published, Path]) 
     state = model.state_dict()
     state["blip.visual_encoder.odd"] = torch.zeros(1)
     torch.save(state, file)
-    with pytest.raises(ConfigError, match=r"holds vision_model\.odd and 0 more that the model has not"):
+    with pytest.raises(ConfigError, match=r"holds vision_model\.odd and 0 more weights that the model does not have"):
         loaded(file)
 
 

@@ -1,4 +1,4 @@
-"""What is not there is told in one line that names the reward, the field and what would mend it."""
+"""Missing files are reported in one line that names the reward, the field and the remedy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SOURCES = [
     ("vlm_judge", "encoder", {"mode": "caption", "model": "judge"}),
     ("vqa_score", "checkpoint", {}),
 ]
-"""Every field of a reward that names weights, with what else has to be set to come that far."""
+"""Every field of a reward that names weights, with the other fields that must be set to reach it."""
 
 
 def made(name: str, field: str, fields: dict[str, Any], source: str, clip_folder: str) -> Any:
@@ -38,34 +38,36 @@ def made(name: str, field: str, fields: dict[str, Any], source: str, clip_folder
 
 
 @pytest.mark.parametrize(("name", "field", "fields"), SOURCES, ids=str)
-def test_a_path_that_is_not_there_is_told_before_anything_loads(
+def test_a_missing_path_is_reported_before_anything_loads(
     name: str, field: str, fields: dict[str, Any], clip_folder: str, tmp_path: Path
 ) -> None:
     reward = made(name, field, fields, f"{tmp_path}/gone", clip_folder)
     with pytest.raises(ConfigError) as caught:
         reward.check([Example('a red circle with the words "one two"')])
-    told = str(caught.value)
-    assert told.startswith(f"{name}: ") and f"{tmp_path}/gone" in told and field in told and "\n" not in told
+    message = str(caught.value)
+    assert (
+        message.startswith(f"{name}: ") and f"{tmp_path}/gone" in message and field in message and "\n" not in message
+    )
 
 
 READ_SECOND = {("aesthetic", "checkpoint"), ("text_alignment", "encoder")}
-"""Where another field's weights, which are as little there, are read before."""
+"""Fields that are read after another field, whose weights are missing too."""
 FILES = {("aesthetic", "head"), ("image_reward", "checkpoint")}
-"""What is published as a file, of which a repository alone is none."""
+"""Fields that need a published file; a repository is not enough."""
 
 
 @pytest.mark.parametrize(("name", "field", "fields"), [s for s in SOURCES if s[:2] not in READ_SECOND], ids=str)
-def test_weights_that_cannot_be_fetched_are_told_in_one_line_with_field_repository_and_remedy(
+def test_a_failed_download_is_reported_in_one_line_with_field_repository_and_remedy(
     name: str, field: str, fields: dict[str, Any], clip_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     reward = made(name, field, fields, "nobody/has_this", clip_folder)
     with pytest.raises(ConfigError) as caught:
         reward.load(torch.device("cpu"))
-    told = str(caught.value)
-    assert told.startswith(f"{name}: ") and "nobody/has_this" in told and "\n" not in told
-    assert f"set reward.{name}.{field} to " in told
-    assert ((name, field) in FILES) == ("https://huggingface.co/nobody/has_this" not in told)
+    message = str(caught.value)
+    assert message.startswith(f"{name}: ") and "nobody/has_this" in message and "\n" not in message
+    assert f"set reward.{name}.{field} to " in message
+    assert ((name, field) in FILES) == ("https://huggingface.co/nobody/has_this" not in message)
 
 
 DEFAULTS = {
@@ -80,11 +82,11 @@ DEFAULTS = {
     "vlm_judge": ("encoder", "FacebookAI/roberta-large"),
     "vqa_score": ("checkpoint", "Qwen/Qwen2.5-VL-7B-Instruct"),
 }
-"""What each reward reads first, and where it is published."""
+"""The field that each reward reads first, and the repository of its default."""
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
-def test_without_network_a_default_is_told_with_its_page_and_where_to_put_its_files(
+def test_without_network_a_default_is_reported_with_its_page_and_where_to_put_its_files(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -93,33 +95,33 @@ def test_without_network_a_default_is_told_with_its_page_and_where_to_put_its_fi
     fields = {"mode": "caption", "model": "judge"} if name == "vlm_judge" else {}
     with pytest.raises(ConfigError) as caught:
         default_registry().get("reward", name)(**fields).load(torch.device("cpu"))
-    told = str(caught.value)
-    assert told.startswith(
-        f"{name}: https://huggingface.co/{repository}, the {field}, could not be reached and is in no cache; put its "
+    message = str(caught.value)
+    assert message.startswith(
+        f"{name}: https://huggingface.co/{repository}, the {field}, could not be reached and is not cached; put its "
     )
-    assert told.endswith(
+    assert message.endswith(
         (f"into a folder and set reward.{name}.{field} to it", f"set reward.{name}.{field} to the path")
     )
-    assert "\n" not in told and ("config.json, model.safetensors" in told) == ("folder" in told)
+    assert "\n" not in message and ("config.json, model.safetensors" in message) == ("folder" in message)
 
 
-def test_words_that_cannot_be_fetched_are_told_as_those_of_a_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_that_cannot_be_fetched_is_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     files = r"put its files \(tokenizer_config\.json and tokenizer\.json or vocab\.\*\)"
     with pytest.raises(
         ConfigError, match=rf"nobody/has_this, the tokenizer, .*{files} into a folder and set reward\.it"
     ):
         load_tokenizer("it", "nobody/has_this", 9)
-    with pytest.raises(ConfigError, match=rf"nobody/has_this, the tokenizer, .*{files} beside /here/weights\.pt$"):
-        load_tokenizer("it", "nobody/has_this", 9, beside=Path("/here/weights.pt"))
+    with pytest.raises(ConfigError, match=rf"nobody/has_this, the tokenizer, .*{files} next to /here/weights\.pt$"):
+        load_tokenizer("it", "nobody/has_this", 9, weights_file=Path("/here/weights.pt"))
 
 
-def test_a_file_in_the_place_of_a_folder_and_a_file_that_is_not_there_are_told_as_files(tmp_path: Path) -> None:
+def test_a_file_instead_of_a_folder_and_a_missing_file_are_reported_as_files(tmp_path: Path) -> None:
     from transformers import AutoModel
 
     (tmp_path / "notes.txt").write_text("a text")
-    told = r"it: the encoder .*notes\.txt' is a file; expected a hub id or a folder that holds an AutoModel$"
-    with pytest.raises(ConfigError, match=told):
+    message = r"it: the encoder .*notes\.txt' is a file; expected a hub id or a folder that holds an AutoModel$"
+    with pytest.raises(ConfigError, match=message):
         load_model("it", "encoder", str(tmp_path / "notes.txt"), AutoModel)
     with pytest.raises(ConfigError, match=r"it: the tokenizer .*notes\.txt' is a file; expected"):
         load_tokenizer("it", str(tmp_path / "notes.txt"), 9)
@@ -135,28 +137,26 @@ class Code:
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (b"a text", r"is damaged, or none of torch"),
-        (b"hello there", r"is damaged, or none of torch"),
-        (b"", r"is damaged, or none of torch"),
-        ([torch.ones(1)], r"holds no tensor by name \(list\)"),
-        ({"model": {"x": 1}}, r"holds no tensor by name \(dict\)"),
-        ({"model": Code()}, r"holds more than tensors, which is not read"),
+        (b"a text", r"is damaged or not a file of torch"),
+        (b"hello there", r"is damaged or not a file of torch"),
+        (b"", r"is damaged or not a file of torch"),
+        ([torch.ones(1)], r"holds no named tensors \(list\)"),
+        ({"model": {"x": 1}}, r"holds no named tensors \(dict\)"),
+        ({"model": Code()}, r"holds more than tensors and is not read, since that could execute code"),
     ],
     ids=["text", "another text", "nothing", "a list", "no tensors", "code"],
 )
-def test_a_file_without_weights_is_told_in_one_line(
+def test_a_file_without_weights_is_reported_in_one_line(
     content: object, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "weights.pt"
     file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
-    with pytest.raises(
-        ConfigError, match=rf"^it: the head '.*weights\.pt' {why}; expected a file of weights"
-    ) as caught:
+    with pytest.raises(ConfigError, match=rf"^it: the head '.*weights\.pt' {why}; expected a weights file") as caught:
         read_weights("it", "head", file)
     assert "\n" not in str(caught.value) and not capsys.readouterr().out
 
 
-def test_weights_are_read_from_the_tables_that_authors_wrap_them_in(tmp_path: Path) -> None:
+def test_weights_are_read_from_the_dictionaries_that_authors_wrap_them_in(tmp_path: Path) -> None:
     for wrapped in (
         {"model": {"x": torch.ones(2)}},
         {"state_dict": {"x": torch.ones(2)}, "n": 3},
@@ -168,7 +168,7 @@ def test_weights_are_read_from_the_tables_that_authors_wrap_them_in(tmp_path: Pa
         } == {"x": [1.0, 1.0]}
 
 
-def test_every_reward_on_weights_is_here() -> None:
+def test_every_reward_with_weights_is_covered() -> None:
     assert {name for name, _, _ in SOURCES} == DEFAULTS.keys()
     rows = [row.name for row in default_registry().components("reward") if row.plugin == "alignkit_rewards"]
     without = {"function", "jpeg_compressibility", "jpeg_incompressibility", "remote"}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alignkit.errors import ConfigError
 from alignkit.records import Example
-from alignkit_rewards.ocr import BEFORE, BEHIND, Ocr, edit_distance, similarity, wanted
+from alignkit_rewards.ocr import AFTER_IMAGE, BEFORE_IMAGE, Ocr, edit_distance, similarity, target_text
 
 CPU = torch.device("cpu")
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<imgpad>"]
@@ -21,12 +21,12 @@ QUOTED = [Example('a sign "OPEN"'), Example('a cup that says "red tri"'), Exampl
           Example("a shop “ima d”")]  # fmt: skip
 NEARLY = [Example('a sign "triangle"'), Example('a cup that says "circle bob"'), Example("x", {"target": "assistant"}),
           Example("a shop “cab”")]  # fmt: skip
-"""Beginnings of what the small model reads."""
+"""Prompts whose targets partly match the text that the small model generates."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, randomized: Callable[..., Any], byte_pairs: Any) -> str:
-    """A GOT-OCR2 for images of 128 pixels, which it sees as 2 x 2 tokens."""
+    """A GOT-OCR2 for images of 128 pixels, encoded as 2 x 2 tokens."""
     from transformers import GotOcr2Config, GotOcr2ForConditionalGeneration
 
     words = byte_pairs("a red circle OCR system user assistant image triangle", SPECIAL)
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, randomized: Callable[..., A
         image_token_index=words.convert_tokens_to_ids("<imgpad>"),
     )  # fmt: skip
     model: Any = randomized(GotOcr2ForConditionalGeneration(config))
-    with torch.no_grad():  # so that what it reads depends on what it sees
+    with torch.no_grad():  # so that the generated text depends on the image
         model.model.multi_modal_projector.multimodal_projector.weight.mul_(20)
     path = tmp_path_factory.mktemp("got")
     model.save_pretrained(path)
@@ -110,16 +110,16 @@ def test_the_edit_distance_is_the_recursive_definition() -> None:
         (Example('a sign "OPEN"', {"target": ""}), ""),
     ],
 )
-def test_what_is_wanted(example: Example, expected: str) -> None:
-    assert wanted(example) == expected
+def test_the_target_text_of_a_prompt(example: Example, expected: str) -> None:
+    assert target_text(example) == expected
 
 
 def test_it_holds_the_contract(load: Any, holds_the_contract: Callable[..., None]) -> None:
     holds_the_contract(load(), examples=NEARLY)
 
 
-def test_an_image_is_read_once_where_scores_are_kept(
-    load: Any, folder: str, tmp_path: Path, is_asked_once: Callable[..., None]
+def test_an_image_is_read_once_when_scores_are_cached(
+    load: Any, folder: str, tmp_path: Path, is_scored_once: Callable[..., None]
 ) -> None:
     from transformers import GotOcr2ForConditionalGeneration
 
@@ -129,13 +129,13 @@ def test_an_image_is_read_once_where_scores_are_kept(
         next(model.parameters()).view(-1)[0] += 1
     model.save_pretrained(other)
     fields = [{"max_new_tokens": 11}, {"precision": "bf16"}, {"checkpoint": str(other)}]
-    is_asked_once(load, fields, NEARLY)
+    is_scored_once(load, fields, NEARLY)
     same = shutil.copytree(folder, tmp_path / "same")
     assert load(checkpoint=str(same)).fingerprint() == load().fingerprint()
 
 
-def test_it_reads_what_the_model_reads_by_its_own_processor(load: Any, folder: str, images: Tensor) -> None:
-    """One image at a time, prepared by transformers."""
+def test_it_reads_the_same_text_as_the_model_with_its_own_processor(load: Any, folder: str, images: Tensor) -> None:
+    """The model gets one image at a time, prepared by transformers."""
     from transformers import AutoTokenizer, GotOcr2ForConditionalGeneration
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
@@ -146,18 +146,20 @@ def test_it_reads_what_the_model_reads_by_its_own_processor(load: Any, folder: s
     for image in images:
         levels = np.rint(image.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
         pixels = processor(Image.fromarray(levels), return_tensors="pt")["pixel_values"]
-        ids = words(BEFORE + "<imgpad>" * 4 + BEHIND, add_special_tokens=False, return_tensors="pt").input_ids
-        said = model.generate(
+        ids = words(
+            BEFORE_IMAGE + "<imgpad>" * 4 + AFTER_IMAGE, add_special_tokens=False, return_tensors="pt"
+        ).input_ids
+        generated = model.generate(
             input_ids=ids, pixel_values=pixels, max_new_tokens=12, do_sample=False,
             eos_token_id=[words.convert_tokens_to_ids("<|im_end|>"), 2], pad_token_id=1,
         )  # fmt: skip
-        expected.append(words.decode(said[0, ids.shape[1] :], skip_special_tokens=True).strip())
+        expected.append(words.decode(generated[0, ids.shape[1] :], skip_special_tokens=True).strip())
     found = load().read(images)
     assert found == expected
     assert len(set(found)) > 1
 
 
-def test_what_is_asked_is_what_the_models_processor_asks(folder: str) -> None:
+def test_the_request_equals_that_of_the_models_processor(folder: str) -> None:
     from transformers import AutoTokenizer, GotOcr2Processor
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
@@ -165,10 +167,10 @@ def test_what_is_asked_is_what_the_models_processor_asks(folder: str) -> None:
     _, (text,), *_ = processor.prepare_inputs_layout(
         images=Image.new("RGB", (8, 8)), format=False, images_kwargs={"crop_to_patches": False}
     )
-    assert text == BEFORE + "<imgpad>" + BEHIND
+    assert text == BEFORE_IMAGE + "<imgpad>" + AFTER_IMAGE
 
 
-def test_the_score_is_what_was_read_against_what_was_wanted(
+def test_the_score_compares_the_recognised_text_with_the_target(
     load: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reward = load()
@@ -179,19 +181,21 @@ def test_the_score_is_what_was_read_against_what_was_wanted(
     assert scores.valid.all()
 
 
-def test_a_prompt_that_wants_no_words_is_refused_and_never_scored(load: Any, images: Tensor) -> None:
+def test_a_prompt_without_target_text_is_refused_and_never_scored(load: Any, images: Tensor) -> None:
     reward = load()
-    with pytest.raises(ConfigError, match="ocr: the prompt 'a door' wants no words to be written; expected them in"):
+    with pytest.raises(ConfigError, match="ocr: the prompt 'a door' asks for no text in the image; expected text in"):
         reward.check([QUOTED[0], Example("a door")])
     with pytest.raises(ConfigError, match="ocr: prompt 'a door': metadata target is 7, expected a string"):
         reward.check([Example("a door", {"target": 7})])
     assert reward(images[:2], [QUOTED[0], Example("a door")]).valid.tolist() == [True, False]
 
 
-def test_a_tokenizer_without_the_models_marks_is_refused(folder: str, tmp_path: Path, byte_pairs: Any) -> None:
+def test_a_tokenizer_without_the_models_special_tokens_is_refused(folder: str, tmp_path: Path, byte_pairs: Any) -> None:
     shutil.copytree(folder, tmp_path / "got")
     byte_pairs("a red circle").save_pretrained(tmp_path / "got")
-    with pytest.raises(ConfigError, match=r"ocr: the tokenizer of .* lacks <\|im_end\|>; expected that of a GOT-OCR2"):
+    with pytest.raises(
+        ConfigError, match=r"ocr: the tokenizer of .* lacks <\|im_end\|>; expected the tokenizer of a G"
+    ):
         Ocr(checkpoint=str(tmp_path / "got")).load(CPU)
 
 

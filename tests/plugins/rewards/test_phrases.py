@@ -69,6 +69,8 @@ QUESTIONS = {
     "a heart-shaped box": ["is there a box?", "is the box heart-shaped?"],
     "a pair of red shoes": ["are there shoes?", "are the shoes red?"],
     "A photo of a Red Car!": ["is there a car?", "is the car red?"],
+    "a picture of a red car": ["is there a car?", "is the car red?"],
+    "an image of a red car": ["is there a car?", "is the car red?"],
     "a man's red hat": ["is there a man?", "is there a hat?", "is the hat red?"],
     "an orange and a banana": ["is there an orange?", "is there a banana?"],
     "a strange red fire hydrant on the left side": [
@@ -133,18 +135,18 @@ def test_a_prompt_leads_to_these_questions(text: str) -> None:
     assert AttributeBinding().explain(Example(text)) == QUESTIONS[text]
 
 
-def test_by_phrase_what_stands_behind_the_noun_stays_there() -> None:
+def test_by_phrase_an_attribute_after_the_noun_stays_there() -> None:
     text = "a red lamp made of glass and two black-and-white cats in blue"
     found = AttributeBinding(questions="by_phrase").explain(Example(text))
     assert found == ["a red lamp made of glass?", "black white cats in blue?"]
 
 
 @pytest.mark.parametrize("text", ["a cat made of glass", "a black-and-white cat", 'a "OPEN" sign in red'])
-def test_an_attribute_behind_its_noun_or_with_hyphens_is_enough(text: str) -> None:
+def test_an_attribute_after_its_noun_or_with_hyphens_is_enough(text: str) -> None:
     AttributeBinding().check([Example(text)])
 
 
-def test_quoted_words_are_no_attribute() -> None:
+def test_quoted_words_are_not_attributes() -> None:
     with pytest.raises(ConfigError, match="has no attribute to bind"):
         AttributeBinding().check([Example('a sign "RED"')])
 
@@ -156,7 +158,7 @@ def test_a_text_without_a_noun_has_no_phrase(text: str) -> None:
     assert find_phrases(text) == []
 
 
-def test_phrases_in_the_metadata_win_over_the_text() -> None:
+def test_phrases_in_the_metadata_override_the_text() -> None:
     given = [{"head": "Bench", "attributes": ["Red", "wooden"]}, {"head": "cats", "plural": True}]
     found = phrases(Example("a green car", {"phrases": given}))
     assert found == [Phrase("bench", ("red", "wooden")), Phrase("cats", (), True)]
@@ -178,11 +180,11 @@ def test_malformed_metadata_is_refused_with_the_prompt(item: object) -> None:
         phrases(Example("a green car", {"phrases": [item]}))
 
 
-def test_metadata_that_is_no_list_of_phrases_is_refused() -> None:
+def test_metadata_that_is_not_a_list_of_phrases_is_refused() -> None:
     with pytest.raises(ConfigError, match="'a green car': metadata phrases: found 'bench'"):
         phrases(Example("a green car", {"phrases": "bench"}))
 
 
-def test_colors_that_are_not_asked_about_break_nothing() -> None:
+def test_words_like_colored_without_a_colour_break_nothing() -> None:
     for text in ("a pair of colored, shaped toys", "a brightly colored, shaped rug"):
         assert all(thing.head for thing in find_phrases(text))

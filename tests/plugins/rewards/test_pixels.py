@@ -32,16 +32,16 @@ def test_resize_equals_pillow_within_a_level_off_the_square() -> None:
 @pytest.mark.parametrize(
     ("height", "width", "target"), [(1216, 832, 1024), (1152, 896, 768), (896, 512, 768), (768, 512, 480)]
 )
-def test_tall_images_are_near_to_what_pillow_shrinks_in_another_order(height: int, width: int, target: int) -> None:
-    chance = np.random.default_rng(0)
-    noise = chance.integers(0, 256, (height, width, 3), dtype=np.uint8)
-    smooth = _pillow(chance.integers(0, 256, (height // 32, width // 32, 3), dtype=np.uint8), height, width)
-    for levels, most in ((smooth, 2), (noise, 25)):  # as docs/rewards.md says
+def test_tall_images_are_close_to_pillow_which_resizes_in_another_order(height: int, width: int, target: int) -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    smooth = _pillow(rng.integers(0, 256, (height // 32, width // 32, 3), dtype=np.uint8), height, width)
+    for levels, most in ((smooth, 2), (noise, 25)):  # as stated in docs/rewards.md
         np.testing.assert_allclose(_ours(levels, target, target), _pillow(levels, target, target), atol=most)
 
 
 @pytest.mark.parametrize(("height", "width"), [(96, 160), (161, 97), (64, 64), (40, 30)])
-def test_the_crop_is_the_middle_of_what_pillow_resizes(height: int, width: int) -> None:
+def test_the_crop_is_the_centre_of_pillows_resized_image(height: int, width: int) -> None:
     levels = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
     shorter = min(height, width)
     long, wide = 48 * height // shorter, 48 * width // shorter

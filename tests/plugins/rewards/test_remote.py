@@ -1,4 +1,4 @@
-"""A reward behind HTTP: what is sent, and what becomes of answers that fail."""
+"""A reward served over HTTP: the requests that are sent, and how failing answers are handled."""
 
 from __future__ import annotations
 
@@ -71,10 +71,10 @@ def test_every_grey_level_arrives_as_it_left(examples: list[Example]) -> None:
 
 
 def test_parts_metadata_and_invalid_images_come_through(images: Tensor) -> None:
-    asked = [Example("a"), Example("what?"), Example("c", {"weight": 0.5, "why": ["ä"]}), Example("d")]
-    expected = WeightedRewards([("it", 1.0, Odd())])(images, asked)
+    examples = [Example("a"), Example("what?"), Example("c", {"weight": 0.5, "why": ["ä"]}), Example("d")]
+    expected = WeightedRewards([("it", 1.0, Odd())])(images, examples)
     with serving(Odd()) as server:
-        found = WeightedRewards([("it", 1.0, client(server, images_per_request=2))])(images, asked)
+        found = WeightedRewards([("it", 1.0, client(server, images_per_request=2))])(images, examples)
     assert found.valid.tolist() == [True, False, True, True]
     assert found.reasons == expected.reasons == ["", "it: a question", "", ""]
     torch.testing.assert_close(found.values, expected.values, rtol=0, atol=0, equal_nan=True)
@@ -82,7 +82,7 @@ def test_parts_metadata_and_invalid_images_come_through(images: Tensor) -> None:
     torch.testing.assert_close(dict(found.parts), dict(expected.parts), rtol=0, atol=0, equal_nan=True)
 
 
-def test_requests_keep_the_limits_of_the_server(examples: list[Example]) -> None:
+def test_requests_respect_the_limits_of_the_server(examples: list[Example]) -> None:
     images = torch.rand(4, 3, 48, 48, generator=torch.Generator().manual_seed(0))  # 7 kB as PNG files
     size = images.shape[-1] ** 2
     for limits, calls in ((Limits(items=3), 2), (Limits(pixels=2 * size), 2), (Limits(bytes=16_000), 4)):
@@ -92,26 +92,26 @@ def test_requests_keep_the_limits_of_the_server(examples: list[Example]) -> None
         assert reward.calls == calls
     with serving(Odd(), limits=Limits(pixels=size - 1)) as server:
         remote = client(server)
-        with pytest.raises(ConfigError, match=f"remote: an image of {size} pixels is more than http.* takes at once"):
+        with pytest.raises(ConfigError, match=f"remote: an image of {size} pixels is larger than http.* accepts"):
             remote(images, examples)
 
 
-def test_no_more_requests_than_allowed_are_under_way(images: Tensor, examples: list[Example]) -> None:
+def test_no_more_requests_than_allowed_are_in_flight(images: Tensor, examples: list[Example]) -> None:
     lock, now, most = threading.Lock(), [0], [0]
     both = threading.Barrier(2, timeout=20)
 
-    class Watched(RewardServer):
+    class Counting(RewardServer):
         def score(self, body: dict[str, Any]) -> dict[str, Any]:
             with lock:
                 now[0] += 1
                 most[0] = max(most[0], now[0])
-            both.wait()  # so that two are under way at some time
+            both.wait()  # so that two requests are in flight at some point
             answer = super().score(body)
             with lock:
                 now[0] -= 1
             return answer
 
-    server = Watched("127.0.0.1", 0, WeightedRewards([("served", 1.0, Odd())]), "f", "", 16, Limits())
+    server = Counting("127.0.0.1", 0, WeightedRewards([("served", 1.0, Odd())]), "f", "", 16, Limits())
     with servers.running(server):
         remote = client(server, images_per_request=1, concurrency=2)
         remote(images, examples)
@@ -127,7 +127,7 @@ def test_a_prompt_that_the_reward_cannot_score_is_found_by_check() -> None:
             remote.check([Example("a", {"when": object()})])
 
 
-def test_a_busy_server_is_asked_again_and_a_broken_reward_is_not(images: Tensor, examples: list[Example]) -> None:
+def test_a_busy_server_is_retried_and_a_faulty_reward_is_not(images: Tensor, examples: list[Example]) -> None:
     busy, bug = Odd("busy"), Odd("bug")
     with serving(busy) as server:
         assert client(server)(images, examples).valid.all()
@@ -137,26 +137,28 @@ def test_a_busy_server_is_asked_again_and_a_broken_reward_is_not(images: Tensor,
             TransientError, match=r"remote: no answer from http.*/score in 2 tries \(status 503: .*odd: come"
         ):
             client(server, retries=1)(images, examples)
-    for reward, told, calls in (
-        (bug, "while scoring image 0, 'a red circle': KeyError: 'target'", 2),  # again, to find the image
+    for reward, message, calls in (
+        (bug, "while scoring image 0, 'a red circle': KeyError: 'target'", 2),  # the second call finds the image
         (Odd("nan"), "returned nan for image 0, 'a red circle'", 1),
     ):
         with (
             serving(reward) as server,
-            pytest.raises(PluginError, match=f"remote: the reward at http.* failed: .*{told}"),
+            pytest.raises(PluginError, match=f"remote: the reward at http.* failed: .*{message}"),
         ):
             client(server)(images, examples)
         assert reward.calls == calls
 
 
-def test_a_server_that_is_not_there_is_told_in_one_line() -> None:
+def test_a_missing_server_is_reported_in_one_line() -> None:
     with serving(Odd()) as server:
         url = server.url
-    with pytest.raises(TransientError, match=rf"remote: no answer from {url}/spec in 3 tries \(ConnectError .*\); see"):
+    with pytest.raises(
+        TransientError, match=rf"remote: no answer from {url}/spec in 3 tries \(ConnectError .*\); check"
+    ):
         Remote(url=url, retries=2).check([])
 
 
-def test_a_server_that_answers_too_late_is_given_up(images: Tensor, examples: list[Example]) -> None:
+def test_a_server_that_answers_too_late_is_not_retried(images: Tensor, examples: list[Example]) -> None:
     done = threading.Event()
 
     class Slow(Reward):
@@ -171,28 +173,28 @@ def test_a_server_that_answers_too_late_is_given_up(images: Tensor, examples: li
         done.set()
 
 
-def test_another_reward_behind_the_same_address_is_refused(images: Tensor, examples: list[Example]) -> None:
+def test_another_reward_at_the_same_address_is_refused(images: Tensor, examples: list[Example]) -> None:
     with serving(Odd(), fingerprint="first") as server:
         remote = client(server, serves="first")
         port = server.server_address[1]
         with pytest.raises(ConfigError, match="serves served with fingerprint first, expected second; start"):
             Remote(url=server.url, serves="second").check([])
     with serving(Odd(), fingerprint="second", port=port):
-        with pytest.raises(ConfigError, match=r"refuses \(status 409: .* fingerprint first, this server has second"):
+        with pytest.raises(ConfigError, match=r"status 409: .* fingerprint first, this server has second"):
             remote(images, examples)
         with pytest.raises(ConfigError, match="fingerprint second, expected first"):
             remote.load(CPU)
 
 
-def test_scores_may_be_kept_only_of_a_deterministic_reward_that_is_named_and_tells_itself_from_others() -> None:
-    class Told(Odd):
+def test_scores_are_cached_only_for_a_deterministic_reward_with_serves_set_and_a_fingerprint_of_its_own() -> None:
+    class Fingerprinted(Odd):
         def fingerprint(self) -> str:
             return "odd 1"
 
     with serving(Odd()) as server:
         remote = client(server, serves=servers.MARK)
         assert remote.deterministic and not remote.fingerprint()
-    with serving(Told()) as server:
+    with serving(Fingerprinted()) as server:
         assert not Remote().deterministic
         assert not client(server).deterministic and not client(server).fingerprint()
         assert client(server, serves=servers.MARK).deterministic
@@ -203,21 +205,21 @@ def test_scores_may_be_kept_only_of_a_deterministic_reward_that_is_named_and_tel
 
 def test_a_server_of_another_protocol_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("alignkit.serving.http.PROTOCOL", 2)
-    told = "speaks protocol 2, this alignkit 1; use one version of alignkit"
-    with serving(Odd()) as server, pytest.raises(ConfigError, match=told):
+    message = "uses protocol 2, this alignkit uses 1; install the same version of alignkit"
+    with serving(Odd()) as server, pytest.raises(ConfigError, match=message):
         Remote(url=server.url).check([])
 
 
-def test_what_is_no_server_of_ours_is_told() -> None:
+def test_a_server_that_is_not_alignkit_serve_is_reported() -> None:
     endpoint = servers.Endpoint(lambda *_: "")
-    told = r"/spec is no `alignkit serve` \(status 404: Not Found\); correct the url"
-    with servers.running(endpoint), pytest.raises(ConfigError, match=told):
+    message = r"/spec is not an `alignkit serve` \(status 404: Not Found\); correct the url"
+    with servers.running(endpoint), pytest.raises(ConfigError, match=message):
         Remote(url=endpoint.url).check([])
 
 
 @pytest.fixture
 def lying(request: Any) -> Iterator[str]:
-    """A server that answers every score request with `request.param`."""
+    """The URL of a server that answers every score request with `request.param`."""
     routes = {
         "GET /spec": lambda _: {"name": "x", "fingerprint": "f", "bounds": [None, None],
                                 "limits": {"items": 9, "bytes": 1 << 20, "pixels": 1 << 20}},
@@ -229,9 +231,7 @@ def lying(request: Any) -> Iterator[str]:
         yield server.url
 
 
-def test_a_server_that_dies_over_a_request_is_asked_again_and_then_given_up(
-    images: Tensor, examples: list[Example]
-) -> None:
+def test_a_dropped_connection_is_retried_and_then_an_error(images: Tensor, examples: list[Example]) -> None:
     deaths = [ConnectionAbortedError(), ConnectionAbortedError()]
 
     class Dies(RewardServer):
@@ -252,32 +252,32 @@ GOOD = {"valid": True, "score": 0.5}
 
 
 @pytest.mark.parametrize(
-    ("lying", "told"),
+    ("lying", "message"),
     [
-        (None, "gave no scores for 4 images"),
-        ([GOOD] * 3, "gave 3 scores for 4 images, expected one each"),
-        ([GOOD] * 5, "gave 5 scores for 4 images"),
-        ([GOOD] * 3 + [{"valid": True}], 'gave {"valid": true}, expected'),
-        ([GOOD] * 3 + [{"valid": True, "score": "0.5"}], 'gave {"valid": true, "score": "0.5"}, expected'),
+        (None, "returned no scores for 4 images"),
+        ([GOOD] * 3, "returned 3 scores for 4 images, expected one each"),
+        ([GOOD] * 5, "returned 5 scores for 4 images"),
+        ([GOOD] * 3 + [{"valid": True}], 'returned {"valid": true}, expected'),
+        ([GOOD] * 3 + [{"valid": True, "score": "0.5"}], 'returned {"valid": true, "score": "0.5"}, expected'),
         ([GOOD] * 3 + [{"valid": True, "score": True}], "expected"),
         ([GOOD] * 3 + [{"valid": 1, "score": 0.5}], "expected"),
         ([GOOD] * 3 + [{**GOOD, "parts": {"a": None}}], "expected"),
-        ([GOOD] * 3 + [0.5], "gave 0.5, expected"),
+        ([GOOD] * 3 + [0.5], "returned 0.5, expected"),
     ],
     indirect=["lying"],
     ids=str,
 )
-def test_an_answer_that_is_none_is_an_error_and_never_a_score(
-    lying: str, told: str, images: Tensor, examples: list[Example]
+def test_a_malformed_answer_is_an_error_and_never_a_score(
+    lying: str, message: str, images: Tensor, examples: list[Example]
 ) -> None:
     remote = Remote(url=lying)
     remote.load(CPU)
     with pytest.raises(PluginError) as caught:
         remote(images, examples)
-    assert told in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_the_token_comes_from_the_environment_and_is_never_told(
+def test_the_token_comes_from_the_environment_and_is_never_shown(
     images: Tensor, examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(Odd(), token="s3cret") as server:
@@ -293,24 +293,27 @@ def test_the_token_comes_from_the_environment_and_is_never_told(
         assert remote(images, examples).valid.all()
         assert "s3cret" not in repr(remote) + repr(vars(remote))
         monkeypatch.setenv("HOUSE_TOKEN", "s3\ncret")
-        with pytest.raises(ConfigError, match=r"HOUSE_TOKEN holds no token that can be sent$"):
+        with pytest.raises(
+            ConfigError, match=r"HOUSE_TOKEN holds a token with characters that cannot be sent"
+        ) as caught:
             remote.check([])
+        assert "cret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "told"),
+    ("field", "value", "message"),
     [
         ("url", "localhost:8188", "url is 'localhost:8188', expected http://HOST:PORT"),
         ("url", "file:///etc/passwd", "url is"),
-        ("url", "http://me:hunter2@localhost", "url holds a name or password"),
-        ("token_env", "sk-123", "token_env is no name of an environment variable"),
+        ("url", "http://me:hunter2@localhost", "url contains a user name or password"),
+        ("token_env", "sk-123", "token_env is not the name of an environment variable"),
         ("images_per_request", 0, "images_per_request is 0, expected 1 or more"),
         ("concurrency", 0, "concurrency is 0, expected 1 or more"),
         ("retries", -1, "retries is -1, expected 0 or more"),
-        ("timeout", 0.0, "timeout is 0.0, expected seconds"),
+        ("timeout", 0.0, "timeout is 0.0, expected a number of seconds above 0"),
     ],
 )
-def test_a_field_that_cannot_work_is_refused(field: str, value: object, told: str) -> None:
-    with pytest.raises(ConfigError, match=f"remote: {told}") as caught:
+def test_an_invalid_field_is_refused(field: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"remote: {message}") as caught:
         Remote(**{field: value})  # type: ignore[arg-type]
     assert "hunter2" not in str(caught.value) and "sk-123" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Runs on a reward behind HTTP: held to who answered, and going on where the server was killed."""
+"""Runs with a reward served over HTTP: they insist on the same reward, and resume after the server was killed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ALIGNKIT_TOKEN", raising=False)
 
 
-def test_a_resumed_run_is_held_to_what_was_served_when_it_began(tiny_run: Callable[..., Any]) -> None:
+def test_a_resumed_run_refuses_another_reward_than_it_began_with(tiny_run: Callable[..., Any]) -> None:
     few = {"evaluate.prompts": "", "train.updates": 2, "train.checkpoint_every": 1}
     with serving(Odd(), fingerprint="first") as server:
         port = server.server_address[1]
@@ -49,7 +49,7 @@ def test_a_resumed_run_is_held_to_what_was_served_when_it_began(tiny_run: Callab
         assert [update.step for update in alignkit.load(resume=run.folder).train()] == [2]
 
 
-def test_a_run_is_refused_if_its_reward_no_longer_reports_its_backend() -> None:
+def test_a_reward_that_no_longer_reports_its_identity_is_refused() -> None:
     rewards = WeightedRewards([("odd", 1.0, Odd())])
     rewards.check_identities({}, "it was saved")
     with pytest.raises(ConfigError, match=r"^reward odd: found a backend without identity, expected a, as when it"):
@@ -58,7 +58,7 @@ def test_a_run_is_refused_if_its_reward_no_longer_reports_its_backend() -> None:
 
 @contextmanager
 def another_process(port: int = 0, reward: str = "jpeg_incompressibility") -> Iterator[str]:
-    """The url of an `alignkit serve` that is killed at the end, without a chance to say goodbye."""
+    """Start `alignkit serve`, yield its URL, and kill the process at the end."""
     command = [sys.executable, "-m", "alignkit", "serve", reward, "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
@@ -70,7 +70,7 @@ def another_process(port: int = 0, reward: str = "jpeg_incompressibility") -> It
 
 
 @pytest.mark.slow
-def test_a_run_whose_server_is_killed_stops_in_one_line_and_goes_on_as_if_it_had_not(
+def test_a_run_whose_server_is_killed_stops_in_one_line_and_resumes_with_the_same_result(
     tiny_run: Callable[..., Any],
 ) -> None:
     few: dict[str, Any] = {"evaluate.prompts": ""}
@@ -86,11 +86,11 @@ def test_a_run_whose_server_is_killed_stops_in_one_line_and_goes_on_as_if_it_had
     assert "\n" not in str(caught.value)
     saved = checkpoint.latest(run.folder / "checkpoints")
     assert saved is not None and saved.name.endswith("3")
-    with pytest.raises(TransientError, match=r"refused\); see that the server is up$"):
+    with pytest.raises(TransientError, match=r"refused\); check that the server is up$"):
         list(alignkit.load(resume=run.folder).train())
     port = int(url.rpartition(":")[2])
-    told = "found jpeg_compressibility of .*, expected jpeg_incompressibility of"
-    with another_process(port, "jpeg_compressibility"), pytest.raises(ConfigError, match=told):
+    message = "found jpeg_compressibility of .*, expected jpeg_incompressibility of"
+    with another_process(port, "jpeg_compressibility"), pytest.raises(ConfigError, match=message):
         list(alignkit.load(resume=run.folder).train())
     with another_process(port):
         for _ in alignkit.load(resume=run.folder).train():

@@ -28,7 +28,7 @@ SIDE = 64
 def captioner(
     tmp_path_factory: pytest.TempPathFactory, randomized: Callable[..., Any], byte_pairs: Any, vocabulary: str
 ) -> str:
-    """A Florence-2 for images of 64 pixels, with 2 x 2 places and their mean; it decodes as the published one."""
+    """A Florence-2 for images of 64 pixels: 2 x 2 positions and their mean, and the published decoding settings."""
     from transformers import Florence2Config, Florence2ForConditionalGeneration, GenerationConfig
 
     words = byte_pairs(vocabulary, ["<image>"])
@@ -42,7 +42,7 @@ def captioner(
         image_token_id=words.convert_tokens_to_ids("<image>"),
     )  # fmt: skip
     model: Any = randomized(Florence2ForConditionalGeneration(config))
-    with torch.no_grad():  # so that what it says depends on what it sees
+    with torch.no_grad():  # so that the caption depends on the image
         for layer in model.model.language_model.decoder.layers:
             layer.encoder_attn.out_proj.weight.mul_(4)
     model.generation_config = GenerationConfig(
@@ -70,8 +70,8 @@ def test_it_holds_the_contract(load: Any, holds_the_contract: Callable[[Reward],
     holds_the_contract(load())
 
 
-def test_an_image_is_captioned_once_where_scores_are_kept(
-    load: Any, captioner: str, encoder: str, tmp_path: Path, is_asked_once: Callable[..., None]
+def test_an_image_is_captioned_once_when_scores_are_cached(
+    load: Any, captioner: str, encoder: str, tmp_path: Path, is_scored_once: Callable[..., None]
 ) -> None:
     decoding = shutil.copytree(captioner, tmp_path / "decoding") / "generation_config.json"
     decoding.write_text(decoding.read_text().replace('"no_repeat_ngram_size": 3', '"no_repeat_ngram_size": 2'))
@@ -86,13 +86,15 @@ def test_an_image_is_captioned_once_where_scores_are_kept(
         {"captioner": str(decoding.parent)}, {"encoder": str(other)},
     ]  # fmt: skip
     assert {name for one in fields for name in one} == {f.name for f in dataclasses.fields(TextAlignment)}
-    is_asked_once(load, fields)
+    is_scored_once(load, fields)
     same = shutil.copytree(captioner, tmp_path / "same")
     assert load(captioner=str(same)).fingerprint() == load().fingerprint()
 
 
-def test_the_captions_are_those_of_the_model_by_its_own_processor(load: Any, captioner: str, images: Tensor) -> None:
-    """One image at a time, prepared by transformers."""
+def test_the_captions_equal_those_of_the_model_with_its_own_processor(
+    load: Any, captioner: str, images: Tensor
+) -> None:
+    """The model gets one image at a time, prepared by transformers."""
     from transformers import AutoTokenizer, Florence2ForConditionalGeneration, Florence2Processor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -109,14 +111,14 @@ def test_the_captions_are_those_of_the_model_by_its_own_processor(load: Any, cap
     for image in images:
         levels = np.rint(image.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
         inputs = processor(text="<DETAILED_CAPTION>", images=Image.fromarray(levels), return_tensors="pt")
-        said = model.generate(**inputs, max_new_tokens=12, num_beams=3, do_sample=False)
-        expected.append(words.decode(said[0], skip_special_tokens=True).strip())
+        generated = model.generate(**inputs, max_new_tokens=12, num_beams=3, do_sample=False)
+        expected.append(words.decode(generated[0], skip_special_tokens=True).strip())
     found = load().captions(images)
     assert found == expected
     assert len(set(found)) == len(images)
 
 
-def test_the_requests_are_those_of_the_models_processor() -> None:
+def test_the_requests_equal_those_of_the_models_processor() -> None:
     import inspect
 
     from transformers import Florence2Processor
@@ -145,24 +147,24 @@ def test_the_score_is_bertscore_of_caption_and_prompt(
     torch.testing.assert_close(again.values, f1, atol=1e-5, rtol=1e-5)
 
 
-def test_a_caption_without_a_word_scores_zero_and_is_valid(
+def test_an_empty_caption_scores_zero_and_is_valid(
     load: Any, images: Tensor, examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reward = load()
-    said = reward.captions(images)
-    monkeypatch.setattr(reward, "captions", lambda shown: [said[0], "", *said[2:]])
+    captions = reward.captions(images)
+    monkeypatch.setattr(reward, "captions", lambda shown: [captions[0], "", *captions[2:]])
     scores = reward(images, examples)
     assert scores.valid.all() and scores.values[1] == 0 and scores.values[0] > 0
 
 
-def test_a_prompt_without_a_word_is_refused_and_never_scored(load: Any, images: Tensor) -> None:
+def test_an_empty_prompt_is_refused_and_never_scored(load: Any, images: Tensor) -> None:
     reward = load()
     with pytest.raises(ConfigError, match="text_alignment: the prompt ' ' has no word"):
         reward.check([Example("a red circle"), Example(" ")])
     assert reward(images[:2], [Example("a red circle"), Example(" ")]).valid.tolist() == [True, False]
 
 
-def test_the_end_of_a_long_prompt_is_not_read_and_told(load: Any, images: Tensor) -> None:
+def test_a_long_prompt_is_truncated_and_reported_as_such(load: Any, images: Tensor) -> None:
     long = " ".join(["red"] * 200)
     scores = load()(images[:1].expand(3, -1, -1, -1), [Example(long), Example(long + " circle"), Example("a circle")])
     assert scores.parts["truncated"].tolist() == [1, 1, 0]
@@ -171,7 +173,7 @@ def test_the_end_of_a_long_prompt_is_not_read_and_told(load: Any, images: Tensor
 
 
 @pytest.mark.parametrize("fields", [{"num_beams": 1}, {"task": "more_detailed_caption"}, {"resolution": 32}])
-def test_the_fields_of_the_captioner_change_what_is_said(load: Any, images: Tensor, fields: dict[str, Any]) -> None:
+def test_the_fields_of_the_captioner_change_the_captions(load: Any, images: Tensor, fields: dict[str, Any]) -> None:
     assert load(**fields).captions(images) != load().captions(images)
 
 
@@ -194,7 +196,7 @@ def test_a_field_out_of_range_is_refused(field: str, value: object) -> None:
         TextAlignment(**{field: value})  # type: ignore[arg-type]
 
 
-def test_a_folder_that_is_missing_or_another_model_is_refused(load: Any, encoder: str, tmp_path: Path) -> None:
+def test_a_missing_folder_or_another_model_is_refused(load: Any, encoder: str, tmp_path: Path) -> None:
     for field in ("captioner", "encoder"):
         with pytest.raises(ConfigError, match=f"there is no folder '/nowhere' to load the {field} from"):
             TextAlignment(**{field: "/nowhere"}).check([])

@@ -31,7 +31,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def endpoint() -> Iterator[Callable[..., Endpoint]]:
-    """Starts endpoints, and stops them behind the test."""
+    """Return a function that starts endpoints; they stop after the test."""
     from contextlib import ExitStack
 
     with ExitStack() as stack:
@@ -52,8 +52,8 @@ def judge(server: Endpoint, **fields: Any) -> VlmJudge:
 
 
 def logit(p: float) -> dict[str, float]:
-    """What a model says that is `p` sure of yes, and .1 of something else."""
-    p = min(max(p, 1e-9), 1 - 1e-9)  # of black and white images
+    """Return the token log-probabilities of a model with P(yes) = .9 p, P(no) = .9 (1 - p) and .1 for another word."""
+    p = min(max(p, 1e-9), 1 - 1e-9)  # black and white images have 0 and 1
     return {" Yes": math.log(0.7 * p), "yes": math.log(0.2 * p), "No": math.log(0.9 * (1 - p)), "It": math.log(0.1)}
 
 
@@ -62,8 +62,8 @@ def by_brightness(mode: str) -> Say:
         return lambda light, _: logit(light)
     if mode == "rubric":
         return lambda light, _: json.dumps({"reasoning": "-", "alignment": 1 + 4 * light, "quality": 5 - 4 * light**2})
-    return lambda light, asked: json.dumps(
-        {"reasoning": "-", "score": [10 * light] if "prompt" in asked else [10 - light, 5 + light]}
+    return lambda light, question: json.dumps(
+        {"reasoning": "-", "score": [10 * light] if "prompt" in question else [10 - light, 5 + light]}
     )
 
 
@@ -84,7 +84,7 @@ def test_it_holds_the_contract(
 
 
 @pytest.mark.parametrize("mode", list(EXPECTED))
-def test_the_value_is_what_the_formula_gives(
+def test_the_value_follows_the_formula(
     mode: Any, images: Tensor, examples: list[Example], endpoint: Callable[..., Endpoint]
 ) -> None:
     reward = judge(endpoint(by_brightness(mode)), mode=mode)
@@ -106,14 +106,14 @@ def test_the_value_is_what_the_formula_gives(
 CAPTIONS = ["a red circle", "a small white heart and a black triangle", "a blue square", "an orange heart"]
 
 
-def captioned(light: float, asked: str) -> str:
-    """One of the captions, by the image alone."""
+def captioned(light: float, request: str) -> str:
+    """Return one of the captions, depending on the image only."""
     return CAPTIONS[int(light * 4000) % 4]
 
 
 @pytest.fixture
 def small(encoder: str) -> dict[str, Any]:
-    """The fields of mode caption on a small encoder."""
+    """The fields of mode caption with a small encoder."""
     return {"mode": "caption", "encoder": encoder, "layer": 2}
 
 
@@ -140,15 +140,15 @@ def test_a_caption_is_compared_with_the_prompt_by_bertscore(
     torch.testing.assert_close(found.parts["precision"], precision, atol=1e-5, rtol=1e-5)
     found = judge(server, reference="The image contains {}", **small)(images, examples)
     torch.testing.assert_close(found.values, f1, atol=1e-5, rtol=1e-5)
-    asked = [one["messages"][0]["content"][1]["text"] for one in server.requests]
-    assert set(asked) == {"Say in one sentence what this image shows."}
+    requests = [one["messages"][0]["content"][1]["text"] for one in server.requests]
+    assert set(requests) == {"Say in one sentence what this image shows."}
 
 
 def test_an_image_without_a_caption_is_invalid(
     images: Tensor, examples: list[Example], endpoint: Callable[..., Endpoint], small: dict[str, Any]
 ) -> None:
     darkest = brightness(images).min().item()
-    server = endpoint(lambda light, asked: " \n" if light < darkest + 1e-4 else captioned(light, asked))
+    server = endpoint(lambda light, request: " \n" if light < darkest + 1e-4 else captioned(light, request))
     scores = judge(server, **small)(images, examples)
     assert scores.valid.tolist() == (brightness(images) > darkest).tolist()
     assert set(scores.reasons) == {"", "the caption is empty"}
@@ -156,16 +156,14 @@ def test_an_image_without_a_caption_is_invalid(
     torch.testing.assert_close(scores.values[scores.valid], whole.values[scores.valid])
 
 
-def test_a_prompt_without_a_word_is_refused_where_captions_are_compared(
-    endpoint: Callable[..., Endpoint], small: dict[str, Any]
-) -> None:
+def test_an_empty_prompt_is_refused_in_mode_caption(endpoint: Callable[..., Endpoint], small: dict[str, Any]) -> None:
     server = endpoint(captioned)
     judge(server).check([Example(" ")])
     with pytest.raises(ConfigError, match="vlm_judge: the prompt ' ' has no word to compare a caption with"):
         judge(server, **small).check([Example(" ")])
 
 
-def test_what_is_asked(images: Tensor, examples: list[Example], endpoint: Callable[..., Endpoint]) -> None:
+def test_the_requests_that_are_sent(images: Tensor, examples: list[Example], endpoint: Callable[..., Endpoint]) -> None:
     server = endpoint(by_brightness("yes_no"))
     judge(server, question="Is it {} or {}?", extra={"temperature": 0.5, "seed": 3})(images[:1], [Example("a {} cat")])
     (body,) = server.requests
@@ -178,8 +176,8 @@ def test_what_is_asked(images: Tensor, examples: list[Example], endpoint: Callab
     found = judge(server, mode="rubric", criteria={"style": "is it a woodcut?"}, scale=(1, 5))(images[:1], [text])
     assert found.values.tolist() == [0.5]
     (body,) = server.requests
-    asked = body["messages"][0]["content"][1]["text"]
-    assert text.text in asked and "- style: is it a woodcut?" in asked and "1 (worst) to 5 (best)" in asked
+    question = body["messages"][0]["content"][1]["text"]
+    assert text.text in question and "- style: is it a woodcut?" in question and "1 (worst) to 5 (best)" in question
     schema = body["response_format"]["json_schema"]["schema"]
     assert schema["required"] == ["reasoning", "style"] and body["temperature"] == 0
     judge(server, mode="rubric", criteria={"style": "?"}, structured=False)(images[:1], [text])
@@ -191,7 +189,7 @@ def test_what_is_asked(images: Tensor, examples: list[Example], endpoint: Callab
     assert text.text in first and text.text not in second
 
 
-def test_an_answer_that_cannot_be_read_is_asked_for_once_more(
+def test_an_answer_that_cannot_be_parsed_is_requested_once_more(
     images: Tensor, examples: list[Example], endpoint: Callable[..., Endpoint]
 ) -> None:
     server = endpoint(lambda *_: "It is lovely." if len(server.requests) == 1 else '{"alignment": 5, "quality": 3}')
@@ -214,16 +212,18 @@ def test_one_image_without_an_answer_is_invalid_and_the_others_count(
     usual = by_brightness(mode)
     least = float(brightness(images).min()) + 1e-6
 
-    def say(light: float, asked: str) -> Any:
+    def say(light: float, question: str) -> Any:
         if light > least:
-            return usual(light, asked)
+            return usual(light, question)
         return {"Sorry": -0.1} if mode == "yes_no" else (400, "content policy")
 
     server = endpoint(say)
     found = judge(server, mode=mode)(images, examples)
     assert found.valid.tolist() == [i != darkest for i in range(4)]
-    told = "it begins neither with yes nor with no, but with 'sorry'" if mode == "yes_no" else "status 400: content pol"
-    assert [reason.startswith(told) if reason else None for reason in found.reasons] == [
+    why = (
+        "the answer begins with neither yes nor no, but with 'sorry'" if mode == "yes_no" else "status 400: content pol"
+    )
+    assert [reason.startswith(why) if reason else None for reason in found.reasons] == [
         True if i == darkest else None for i in range(4)
     ]
     kept = found.valid
@@ -233,12 +233,12 @@ def test_one_image_without_an_answer_is_invalid_and_the_others_count(
 @pytest.mark.parametrize(
     ("say", "why"),
     [
-        ({"The": -0.1}, "begins neither with yes nor with no, but with 'the'"),
+        ({"The": -0.1}, "begins with neither yes nor no, but with 'the'"),
         ("yes", "the answer has no log-probabilities"),
         ((400, "this model takes no images"), "status 400: this model takes no images"),
     ],
 )
-def test_a_judge_that_answers_nonsense_stops_the_run_in_one_line(
+def test_a_model_without_usable_answers_stops_the_run_in_one_line(
     say: Any, why: str, images: Tensor, examples: list[Example], endpoint: Callable[..., Endpoint]
 ) -> None:
     reward = judge(endpoint(lambda *_: say), give_up_after=6)
@@ -248,7 +248,7 @@ def test_a_judge_that_answers_nonsense_stops_the_run_in_one_line(
     assert "\n" not in str(caught.value) and not isinstance(caught.value, TransientError)
 
 
-def test_a_usable_answer_between_lets_the_count_begin_anew(
+def test_a_usable_answer_resets_the_count(
     images: Tensor, examples: list[Example], endpoint: Callable[..., Endpoint]
 ) -> None:
     brightest = float(brightness(images).max()) - 1e-6
@@ -258,7 +258,7 @@ def test_a_usable_answer_between_lets_the_count_begin_anew(
 
 
 @pytest.mark.parametrize("concurrency", [1, 3])
-def test_no_more_than_so_many_questions_are_open_at_once(
+def test_no_more_requests_than_concurrency_are_open_at_once(
     concurrency: int, images: Tensor, examples: list[Example], endpoint: Callable[..., Endpoint]
 ) -> None:
     server = endpoint(by_brightness("yes_no"), slow=0.1)
@@ -267,7 +267,7 @@ def test_no_more_than_so_many_questions_are_open_at_once(
     torch.testing.assert_close(found.values, brightness(images).float().repeat(3))
 
 
-def test_a_busy_endpoint_is_asked_again_a_few_times(
+def test_a_busy_endpoint_is_retried_a_few_times(
     images: Tensor, examples: list[Example], endpoint: Callable[..., Endpoint]
 ) -> None:
     server = endpoint(lambda light, _: (429, "slow down") if len(server.requests) < 3 else logit(light))
@@ -279,13 +279,13 @@ def test_a_busy_endpoint_is_asked_again_a_few_times(
     assert len(server.requests) == 3
 
 
-def test_the_key_is_sent_and_never_told(
+def test_the_key_is_sent_and_never_shown(
     images: Tensor, examples: list[Example], endpoint: Callable[..., Endpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-mine")
     server = endpoint(lambda light, _: logit(light))
     judge(server)(images[:1], examples[:1])
-    assert "Authorization" not in server.headers[-1]  # not to whoever answers at this address
+    assert "Authorization" not in server.headers[-1]  # no key is sent to an arbitrary server
     judge(server, key_env="OPENAI_API_KEY")(images[:1], examples[:1])
     assert server.headers[-1]["Authorization"] == "Bearer sk-mine"
     server.respond = lambda *_: (401, "Incorrect API key provided: sk-mine")
@@ -294,11 +294,11 @@ def test_the_key_is_sent_and_never_told(
     assert "sk-mine" not in str(caught.value)
 
 
-def test_a_model_that_is_not_there_is_found_before_weights_load(
+def test_an_unknown_model_is_reported_before_weights_load(
     images: Tensor, examples: list[Example], endpoint: Callable[..., Endpoint]
 ) -> None:
     server = endpoint(by_brightness("yes_no"))
-    with pytest.raises(ConfigError, match=r"has no model 'jugde'; it lists judge, other"):
+    with pytest.raises(ConfigError, match=r"has no model 'jugde', expected one of judge, other"):
         VlmJudge(url=server.url, model="jugde").check([])
     with pytest.raises(ConfigError, match=r"vlm_judge: model is missing; set reward.vlm_judge.model"):
         VlmJudge(url=server.url).check([])
@@ -309,7 +309,7 @@ def test_a_model_that_is_not_there_is_found_before_weights_load(
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "told"),
+    ("field", "value", "message"),
     [
         ("mode", "maybe", "mode is 'maybe', expected one of yes_no, rubric, viescore, caption"),
         ("measure", "bleu", "measure is 'bleu', expected one of f1, precision, recall"),
@@ -320,23 +320,23 @@ def test_a_model_that_is_not_there_is_found_before_weights_load(
         ("criteria", {}, "criteria are empty"),
         ("criteria", {"reasoning": "x"}, "criteria are 'reasoning'"),
         ("criteria", {"two words": "x"}, "criteria are 'two words'"),
-        ("scale", (5, 1), r"scale is \[5, 1\], expected the lowest"),
+        ("scale", (5, 1), r"scale is \[5, 1\], expected a lower and a higher number"),
         ("give_up_after", 0, "give_up_after is 0, expected 1 or more"),
         ("url", "ws://x", "url is 'ws://x'"),
         ("concurrency", 0, "concurrency is 0"),
     ],
 )
-def test_a_field_that_cannot_work_is_refused(field: str, value: object, told: str) -> None:
-    with pytest.raises(ConfigError, match=f"vlm_judge: {told}"):
+def test_an_invalid_field_is_refused(field: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"vlm_judge: {message}"):
         VlmJudge(**{field: value})  # type: ignore[arg-type]
 
 
-def test_a_run_leaves_out_what_was_not_judged_and_tells_how_much(
+def test_a_run_skips_unscored_images_and_logs_their_share(
     tiny_run: Callable[..., Any], endpoint: Callable[..., Endpoint]
 ) -> None:
     count = [0]
 
-    def say(light: float, asked: str) -> Any:
+    def say(light: float, question: str) -> Any:
         with server.lock:
             count[0] += 1
             return {"Hm": 0.0} if count[0] % 4 == 0 else logit(light)
@@ -348,13 +348,13 @@ def test_a_run_leaves_out_what_was_not_judged_and_tells_how_much(
     assert all(0 < update.metrics["unscored"] < 1 and math.isfinite(update.reward) for update in updates)
 
 
-def test_its_line_in_the_list_names_every_mode() -> None:
+def test_its_summary_names_every_mode() -> None:
     (row,) = [row for row in default_registry().named("vlm_judge") if row.kind == "reward"]
     named = {"yes_no": "yes or no", "rubric": "rubric", "viescore": "VIEScore", "caption": "caption"}
     assert named.keys() == set(get_args(Mode)) and all(word in row.help for word in named.values())
 
 
-def test_a_run_whose_judge_answers_nonsense_stops_saved_and_goes_on_as_if_it_had_not(
+def test_a_run_that_stops_for_unusable_answers_is_saved_and_resumes_with_the_same_result(
     tiny_run: Callable[..., Any], endpoint: Callable[..., Endpoint]
 ) -> None:
     server = endpoint(lambda light, _: logit(light))

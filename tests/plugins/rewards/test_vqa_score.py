@@ -69,10 +69,10 @@ def test_it_holds_the_contract(folder: str, holds_the_contract: Callable[..., No
     holds_the_contract(loaded(folder), within=0.15)  # enlarged: more of the step is rounded away
 
 
-def test_it_is_the_probability_that_the_whole_model_gives_the_answer(
+def test_it_equals_the_probability_of_the_answer_under_the_whole_model(
     folder: str, images: Tensor, examples: list[Example]
 ) -> None:
-    """One shown at a time, by the family's own image processor and the model's own logits."""
+    """The reference is computed for one image at a time, with the family's image processor and the model's logits."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     reward = loaded(folder)
@@ -96,7 +96,7 @@ def test_it_is_the_probability_that_the_whole_model_gives_the_answer(
     assert ((values > 0) & (values < 1)).all()
 
 
-def test_sizes_are_the_familys(folder: str) -> None:
+def test_sizes_equal_those_of_the_familys_processor(folder: str) -> None:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
     for size in [(512, 512), (1024, 1024), (48, 80), (30, 30), (500, 300), (7000, 4000)]:
@@ -112,7 +112,7 @@ def test_the_last_layer_stays_in_float32(folder: str, images: Tensor, examples: 
     torch.testing.assert_close(values, loaded(folder)(images, examples), atol=0.02, rtol=0.3)
 
 
-def test_a_prompt_with_the_models_own_tokens_is_refused(folder: str, images: Tensor) -> None:
+def test_a_prompt_with_the_models_special_tokens_is_refused(folder: str, images: Tensor) -> None:
     with pytest.raises(ConfigError, match="has 2 places for an image, expected 1"):
         loaded(folder)(images[:1], [Example("a red <|image_pad|>")])
 

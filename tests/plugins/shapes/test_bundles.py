@@ -1,4 +1,4 @@
-"""Every method on every embedded model: one line says that `check` accepts the defaults, or why it refuses."""
+"""Every method on every embedded model: `check` accepts the defaults, or refuses them with this reason."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ WITH_SETTINGS = [
 
 
 def check(model: str, algorithm: str, changes: dict[str, Any], reason: str) -> None:
-    """As `alignkit check --algo ALGORITHM --model MODEL --reward attribute_binding --set ...`."""
+    """Run `alignkit check --algo ALGORITHM --model MODEL --reward attribute_binding --set ...` from Python."""
     settings = {"model.name": model, "algorithm.name": algorithm, "reward": ["attribute_binding"]}
     run = alignkit.load(None, settings | changes)
     if not reason:
@@ -90,12 +90,12 @@ def check(model: str, algorithm: str, changes: dict[str, Any], reason: str) -> N
 
 
 @pytest.mark.parametrize(("algorithm", "model"), WITH_DEFAULTS)
-def test_a_method_starts_with_what_the_model_brings_or_is_refused_with_the_reason(algorithm: str, model: str) -> None:
+def test_a_method_accepts_the_defaults_of_the_model_or_is_refused_with_the_reason(algorithm: str, model: str) -> None:
     check(model, algorithm, {}, WITH_DEFAULTS[algorithm, model])
 
 
 @pytest.mark.parametrize(("model", "algorithm", "changes", "reason"), WITH_SETTINGS)
-def test_what_cannot_be_combined_is_refused_with_the_reason(
+def test_an_impossible_combination_is_refused_with_the_reason(
     model: str, algorithm: str, changes: dict[str, Any], reason: str
 ) -> None:
     check(model, algorithm, changes, reason)

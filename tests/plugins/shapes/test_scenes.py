@@ -1,4 +1,4 @@
-"""The drawing program, its captions, its own reading of what it drew, and the prompts that are kept apart."""
+"""The drawing program, its captions, the pixel check of its drawings, and the held-out prompts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from alignkit_shapes.build.prompts import HELD_OUT, write
 from alignkit_shapes.build.text import LENGTH, tokenizer
 from alignkit_shapes.data import DrawingPairs, Drawings
 from alignkit_shapes.models import WEIGHTS
-from alignkit_shapes.pixel_check import answers, exact, read
+from alignkit_shapes.pixel_check import answers, exact, find_regions
 from alignkit_shapes.reward import PixelCheck, things_of
 from alignkit_shapes.scenes import COLORS, RADII, SHAPES, SIZE, Scene, Thing, caption, draw, sample_scene
 
@@ -30,20 +30,20 @@ def scenes(count: int, seed: int = 0) -> list[Scene]:
     return [sample_scene(rng) for _ in range(count)]
 
 
-def test_every_drawing_reads_back_exactly() -> None:
-    wrong = [s for s in scenes(200) if not exact(read(draw(s)), list(s.things))]
+def test_the_pixel_check_recognises_every_drawing_exactly() -> None:
+    wrong = [s for s in scenes(200) if not exact(find_regions(draw(s)), list(s.things))]
     assert not wrong, wrong[:3]
 
 
 @pytest.mark.parametrize("radius", RADII)
-def test_every_shape_in_every_colour_reads_back_at_both_ends_of_its_sizes(radius: float) -> None:
+def test_every_shape_in_every_colour_is_recognised_at_the_smallest_and_largest_size(radius: float) -> None:
     for shape in SHAPES:
         for color in COLORS:
             thing = Thing(shape, color, SIZE / 2 + 0.3, SIZE / 2 - 0.4, radius)
-            assert exact(read(draw(Scene((thing,)))), [thing]), thing
+            assert exact(find_regions(draw(Scene((thing,)))), [thing]), thing
 
 
-def test_captions_name_just_what_is_drawn() -> None:
+def test_captions_name_exactly_the_things_in_the_scene() -> None:
     rng = np.random.default_rng(1)
     for scene in scenes(200, seed=1):
         named = {(t.shape, t.color) for t in things_of(caption(scene, rng))}
@@ -70,16 +70,16 @@ def test_shapes_of_a_scene_are_distinct_inside_the_image_and_apart() -> None:
         assert all(t.radius * 1.1 <= min(t.x, t.y) and max(t.x, t.y) <= SIZE - t.radius * 1.1 for t in scene.things)
 
 
-def test_questions_are_answered_apart_for_shape_and_colour() -> None:
+def test_questions_about_shape_and_colour_are_answered_separately() -> None:
     image = draw(Scene((Thing("circle", "red", 20, 20, 10), Thing("square", "blue", 44, 44, 10))))
-    asked = [Thing("circle", "blue"), Thing("square", "blue"), Thing("heart", "red")]
-    assert answers(read(image), asked) == [True, False, True, True, False, False]
+    things = [Thing("circle", "blue"), Thing("square", "blue"), Thing("heart", "red")]
+    assert answers(find_regions(image), things) == [True, False, True, True, False, False]
 
 
 def test_a_plain_ground_and_noise_have_no_shapes() -> None:
-    assert read(draw(Scene(()))) == []
+    assert find_regions(draw(Scene(()))) == []
     noise = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
-    assert not exact(read(noise), [Thing("circle", "red")])
+    assert not exact(find_regions(noise), [Thing("circle", "red")])
 
 
 def test_no_training_prompt_names_a_held_out_pair_and_every_held_out_prompt_does() -> None:
@@ -90,22 +90,22 @@ def test_no_training_prompt_names_a_held_out_pair_and_every_held_out_prompt_does
     pairs = [{(t.shape, t.color) for t in things_of(e.text)} for e in train]
     assert not any(p & HELD_OUT for p in pairs)
     assert all({(t.shape, t.color) for t in things_of(e.text)} & HELD_OUT for e in held_out)
-    # Each half of a held-out pair is trained on, so what is new is their combination.
+    # Shape and colour of a held-out pair are both in the training prompts; only their combination is new.
     assert {shape for p in pairs for shape, _ in p} == set(SHAPES)
     assert {color for p in pairs for _, color in p} == set(COLORS)
     assert not any(relation in e.text for e in train for relation in ("left of", "right of", "above", "below"))
 
 
-def test_the_prompts_that_are_shipped_are_those_that_the_build_writes(tmp_path: Path) -> None:
+def test_the_shipped_prompts_equal_those_that_the_build_writes(tmp_path: Path) -> None:
     write(tmp_path)
     for name in ("train.txt", "held_out.txt", "test.txt"):
         assert (tmp_path / name).read_text() == (PROMPTS / name).read_text()
 
 
-def test_the_tokenizer_that_is_built_is_the_one_that_is_shipped() -> None:
+def test_the_shipped_tokenizer_equals_the_one_that_is_built() -> None:
     for model in ("shapes_lcm", "shapes_teacher"):
         shipped = json.loads((WEIGHTS / model / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
-        for _ in range(5):  # each with hashes of its own
+        for _ in range(5):  # hashes differ each time
             assert json.loads(tokenizer().backend_tokenizer.to_str())["model"] == shipped["model"]
 
 
@@ -116,7 +116,7 @@ def test_no_prompt_is_too_long_for_the_text_encoder() -> None:
     assert words.decode(words("an orange ring").input_ids, skip_special_tokens=True).strip() == "an orange ring"
 
 
-def test_drawings_depend_on_seed_and_position_alone() -> None:
+def test_drawings_depend_only_on_seed_and_position() -> None:
     images, captions = Drawings(SIZE).batch(0, 8, seed=5)
     assert images.shape == (8, 3, SIZE, SIZE) and 0 <= float(images.min()) < float(images.max()) <= 1
     later, later_captions = Drawings(SIZE).batch(3, 4, seed=5)
@@ -124,20 +124,20 @@ def test_drawings_depend_on_seed_and_position_alone() -> None:
     assert Drawings(SIZE).batch(0, 8, seed=6)[1] != captions
 
 
-def test_of_a_pair_of_drawings_the_first_is_right_and_the_second_wrong_somewhere() -> None:
+def test_in_a_pair_of_drawings_the_first_is_correct_and_the_second_is_not() -> None:
     pairs = DrawingPairs(SIZE).batch(0, 48, seed=5)
     examples = [Example(caption) for caption in pairs.captions]
-    reading = PixelCheck()
-    assert reading(pairs.winners, examples).values.tolist() == [1.0] * 48
+    check = PixelCheck()
+    assert check(pairs.winners, examples).values.tolist() == [1.0] * 48
     changed = (pairs.winners - pairs.losers).abs().amax((1, 2, 3))
     assert float(changed.min()) > 0.1
-    # The pixel check is coarse: it sees through some of the melted outlines.
-    assert float(reading(pairs.losers, examples).parts["exact"].mean()) < 0.4
+    # The pixel check is coarse: it still recognises some of the melted outlines.
+    assert float(check(pairs.losers, examples).parts["exact"].mean()) < 0.4
     later = DrawingPairs(SIZE).batch(40, 8, seed=5)
     assert torch.equal(later.losers, pairs.losers[40:]) and later.captions == pairs.captions[40:]
 
 
-def test_the_reading_scores_true_drawings_one_and_others_by_the_share_of_right_answers() -> None:
+def test_the_pixel_check_scores_correct_drawings_one_and_others_by_the_share_of_yes_answers() -> None:
     images, captions = Drawings(SIZE).batch(0, 16, seed=0)
     scores = PixelCheck()(images, [Example(c) for c in captions])
     assert scores.values.tolist() == [1.0] * 16 and scores.parts["exact"].tolist() == [1.0] * 16
@@ -147,7 +147,7 @@ def test_the_reading_scores_true_drawings_one_and_others_by_the_share_of_right_a
     assert scores.values.tolist() == [0.25] and scores.parts["exact"].tolist() == [0.0]
 
 
-def test_the_reading_of_a_png_file_is_that_of_the_image_in_memory(tmp_path: Path) -> None:
+def test_the_pixel_check_of_a_png_file_equals_that_of_the_image_in_memory(tmp_path: Path) -> None:
     images, captions = DrawingPairs(SIZE).batch(0, 8, seed=0).losers, DrawingPairs(SIZE).batch(0, 8, seed=0).captions
     levels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
     for i, one in enumerate(levels):
@@ -159,6 +159,6 @@ def test_the_reading_of_a_png_file_is_that_of_the_image_in_memory(tmp_path: Path
     assert torch.equal(PixelCheck()(again, examples).values, found) and len(set(found.tolist())) > 1
 
 
-def test_the_reading_refuses_prompts_without_a_coloured_shape() -> None:
-    with pytest.raises(ConfigError, match="a nice dog"):
+def test_the_pixel_check_refuses_prompts_without_a_coloured_shape() -> None:
+    with pytest.raises(ConfigError, match="'a nice dog' names no coloured shape of the embedded world; expected one"):
         PixelCheck().check([Example("a red circle"), Example("a nice dog")])

@@ -1,4 +1,4 @@
-"""The shipped weights do what their card says, and load without alignkit."""
+"""The shipped weights perform as docs/shapes.md states, and load without alignkit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from alignkit.runs.run import open_run
 from alignkit_rewards.attribute_binding import AttributeBinding
 from alignkit_shapes.build.questions import question
 from alignkit_shapes.models import FOLDER, WEIGHTS
-from alignkit_shapes.pixel_check import exact, read
+from alignkit_shapes.pixel_check import exact, find_regions
 from alignkit_shapes.reward import PixelCheck
 from alignkit_shapes.scenes import draw, sample_scene
 
@@ -39,21 +39,21 @@ def test_every_weight_is_a_half_precision_safetensors_file() -> None:
         assert kinds - {torch.int64} == {torch.float16}, file
 
 
-def test_the_judge_answers_fresh_drawings_as_the_drawing_program_does() -> None:
+def test_the_vqa_model_answers_questions_about_new_drawings_correctly() -> None:
     rng = np.random.default_rng(4242)
     scenes = [sample_scene(rng) for _ in range(150)]
-    asked = [[question(scene, rng) for _ in range(6)] for scene in scenes]
+    questions = [[question(scene, rng) for _ in range(6)] for scene in scenes]
     judge = AttributeBinding(judge=str(WEIGHTS / "judge"))
     judge.load(torch.device("cpu"))
     images = torch.from_numpy(np.stack([draw(s) for s in scenes])).permute(0, 3, 1, 2).float() / 255
     rows = torch.arange(len(scenes)).repeat_interleave(6)
-    truth = torch.tensor([answer for some in asked for _, answer in some])
+    truth = torch.tensor([answer for some in questions for _, answer in some])
     with torch.no_grad():
-        logits = judge.ask(images, rows, judge.encode([text for some in asked for text, _ in some]))
+        logits = judge.yes_no_logits(images, rows, judge.encode([text for some in questions for text, _ in some]))
     assert ((logits[:, 0] > logits[:, 1]) == truth).float().mean() >= 0.98  # docs/shapes.md has the measured value
 
 
-def test_the_judge_loads_with_plain_transformers() -> None:
+def test_the_vqa_model_loads_with_plain_transformers() -> None:
     assert BlipForQuestionAnswering.from_pretrained(WEIGHTS / "judge").config.text_config.hidden_size == 96
     assert BertTokenizer.from_pretrained(WEIGHTS / "judge")("is the circle red?").input_ids
 
@@ -92,11 +92,11 @@ def test_samples_of_shapes_lcm_equal_those_of_plain_diffusers(steps: int) -> Non
 
 @pytest.fixture(scope="module")
 def plain_turbo() -> StableDiffusionPipeline:
-    """As docs/shapes.md loads it."""
+    """Load shapes_turbo in diffusers as in docs/shapes.md."""
     scheduler = EulerDiscreteScheduler.from_pretrained(WEIGHTS / "shapes_turbo", subfolder="scheduler")
     pipe = StableDiffusionPipeline.from_pretrained(WEIGHTS / "shapes_teacher", scheduler=scheduler)
     pipe.load_lora_weights(WEIGHTS / "shapes_turbo")
-    pipe.fuse_lora()  # beside the weights its sum rounds otherwise, and the first step amplifies that 15 times
+    pipe.fuse_lora()  # an unfused LoRA rounds differently, and the first step amplifies the difference 15 times
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -118,7 +118,7 @@ def test_samples_of_shapes_turbo_equal_those_of_plain_diffusers(
     assert (ours - theirs).abs().max() < 1e-3
 
 
-def test_shapes_turbo_has_the_form_of_sd_turbo(plain_turbo: StableDiffusionPipeline) -> None:
+def test_shapes_turbo_is_configured_like_sd_turbo(plain_turbo: StableDiffusionPipeline) -> None:
     config = plain_turbo.scheduler.config
     assert (config.prediction_type, config.timestep_spacing, config.steps_offset) == ("epsilon", "trailing", 1)
     policy = open_run("shapes_turbo").policy()
@@ -126,15 +126,14 @@ def test_shapes_turbo_has_the_form_of_sd_turbo(plain_turbo: StableDiffusionPipel
     assert torch.equal(policy.schedule(torch.arange(1000))[0], plain_turbo.scheduler.alphas_cumprod.sqrt())
 
 
-def test_the_teacher_binds_in_plain_diffusers_what_its_prompts_name() -> None:
+def test_the_teacher_shows_what_its_prompts_name_in_plain_diffusers() -> None:
     pipe = StableDiffusionPipeline.from_pretrained(WEIGHTS / "shapes_teacher")
     pipe.set_progress_bar_config(disable=True)
     shown = pipe(
         HELD_OUT[:16], num_inference_steps=25, guidance_scale=3.0, generator=torch.Generator().manual_seed(0)
     ).images
-    reading = PixelCheck()
     images = torch.from_numpy(pixels(shown)).permute(0, 3, 1, 2) / 255
-    scores = reading(images, [Example(text) for text in HELD_OUT[:16]])
+    scores = PixelCheck()(images, [Example(text) for text in HELD_OUT[:16]])
     assert float(scores.values.mean()) >= 0.85  # docs/shapes.md has the measured value
 
 
@@ -142,19 +141,19 @@ def test_the_teacher_binds_in_plain_diffusers_what_its_prompts_name() -> None:
     ("model", "bounds"),
     [("shapes_lcm", ((1, 0.35, 0.7), (2, 0.5, 0.85))), ("shapes_turbo", ((1, 0.2, 0.6), (2, 0.55, 0.85)))],
 )
-def test_the_few_step_models_leave_room_between_themselves_and_the_teacher(
+def test_the_few_step_models_leave_room_for_improvement_towards_the_teacher(
     model: str, bounds: tuple[tuple[int, float, float], ...]
 ) -> None:
-    reading, run = PixelCheck(), open_run(model)
+    check, run = PixelCheck(), open_run(model)
     for steps, low, high in bounds:
         images = torch.from_numpy(pixels(run.sample(HELD_OUT[:48], steps=steps))).permute(0, 3, 1, 2) / 255
-        assert low < float(reading(images, [Example(text) for text in HELD_OUT[:48]]).values.mean()) < high
+        assert low < float(check(images, [Example(text) for text in HELD_OUT[:48]]).values.mean()) < high
 
 
-def test_the_reading_agrees_with_every_drawing() -> None:
+def test_the_pixel_check_agrees_with_every_drawing() -> None:
     rng = np.random.default_rng(99)
     scenes = [sample_scene(rng) for _ in range(200)]
-    assert all(exact(read(draw(s)), list(s.things)) for s in scenes)
+    assert all(exact(find_regions(draw(s)), list(s.things)) for s in scenes)
 
 
 def test_the_paths_of_the_models_are_inside_the_package() -> None:
