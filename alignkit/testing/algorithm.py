@@ -141,14 +141,20 @@ def tiny_trainer(
         train=TrainConfig(updates=10**6, rows_per_update=4, rows_per_pass=4, learning_rate=1e-3),
     )
     AcceleratorState._reset_state()
-    asked = [("the reward", 1.0, reward or Brightness())] if algorithm.uses_rewards else []
-    rewards = WeightedRewards(asked, needed=False)
+    trained = [("the reward", 1.0, reward or Brightness())] if algorithm.uses_rewards else []
+    rewards = WeightedRewards(trained, needed=False)
     rewards.load(policy.device)
-    combination = Combination(config.rewards, config.scoring)
     needs: frozenset[str] = algorithm.needs.union(*(regulariser.needs for _, _, regulariser in regularisers))
-    teacher = tiny_policy("teacher", trainable=False) if "teacher" in needs else None
     ctx = TrainContext(
-        Accelerator(cpu=True), policy, teacher, sampler, rewards, surrogate if settings else None, 0, 4, 8, combination
+        accelerator=Accelerator(cpu=True),
+        policy=policy,
+        teacher=tiny_policy("teacher", trainable=False) if "teacher" in needs else None,
+        sampler=sampler,
+        surrogate=surrogate if settings else None,
+        rewards=rewards,
+        combination=Combination(config.rewards, config.scoring),
+        rows_per_update=4,
+        chunk=8,
     )
     examples = [Example(text) for text in (*PROMPTS, *(ODD_PROMPTS if reward is None else ()))]
     images: Any = TinyImages() if "images" in needs else None
