@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from alignkit.testing.expect import expect, global_rng_untouched, leaves
-from alignkit.training.regularisers import Loss, UpdateRows
 from alignkit.training.trainer import Trainer
 
 
@@ -26,19 +25,12 @@ def columns(value: Any) -> Any:
     return {f.name: columns(getattr(value, f.name)) for f in fields(value)}
 
 
-def loss_of(trainer: Trainer, rows: Any) -> Loss:
-    """Compute the loss of an algorithm's rows, or of an update with those of the regularisers."""
-    if isinstance(rows, UpdateRows):
-        return trainer.regularisers.loss(rows, trainer.ctx, trainer.algorithm.loss)
-    return trainer.algorithm.loss(rows, trainer.ctx)
-
-
 def the_loss_is_true(trainer: Trainer, rows: Any) -> None:
-    """Raise AssertionError unless `loss_of` keeps the promises of `Algorithm.loss` and `Regulariser.loss`."""
+    """Raise AssertionError unless `Trainer.loss` keeps the promises of `Algorithm.loss` and `Regulariser.loss`."""
     ctx = trainer.ctx
     kept, state = leaves(columns(rows)), ctx.generator.get_state()
     with global_rng_untouched("in loss"), trainer.accelerator.autocast():
-        (loss, metrics), (again, _) = loss_of(trainer, rows), loss_of(trainer, rows)
+        (loss, metrics), (again, _) = trainer.loss(rows), trainer.loss(rows)
     expect(
         torch.equal(ctx.generator.get_state(), state),
         "loss used ctx.generator; sample where the rows are made, into the rows",
@@ -86,7 +78,7 @@ def assert_one_pass_is_several(trainer: Trainer, rows: Any, rel: float = 1e-4) -
     found = []
     for size in (len(rows), 3, 1):
         trainer.config = replace(trainer.config, train=replace(trainer.config.train, rows_per_pass=size))
-        means = trainer._backward(rows, lambda part: loss_of(trainer, part))
+        means = trainer._backward(rows, trainer.loss)
         gradients = [p.grad.flatten() for p in trainer.ctx.policy.parameters() if p.grad is not None]
         expect(bool(gradients), "loss leaves no gradient in the policy, expected one")
         found.append((means["loss"], torch.cat(gradients).clone()))
