@@ -10,7 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar
+
+from annotated_types import Ge
 
 from alignkit.records import Batch, Example, Prediction, Prompt, Rows, Scores, Transition
 
@@ -78,7 +80,7 @@ class Sampler(ABC):
     consistency: ClassVar[bool] = False
     """Whether this walk is for latent consistency models alone."""
 
-    num_steps: int = 2
+    num_steps: Annotated[int, Ge(1)] = 2
     """Network passes for one image."""
 
     @abstractmethod

@@ -98,7 +98,7 @@ def _by_component(registry: Registry, settings: Mapping[str, Any]) -> dict[tuple
             raise ConfigError(f"--set {path}: unknown key{nearest(field, types)} (`alignkit show {name}` lists all)")
         try:
             given.setdefault((kind, normalise(name)), {})[field] = schema.convert(value, types[field])
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ConfigError(f"--set {path}: {error}") from None
     return given
 
