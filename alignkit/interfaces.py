@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar
+
+from annotated_types import Ge
 
 from alignkit.records import Batch, Example, PolicySettings, Prediction, Prompt, Rows, Scores, Transition
 
@@ -125,7 +127,7 @@ class Sampler(ABC):
     consistency: ClassVar[bool] = False
     """Whether this sampler is for latent consistency models alone."""
 
-    num_steps: int = 2
+    num_steps: Annotated[int, Ge(1)] = 2
     """Network passes for one image."""
 
     @abstractmethod

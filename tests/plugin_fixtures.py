@@ -115,7 +115,9 @@ PARTS = '''
     from __future__ import annotations
 
     from dataclasses import dataclass, field
-    from typing import TYPE_CHECKING, ClassVar, Literal
+    from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+    from annotated_types import Interval
 
     from alignkit.interfaces import Algorithm, Policy, Regulariser, Reward, Sampler, Surrogate
 
@@ -133,7 +135,7 @@ PARTS = '''
         mode: Literal["hard", "soft"] = "hard"
         """Strictness of the answers."""
         scales: list[float] = field(default_factory=lambda: [1.0, 2.0])
-        limit: int | None = None
+        limit: Annotated[int, Interval(ge=1, le=8)] | None = None
         span: tuple[int, int] = (1, 2)
         _cache: torch.Tensor | None = field(default=None, init=False)
 

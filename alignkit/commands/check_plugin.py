@@ -12,7 +12,15 @@ from alignkit.errors import AlignkitError, ConfigError, PluginError
 from alignkit.interfaces import Algorithm
 from alignkit.records import Example
 from alignkit.registry import Component, Registry, default_registry, nearest, normalise
-from alignkit.testing import check_algorithm, check_model, check_reward, check_sampler, check_surrogate, refusal
+from alignkit.testing import (
+    check_algorithm,
+    check_model,
+    check_regulariser,
+    check_reward,
+    check_sampler,
+    check_surrogate,
+    refusal,
+)
 from alignkit.testing.world import Form
 
 WALKS: dict[Form, tuple[str, ...]] = {"lcm": ("lcm",), "teacher": ("ddim", "euler_ancestral", "renoise")}
@@ -83,14 +91,14 @@ def _by_component(registry: Registry, settings: Mapping[str, Any]) -> dict[tuple
     for path, value in settings.items():
         kind, _, rest = path.partition(".")
         name, _, field = rest.rpartition(".")
-        if kind not in ("algorithm", "reward", "sampler", "surrogate") or not name:
+        if kind not in ("algorithm", "reward", "sampler", "surrogate", "regulariser") or not name:
             raise ConfigError(f"--set {path}: expected KIND.NAME.FIELD=VALUE, as reward.clip_score.checkpoint=my/clip")
         types = schema.field_types(registry.get(kind, name))
         if field not in types:
             raise ConfigError(f"--set {path}: unknown key{nearest(field, types)} (`alignkit show {name}` lists all)")
         try:
             given.setdefault((kind, normalise(name)), {})[field] = schema.convert(value, types[field])
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ConfigError(f"--set {path}: {error}") from None
     return given
 
@@ -108,6 +116,8 @@ def _check(registry: Registry, row: Component, given: Mapping[tuple[str, str], d
         check_sampler(component)
     elif row.kind == "surrogate":
         check_surrogate(component)
+    elif row.kind == "regulariser":
+        check_regulariser(component)
     else:
         return _check_algorithm(registry, component, given)
     return ", ".join(f"{key} = {value}" for key, value in given.get((row.kind, row.name), {}).items())

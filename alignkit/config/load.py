@@ -151,7 +151,7 @@ class _Loader:
         value = next(layer.tree[key] for layer in reversed(self.layers.layers) if key in layer.tree)
         try:
             return schema.convert(value, hint)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             self.layers.problem(key, "", str(error))
 
     def _plain(self, section: str, cls: type) -> Any:
@@ -226,8 +226,6 @@ class _Loader:
         checked = self._convert(section, types | own, values, name, entry)
         for key in types.keys() - schema.defaults(cls).keys() - values.keys():
             self.layers.problem(section, key, f"missing; expected {schema.describe(types[key])}", entry)
-        if section == "sampler" and checked.get("num_steps", 1) < 1:
-            self.layers.problem(section, "num_steps", f"found {checked['num_steps']}, expected 1 or more", entry)
         if len(self.layers.problems) > count:
             return None
         plugin = {key: value for key, value in checked.items() if key in types and key not in own}
@@ -252,7 +250,7 @@ class _Loader:
                 continue
             try:
                 checked[key] = self._resolve(section, key, schema.convert(value, types[key]))
-            except (TypeError, AlignkitError) as error:
+            except (TypeError, ValueError, AlignkitError) as error:
                 self.layers.problem(section, key, str(error), entry)
         return checked
 

@@ -1,4 +1,4 @@
-"""A dataclass as the schema of a section: the types of its fields, their docs, and checking values against them."""
+"""A dataclass as the schema of a section: the types, ranges and docs of its fields, and checks of values."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import math
 import sys
 import textwrap
 import types
@@ -15,12 +16,15 @@ import typing
 from pathlib import Path
 from typing import Any, Literal, Union
 
+from annotated_types import Predicate
+
+from alignkit.config import ranges
 from alignkit.config.toml import format_value
 from alignkit.errors import PluginError
 
 
 def field_types(cls: type) -> dict[str, Any]:
-    """The type of each field that can be set. A class that is no dataclass has none.
+    """Return the type of each field that can be set, with its annotations. A class that is no dataclass has none.
 
     Raises PluginError for an annotation that is not understood at run time (a name imported for type checkers only).
     """
@@ -31,7 +35,7 @@ def field_types(cls: type) -> dict[str, Any]:
         owner = next(k for k in cls.__mro__ if field.name in inspect.get_annotations(k))
         holder = types.SimpleNamespace(__annotations__={field.name: field.type})
         try:
-            hints = typing.get_type_hints(holder, globalns=vars(sys.modules[owner.__module__]))
+            hints = typing.get_type_hints(holder, globalns=vars(sys.modules[owner.__module__]), include_extras=True)
         except (NameError, TypeError) as error:
             what = f"{cls.__module__}.{cls.__name__}.{field.name}"
             raise PluginError(f"{what}: the annotation cannot be read: {error}") from error
@@ -41,7 +45,7 @@ def field_types(cls: type) -> dict[str, Any]:
 
 @functools.cache
 def field_docs(cls: type) -> dict[str, str]:
-    """The docstrings beneath the fields of a class and its bases, each on one line."""
+    """Return the docstrings below the fields of a class and its bases, each on one line."""
     docs: dict[str, str] = {}
     for klass in reversed(cls.__mro__):
         try:
@@ -58,7 +62,7 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def defaults(cls: type) -> dict[str, Any]:
-    """The default of each field that has one."""
+    """Return the default of each field that has one."""
     values = {}
     for field in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
         if field.init and field.default is not dataclasses.MISSING:
@@ -69,27 +73,97 @@ def defaults(cls: type) -> dict[str, Any]:
 
 
 def describe(hint: Any) -> str:
-    """A type in the words of a run file: "integer", "list of number", '"no" or "bf16"'."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return " or ".join(format_value(a) for a in args)
-    if origin in (Union, types.UnionType):
-        return " or ".join(describe(a) for a in args if a is not type(None))
-    if origin in (list, tuple) and args:
-        inner = [describe(a) for a in args if a is not Ellipsis]
-        return f"list of {inner[0]}" if origin is list or Ellipsis in args else f"list of {', '.join(inner)}"
-    words = {bool: "true or false", int: "integer", float: "number", str: "string", Path: "string", Any: "anything"}
-    words |= {list: "list", tuple: "list", dict: "table"}
-    return words.get(origin or hint, getattr(hint, "__name__", str(hint)))
+    """Return a type and its range in the words of a run file: "integer, 1 or more", "list of number"."""
+    bounds = _range_words(hint)
+    return f"{_type_words(hint)}, {bounds}" if bounds else _type_words(hint)
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """`value` as the type `hint`: an integer may stand for a float, a list for a tuple, a string for a path.
+    """Return `value` as the type `hint`: an integer may stand for a float, a list for a tuple, a string for a path.
 
-    Raises TypeError, with what was found and expected, for anything else, nan included.
+    Raises TypeError for anything else, nan included, and ValueError for a value out of the range of its type; both say
+    what was found and what was expected.
     """
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    base = origin or hint
+    converted = _typed(value, hint)
+    if expected := _expected(converted, hint):
+        raise ValueError(f"found {format_value(value)}, expected {expected}")
+    return converted
+
+
+def check_ranges(config: Any) -> None:
+    """Raise ValueError, with one line for each field of a dataclass whose value is out of its annotated range.
+
+    Run files are checked before an object is built; this is for objects that Python builds directly.
+    """
+    values = {name: (getattr(config, name), hint) for name, hint in field_types(type(config)).items()}
+    wrong = [
+        f"{name}: found {format_value(value)}, expected {expected}"
+        for name, (value, hint) in values.items()
+        if (expected := _expected(value, hint))
+    ]
+    if wrong:
+        raise ValueError(*wrong)
+
+
+def _type_words(hint: Any) -> str:
+    base, _ = ranges.split(hint)
+    origin, args = typing.get_origin(base), typing.get_args(base)
+    if origin is Literal:
+        return " or ".join(format_value(a) for a in args)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type_words(a) for a in args if a is not type(None))
+    if origin in (list, tuple) and args:
+        inner = [_type_words(a) for a in args if a is not Ellipsis]
+        return f"list of {inner[0]}" if origin is list or Ellipsis in args else f"list of {', '.join(inner)}"
+    words = {bool: "true or false", int: "integer", float: "number", str: "string", Path: "string", Any: "anything"}
+    words |= {list: "list", tuple: "list", dict: "table"}
+    return words.get(origin or base, getattr(base, "__name__", str(base)))
+
+
+def _range_words(hint: Any) -> str:
+    base, constraints = ranges.split(hint)
+    args = typing.get_args(base)
+    found = [ranges.words(constraints)]
+    if typing.get_origin(base) in (Union, types.UnionType):
+        found += map(_range_words, args)
+    elif typing.get_origin(base) in (list, tuple):
+        found += [f"each {words}" for words in dict.fromkeys(map(_range_words, args)) if words]
+    return ", ".join(filter(None, found))
+
+
+def _expected(value: Any, hint: Any) -> str:
+    """Return what was expected of a value of the right type that is out of range; empty if it is in range."""
+    base, constraints = ranges.split(hint)
+    args = typing.get_args(base)
+    if typing.get_origin(base) in (Union, types.UnionType):
+        found = [_expected(value, option) for option in args if _fits(value, option)]
+        return min(found, default="")
+    if typing.get_origin(base) in (list, tuple) and isinstance(value, list | tuple):
+        each = args[:1] * len(value) if typing.get_origin(base) is list or Ellipsis in args else args
+        if any(_expected(item, one) for item, one in zip(value, each, strict=False)):
+            return describe(hint)
+    if not _fits(value, base) or all(ranges.holds(constraint, value) for constraint in constraints):
+        return ""
+    if not isinstance(value, int | float):
+        return describe(hint)
+    bounds = ranges.words(constraints) or "a finite number"
+    finite = all(ranges.holds(c, value) for c in constraints if not isinstance(c, Predicate))
+    return f"{bounds}, and finite" if finite and bounds != "a finite number" and abs(value) == math.inf else bounds
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    try:
+        _typed(value, hint)
+    except TypeError:
+        return False
+    return True
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    """Return `value` as the type `hint`, whatever its range; raises TypeError."""
+    base, _ = ranges.split(hint)
+    args = typing.get_args(base)
+    base = typing.get_origin(base) or base
     if base is Any:
         return value
     if base is Literal:
@@ -97,21 +171,19 @@ def convert(value: Any, hint: Any) -> Any:
             return value
     elif base in (Union, types.UnionType):
         # An exact type before one that needs conversion: in `float | int` 3 stays an integer.
-        for option in sorted(args, key=lambda a: type(value) is not a):
+        for option in sorted(args, key=lambda a: type(value) is not ranges.split(a)[0]):
             if value is None and option is type(None):
                 return None
-            try:
-                return convert(value, option)
-            except TypeError:
-                continue
+            with contextlib.suppress(TypeError):
+                return _typed(value, option)
     elif base in (list, tuple) and isinstance(value, list | tuple):
         each = args or (Any, ...)
         items = each[:1] * len(value) if base is list or Ellipsis in each else each
         with contextlib.suppress(TypeError):  # the message below shows the whole list
             if len(items) == len(value):
-                return base(convert(item, one) for item, one in zip(value, items, strict=True))
+                return base(_typed(item, one) for item, one in zip(value, items, strict=True))
     elif base is dict and isinstance(value, dict):
-        return {key: convert(item, args[1] if args else Any) for key, item in value.items()}
+        return {key: _typed(item, args[1] if args else Any) for key, item in value.items()}
     elif base in (float, int) and isinstance(value, int | float) and not isinstance(value, bool):
         if value == value and (base is float or isinstance(value, int)):  # nan is no number
             return base(value)
@@ -119,4 +191,4 @@ def convert(value: Any, hint: Any) -> Any:
         return Path(value)
     elif isinstance(base, type) and base not in (float, int, list, tuple, dict) and isinstance(value, base):
         return value
-    raise TypeError(f"found {format_value(value)}, expected {describe(hint)}")
+    raise TypeError(f"found {format_value(value)}, expected {_type_words(hint)}")

@@ -58,16 +58,16 @@ class Loop:
         self.rewards.load(accelerator.device)
         self._identities = self.rewards.identities()
         ctx = TrainContext(
-            accelerator,
-            policy,
-            teacher,
-            parts.sampler(),
-            self.rewards.trained_only(),
-            surrogate,
-            config.seed,
-            config.train.rows_per_update,
-            config.evaluate.batch_size,
-            Combination(config.rewards, config.scoring, gather_object),
+            accelerator=accelerator,
+            policy=policy,
+            teacher=teacher,
+            sampler=parts.sampler(),
+            surrogate=surrogate,
+            rewards=self.rewards.trained_only(),
+            combination=Combination(config.rewards, config.scoring, gather_object),
+            seed=config.seed,
+            rows_per_update=config.train.rows_per_update,
+            chunk=config.evaluate.batch_size,
         )
         skipped = parts.skipped()
         prompts = parts.prompts(skipped)

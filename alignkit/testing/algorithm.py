@@ -6,14 +6,13 @@ import copy
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor
 
 from alignkit.config.load import (
     DataConfig,
@@ -31,6 +30,7 @@ from alignkit.registry import default_registry
 from alignkit.rewards.combine import Combination
 from alignkit.rewards.weighted import WeightedRewards
 from alignkit.testing.expect import about, differences, expect, global_rng_untouched, leaves
+from alignkit.testing.losses import columns, the_loss_is_true, the_surrogate_loss_is_a_mean
 from alignkit.testing.world import (
     ODD_PROMPTS,
     PROMPTS,
@@ -45,7 +45,7 @@ from alignkit.testing.world import (
 )
 from alignkit.training import checkpoint
 from alignkit.training.context import TrainContext
-from alignkit.training.regularisers import UpdateRows
+from alignkit.training.regularisers import Weighed
 from alignkit.training.trainer import Trainer
 
 NEEDS = {"surrogate", "teacher", "images", "pairs", "stochastic_steps", "differentiable_reward"}
@@ -112,10 +112,11 @@ def tiny_trainer(
     form: Form = "lcm",
     surrogate: Surrogate | None = None,
     reward: Reward | None = None,
+    regularisers: Sequence[Weighed] = (),
 ) -> Trainer:
     """A trainer of a copy of `algorithm`, before its first round: two prompts a round, four rows an update, the first
-    round for the surrogate alone if there is one."""
-    algorithm = copy.deepcopy(algorithm)
+    round for the surrogate alone if there is one. `regularisers` are (name, weight, regulariser)."""
+    algorithm, regularisers = copy.deepcopy(algorithm), copy.deepcopy(list(regularisers))
     settings = None
     policy = tiny_policy(form)
     if "surrogate" in algorithm.needs:
@@ -140,20 +141,27 @@ def tiny_trainer(
         train=TrainConfig(updates=10**6, rows_per_update=4, rows_per_pass=4, learning_rate=1e-3),
     )
     AcceleratorState._reset_state()
-    asked = [("the reward", 1.0, reward or Brightness())] if algorithm.uses_rewards else []
-    rewards = WeightedRewards(asked, needed=False)
+    trained = [("the reward", 1.0, reward or Brightness())] if algorithm.uses_rewards else []
+    rewards = WeightedRewards(trained, needed=False)
     rewards.load(policy.device)
-    combination = Combination(config.rewards, config.scoring)
-    teacher = tiny_policy("teacher", trainable=False) if "teacher" in algorithm.needs else None
+    needs: frozenset[str] = algorithm.needs.union(*(regulariser.needs for _, _, regulariser in regularisers))
     ctx = TrainContext(
-        Accelerator(cpu=True), policy, teacher, sampler, rewards, surrogate if settings else None, 0, 4, 8, combination
+        accelerator=Accelerator(cpu=True),
+        policy=policy,
+        teacher=tiny_policy("teacher", trainable=False) if "teacher" in needs else None,
+        sampler=sampler,
+        surrogate=surrogate if settings else None,
+        rewards=rewards,
+        combination=Combination(config.rewards, config.scoring),
+        rows_per_update=4,
+        chunk=8,
     )
     examples = [Example(text) for text in (*PROMPTS, *(ODD_PROMPTS if reward is None else ()))]
-    needs: Any = algorithm.needs
     images: Any = TinyImages() if "images" in needs else None
     pairs: Any = TinyPairs() if "pairs" in needs else None
-    trainer = Trainer(config, ctx, algorithm, examples, images, pairs)
+    trainer = Trainer(config, ctx, algorithm, examples, images, pairs, regularisers=regularisers)
     algorithm.setup(ctx)
+    trainer.regularisers.setup(ctx)
     return trainer
 
 
@@ -167,15 +175,15 @@ def _a_round_taken_apart(trainer: Trainer) -> None:
         ctx.warming_up = trainer.warming_up
         batch = trainer.batch()
         batch = replace(batch, pairs=list(batch.pairs))
-        kept = leaves(_columns(batch))
+        kept = leaves(columns(batch))
         with global_rng_untouched("in collect"), torch.no_grad(), trainer.accelerator.autocast():
             collected = algorithm.collect(batch, ctx)
         trainer.batches += 1
-        expect(leaves(_columns(batch)) == kept, "collect changed the batch that it was given, expected it as it was")
+        expect(leaves(columns(batch)) == kept, "collect changed the batch that it was given, expected it as it was")
         with global_rng_untouched("in surrogate_updates"):
             lessons = list(algorithm.surrogate_updates(collected, ctx))
         if lessons and ctx.surrogate is not None:
-            _the_surrogate_loss_is_a_mean(trainer, lessons[0])
+            the_surrogate_loss_is_a_mean(trainer, lessons[0])
         with global_rng_untouched("in updates"):
             updates = list(trainer._in_precision(algorithm.updates(collected, ctx)))
         if updates:
@@ -183,92 +191,7 @@ def _a_round_taken_apart(trainer: Trainer) -> None:
     expect(bool(updates), "five rounds gave nothing to learn from, expected updates to yield rows")
     rows = updates[0]
     expect(isinstance(rows, Rows), f"updates yielded {type(rows).__name__}, expected a table derived from Rows")
-    _the_loss_is_true(trainer, rows)
-
-
-def _columns(value: Any) -> Any:
-    """A dataclass of tensors as nested dicts."""
-    if isinstance(value, Tensor | str | int | float | bool) or value is None:
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _columns(item) for key, item in value.items()}
-    if isinstance(value, Sequence):
-        return [_columns(item) for item in value]
-    return {f.name: _columns(getattr(value, f.name)) for f in fields(value)}
-
-
-def _the_loss_is_true(trainer: Trainer, rows: Rows) -> None:
-    ctx, algorithm = trainer.ctx, trainer.algorithm
-    kept, chance = leaves(_columns(rows)), ctx.generator.get_state()
-    with global_rng_untouched("in loss"), trainer.accelerator.autocast():
-        (loss, metrics), (again, _) = algorithm.loss(rows, ctx), algorithm.loss(rows, ctx)
-    expect(
-        torch.equal(ctx.generator.get_state(), chance), "loss drew from ctx.generator; draw in updates, into the rows"
-    )
-    for name, value in {"loss": loss, **metrics}.items():
-        expect(isinstance(value, Tensor) and value.dim() == 0, f"{name}: expected a scalar tensor, found {value!r:.40}")
-        expect(math.isfinite(float(value.detach())), f"{name}: found {float(value.detach())}, expected a finite number")
-    expect(float(loss.detach()) == float(again.detach()), "the same rows twice: found another loss, expected the same")
-    expect(leaves(_columns(rows)) == kept, "loss changed the rows that it was given, expected them as they were")
-    expect(loss.requires_grad, "loss has no gradient to the policy, expected one")
-    others = [ctx.surrogate.module()] if ctx.surrogate is not None else []
-    del loss, again
-    assert_one_pass_is_several(trainer, rows)
-    for module in others:
-        expect(all(p.grad is None for p in module.parameters()), "loss left a gradient in the surrogate, expected none")
-
-
-def _the_surrogate_loss_is_a_mean(trainer: Trainer, rows: Any) -> None:
-    surrogate = trainer.ctx.surrogate
-    assert surrogate is not None
-    module = surrogate.module()
-    module.requires_grad_(True)
-    found = []
-    for size in (len(rows), 1):
-        trainer.config = replace(trainer.config, train=replace(trainer.config.train, rows_per_pass=size))
-        means = trainer._backward(rows, lambda part: (trainer.algorithm.surrogate_loss(part, trainer.ctx), {}))
-        found.append(means["loss"])
-        expect(any(p.grad is not None for p in module.parameters()), "surrogate_loss has no gradient to the surrogate")
-        trained = [p for p in trainer.ctx.policy.parameters() if p.grad is not None and bool(p.grad.any())]
-        expect(not trained, "surrogate_loss left a gradient in the policy, expected none")
-        module.zero_grad()
-    module.requires_grad_(False)
-    expect(
-        math.isclose(*found, rel_tol=1e-3, abs_tol=1e-4),
-        f"surrogate_loss: found {found[0]:.6g} in one pass and {found[1]:.6g} row by row, expected a mean over rows",
-    )
-
-
-def assert_one_pass_is_several(trainer: Trainer, rows: Any, rel: float = 1e-4) -> float:
-    """Hold that one pass of all rows has the loss and the gradient of several passes of fewer; returns that loss.
-
-    `rows` are the algorithm's, or an update with those of the regularisers.
-    """
-    algorithm, ctx = trainer.algorithm, trainer.ctx
-
-    def loss_of(part: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        whole = isinstance(part, UpdateRows)
-        return trainer.regularisers.loss(part, ctx, algorithm.loss) if whole else algorithm.loss(part, ctx)
-
-    found = []
-    for size in (len(rows), 3, 1):
-        trainer.config = replace(trainer.config, train=replace(trainer.config.train, rows_per_pass=size))
-        means = trainer._backward(rows, loss_of)
-        gradients = [p.grad.flatten() for p in trainer.ctx.policy.parameters() if p.grad is not None]
-        expect(bool(gradients), "loss leaves no gradient in the policy, expected one")
-        found.append((means["loss"], torch.cat(gradients).clone()))
-        trainer.optimizer.zero_grad()
-    (loss, whole), *parts = found
-    largest = float(whole.abs().max())
-    expect(0 < largest < math.inf, f"loss: found a gradient to the policy of size {largest}, expected one above 0")
-    for mean, summed in parts:
-        expect(
-            math.isclose(mean, loss, rel_tol=rel, abs_tol=1e-4),
-            f"loss: found {loss:.6g} in one pass and {mean:.6g} in several, expected a mean over rows",
-        )
-        apart = float((summed - whole).abs().max()) / largest
-        expect(apart <= 2e-3, f"the gradient of several passes is {apart:.1%} away from that of one, expected the same")
-    return loss
+    the_loss_is_true(trainer, rows)
 
 
 def _rewards_that_tell_nothing(trainer: Trainer) -> None:

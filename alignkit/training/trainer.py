@@ -13,10 +13,8 @@ from typing import Any, TypeVar
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
-from torch import Tensor
 
 from alignkit.config.load import RunConfig
-from alignkit.config.sections import TrainConfig
 from alignkit.data.sources import Images, Preferences
 from alignkit.data.stream import Stream, examples_at, slice_of
 from alignkit.errors import AlignkitError, ConfigError
@@ -24,14 +22,13 @@ from alignkit.interfaces import Algorithm
 from alignkit.records import Batch, Example, PreferencePairs, Rows
 from alignkit.training import checkpoint
 from alignkit.training.context import TrainContext
-from alignkit.training.regularisers import Regularisers, UpdateRows, Weighed
+from alignkit.training.optimizer import adamw, learning_rate, step
+from alignkit.training.regularisers import Loss, Regularisers, UpdateRows, Weighed
 
 RowsT = TypeVar("RowsT")
 
 IDLE_ROUNDS = 10
-"""A run that draws and scores this often without anything to learn from would do so for ever."""
-
-
+"""Abort after this many consecutive rounds without training rows."""
 PAIRS_AT_ONCE = 32
 """Preference pairs in memory as images: an update of Diffusion-DPO has 2048, of SDXL 25 MB each."""
 
@@ -43,13 +40,14 @@ class Update:
     step: int
     """1, 2, ..."""
     metrics: Mapping[str, float]
-    """What this update logged; the first of a round, also what was seen while samples were collected."""
+    """Metrics of this update; those of the first update of a round include what was logged while samples were
+    collected."""
     reward: float = math.nan
-    """Mean true reward of the samples of the round that this update learned from; NaN if none was scored."""
+    """Mean true reward of the samples of this update's round; NaN if none was scored."""
 
 
 class Trainer:
-    """One run's state, and the generator that advances it. `config.train` and `config.surrogate` set the rest."""
+    """The state of one run, and the rounds that advance it, as `config.train` and `config.surrogate` say."""
 
     def __init__(
         self,
@@ -62,35 +60,29 @@ class Trainer:
         skipped: list[str] | None = None,
         regularisers: Sequence[Weighed] = (),
     ) -> None:
-        """`skipped` is where `images` and `pairs` note what they skip as broken."""
+        """`images` and `pairs` note in `skipped` what they skip as broken; `regularisers` are (name, weight,
+        regulariser)."""
         self.config, self.ctx, self.algorithm = config, ctx, algorithm
         self.regularisers = Regularisers(regularisers)
         self.accelerator = ctx.accelerator
         self._examples, self._images, self._pairs, self._skipped = examples, images, pairs, skipped
         self._stream = Stream(len(examples), config.seed)
         train = config.train
-        self.optimizer = self._optimizer(ctx.policy.parameters(), train.learning_rate, train.weight_decay)
+        self.optimizer = adamw(self.accelerator, ctx.policy.parameters(), train.learning_rate, train.weight_decay)
         self.average = {name: p.detach().clone() for name, p in ctx.policy.weights().items()}
         self.surrogate_optimizer: AcceleratedOptimizer | None = None
         if ctx.surrogate is not None and config.surrogate is not None:
             parameters = list(ctx.surrogate.module().parameters())
-            self.surrogate_optimizer = self._optimizer(
-                parameters, config.surrogate.learning_rate, config.surrogate.weight_decay
-            )
+            taught = config.surrogate
+            self.surrogate_optimizer = adamw(self.accelerator, parameters, taught.learning_rate, taught.weight_decay)
         self.batches = 0
         """Finished rounds."""
         self._idle = 0
         """Rounds since the last update."""
         self._round_start: dict[str, Any] | None = None
 
-    def _optimizer(self, parameters: list[torch.nn.Parameter], lr: float, decay: float) -> AcceleratedOptimizer:
-        prepared: AcceleratedOptimizer = self.accelerator.prepare(
-            torch.optim.AdamW(parameters, lr=lr, weight_decay=decay)
-        )
-        return prepared
-
     def batch(self) -> Batch:
-        """The next texts, and images or pairs if the algorithm needs them; each process reads its own."""
+        """Read the next texts, and images or pairs where the run has them; each process reads its own."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         start, size = slice_of(self.batches, self.config.data.batch_size, rank, processes)
         batch = Batch(examples_at(self._examples, self._stream, start, size) if self._examples else ())
@@ -104,10 +96,10 @@ class Trainer:
         for at in range(start, start + size, PAIRS_AT_ONCE):
             yield pairs.batch(at, min(PAIRS_AT_ONCE, start + size - at), self.config.seed)
 
-    def _tell_skipped(self) -> None:
+    def _report_skipped(self) -> None:
         """Warn of the images and pairs that the round found broken."""
         if self._skipped is not None:
-            # What one process could not read is told by the one that writes the record.
+            # The process that writes the record warns for all.
             for what in gather_object(list(self._skipped)):
                 self.ctx.warn(f"data: skipped as broken: {what}")
             self._skipped.clear()
@@ -118,22 +110,22 @@ class Trainer:
 
     @property
     def warming_up(self) -> bool:
-        """Whether the next round teaches the surrogate alone."""
+        """Whether the next round trains the surrogate alone."""
         return self.config.surrogate is not None and self.batches < self.config.surrogate.warmup
 
     def round(self) -> Iterator[Update]:
-        """Collect once and learn from it; yields behind each update of the policy, or once in the warm-up (step 0)."""
+        """Collect once and train on it; yields after each update of the policy, or once in the warm-up (step 0)."""
         algorithm, ctx, warming_up, before = self.algorithm, self.ctx, self.warming_up, self.ctx.update
         ctx.warming_up = warming_up
         self._round_start = self._own_state()
         ctx.begin_round()
-        # Under the precision of the loss: likelihoods of then and now are compared.
+        # In the precision of the loss, which compares likelihoods with those of now.
         with torch.no_grad(), self.accelerator.autocast():
             batch = self.batch()
             collected = algorithm.collect(batch, ctx)
             if not warming_up:
                 self.regularisers.collect(batch, ctx)
-        self._tell_skipped()
+        self._report_skipped()
         self.batches += 1
         self._round_start = None
         self._update_surrogate(collected)
@@ -157,8 +149,8 @@ class Trainer:
             )
 
     def _in_precision(self, updates: Iterator[RowsT]) -> Iterator[RowsT]:
-        """The updates, made in the precision of the loss: a log-probability that is kept for comparison must not
-        differ from the loss's own by rounding."""
+        """Yield the updates, made in the precision of the loss: a log-probability that is kept for comparison must
+        not differ from the loss's own by rounding."""
         while True:
             with self.accelerator.autocast():
                 rows = next(updates, None)
@@ -167,12 +159,12 @@ class Trainer:
             yield rows
 
     def _updates(self, collected: Any) -> Iterator[UpdateRows]:
-        """The rows of each update of the policy, those of the regularisers included."""
+        """Yield the rows of each update of the policy, those of the regularisers included."""
         own = self.algorithm.updates(collected, self.ctx)
         return self._in_precision(self.regularisers.rows(rows, self.ctx) for rows in own)
 
     def _together(self, updates: Iterator[RowsT]) -> Iterator[RowsT]:
-        """The updates, as long as every process has one: gradients are averaged over all of them."""
+        """Yield the updates as long as every process has one: gradients are averaged over all of them."""
         for rows in chain(updates, [None]):
             if not all(gather_object([rows is not None])) or rows is None:
                 return
@@ -190,14 +182,20 @@ class Trainer:
             module.requires_grad_(False)
             self.ctx.log(surrogate_loss=losses["loss"], surrogate_grad_norm=norm)
 
-    def _update_policy(self, rows: UpdateRows) -> None:
+    def loss(self, rows: Rows | UpdateRows) -> Loss:
+        """Compute the loss of one pass: of an algorithm's rows, or of an update with those of the regularisers."""
+        if isinstance(rows, UpdateRows):
+            return self.regularisers.loss(rows, self.ctx, self.algorithm.loss)
+        return self.algorithm.loss(rows, self.ctx)
+
+    def _update_policy(self, rows: Rows | UpdateRows) -> None:
         train = self.config.train
         rate = learning_rate(train, self.ctx.update)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if train.warmup or train.schedule != "constant":
             self.ctx.log(learning_rate=rate)
-        metrics = self._backward(rows, lambda part: self.regularisers.loss(part, self.ctx, self.algorithm.loss))
+        metrics = self._backward(rows, self.loss)
         norm = self._step(self.optimizer, self.ctx.policy.parameters(), train.max_grad_norm)
         with torch.no_grad():
             for name, parameter in self.ctx.policy.weights().items():
@@ -207,10 +205,8 @@ class Trainer:
         self.regularisers.after_update(self.ctx)
         self.ctx.log(grad_norm=norm, **metrics)
 
-    def _backward(
-        self, rows: Rows | UpdateRows, loss: Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
-    ) -> dict[str, float]:
-        """Gradients of the mean loss over `rows`, a few rows a pass; returns the means of loss and metrics."""
+    def _backward(self, rows: Rows | UpdateRows, loss: Callable[[Any], Loss]) -> dict[str, float]:
+        """Add up gradients of the mean loss over `rows`, a few rows a pass; returns the means of loss and metrics."""
         means: dict[str, float] = defaultdict(float)
         for part in rows.split(self.config.train.rows_per_pass):
             with self.accelerator.autocast():
@@ -222,27 +218,12 @@ class Trainer:
         return means
 
     def _step(self, optimizer: AcceleratedOptimizer, parameters: list[torch.nn.Parameter], max_norm: float) -> float:
-        """One optimizer step on gradients averaged over processes; returns their norm before clipping."""
-        learned = [p for p in parameters if p.grad is not None]
-        if self.accelerator.num_processes > 1:
-            # By hand and not by DDP: one update may hold several forward passes, through different entry points.
-            for parameter in learned:
-                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
-        self.accelerator.unscale_gradients(optimizer)
-        norm = float(torch.nn.utils.clip_grad_norm_(learned, max_norm))
-        if self.accelerator.scaler is None and not math.isfinite(norm):
-            raise AlignkitError(
-                f"train: the gradient of update {self.ctx.update + 1} is not finite; lower the learning rate, or set "
-                f'train.precision = "no" (found "{self.config.train.precision}")'
-            )
-        optimizer.step()
-        optimizer.zero_grad()
-        return norm
+        return step(self.accelerator, optimizer, parameters, max_norm, self.ctx.update + 1)
 
     @property
     def interrupted(self) -> bool:
-        """Whether a round broke off while it was collected, before anything was learned from it. What is saved then
-        is the state in which it began, so a resumed run collects it again, the same to the bit."""
+        """Whether a round broke off while it was collected, before any update. `save` then writes the state in which
+        the round began, so that a resumed run collects it again, the same to the bit."""
         alone = self.accelerator.num_processes == 1
         return self._round_start is not None and (alone or self.ctx.failed_together)
 
@@ -250,14 +231,14 @@ class Trainer:
         return {"trainer": self.rank_state(), "rng": checkpoint.rng_state()}
 
     def save(self, folder: Path, run: Mapping[str, Any]) -> None:
-        """Write a checkpoint into `folder`: the state of all processes, and what else the run wants back, `run`."""
+        """Write a checkpoint into `folder`: the state of all processes, and `run`, which `restore` returns."""
         ranks = gather_object([self._round_start or self._own_state()])
         if self.accelerator.is_main_process:
             state = {"trainer": self.state_dict(), "ranks": ranks, "run": run}
             checkpoint.save(folder, self.ctx.update, state, self.config.train.keep_checkpoints)
 
     def restore(self, path: Path) -> dict[str, Any]:
-        """Go on from the checkpoint at `path`; returns its `run`.
+        """Restore the checkpoint at `path`; returns its `run`.
 
         Raises ConfigError if another number of processes saved it, AlignkitError if it is damaged.
         """
@@ -273,7 +254,7 @@ class Trainer:
         return run
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next update depends on and that every process holds."""
+        """Return the state that all processes share and the next update depends on."""
         surrogate = self.ctx.surrogate
         return {
             "update": self.ctx.update,
@@ -287,7 +268,7 @@ class Trainer:
         }
 
     def rank_state(self) -> dict[str, Any]:
-        """What differs between processes: randomness, and what algorithm and regularisers keep."""
+        """Return the state that differs between processes: RNG, algorithm and regularisers."""
         return {
             "algorithm": self.algorithm.state_dict(),
             "regularisers": self.regularisers.state_dict(),
@@ -295,7 +276,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The reverse of `state_dict`."""
+        """Restore what `state_dict` returned."""
         self.ctx.update, self.batches = state["update"], state["batches"]
         own = self.ctx.policy.weights()
         with torch.no_grad():
@@ -311,16 +292,7 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
     def load_rank_state(self, state: Mapping[str, Any]) -> None:
-        """The reverse of `rank_state`."""
+        """Restore what `rank_state` returned."""
         self.algorithm.load_state_dict(state["algorithm"])
         self.regularisers.load_state_dict(state["regularisers"])
         self.ctx.load_state_dict(state["context"])
-
-
-def learning_rate(train: TrainConfig, done: int) -> float:
-    """The learning rate behind `done` updates, as the schedules of transformers have it."""
-    if done < train.warmup:
-        return train.learning_rate * done / train.warmup
-    passed = (done - train.warmup) / max(1, train.updates - train.warmup)
-    falling = {"constant": 1.0, "linear": 1 - passed, "cosine": (1 + math.cos(math.pi * passed)) / 2}
-    return train.learning_rate * falling[train.schedule]

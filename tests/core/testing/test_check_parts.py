@@ -176,7 +176,7 @@ class AsksAllTheSame(D3PO):
     [
         (AsksAllTheSame, "the algorithm asks for scores and says uses_rewards = False"),
         (SumOverRows, "loss: found .* in one pass and .* in several, expected a mean over rows"),
-        (DrawsInTheLoss, "loss drew from ctx.generator; draw in updates, into the rows"),
+        (DrawsInTheLoss, "loss used ctx.generator; sample where the rows are made, into the rows"),
         (CollectsGlobally, "in collect the global random generator of torch was used"),
         (ForgetsItsCounter, r"a run that went on from its checkpoint had other metrics \(rounds\)"),
         (LetsNaNThrough, "a round with the reward Tied: found mean_of_pairs not finite"),

@@ -16,6 +16,7 @@ from PIL import Image
 import alignkit
 from alignkit.data.images import open_images
 from alignkit.data.preferences import open_pairs
+from alignkit.errors import ConfigError
 from alignkit.interfaces import Algorithm, Reward, Sampler
 from alignkit.registry import default_registry
 from alignkit.testing import (
@@ -23,6 +24,7 @@ from alignkit.testing import (
     check_images,
     check_model,
     check_pairs,
+    check_regulariser,
     check_reward,
     check_sampler,
     check_surrogate,
@@ -95,6 +97,17 @@ def test_ddim_without_chance() -> None:
 @pytest.mark.parametrize("name", names("surrogate"))
 def test_surrogates(name: str) -> None:
     check_surrogate(get("surrogate", name, **SURROGATES.get(name, {})))
+
+
+@pytest.mark.parametrize(("form", "walk"), WALKS)
+@pytest.mark.parametrize("name", names("regulariser"))
+def test_regularisers(name: str, form: Form, walk: str) -> None:
+    sampler = get("sampler", walk, num_steps=2)
+    if name == "lcd" and walk != "lcm":
+        with pytest.raises(ConfigError, match=r"sampler\.name: found DDIM, expected lcm"):
+            check_regulariser(get("regulariser", name), sampler, form=form)
+    else:
+        check_regulariser(get("regulariser", name), sampler, form=form)
 
 
 @pytest.mark.parametrize("name", names("reward"))

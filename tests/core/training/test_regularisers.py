@@ -15,7 +15,7 @@ from torch import Tensor
 from alignkit.errors import PluginError
 from alignkit.interfaces import Context, Regulariser
 from alignkit.records import Batch, Prediction, Rows
-from alignkit.testing.algorithm import assert_one_pass_is_several
+from alignkit.testing.losses import assert_one_pass_is_several
 from alignkit.training.predictions import recorded
 from alignkit.training.regularisers import Regularisers
 from alignkit.training.trainer import Trainer

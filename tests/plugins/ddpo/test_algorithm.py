@@ -14,7 +14,8 @@ from alignkit import diffusion
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.records import Prompt
 from alignkit.runs.run import Run
-from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint, assert_one_pass_is_several
+from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint
+from alignkit.testing.losses import assert_one_pass_is_several
 from alignkit.training.trainer import Trainer
 from alignkit_ddpo.algorithm import DDPO, Steps, clipped
 from alignkit_samplers.ddim import DDIM

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from alignkit_lasro.algorithm import LaSRO
 
 from alignkit.errors import ConfigError
 from alignkit.runs.run import Run
-from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint, assert_one_pass_is_several
+from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint
+from alignkit.testing.losses import assert_one_pass_is_several
 from alignkit.training.trainer import Trainer
-from alignkit_lasro.algorithm import LaSRO
 from alignkit_samplers.ddim import DDIM
 from alignkit_samplers.lcm import LCM
 from method_checks import assert_the_true_reward_rises, collect, copies, equal, updates

@@ -11,7 +11,8 @@ import torch
 from alignkit.distillation import Distillation
 from alignkit.errors import ConfigError
 from alignkit.runs.run import Run
-from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint, assert_one_pass_is_several
+from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint
+from alignkit.testing.losses import assert_one_pass_is_several
 from alignkit.training.trainer import Trainer
 from alignkit_regularisers.lcd import LatentConsistency
 from alignkit_samplers.ddim import DDIM

@@ -15,7 +15,7 @@ from alignkit.distillation import Distillation, pseudo_huber
 from alignkit.errors import ConfigError
 from alignkit.records import Scores
 from alignkit.runs.run import Run
-from alignkit.testing.algorithm import assert_one_pass_is_several
+from alignkit.testing.losses import assert_one_pass_is_several
 from alignkit.training.trainer import Trainer
 from alignkit_rg_lcd.algorithm import RGLCD, Compared, Contrast
 from alignkit_samplers.ddim import DDIM

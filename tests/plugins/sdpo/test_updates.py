@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from alignkit.testing.algorithm import assert_one_pass_is_several
+from alignkit.testing.losses import assert_one_pass_is_several
 from alignkit.training.trainer import Trainer
 from alignkit_sdpo.algorithm import SDPO, PairedSteps, pair_loss
 from method_checks import collect, gradient, number, updates

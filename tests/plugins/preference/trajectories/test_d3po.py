@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from alignkit.errors import AlignkitError
-from alignkit.testing.algorithm import assert_one_pass_is_several
+from alignkit.testing.losses import assert_one_pass_is_several
 from alignkit.training.trainer import Trainer
 from alignkit_preference.d3po import D3PO, preference_loss, winners_first
 from alignkit_preference.trajectory_pairs import collect_pairs
@@ -97,7 +97,7 @@ def test_equal_rewards_and_images_that_could_not_be_scored_make_no_pair(make: Ma
     assert len(collect(make("d3po", {"reward": ["two_of_three"]}))) == 2  # one pair of four, two steps
     trainer = make("d3po", {"reward": ["constant"]})
     assert len(collect(trainer)) == 0
-    with pytest.raises(AlignkitError, match="d3po nothing to learn from: the images were scored and no two"):
+    with pytest.raises(AlignkitError, match="d3po nothing to learn from: all images of a prompt got the same"):
         for _ in range(10):
             assert list(trainer.round()) == []
 

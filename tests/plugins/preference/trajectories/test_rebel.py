@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint, assert_one_pass_is_several
+from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint
+from alignkit.testing.losses import assert_one_pass_is_several
 from alignkit.training.trainer import Trainer
 from alignkit_preference.rebel import REBEL, squares
 from alignkit_preference.trajectory_pairs import log_prob
