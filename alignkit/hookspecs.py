@@ -51,3 +51,8 @@ def register_surrogates(register: Register) -> None:
 @hookspec
 def register_models(register: Register) -> None:
     """Targets are an `alignkit.interfaces.ModelBundle` or a function without arguments that returns one."""
+
+
+@hookspec
+def register_commands(register: Register) -> None:
+    """Targets are a function, whose parameters typer reads as arguments and options, or a `typer.Typer`."""

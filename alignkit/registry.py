@@ -32,7 +32,13 @@ KINDS: dict[str, type] = {
     "sampler": interfaces.Sampler,
     "surrogate": interfaces.Surrogate,
     "model": interfaces.ModelBundle,
+    "command": object,
 }
+OWN_COMMANDS = {
+    "list", "show", "check", "train", "prepare", "sample", "score", "serve", "pairs", "evaluate", "new", "check_plugin",
+    "prompts",
+}  # fmt: skip
+"""The commands of alignkit itself, which no plugin may replace."""
 RENAMED = {("reward", "shapes_reading"): "pixel_check"}
 """Components of earlier versions, and what they are called now."""
 
@@ -61,6 +67,11 @@ class Component:
 def normalise(name: str) -> str:
     """The snake_case form: "-" and "_" are the same."""
     return name.strip().replace("-", "_")
+
+
+def plural(kind: str) -> str:
+    """The name of a kind for several of it: "rewards", "policies"."""
+    return f"{kind[:-1]}ies" if kind.endswith("y") else f"{kind}s"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -114,7 +125,9 @@ class Registry:
             raise AlignkitError(f"{kind} {name!r} was renamed; write {now}")
         hint = f" (there is a {' and a '.join(others)} of this name)" if others else nearest(normalise(name), names)
         broken = [f"; {row.origin} is broken: {row.broken}" for row in self.components() if row.broken]
-        raise AlignkitError(f"unknown {kind} {name!r}{hint} (`alignkit list {kind}s` shows all){''.join(broken)}")
+        raise AlignkitError(
+            f"unknown {kind} {name!r}{hint} (`alignkit list {plural(kind)}` shows all){''.join(broken)}"
+        )
 
     def get(self, kind: str, name: str) -> Any:
         """The class of a component, or the ModelBundle of a model, imported now.
@@ -133,6 +146,10 @@ class Registry:
         except Exception as error:
             raise PluginError(f"{what} does not import: {_reason(error)}") from error
         expected = KINDS[kind]
+        if kind == "command":
+            if callable(target):
+                return target
+            raise PluginError(f"{what} is neither a function nor a typer.Typer")
         fits = isinstance(target, expected) if kind == "model" else _is_subclass(target, expected)
         if not fits:
             raise PluginError(f"{what} is no alignkit.interfaces.{expected.__name__}")
@@ -186,9 +203,11 @@ def _read(entry: EntryPoint) -> Iterator[Component]:
                     raise ValueError(f"{kind} name {name!r} is not snake_case")
                 if not re.fullmatch(r"[\w.]+:\w+", target):
                     raise ValueError(f'{kind} {name}: found target {target!r}, expected "module:Attribute"')
+                if kind == "command" and name in OWN_COMMANDS:
+                    raise ValueError(f"command {name} is brought by alignkit itself; choose another name")
                 rows.append(Component(kind, name, help, target, entry.name, *distribution))
 
-            getattr(manager.hook, f"register_{kind}s")(register=register)
+            getattr(manager.hook, f"register_{plural(kind)}")(register=register)
     except (Exception, SystemExit) as error:
         rows = [Component("plugin", normalise(entry.name), "", entry.value, entry.name, *distribution, _reason(error))]
     yield from rows

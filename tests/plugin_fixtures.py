@@ -100,6 +100,10 @@ ACME = """
     def register_models(register):
         register("acme_model", "acme.models:acme_model", "A model that brings settings")
         register("acme_bare", "acme.models:BARE", "A model that brings none")
+
+    @hookimpl
+    def register_commands(register):
+        register("acme-greet", "acme.commands:greet", "Greet somebody")
 """
 
 PARTS = '''
@@ -200,11 +204,30 @@ MODELS = """
         )
 """
 
+COMMANDS = '''
+    from typing import Annotated
+
+    import typer
+
+
+    def greet(
+        name: Annotated[str, typer.Argument(help="Who is greeted.")],
+        times: Annotated[int, typer.Option(min=1, help="How often.")] = 1,
+    ) -> None:
+        """Greet somebody by name.
+
+        \\b
+        alignkit acme-greet Ada --times 2
+        """
+        for _ in range(times):
+            typer.echo(f"Hello {name}")
+'''
+
 
 @pytest.fixture
 def acme(plugins: PluginFolder) -> PluginFolder:
     """One plugin of every kind."""
-    plugins.install("acme", ACME, version="2.5", parts=PARTS, models=MODELS)
+    plugins.install("acme", ACME, version="2.5", parts=PARTS, models=MODELS, commands=COMMANDS)
     return plugins
 
 

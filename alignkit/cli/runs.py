@@ -101,7 +101,7 @@ def train(
     typer.echo(run.folder)
 
 
-def prepare_(
+def prepare_run(
     file: Annotated[Path | None, typer.Argument(metavar="FILE")] = None,
     algo: Algo = None,
     model: Model = None,
@@ -208,7 +208,7 @@ def pairs(
     typer.echo(f"{made.folder}: {made.pairs} pairs of {made.prompts} prompts{without}")
 
 
-def evaluate_(
+def evaluate_runs(
     sources: Annotated[list[str], typer.Argument(metavar="RUN...")],
     steps: StepList = None,
     reward: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A further reward; repeatable.")] = None,

@@ -132,54 +132,6 @@ def test_help_and_list_import_nothing_heavy(arguments: str) -> None:
     assert result.stderr.strip() == "[]"
 
 
-def test_list_shows_names_help_and_origin(acme: Any) -> None:
-    result = run("list", "samplers")
-    assert result.exit_code == 0
-    assert "acme_walk" in result.stdout and "A walk" in result.stdout and "acme 2.5" in result.stdout
-    assert "acme_red" not in result.stdout
-
-
-def test_list_as_json_is_json(acme: Any) -> None:
-    rows = json.loads(run("list", "reward", "--json").stdout)
-    assert {"kind": "reward", "name": "acme_red"}.items() <= next(r for r in rows if r["name"] == "acme_red").items()
-
-
-def test_list_shows_a_broken_plugin_with_its_reason(acme: Any) -> None:
-    acme.install("shaky", "import a_module_that_is_missing")
-    result = run("list")
-    assert result.exit_code == 0 and "acme_walk" in result.stdout
-    assert "broken" in result.stdout and "a_module_that_is_missing" in "".join(result.stdout.split())
-
-
-def test_list_of_an_unknown_kind_names_the_kinds() -> None:
-    result = run("list", "sampelrs")
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.startswith("error: list: found 'sampelrs'") and "did you mean samplers?" in result.stderr
-
-
-def test_show_tells_paper_fields_defaults_and_docs(acme: Any) -> None:
-    stdout = run("show", "acme-steps").stdout
-    for part in ("acme 2.5", "rounds = 3  integer", "Rounds of each batch.", "clip = 0.2", 'mode = "hard"'):
-        assert part in stdout
-    assert "Acme et al. 2026" in run("show", "acme_plain").stdout
-
-
-def test_show_as_json_has_every_field(acme: Any) -> None:
-    (found,) = json.loads(run("show", "acme_steps", "--json").stdout)
-    fields = {field["name"]: field for field in found["fields"]}
-    assert fields["rounds"] == {"name": "rounds", "type": "integer", "default": "3", "doc": "Rounds of each batch."}
-
-
-def test_show_knows_models_and_sections(acme: Any) -> None:
-    assert "under acme_steps: algorithm.clip" in run("show", "acme_model").stdout
-    assert "ema_decay = 0.99" in run("show", "train").stdout
-
-
-def test_show_of_an_unknown_name_names_the_nearest(acme: Any) -> None:
-    result = run("show", "acme_wlak")
-    assert result.exit_code == 1 and "did you mean acme_walk?" in result.stderr
-
-
 def test_flags_are_shorthands_for_keys(engine: Any) -> None:
     result = run(
         *(

@@ -94,7 +94,7 @@ def test_every_component_gets_a_verdict_with_its_reason(mixed: None) -> None:
     }  # fmt: skip
     assert found["bad"][1].startswith("reward Bad: image 0 alone against in a batch of 4")
     assert found["heavy"][1] == "heavy: owner/heavy is not on this disk; set reward.heavy.checkpoint"
-    assert found["demanding"][1] == "words has no default; hand it over with --set reward.demanding.words="
+    assert found["demanding"][1] == "words has no default; set it with --set reward.demanding.words="
     assert "does not import" in found["gone"][1]
     assert found["fine_model"][1] == "its settings under ddpo"
     assert "train.upbates" in found["odd_model"][1]
