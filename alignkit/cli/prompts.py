@@ -116,7 +116,7 @@ def curate(
     from alignkit.files import write_file
 
     if out.exists():
-        raise AlignkitError(f"--out {out}: is there already; choose another name")
+        raise AlignkitError(f"--out {out}: exists already; choose another name")
     overrides = _overrides(model, assignments)
     config = load_config(None, overrides)
     examples = read_examples(file, config.data.prompt_column)

@@ -158,7 +158,7 @@ def sample(
         plan = [(n, [out / f"{p:03d}_{n}steps_{c}.png" for p, c in images]) for n in numbers]
     for path in (path for _, paths in plan for path in paths):
         if path.exists():
-            raise AlignkitError(f"--out {out}: {path.name} is there already; choose another folder")
+            raise AlignkitError(f"--out {out}: {path.name} exists already; choose another folder")
     run = open_run(source)
     out.mkdir(parents=True, exist_ok=True)
     for step, paths in plan:
@@ -239,7 +239,7 @@ def evaluate_runs(
     from alignkit.runs.run import open_run
 
     if csv is not None and csv.exists():
-        raise AlignkitError(f"--csv {csv}: is there already; choose another name")
+        raise AlignkitError(f"--csv {csv}: exists already; choose another name")
     changes = overrides(None, None, None, None, None, None, assignments)
     runs = [open_run(source, changes) for source in sources]
     rows = evaluate(runs, step_list(steps), reward or (), not unseen, Console(stderr=True))

@@ -62,7 +62,7 @@ def make_pairs(
     if margin < 0:
         raise ConfigError(f"margin: found {margin}, expected 0 or more")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out {out}: is there already; choose another folder")
+        raise ConfigError(f"--out {out}: exists already; choose another folder")
     skipped = run.skipped()
     examples, rewards = run.prompts(skipped)[:limit], WeightedRewards(run.trained_rewards(), scoring=run.scoring())
     sampler = run.sampler(steps)

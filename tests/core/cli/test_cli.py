@@ -247,7 +247,7 @@ def test_sample_writes_an_image_for_each_prompt_count_and_number_of_steps(engine
     assert (out / "001_2steps_1.png").is_file() and len(list(out.iterdir())) == 8
     assert engine.calls == [("sample", ["one", "two"], steps, 5, 2) for steps in (1, 2)]
     again = run(*arguments)
-    assert again.exit_code == 1 and "is there already" in again.stderr and len(engine.calls) == 2
+    assert again.exit_code == 1 and "exists already" in again.stderr and len(engine.calls) == 2
 
 
 def test_score_prints_lines_or_json(engine: Any) -> None:
@@ -273,7 +273,7 @@ def test_evaluate_prints_a_table_or_json_and_writes_csv_once(engine: Any, tmp_pa
     headings, values = (line.split(",") for line in csv.read_text().splitlines())
     assert dict(zip(headings, values, strict=True))["after"] == "0.75"
     again = run("evaluate", "runs/first", "--csv", str(csv))
-    assert again.exit_code == 1 and "is there already" in again.stderr
+    assert again.exit_code == 1 and "exists already" in again.stderr
 
 
 def test_the_package_loads_lazily_and_has_nothing_else() -> None:

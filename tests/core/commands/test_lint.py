@@ -316,7 +316,7 @@ def test_the_command_writes_what_is_kept_with_its_metadata(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--out", "there.txt"], "--out there.txt: is there already; choose another name"),
+        (["--out", "there.txt"], "--out there.txt: exists already; choose another name"),
         (["--out", "kept.csv"], "--out kept.csv: expected a name that ends in .txt or .jsonl"),
         (["--out", "kept.txt"], "--out kept.txt: p.jsonl holds more than texts of one line"),
         (["--out", "kept.jsonl", "--distance", "2"], "distance: found 2.0, expected 0 or more and less than 2"),

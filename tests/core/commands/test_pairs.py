@@ -95,7 +95,7 @@ def test_nothing_is_written_over(tiny_run: MakeRun, tmp_path: Path) -> None:
     out.mkdir()
     (out / "mine.txt").write_text("mine")
     for folder in (out, out / "mine.txt"):
-        with pytest.raises(ConfigError, match="is there already; choose another folder"):
+        with pytest.raises(ConfigError, match="exists already; choose another folder"):
             make_pairs(tiny_run(), folder)
     assert [p.name for p in out.iterdir()] == ["mine.txt"]
 
@@ -126,7 +126,7 @@ def test_the_command_draws_with_a_model_and_says_what_came_of_it(
     assert (result.exit_code, result.stdout) == (0, f"{out}: 3 pairs of 3 prompts\n"), result.output
     assert {line["steps"] for line in read(out)} == {1}
     again = CliRunner().invoke(app, arguments)
-    assert again.exit_code == 1 and again.stderr.startswith("error: --out") and "is there already" in again.stderr
+    assert again.exit_code == 1 and again.stderr.startswith("error: --out") and "exists already" in again.stderr
     json_out = CliRunner().invoke(app, [*arguments, "--json", "--out", str(tmp_path / "second")])
     assert json.loads(json_out.stdout)["pairs"] == 3
     without = CliRunner().invoke(app, ["pairs", str(tiny_lcm), "--out", str(tmp_path / "x"), "--reward", "brightness"])
