@@ -70,7 +70,7 @@ def normalise(name: str) -> str:
 
 
 def plural(kind: str) -> str:
-    """The name of a kind for several of it: "rewards", "policies"."""
+    """The name of all components of a kind, as in `alignkit list policies` and `register_policies`."""
     return f"{kind[:-1]}ies" if kind.endswith("y") else f"{kind}s"
 
 
@@ -204,7 +204,7 @@ def _read(entry: EntryPoint) -> Iterator[Component]:
                 if not re.fullmatch(r"[\w.]+:\w+", target):
                     raise ValueError(f'{kind} {name}: found target {target!r}, expected "module:Attribute"')
                 if kind == "command" and name in OWN_COMMANDS:
-                    raise ValueError(f"command {name} is brought by alignkit itself; choose another name")
+                    raise ValueError(f"command {name} is registered by alignkit itself; choose another name")
                 rows.append(Component(kind, name, help, target, entry.name, *distribution))
 
             getattr(manager.hook, f"register_{plural(kind)}")(register=register)

@@ -62,8 +62,8 @@ def changes(registry: Registry, row: Component, bundle: ModelBundle) -> list[dic
                 continue
             default = _default(registry, bundle, section, name, key)
             if (text := format_value(value)) != default:
-                listed = isinstance(tree[section], list | tuple)
-                path = [key] if own else [section, name, key] if listed else [section, key]
+                single = isinstance(tree[section], Mapping) and key in tree[section]
+                path = [key] if own else [section, key] if single else [section, name, key]
                 places.setdefault((not own, ".".join(filter(None, path)), text, default), []).append(place)
     return [
         {"key": key, "value": value, "default": default, "where": [] if "" in where else where}
@@ -89,7 +89,11 @@ def _settings(tree: Tree, names: Mapping[str, str]) -> Iterator[tuple[str, str, 
     """(section, component, key, value) of each setting; a list of components also as one setting without a key."""
     for section, table in tree.items():
         if isinstance(table, Mapping):
-            yield from ((section, names.get(section, ""), key, value) for key, value in table.items())
+            for key, value in table.items():
+                if isinstance(value, Mapping):  # single fields of components that are listed elsewhere
+                    yield from ((section, key, field, one) for field, one in value.items())
+                else:
+                    yield section, names.get(section, ""), key, value
         elif isinstance(table, list | tuple):
             yield section, "", "", _listed(table)
             for entry in table:
