@@ -1,4 +1,4 @@
-"""The `alignkit` command: its groups, global options and error messages. Imports no torch before a command needs it."""
+"""The `alignkit` command: global options, commands, error messages. Imports torch only when a command needs it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from alignkit.registry import Component, default_registry, normalise
 
 
 class _Added(TyperCommand):
-    """A command of a plugin: listed with its line of help, imported when it is called (`--help` of it is a call)."""
+    """A command of a plugin: listed with its line of help, imported when it or its `--help` is called."""
 
     def __init__(self, row: Component) -> None:
         super().__init__(row.name, help=row.help)
@@ -90,10 +90,10 @@ def main(
     if version:
         typer.echo(f"alignkit {__version__}")
         raise typer.Exit
-    # Before they are imported: their notes on optional packages and defaults are not about this run.
+    # Set before the libraries are imported: their notes on optional packages do not concern this run.
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # that a look-up failed is told once, and not at every try
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # report a failed look-up once, not at every retry
 
 
 app.command("list")(plugins.list_components)

@@ -1,4 +1,4 @@
-"""What commands print: JSON for programs, tables for people."""
+"""Print the results of commands: JSON for programs, tables and lists for people."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from alignkit.registry import Component, plural
 
 
 def print_json(value: Any) -> None:
+    """Print a value as indented JSON; what JSON lacks is printed as a string."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
 def print_table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Print a table without lines, its columns wrapped to the width of the terminal."""
     from rich.console import Console
     from rich.table import Table
 
@@ -28,7 +30,7 @@ def print_table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
 def print_components(rows: Sequence[Component]) -> None:
     """Print a heading for each kind and a line for each component, cut to the width of the terminal.
 
-    The distribution is named where it is not alignkit. Plugins that cannot be used come last, with the whole reason.
+    The distribution is printed unless it is alignkit. Plugins that cannot be used come last, with the full reason.
     """
     from rich.console import Console
     from rich.padding import Padding
@@ -57,7 +59,7 @@ def print_components(rows: Sequence[Component]) -> None:
 def print_component(item: Mapping[str, Any], chosen: bool) -> None:
     """Print a component or section as `alignkit.commands.show.show` gives it.
 
-    `chosen`: the user named the model, so that it is said of one without settings for the component as well.
+    `chosen`: the user named the model, so a model without settings for the component is reported too.
     """
     from rich.console import Console
     from rich.padding import Padding

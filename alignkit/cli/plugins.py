@@ -1,4 +1,4 @@
-"""The commands about plugins, `list`, `show`, `new` and `check-plugin`: parse, call, print."""
+"""The commands `list`, `show`, `new` and `check-plugin`: parse, call, print."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from alignkit.registry import KINDS, default_registry, nearest, plural
 def list_components(kind: Annotated[str | None, typer.Argument(metavar="KIND")] = None, as_json: Json = False) -> None:
     """List what is installed, by kind: algorithms, rewards, samplers, surrogates, models and commands of plugins.
 
-    One line each, cut to the width of the terminal; `alignkit show NAME` prints the rest. What another distribution
-    than alignkit brings is followed by the name of that distribution. Plugins that cannot be imported come last, with
-    the reason.
+    One line each, cut to the width of the terminal; `alignkit show NAME` prints everything. The distribution is listed
+    if it is not alignkit. Plugins that cannot be imported come last, with the reason.
 
     \b
     alignkit list                everything
@@ -41,12 +40,12 @@ def list_components(kind: Annotated[str | None, typer.Argument(metavar="KIND")] 
 
 def show(
     name: Annotated[str, typer.Argument(metavar="NAME")],
-    model: Annotated[str | None, typer.Option(metavar="NAME", help="Whose settings; else the default model's.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="The model whose settings to show.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show one component or one section of a run file: its description, its paper, its fields and their defaults.
 
-    The settings that a model changes for it follow the fields: those of the default model, or of --model.
+    The settings that a model changes for it (the default model, or --model) are listed after the fields.
 
     \b
     alignkit show lasro
@@ -66,14 +65,18 @@ def show(
 def new(
     kind: Annotated[str, typer.Argument(metavar="KIND")],
     name: Annotated[str, typer.Argument(metavar="NAME")],
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where; else alignkit-NAME here.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="The new folder; by default alignkit-NAME.")
+    ] = None,
 ) -> None:
-    """Write a plugin to begin with: a reward, an algorithm or a sampler, with its test, ready to be installed.
+    """Write a plugin to start from, with a test: a reward, algorithm, sampler, surrogate or model.
+
+    It can be installed, trained with and tested as it is written.
 
     \b
     alignkit new reward contrast
     alignkit new algorithm my_method --out my/method
-    alignkit new sampler my_walk
+    alignkit new model my_model
     """
     from alignkit.commands import new as templates
 
@@ -85,17 +88,17 @@ def new(
 
 def check_plugin(
     package: Annotated[str, typer.Argument(metavar="PACKAGE")],
-    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="What rewards are to score.")] = None,
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="Texts that rewards score.")] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="KIND.NAME.FIELD=VALUE", help="A field, in TOML; repeatable.")
     ] = None,
-    download: Annotated[bool, typer.Option("--download", help="Fetch checkpoints that are not here.")] = False,
+    download: Annotated[bool, typer.Option("--download", help="Download missing checkpoints.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Hold what a plugin brings to its promises: batches, gradients, chance, odd inputs, checkpoints.
+    """Check every component of a plugin: batches, gradients, randomness, odd inputs, checkpoints.
 
-    PACKAGE is a distribution, an entry point or a package. What cannot be checked here is skipped, with the reason: a
-    checkpoint that is not on this disk, say. Exit code 1 if anything failed.
+    PACKAGE is a distribution, an entry point or a package. Components that cannot be checked here are skipped with the
+    reason, such as a checkpoint that is not on this disk. Exits with 1 if a check fails.
 
     \b
     alignkit check-plugin alignkit_samplers
@@ -103,7 +106,7 @@ def check_plugin(
     alignkit check-plugin acme --set reward.acme_ocr.checkpoint=my/ocr --prompts my/prompts.jsonl
     """
     if not download:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # before the library that reads it is imported
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is imported
     from rich.text import Text
 
     from alignkit.commands import check_plugin as checks

@@ -47,7 +47,7 @@ def _component(registry: Registry, row: Component, model: str | None) -> dict[st
 
 
 def changes(registry: Registry, row: Component, bundle: ModelBundle) -> list[dict[str, Any]]:
-    """The settings of `bundle` for a component that differ from the defaults.
+    """Return the settings of `bundle` for a component that differ from the defaults.
 
     For an algorithm these are all that the bundle sets under it, its own fields first; for other kinds the fields of
     the component, whatever the algorithm. Each is {"key", "value", "default", "where"}: a field of the component by its
@@ -72,7 +72,7 @@ def changes(registry: Registry, row: Component, bundle: ModelBundle) -> list[dic
 
 
 def _layers(row: Component, bundle: ModelBundle) -> Iterator[tuple[str, str, Tree]]:
-    """(place, algorithm, sections) of each layer of a bundle that can hold settings for a component."""
+    """Yield (place, algorithm, sections) for each layer of a bundle that can hold settings for a component."""
     if row.kind == "algorithm":  # what the model sets under every algorithm stands in `alignkit show MODEL`
         yield "", row.name, {"algorithm": bundle.defaults.get("algorithm", {})}
     else:
@@ -86,7 +86,7 @@ def _layers(row: Component, bundle: ModelBundle) -> Iterator[tuple[str, str, Tre
 
 
 def _settings(tree: Tree, names: Mapping[str, str]) -> Iterator[tuple[str, str, str, Any]]:
-    """(section, component, key, value) of each setting; a list of components also as one setting without a key."""
+    """Yield (section, component, key, value) for each setting; a list of components also as one without a key."""
     for section, table in tree.items():
         if isinstance(table, Mapping):
             for key, value in table.items():
@@ -104,11 +104,12 @@ def _settings(tree: Tree, names: Mapping[str, str]) -> Iterator[tuple[str, str, 
 
 
 def _listed(entries: Sequence[Any]) -> list[str]:
+    """Return the names in a list of names and tables."""
     return [entry if isinstance(entry, str) else entry["name"] for entry in entries]
 
 
 def _names(registry: Registry, algorithm: str, bundle: ModelBundle, tree: Tree) -> dict[str, str]:
-    """The component of each section in a layer: as named there, else by the layers below, else by the algorithm."""
+    """Return the component of each section: named in the layer `tree`, else below it, else by the algorithm."""
     names = {"algorithm": algorithm}
     with contextlib.suppress(AlignkitError):  # an algorithm that is not installed names no surrogate
         names["surrogate"] = registry.get("algorithm", algorithm).default_surrogate
@@ -120,7 +121,7 @@ def _names(registry: Registry, algorithm: str, bundle: ModelBundle, tree: Tree) 
 
 
 def _default(registry: Registry, bundle: ModelBundle, section: str, name: str, key: str) -> str | None:
-    """The value in TOML that holds without the setting; None where there is none."""
+    """Return the value in TOML that holds without the setting; None if there is none."""
     if not key:
         return format_value(_listed(bundle.defaults[section])) if section in bundle.defaults else None
     defaults = schema.defaults((PLAIN | PLUGINS)[section])

@@ -66,7 +66,7 @@ class FakeRun:
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """alignkit.runs.run replaced by one that notes how it was called in `calls`."""
+    """A module in place of alignkit.runs.run that records how it was called in `calls`."""
     module: Any = ModuleType("alignkit.runs.run")
     module.calls, module.interrupts, module.error = [], 0, None
 
@@ -111,7 +111,7 @@ def test_every_help_teaches_with_an_example_on_a_line_of_its_own(command: str, f
     assert any(line.startswith(f"  alignkit {command} ") for line in result.stdout.splitlines())
 
 
-def test_help_lists_the_commands_and_the_version_is_told() -> None:
+def test_help_lists_the_commands_and_version_prints_the_version() -> None:
     assert all(command in run("-h").stdout for command in COMMANDS)
     assert run("--version").stdout == f"alignkit {alignkit.__version__}\n"
 
@@ -170,7 +170,7 @@ def test_train_shows_its_progress_and_resumes(engine: Any) -> None:
 
 
 @pytest.mark.parametrize(("interrupts", "saved"), [(1, True), (2, False)])
-def test_an_interrupted_run_ends_behind_its_update_or_at_once_and_says_how_to_go_on(
+def test_an_interrupted_run_stops_after_its_update_or_at_once_and_prints_how_to_resume(
     engine: Any, interrupts: int, saved: bool
 ) -> None:
     engine.interrupts = interrupts
@@ -181,7 +181,7 @@ def test_an_interrupted_run_ends_behind_its_update_or_at_once_and_says_how_to_go
     finally:
         signal.signal(signal.SIGINT, inherited)
     assert (result.exit_code, "saved" in engine.calls) == (130, saved)
-    assert result.stderr.endswith("stopped; go on with: alignkit train --resume runs/first\n")
+    assert result.stderr.endswith("stopped; resume with: alignkit train --resume runs/first\n")
     assert handler is signal.default_int_handler
 
 
@@ -190,7 +190,7 @@ def test_a_run_that_a_scheduler_ends_is_saved(engine: Any, monkeypatch: pytest.M
     engine.interrupts = 1
     result = run("train")
     assert (result.exit_code, "saved" in engine.calls) == (143, True)
-    assert result.stderr.endswith("stopped; go on with: alignkit train --resume runs/first\n")
+    assert result.stderr.endswith("stopped; resume with: alignkit train --resume runs/first\n")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
@@ -199,7 +199,7 @@ def test_check_prints_one_line_where_all_is_well(engine: Any) -> None:
     assert engine.calls[-1] == "check"
 
 
-def test_check_tells_what_is_held_out_and_never_measured(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_names_held_out_rewards_that_are_never_measured(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeRun.config, "evaluate", EvaluateConfig(rewards=["shine", {"name": "size"}]))
     assert "evaluate.rewards: not measured (shine, size), because evaluate.prompts" in run("check", "run.toml").stdout
     monkeypatch.setattr(FakeRun.config, "evaluate", EvaluateConfig(rewards=["shine"], prompts="p.txt"))

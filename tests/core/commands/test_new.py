@@ -1,4 +1,4 @@
-"""`alignkit new`: what it writes installs, lists, passes its own test, trains and resumes."""
+"""`alignkit new`: the plugins it writes install, are listed, pass their own tests, train and resume."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def projects(plugins: Any, tmp_path: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("kind", WRITABLE)
-def test_what_is_written_is_found_by_its_name_with_its_distribution(projects: dict[str, Path], kind: str) -> None:
+def test_a_written_component_is_found_by_its_name_with_its_distribution(projects: dict[str, Path], kind: str) -> None:
     name = NAMES[kind]
     row = default_registry().find(kind, name)
     assert (row.distribution, row.version) == (f"alignkit-{name.replace('_', '-')}", "0.1.0")
@@ -92,7 +92,7 @@ def test_a_distribution_installs_with_pip(tmp_path: Path) -> None:
     assert rows["glow"]["distribution"] == "alignkit-glow" and not rows["glow"]["broken"]
 
 
-def test_a_surrogate_of_others_trains_under_lasro(projects: dict[str, Path], tiny_run: Any) -> None:
+def test_a_written_surrogate_trains_under_lasro(projects: dict[str, Path], tiny_run: Any) -> None:
     settings = {
         "algorithm.name": "lasro", "algorithm.samples": 4, "surrogate.name": "my_surrogate", "surrogate.width": 8,
         "reward": ["sharpness"], "train.updates": 1,
@@ -101,7 +101,7 @@ def test_a_surrogate_of_others_trains_under_lasro(projects: dict[str, Path], tin
     assert update.metrics["surrogate_loss"] > 0 and update.metrics["reward"] > 0
 
 
-def test_a_method_of_others_is_checked_trains_and_resumes(projects: dict[str, Path], tiny_run: Any) -> None:
+def test_a_written_method_is_checked_trains_and_resumes(projects: dict[str, Path], tiny_run: Any) -> None:
     settings = {
         "algorithm.name": "my_method", "algorithm.samples": 3, "sampler.name": "my_sampler", "sampler.num_steps": 2,
         "reward": ["sharpness"], "train.updates": 2, "train.rows_per_update": 8,
@@ -110,7 +110,7 @@ def test_a_method_of_others_is_checked_trains_and_resumes(projects: dict[str, Pa
     assert_a_stopped_run_ends_with_the_same_bits(tiny_run, settings)
 
 
-def test_what_a_plugin_raises_while_training_is_noted_with_its_origin(
+def test_an_error_of_a_plugin_during_training_has_a_note_with_its_origin(
     projects: dict[str, Path], tiny_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     method = default_registry().get("algorithm", "my_method")
@@ -137,7 +137,7 @@ def test_what_a_plugin_raises_while_training_is_noted_with_its_origin(
         ("reward", "rewards", "the package alignkit_rewards is installed already; choose another name"),
     ],
 )
-def test_names_that_cannot_be_are_refused_and_nothing_is_written(
+def test_invalid_names_are_refused_and_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, name: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -146,7 +146,7 @@ def test_names_that_cannot_be_are_refused_and_nothing_is_written(
     assert message in str(caught.value) and list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_there_is_refused_and_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_existing_folder_is_refused_and_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     first = CliRunner().invoke(app, ["new", "reward", "sharpness"])
     assert first.exit_code == 0 and "alignkit-sharpness/pyproject.toml" in first.stdout
