@@ -61,3 +61,8 @@ def register_models(register: Register) -> None:
 @hookspec
 def register_policies(register: Register) -> None:
     """Targets are subclasses of `alignkit.interfaces.Policy`."""
+
+
+@hookspec
+def register_commands(register: Register) -> None:
+    """Targets are a function, whose parameters typer reads as arguments and options, or a `typer.Typer`."""

@@ -1,4 +1,4 @@
-"""Train, look at the reward, draw: the Python API in one page.
+"""Train, watch the reward, sample images: the Python API in one page.
 
 python examples/quickstart.py
 """
@@ -11,7 +11,7 @@ import alignkit
 
 run = alignkit.load(Path(__file__).with_name("first.toml"), overrides={"output": "runs/quickstart"})
 
-for update in run.train():  # a generator: stop when you like, the last checkpoint can be resumed
+for update in run.train():  # a generator: break at any time, and resume from the last checkpoint
     print(f"update {update.step}: reward {update.reward:.3f}")
 
 for index, image in enumerate(run.sample(["a red circle and a blue square", "a green heart"], steps=2)):

@@ -109,6 +109,10 @@ ACME = """
     @hookimpl
     def register_policies(register):
         register("acme_formula", "acme.parts:Formula", "A policy without a checkpoint")
+
+    @hookimpl
+    def register_commands(register):
+        register("acme-greet", "acme.commands:greet", "Greet somebody")
 """
 
 PARTS = '''
@@ -251,11 +255,30 @@ MODELS = """
         )
 """
 
+COMMANDS = '''
+    from typing import Annotated
+
+    import typer
+
+
+    def greet(
+        name: Annotated[str, typer.Argument(help="Who is greeted.")],
+        times: Annotated[int, typer.Option(min=1, help="How often.")] = 1,
+    ) -> None:
+        """Greet somebody by name.
+
+        \\b
+        alignkit acme-greet Ada --times 2
+        """
+        for _ in range(times):
+            typer.echo(f"Hello {name}")
+'''
+
 
 @pytest.fixture
 def acme(plugins: PluginFolder) -> PluginFolder:
     """One plugin of every kind."""
-    plugins.install("acme", ACME, version="2.5", parts=PARTS, models=MODELS)
+    plugins.install("acme", ACME, version="2.5", parts=PARTS, models=MODELS, commands=COMMANDS)
     return plugins
 
 

@@ -1,4 +1,4 @@
-"""The `alignkit` command: its groups, global options and error messages. Imports no torch before a command needs it."""
+"""The `alignkit` command: global options, commands, error messages. Imports torch only when a command needs it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,50 @@ import os
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from alignkit import __version__
 from alignkit.cli import plugins, prompts, rewards, runs
+from alignkit.commands.added import build
 from alignkit.errors import AlignkitError
+from alignkit.registry import Component, default_registry, normalise
+
+
+class _Added(TyperCommand):
+    """A command of a plugin: listed with its line of help, imported when it or its `--help` is called."""
+
+    def __init__(self, row: Component) -> None:
+        super().__init__(row.name, help=row.help)
+        self._row = row
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        return build(default_registry(), self._row).make_context(*args, **kwargs)
 
 
 class _Group(TyperGroup):
-    """Prints what alignkit raises on purpose as red lines, but for --debug; anything else is a bug and keeps its
-    traceback."""
+    """The commands of alignkit and of plugins.
+
+    Errors that alignkit raises on purpose are printed as red lines, except with --debug; any other error is a bug and
+    keeps its traceback.
+    """
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        try:
+            added = [row.name.replace("_", "-") for row in _added()]
+        except AlignkitError as error:  # two plugins with the same name; --help still works
+            _print_error(error)
+            added = []
+        return [*super().list_commands(ctx), *added]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if (own := super().get_command(ctx, cmd_name)) is not None:
+            return own
+        if found := [row for row in _added() if row.name == normalise(cmd_name)]:
+            return _Added(found[0])
+        for row in default_registry().components("command"):
+            if row.broken:  # the command may be one of this plugin
+                typer.secho(f"warning: {row.origin} is broken: {row.broken}", fg="yellow", err=True)
+        return None
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -23,9 +57,17 @@ class _Group(TyperGroup):
         except AlignkitError as error:
             if ctx.params["debug"]:
                 raise
-            for line in str(error).splitlines():
-                typer.secho(f"error: {line}", fg="red", err=True)
+            _print_error(error)
             raise typer.Exit(1) from None
+
+
+def _added() -> list[Component]:
+    return [row for row in default_registry().components("command") if not row.broken]
+
+
+def _print_error(error: AlignkitError) -> None:
+    for line in str(error).splitlines():
+        typer.secho(f"error: {line}", fg="red", err=True)
 
 
 app = typer.Typer(
@@ -48,22 +90,22 @@ def main(
     if version:
         typer.echo(f"alignkit {__version__}")
         raise typer.Exit
-    # Before they are imported: their notes on optional packages and defaults are not about this run.
+    # Set before the libraries are imported: their notes on optional packages do not concern this run.
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # that a look-up failed is told once, and not at every try
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # report a failed look-up once, not at every retry
 
 
-app.command("list")(plugins.list_)
+app.command("list")(plugins.list_components)
 app.command()(plugins.show)
 app.command()(runs.check)
 app.command()(runs.train)
-app.command("prepare")(runs.prepare_)
+app.command("prepare")(runs.prepare_run)
 app.command()(runs.sample)
 app.command()(rewards.score)
 app.command()(rewards.serve)
 app.command()(runs.pairs)
-app.command("evaluate")(runs.evaluate_)
+app.command("evaluate")(runs.evaluate_runs)
 app.command()(plugins.new)
 app.command("check-plugin")(plugins.check_plugin)
 app.add_typer(prompts.prompts_app, name="prompts")

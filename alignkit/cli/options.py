@@ -1,4 +1,4 @@
-"""What is typed behind the flags of the command line, as overrides of a run file."""
+"""Flags that several commands share, and their conversion to overrides of a run file."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from alignkit.errors import AlignkitError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Model = Annotated[str | None, typer.Option(metavar="NAME", help="Registered model, hub id or folder (model.name).")]
+Algo = Annotated[str | None, typer.Option(metavar="NAME", help="The algorithm (algorithm.name).")]
+Rewards = Annotated[list[str] | None, typer.Option(metavar="NAME[=WEIGHT]", help="A reward; repeatable.")]
+Steps = Annotated[int | None, typer.Option(help="Steps of the sampler (sampler.num_steps).")]
+Out = Annotated[str | None, typer.Option(metavar="FOLDER", help="The run folder (output).")]
+Seed = Annotated[int | None, typer.Option(help="Seed of all randomness (seed).")]
+StepList = Annotated[str | None, typer.Option(metavar="N[,N...]", help="Numbers of sampler steps, as 1,2,4.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key, in TOML; repeatable.")]
 
 
@@ -24,7 +30,7 @@ def overrides(
     seed: int | None,
     assignments: list[str] | None,
 ) -> dict[str, Any]:
-    """The flags as the keys that they are short for."""
+    """Return the flags as a table from the keys that they stand for to values."""
     given = {"algorithm.name": algo, "model.name": model, "sampler.num_steps": steps, "output": out, "seed": seed}
     result: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if reward:
@@ -46,25 +52,8 @@ def _reward(text: str) -> dict[str, Any]:
 
 
 def step_list(text: str | None) -> list[int] | None:
+    """Parse numbers of steps, as "1,2,4". Raises AlignkitError for anything else."""
     parts = [part.strip() for part in text.split(",")] if text is not None else []
     if not all(part.isdecimal() and int(part) >= 1 for part in parts):
-        raise AlignkitError(f"--steps {text}: expected whole numbers of 1 or more with commas between, as 1,2,4")
+        raise AlignkitError(f"--steps {text}: expected whole numbers of 1 or more, separated by commas, as 1,2,4")
     return [int(part) for part in parts] or None
-
-
-Algo = Annotated[str | None, typer.Option(metavar="NAME", help="The algorithm (algorithm.name).")]
-
-
-Rewards = Annotated[list[str] | None, typer.Option(metavar="NAME[=WEIGHT]", help="A reward; repeatable.")]
-
-
-Steps = Annotated[int | None, typer.Option(help="Steps of the sampler (sampler.num_steps).")]
-
-
-Out = Annotated[str | None, typer.Option(metavar="FOLDER", help="The run folder (output).")]
-
-
-Seed = Annotated[int | None, typer.Option(help="Seed of everything drawn (seed).")]
-
-
-StepList = Annotated[str | None, typer.Option(metavar="N[,N...]", help="Numbers of sampler steps, as 1,2,4.")]

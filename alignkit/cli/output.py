@@ -1,19 +1,23 @@
-"""What commands print: JSON for programs, tables for people."""
+"""Print the results of commands: JSON for programs, tables and lists for people."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import typer
 
+from alignkit.registry import Component, plural
+
 
 def print_json(value: Any) -> None:
+    """Print a value as indented JSON; what JSON lacks is printed as a string."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
 def print_table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Print a table without lines, its columns wrapped to the width of the terminal."""
     from rich.console import Console
     from rich.table import Table
 
@@ -21,3 +25,66 @@ def print_table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
     for row in rows:
         table.add_row(*row)
     Console(markup=False).print(table)
+
+
+def print_components(rows: Sequence[Component]) -> None:
+    """Print a heading for each kind and a line for each component, cut to the width of the terminal.
+
+    The distribution is printed unless it is alignkit. Plugins that cannot be used come last, with the full reason.
+    """
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    working = [row for row in rows if not row.broken]
+    for kind in dict.fromkeys(row.kind for row in working):
+        console.print(Text(plural(kind), "bold"))
+        group = [row for row in working if row.kind == kind]
+        width = max(len(row.name) for row in group)
+        for row in group:
+            origin = "" if row.distribution == "alignkit" else f"  ({row.distribution} {row.version})".rstrip()
+            about = Text(" ".join(row.help.split()))
+            about.truncate(max(console.width - width - 4 - len(origin), 8), overflow="ellipsis")
+            line = Text.assemble("  ", (f"{row.name:<{width}}", "cyan"), "  ", about, (origin, "dim"))
+            console.print(line, soft_wrap=True)
+    if len(working) < len(rows):
+        console.print(Text("broken plugins", "bold red"))
+    for row in rows:
+        if row.broken:
+            text = Text.assemble((row.name, "red"), f"  {row.broken}", (f"  ({row.distribution} {row.version})", "dim"))
+            console.print(Padding(text, (0, 0, 0, 2)))
+
+
+def print_component(item: Mapping[str, Any], chosen: bool) -> None:
+    """Print a component or section as `alignkit.commands.show.show` gives it.
+
+    `chosen`: the user named the model, so a model without settings for the component is reported too.
+    """
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    console.print(Text(f"{item['kind']} {item['name']}", "bold cyan"), Text(item["origin"], "dim"))
+    console.print(Text(f"{item['doc']}\n"))
+    for field in item["fields"]:
+        default = "required" if field["default"] is None else f"= {field['default']}"
+        console.print(Text.assemble((field["name"], "cyan"), f" {default}  ", (field["type"], "dim")))
+        if field["doc"]:
+            console.print(Padding(Text(field["doc"]), (0, 0, 0, 4), expand=False))
+    model = item.get("model", {"settings": ()})
+    if not model["settings"]:
+        if chosen and "name" in model:
+            console.print(Text(f"\n{model['name']} changes none of these settings."))
+        return
+    console.print(Text(f"\n{model['name']}{'' if chosen else ', the default model,'} changes:", "bold"))
+    for one in model["settings"]:
+        notes = [] if one["default"] is None else [f"default {one['default']}"]
+        if one["where"] and item["kind"] == "algorithm":
+            notes += [f"with {' or '.join(one['where'])} as the only reward"]
+        elif one["where"]:
+            notes += [f"under {', '.join(one['where'])}"]
+        note = f"  ({'; '.join(notes)})" if notes else ""
+        line = Text.assemble((one["key"], "cyan"), f" = {one['value']}", (note, "dim"))
+        console.print(Padding(line, (0, 0, 0, 2), expand=False))

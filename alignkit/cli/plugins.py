@@ -1,4 +1,4 @@
-"""The commands about plugins, `list`, `show`, `new` and `check-plugin`: parse, call, print."""
+"""The commands `list`, `show`, `new` and `check-plugin`: parse, call, print."""
 
 from __future__ import annotations
 
@@ -10,78 +10,73 @@ from typing import Annotated
 import typer
 
 from alignkit.cli.options import Json
-from alignkit.cli.output import print_json, print_table
+from alignkit.cli.output import print_component, print_components, print_json, print_table
 from alignkit.errors import AlignkitError
-from alignkit.registry import KINDS, default_registry, nearest, normalise, plural
+from alignkit.registry import KINDS, default_registry, nearest, plural
 
 
-def list_(kind: Annotated[str | None, typer.Argument(metavar="KIND")] = None, as_json: Json = False) -> None:
-    """List algorithms, rewards, samplers, surrogates, models and policies, with who brought them.
+def list_components(kind: Annotated[str | None, typer.Argument(metavar="KIND")] = None, as_json: Json = False) -> None:
+    """List what is installed, by kind: algorithms, rewards, samplers, models and all else.
+
+    One line each, cut to the width of the terminal; `alignkit show NAME` prints everything. The distribution is listed
+    if it is not alignkit. Plugins that cannot be imported come last, with the reason.
 
     \b
     alignkit list                everything
     alignkit list rewards        one kind
     alignkit list --json         for programs
     """
-    from rich.text import Text
-
-    plurals = {plural(k): k for k in KINDS}
-    wanted = plurals.get(kind.lower(), kind.lower()) if kind else None
-    if kind and wanted not in KINDS:
+    wanted = next((one for one in KINDS if kind and kind.lower() in (one, plural(one))), None)
+    if kind and not wanted:
+        plurals = [plural(one) for one in KINDS]
         raise AlignkitError(f"list: found {kind!r}, expected one of {', '.join(plurals)}{nearest(kind, plurals)}")
     rows = default_registry().components(wanted)
     if as_json:
         return print_json([dataclasses.asdict(row) for row in rows])
-    cells = []
-    for row in rows:
-        what = Text(f"broken: {row.broken}", "red") if row.broken else Text(row.help)
-        cells.append([row.kind, Text(row.name, "cyan"), what, Text(f"{row.distribution} {row.version}", "dim")])
-    print_table(["kind", "name", "what it is", "from"], cells)
+    if wanted and all(row.broken for row in rows):
+        typer.echo(f"no {plural(wanted)}", err=True)
+    print_components(rows)
 
 
-def show(name: Annotated[str, typer.Argument(metavar="NAME")], as_json: Json = False) -> None:
-    """Show one component or one section of a run file: what it is, its paper, its fields and their defaults.
+def show(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="The model whose settings to show.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show one component or one section of a run file: its description, its paper, its fields and their defaults.
+
+    The settings that a model changes for it (the default model, or --model) are listed after the fields.
 
     \b
     alignkit show lasro
+    alignkit show lasro --model sdxl_lcm
     alignkit show train          the [train] section of a run file
     alignkit show lcm --json
     """
-    from alignkit.config.reference import component, section
+    from alignkit.commands.show import show
 
-    registry = default_registry()
-    found = [component(registry, row) for row in registry.named(name)] or section(name)
-    if not found:
-        names = [row.name for row in registry.components() if not row.broken]
-        raise AlignkitError(f"show: unknown name {name!r}{nearest(normalise(name), names)} (`alignkit list` shows all)")
+    found = show(default_registry(), name, model)
     if as_json:
         return print_json(found)
-    from rich.console import Console
-    from rich.padding import Padding
-    from rich.text import Text
-
-    console = Console(highlight=False)
     for item in found:
-        console.print(Text(f"{item['kind']} {item['name']}", "bold cyan"), Text(item["origin"], "dim"))
-        console.print(Text(item["doc"]), "")
-        for field in item["fields"]:
-            default = "required" if field["default"] is None else f"= {field['default']}"
-            console.print(Text.assemble((field["name"], "cyan"), f" {default}  ", (field["type"], "dim")))
-            if field["doc"]:
-                console.print(Padding(Text(field["doc"]), (0, 0, 0, 4), expand=False))
+        print_component(item, chosen=model is not None)
 
 
 def new(
     kind: Annotated[str, typer.Argument(metavar="KIND")],
     name: Annotated[str, typer.Argument(metavar="NAME")],
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where; else alignkit-NAME here.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="The new folder; by default alignkit-NAME.")
+    ] = None,
 ) -> None:
-    """Write a plugin to begin with: a reward, an algorithm or a sampler, with its test, ready to be installed.
+    """Write a plugin to start from, with a test: a reward, algorithm, sampler, surrogate or model.
+
+    It can be installed, trained with and tested as it is written.
 
     \b
     alignkit new reward contrast
     alignkit new algorithm my_method --out my/method
-    alignkit new sampler my_walk
+    alignkit new model my_model
     """
     from alignkit.commands import new as templates
 
@@ -93,17 +88,17 @@ def new(
 
 def check_plugin(
     package: Annotated[str, typer.Argument(metavar="PACKAGE")],
-    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="What rewards are to score.")] = None,
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="Texts that rewards score.")] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="KIND.NAME.FIELD=VALUE", help="A field, in TOML; repeatable.")
     ] = None,
-    download: Annotated[bool, typer.Option("--download", help="Fetch checkpoints that are not here.")] = False,
+    download: Annotated[bool, typer.Option("--download", help="Download missing checkpoints.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Hold what a plugin brings to its promises: batches, gradients, chance, odd inputs, checkpoints.
+    """Check every component of a plugin: batches, gradients, randomness, odd inputs, checkpoints.
 
-    PACKAGE is a distribution, an entry point or a package. What cannot be checked here is skipped, with the reason: a
-    checkpoint that is not on this disk, say. Exit code 1 if anything failed.
+    PACKAGE is a distribution, an entry point or a package. Components that cannot be checked here are skipped with the
+    reason, such as a checkpoint that is not on this disk. Exits with 1 if a check fails.
 
     \b
     alignkit check-plugin alignkit_samplers
@@ -111,7 +106,7 @@ def check_plugin(
     alignkit check-plugin acme --set reward.acme_ocr.checkpoint=my/ocr --prompts my/prompts.jsonl
     """
     if not download:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # before the library that reads it is imported
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when the library is imported
     from rich.text import Text
 
     from alignkit.commands import check_plugin as checks
@@ -119,15 +114,15 @@ def check_plugin(
     from alignkit.data.prompts import read_examples
 
     settings = dict(parse_assignment(text) for text in assignments or ())
-    verdicts = list(checks.check_plugin(package, settings, read_examples(prompts) if prompts else None))
+    results = list(checks.check_plugin(package, settings, read_examples(prompts) if prompts else None))
     if as_json:
-        print_json([dataclasses.asdict(verdict) for verdict in verdicts])
+        print_json([dataclasses.asdict(result) for result in results])
     else:
         colors = {"passed": "green", "failed": "red", "skipped": "yellow"}
         cells = (
-            [v.kind, Text(v.name, "cyan"), Text(v.status, colors[v.status]), Text(v.detail), f"{v.seconds:.1f} s"]
-            for v in verdicts
+            [r.kind, Text(r.name, "cyan"), Text(r.status, colors[r.status]), Text(r.detail), f"{r.seconds:.1f} s"]
+            for r in results
         )
-        print_table(["kind", "name", "verdict", "why, or with what", "time"], cells)
-    if any(verdict.status == "failed" for verdict in verdicts):
+        print_table(["kind", "name", "result", "reason, or settings", "time"], cells)
+    if any(result.status == "failed" for result in results):
         raise typer.Exit(1)

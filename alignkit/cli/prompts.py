@@ -1,4 +1,4 @@
-"""`alignkit prompts ...`: parse, call, print."""
+"""The commands `prompts lint`, `prompts phrases` and `prompts curate`: parse, call, print."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from alignkit.cli.output import print_json
 from alignkit.errors import AlignkitError
 
 prompts_app = typer.Typer(
-    help="Look at prompts before a run: which cannot be scored, what is asked about them, which say the same.\n\n"
-    "FILE is a .txt, .jsonl or .parquet file, or a set that comes along: animals, attributes, counting or spatial, or "
-    "one of these with _held_out behind.\n\n"
+    help="Inspect prompts before a run: which cannot be scored, what a reward asks about them, which are alike.\n\n"
+    "FILE is a .txt, .jsonl or .parquet file, or an included set: animals, attributes, counting or spatial, each also "
+    "with the ending _held_out.\n\n"
     "\b\nalignkit prompts lint prompts.txt --reward attribute_binding\nalignkit prompts phrases attributes\n"
     "alignkit prompts curate prompts.txt --out kept.txt",
     no_args_is_help=True,
@@ -30,16 +30,16 @@ File = Annotated[str, typer.Argument(metavar="FILE")]
 @prompts_app.command()
 def lint(
     file: File,
-    reward: Annotated[str, typer.Option(metavar="NAME", help="The reward that is to score them.")],
+    reward: Annotated[str, typer.Option(metavar="NAME", help="The reward that will score them.")],
     load: Annotated[bool, typer.Option("--load", help="Load the reward and try each prompt on a grey image.")] = False,
     model: Model = None,
     assignments: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Tell which prompts a reward cannot score and why; repeated and broken ones as well.
+    """Report prompts that a reward cannot score, with the reason, and repeated and unreadable ones.
 
-    Without --load no weights are needed, and what only they can tell is left out: words that the reward does not know,
-    and prompts that are too long for it. Exits with 1 if a prompt is broken or cannot be scored.
+    Without --load no weights are needed, but words that the reward does not know and prompts that are too long for it
+    are not found. Exits with 1 if a prompt cannot be read or scored.
 
     \b
     alignkit prompts lint attributes --reward attribute_binding
@@ -63,24 +63,26 @@ def lint(
 @prompts_app.command()
 def phrases(
     file: Annotated[str, typer.Argument(metavar="FILE_OR_PROMPT")],
-    reward: Annotated[str, typer.Option(metavar="NAME", help="The reward that asks.")] = "attribute_binding",
+    reward: Annotated[
+        str, typer.Option(metavar="NAME", help="The reward that asks the questions.")
+    ] = "attribute_binding",
     model: Model = None,
     assignments: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Show what attribute_binding, or another reward that asks questions, will ask about each prompt.
+    """Show the questions that attribute_binding, or another reward that asks any, asks about each prompt.
 
     \b
     alignkit prompts phrases "a red chair and a blue wooden cup"
     alignkit prompts phrases prompts.txt --json
     alignkit prompts phrases prompts.jsonl --reward ocr
     """
-    from alignkit.commands.lint import ask
+    from alignkit.commands.lint import questions
 
-    asked = ask(file, reward, _overrides(model, assignments))
+    found = questions(file, reward, _overrides(model, assignments))
     if as_json:
-        return print_json([dataclasses.asdict(one) for one in asked])
-    for one in asked:
+        return print_json([dataclasses.asdict(one) for one in found])
+    for one in found:
         typer.echo(one.prompt)
         for line in one.questions:
             typer.echo(f"  {line}")
@@ -92,18 +94,18 @@ def phrases(
 def curate(
     file: File,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where the kept prompts go; a new .txt or .jsonl file.")],
-    distance: Annotated[float, typer.Option(help="Nearest kept prompt must be farther away: 1 - cosine.")] = 0.1,
-    limit: Annotated[int | None, typer.Option(min=1, help="Stop when so many are kept.")] = None,
-    encoder: Annotated[str, typer.Option(metavar="NAME", help="Hub id or folder; else the model's own.")] = "",
+    distance: Annotated[float, typer.Option(help="Smallest distance of two kept prompts: 1 - cosine.")] = 0.1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Stop after keeping this many.")] = None,
+    encoder: Annotated[str, typer.Option(metavar="NAME", help="Hub id or folder; by default the model's own.")] = "",
     search: Annotated[str, typer.Option(metavar="HOW", help="faiss, torch, or auto: faiss where installed.")] = "auto",
     model: Model = None,
     assignments: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Keep prompts that differ: leave out repeated ones, and those too near to one that is kept (LaSRO's selection).
+    """Keep prompts that differ: drop repeated ones, and those too close to a kept one, as LaSRO selects prompts.
 
-    Goes through the file from its top. How near two prompts are says a text encoder: CLIP, BERT, T5 or a sentence
-    encoder, or the text encoder of the diffusion model. Distances differ from one encoder to the next: try some.
+    Reads the file from the top. A text encoder measures the distance of two prompts: CLIP, BERT, T5, a sentence
+    encoder, or the text encoder of the diffusion model. Distances depend on the encoder: try several.
 
     \b
     alignkit prompts curate prompts.txt --out kept.txt
@@ -116,14 +118,16 @@ def curate(
     from alignkit.files import write_file
 
     if out.exists():
-        raise AlignkitError(f"--out {out}: is there already; choose another name")
+        raise AlignkitError(f"--out {out}: exists already; choose another name")
     overrides = _overrides(model, assignments)
     config = load_config(None, overrides)
     examples = read_examples(file, config.data.prompt_column)
     if out.suffix not in (".txt", ".jsonl"):
         raise AlignkitError(f"--out {out}: expected a name that ends in .txt or .jsonl")
     if out.suffix == ".txt" and any(e.metadata or "\n" in e.text for e in examples):
-        raise AlignkitError(f"--out {out}: {file} holds more than texts of one line; choose a name that ends in .jsonl")
+        raise AlignkitError(
+            f"--out {out}: {file} has metadata or texts of several lines; choose a name that ends in .jsonl"
+        )
     check(distance, search)
     embedding = TextEmbedding(encoder, config.model.name)
     kept, dropped = curate(examples, embedding, distance, limit, search)
@@ -131,19 +135,19 @@ def curate(
     write_file(out, "\n".join(lines) + "\n")
     repeated = sum(one.repeated for one in dropped)
     if as_json:
-        told = [dataclasses.asdict(one) for one in dropped]
+        left_out = [dataclasses.asdict(one) for one in dropped]
         about = {"encoder": encoder or config.model.name, "truncated": embedding.truncated}
-        return print_json({"out": str(out), "read": len(examples), "kept": len(kept), "dropped": told, **about})
-    left = len(examples) - len(kept) - len(dropped)
-    near, whose = len(dropped) - repeated, encoder or config.model.name
+        return print_json({"out": str(out), "read": len(examples), "kept": len(kept), "dropped": left_out, **about})
+    unread = len(examples) - len(kept) - len(dropped)
+    near, source = len(dropped) - repeated, encoder or config.model.name
     typer.echo(
         f"{out}: {len(kept)} of {len(examples)} prompts kept; {repeated} repeated, {near} within {distance} of a kept "
-        f"one by the text encoder of {whose}" + (f", {left} not looked at" if left else "")
+        f"one by the text encoder of {source}" + (f", {unread} not reached" if unread else "")
     )
     if embedding.truncated:
-        typer.echo(f"warning: {embedding.truncated} prompts are longer than the encoder reads; their ends tell nothing")
+        typer.echo(f"warning: {embedding.truncated} prompts are longer than the encoder reads; their ends are ignored")
     if not encoder and "model.name" not in overrides:
-        typer.echo(f"warning: {whose} is the default model; name an --encoder that reads such prompts")
+        typer.echo(f"warning: {source} is the default model; name an --encoder that suits these prompts")
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The commands about one reward, `score` and `serve`: parse, call, print."""
+"""The commands `score` and `serve`, about one reward: parse, call, print."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from alignkit.cli.options import Json, Model, Set
 from alignkit.cli.output import print_json
 from alignkit.errors import AlignkitError
 
-Device = Annotated[str, typer.Option(help="Where to score: auto, cpu, cuda, cuda:1, ...")]
+Device = Annotated[str, typer.Option(help="Device to score on: auto, cpu, cuda, cuda:1, ...")]
 
 
 def score(
@@ -23,7 +23,7 @@ def score(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER")],
     prompts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="One prompt an image, or one for all; default: a.txt for a.png."),
+        typer.Option(metavar="FILE", help="One prompt per image, or one for all; by default a.txt for a.png."),
     ] = None,
     device: Device = "auto",
     model: Model = None,
@@ -32,7 +32,7 @@ def score(
 ) -> None:
     """Score the images of a folder with a reward, as a run with this model would.
 
-    A line for each image, with the parts of its score, as soon as it is scored. What cannot be scored says why.
+    Prints a line for each image as soon as it is scored, with the parts of its score, or why it could not be scored.
 
     \b
     alignkit score attribute_binding captioned/
@@ -43,7 +43,7 @@ def score(
     from alignkit.commands.score import score_batches
 
     overrides = options.overrides(None, None, model, None, None, None, assignments)
-    _tell_whose(reward, overrides)
+    _note_settings(reward, overrides)
     records: list[dict[str, Any]] = []
     columns: list[str] | None = None
     try:
@@ -52,16 +52,16 @@ def score(
             if not as_json:
                 columns = _print_scores(batch, columns)
     finally:
-        # Also where a later image, or the reward, ends it.
+        # Also if a later image or the reward raises.
         if as_json and records:
             print_json(records)
     if all(record["score"] is None for record in records):
-        reason = next((record["reason"] for record in records if record["reason"]), "it does not say why")
-        raise AlignkitError(f"{folder}: {reward} could score none of the {len(records)} images: {reason}")
+        reason = next((record["reason"] for record in records if record["reason"]), "the reward gives no reason")
+        raise AlignkitError(f"{folder}: {reward} could not score any of the {len(records)} images: {reason}")
 
 
-def _tell_whose(reward: str, overrides: dict[str, Any]) -> None:
-    """Settings that a reward has from a model which nobody named: an own checkpoint is not what its page tells."""
+def _note_settings(reward: str, overrides: dict[str, Any]) -> None:
+    """Note settings that come from the default model: its checkpoint, say, is not the one on the reward's page."""
     from alignkit.config.bundles import find_bundle
     from alignkit.config.sections import ModelConfig
 
@@ -72,12 +72,14 @@ def _tell_whose(reward: str, overrides: dict[str, Any]) -> None:
         if isinstance(entry, dict) and entry["name"] == reward:
             own = [f"{k} = {v}" for k, v in entry.items() if k != "name" and f"reward.{reward}.{k}" not in overrides]
             if own:
-                typer.echo(f"note: {reward} is set as {name}, the default model, sets it: {', '.join(own)}", err=True)
+                typer.echo(f"note: {reward} has settings of {name}, the default model: {', '.join(own)}", err=True)
 
 
 def _print_scores(records: Sequence[dict[str, Any]], columns: list[str] | None) -> list[str]:
-    """Print a line for each record, beneath a heading where these have parts that `columns` lack; returns the columns.
-    The reward's own value, which stands under its bare name, is the score."""
+    """Print a line for each record, after a new heading if the records have parts that `columns` lack.
+
+    Returns the columns. The part with the reward's bare name is the score itself and gets no column.
+    """
     found = dict.fromkeys(part for record in records for part in record["parts"] if "/" in part)
     if columns is None or found.keys() - columns:
         columns = list(found)
@@ -98,17 +100,17 @@ def _cells(parts: dict[str, float], columns: Sequence[str]) -> Iterator[str]:
 
 def serve(
     reward: Annotated[str, typer.Argument(metavar="REWARD")],
-    host: Annotated[str, typer.Option(help="The address to answer at.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port; 0 takes a free one.")] = 8188,
-    network: Annotated[bool, typer.Option("--network", help="Let other machines ask; needs a token.")] = False,
+    network: Annotated[bool, typer.Option("--network", help="Accept other machines; needs a token.")] = False,
     device: Device = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Images scored at once.")] = 16,
     model: Model = None,
     assignments: Set = None,
 ) -> None:
-    """Answer for a reward over HTTP, for the reward `remote` of runs here or on other machines.
+    """Serve a reward over HTTP, for the reward `remote` of runs on this or other machines.
 
-    With ALIGNKIT_TOKEN in the environment, clients must send that token. Without --network only this machine can ask.
+    With ALIGNKIT_TOKEN in the environment, clients must send that token. Without --network only this machine is served.
 
     \b
     alignkit serve attribute_binding
@@ -118,11 +120,11 @@ def serve(
     from alignkit.serving.server import open_server
 
     overrides = options.overrides(None, None, model, None, None, None, assignments)
-    _tell_whose(reward, overrides)
+    _note_settings(reward, overrides)
     with open_server(reward, overrides, host, port, network, device, batch_size) as server:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` ends it as Ctrl-C does
-        typer.echo(f"{server.name} at {server.url}, fingerprint {server.fingerprint}; Ctrl-C ends it")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` stops it as Ctrl-C does
+        typer.echo(f"{server.name} at {server.url}, fingerprint {server.fingerprint}; Ctrl-C stops it")
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            typer.echo("ended", err=True)
+            typer.echo("stopped", err=True)

@@ -14,7 +14,7 @@ from alignkit.cli.output import print_json, print_table
 from alignkit.errors import AlignkitError
 
 WIDE = 110
-"""Columns of a terminal in which a table has room for every interval."""
+"""Width of a terminal, in columns, that has room for every interval of the table."""
 
 
 def check(
@@ -27,7 +27,7 @@ def check(
     seed: Seed = None,
     assignments: Set = None,
 ) -> None:
-    """Find every mistake in a run file before any weight loads.
+    """Find all mistakes in a run file before any weight loads.
 
     \b
     alignkit check run.toml
@@ -56,9 +56,9 @@ def train(
     out: Out = None,
     seed: Seed = None,
     assignments: Set = None,
-    resume: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Go on with an interrupted run.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the run folder alone.")] = False,
-    plain: Annotated[bool, typer.Option("--plain", help="Print lines, no live table.")] = False,
+    resume: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Resume an interrupted run.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the run folder.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Print lines instead of a live table.")] = False,
 ) -> None:
     """Train a model, from a run file, from flags, or both; flags win.
 
@@ -81,11 +81,11 @@ def train(
     def stop(number: int, _: object) -> None:
         nonlocal received
         received = signal.Signals(number)
-        signal.signal(number, before[received])  # a second one ends the run at once
-        typer.echo("stopping behind this update; press Ctrl-C again to stop at once", err=True)
+        signal.signal(number, before[received])  # a second signal stops the run at once
+        typer.echo("stopping after this update; press Ctrl-C again to stop at once", err=True)
         run.stop()
 
-    # SIGTERM is what schedulers of clusters send before they kill.
+    # Cluster schedulers send SIGTERM before they kill.
     before = {one: signal.signal(one, stop) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
         for _ in run.train(console=console):
@@ -96,23 +96,23 @@ def train(
         for one, handler in before.items():
             signal.signal(one, handler)
     if run.stopping:
-        typer.echo(f"stopped; go on with: alignkit train --resume {run.folder}", err=True)
+        typer.echo(f"stopped; resume with: alignkit train --resume {run.folder}", err=True)
         raise typer.Exit(128 + received)
     typer.echo(run.folder)
 
 
-def prepare_(
+def prepare_run(
     file: Annotated[Path | None, typer.Argument(metavar="FILE")] = None,
     algo: Algo = None,
     model: Model = None,
-    cache: Annotated[str | None, typer.Option(metavar="FOLDER", help="Where to keep it (data.cache).")] = None,
+    cache: Annotated[str | None, typer.Option(metavar="FOLDER", help="The cache (data.cache).")] = None,
     assignments: Set = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Encode a run's prompts and images ahead of time; `train` with the same cache reads what is there.
+    """Encode the prompts and images of a run ahead of time, into a cache that `train` reads.
 
-    Can be interrupted and called again: what is there is not encoded twice.
+    Can be interrupted and repeated: nothing is encoded twice.
 
     \b
     alignkit prepare run.toml --cache cache
@@ -141,10 +141,10 @@ def sample(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...")],
     steps: StepList = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    count: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 1,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the images go.")] = Path("samples"),
+    count: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 1,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the images.")] = Path("samples"),
 ) -> None:
-    """Draw images with a run's trained weights, or with a model as it is.
+    """Generate images with the trained weights of a run, or with a model as it is.
 
     \b
     alignkit sample runs/first "a red circle and a blue square"
@@ -158,7 +158,7 @@ def sample(
         plan = [(n, [out / f"{p:03d}_{n}steps_{c}.png" for p, c in images]) for n in numbers]
     for path in (path for _, paths in plan for path in paths):
         if path.exists():
-            raise AlignkitError(f"--out {out}: {path.name} is there already; choose another folder")
+            raise AlignkitError(f"--out {out}: {path.name} exists already; choose another folder")
     run = open_run(source)
     out.mkdir(parents=True, exist_ok=True)
     for step, paths in plan:
@@ -169,22 +169,24 @@ def sample(
 
 def pairs(
     source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL")],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the pairs go; a new or empty folder.")],
-    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="Texts; else the training prompts.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the pairs; new or empty.")],
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts; by default those of training.")] = None,
     reward: Rewards = None,
-    count: Annotated[int, typer.Option(min=2, help="Images of each prompt.")] = 4,
-    every: Annotated[bool, typer.Option("--every", help="All two that differ, not the best and worst alone.")] = False,
-    margin: Annotated[float, typer.Option(min=0, help="Scores must differ by more than this.")] = 0.0,
-    limit: Annotated[int | None, typer.Option(min=1, help="Prompts used, from the top of the file.")] = None,
+    count: Annotated[int, typer.Option(min=2, help="Images per prompt.")] = 4,
+    every: Annotated[
+        bool, typer.Option("--every", help="Every two images that differ, not only best and worst.")
+    ] = False,
+    margin: Annotated[float, typer.Option(min=0, help="Smallest difference of two scores.")] = 0.0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only this many prompts, from the top.")] = None,
     steps: Steps = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     assignments: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Make preference pairs: draw several images of each prompt, score them, keep the better and the worse.
+    """Make preference pairs: generate several images of each prompt, score them, keep the best and the worst.
 
-    The folder holds the images and pairs.jsonl, a line for each pair with text, files, scores and seed. It is what
-    data.pairs names in a run file, for diffusion_dpo and for pso in its offline mode.
+    The folder holds the images and pairs.jsonl, one line per pair with text, files, scores and seed. Name it as
+    data.pairs in a run file, for diffusion_dpo and for pso in its offline mode.
 
     \b
     alignkit pairs shapes_lcm --out my/pairs
@@ -208,21 +210,23 @@ def pairs(
     typer.echo(f"{made.folder}: {made.pairs} pairs of {made.prompts} prompts{without}")
 
 
-def evaluate_(
+def evaluate_runs(
     sources: Annotated[list[str], typer.Argument(metavar="RUN...")],
     steps: StepList = None,
-    reward: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A further reward; repeatable.")] = None,
-    unseen: Annotated[bool, typer.Option("--unseen", help="Held-out prompts alone.")] = False,
-    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the rows as CSV.")] = None,
+    reward: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Another reward to measure; repeatable.")
+    ] = None,
+    unseen: Annotated[bool, typer.Option("--unseen", help="Held-out prompts only.")] = False,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the rows to a CSV file.")] = None,
     assignments: Set = None,
     as_json: Json = False,
 ) -> None:
     """Measure the rewards before and after training, with 95 % intervals, and the drift.
 
-    On terminals of 110 columns, as in JSON and CSV, means have intervals of their own beside those of the difference.
+    Uses training prompts and held-out prompts. Drift is the distance of the images from those of the model before
+    training: a kernel distance in that model's own features, 0 if nothing changed.
 
-    On prompts of the file that was trained from and on held-out ones. Drift is how far the images moved away from
-    those of the model before training: a kernel distance in that model's own features, 0 where nothing changed.
+    Terminals of 110 columns, JSON and CSV also show intervals of the means, next to those of the difference.
 
     \b
     alignkit evaluate runs/first
@@ -239,7 +243,7 @@ def evaluate_(
     from alignkit.runs.run import open_run
 
     if csv is not None and csv.exists():
-        raise AlignkitError(f"--csv {csv}: is there already; choose another name")
+        raise AlignkitError(f"--csv {csv}: exists already; choose another name")
     changes = overrides(None, None, None, None, None, None, assignments)
     runs = [open_run(source, changes) for source in sources]
     rows = evaluate(runs, step_list(steps), reward or (), not unseen, Console(stderr=True))

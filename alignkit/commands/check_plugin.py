@@ -1,4 +1,4 @@
-"""The checks of `alignkit.testing`, run on all that an installed plugin brings."""
+"""Run the checks of `alignkit.testing` on every component that an installed plugin registers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from alignkit.commands.added import build
 from alignkit.config import schema
 from alignkit.errors import AlignkitError, ConfigError, PluginError
 from alignkit.interfaces import Algorithm
@@ -23,20 +24,20 @@ from alignkit.testing import (
 )
 from alignkit.testing.world import Form
 
-WALKS: dict[Form, tuple[str, ...]] = {"lcm": ("lcm",), "teacher": ("ddim", "euler_ancestral", "renoise")}
-"""The forms of models that an algorithm is checked on, and the samplers of which it takes the first it accepts."""
+SAMPLERS: dict[Form, tuple[str, ...]] = {"lcm": ("lcm",), "teacher": ("ddim", "euler_ancestral", "renoise")}
+"""The forms of models that an algorithm is checked on, each with the samplers to try until it accepts one."""
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What became of one component."""
+class Checked:
+    """The result of checking one component."""
 
     kind: str
     name: str
     status: str
     """"passed", "failed" or "skipped"."""
     detail: str
-    """What failed, why it was skipped, or what it was checked with."""
+    """The failed promise, the reason for skipping, or the settings that the check ran with."""
     seconds: float
 
 
@@ -45,7 +46,10 @@ class _Skipped(Exception):
 
 
 def members(registry: Registry, package: str) -> list[Component]:
-    """All that a distribution, an entry point or a package of this name registers. Raises AlignkitError for none."""
+    """Return all that a distribution, an entry point or a package of this name registers.
+
+    Raises AlignkitError if there is none.
+    """
     rows = registry.components()
     wanted = normalise(package).lower()
     found = [row for row in rows if wanted in (normalise(name).lower() for name in _names(row))]
@@ -64,12 +68,11 @@ def _names(row: Component) -> tuple[str, str, str]:
 
 def check_plugin(
     package: str, settings: Mapping[str, Any] | None = None, examples: Sequence[Example] | None = None
-) -> Iterator[Verdict]:
+) -> Iterator[Checked]:
     """Check every component of a plugin, one after another.
 
-    `settings` are fields by "KIND.NAME.FIELD", for checkpoints that are elsewhere and for towers that should be
-    smaller. `examples` are what rewards are asked to score. Raises AlignkitError for a plugin or a setting that is not
-    there.
+    `settings` are fields by "KIND.NAME.FIELD", to name a local checkpoint or to make a network smaller. Rewards score
+    `examples`, by default prompts of coloured shapes. Raises AlignkitError for an unknown plugin or setting.
     """
     registry = default_registry()
     rows = members(registry, package)
@@ -82,11 +85,12 @@ def check_plugin(
             status, detail = "failed", str(error)
         except (_Skipped, AlignkitError) as error:
             status, detail = "skipped", str(error)
-        yield Verdict(row.kind, row.name, status, " ".join(detail.split()), time.perf_counter() - start)
+        yield Checked(row.kind, row.name, status, " ".join(detail.split()), time.perf_counter() - start)
 
 
 def _by_component(registry: Registry, settings: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
-    """{"reward.clip_score.model": ...} as {("reward", "clip_score"): {"model": ...}}, with the types of the fields."""
+    """Turn {"reward.clip_score.model": ...} into {("reward", "clip_score"): {"model": ...}}, converted to the fields'
+    types."""
     given: dict[tuple[str, str], dict[str, Any]] = {}
     for path, value in settings.items():
         kind, _, rest = path.partition(".")
@@ -104,11 +108,16 @@ def _by_component(registry: Registry, settings: Mapping[str, Any]) -> dict[tuple
 
 
 def _check(registry: Registry, row: Component, given: Mapping[tuple[str, str], dict[str, Any]], examples: Any) -> str:
-    """What it was checked with. Raises AssertionError or PluginError for a failure, else what says why it was not."""
+    """Check one component and return what it was checked with.
+
+    Raises AssertionError or PluginError for a failure, _Skipped or another AlignkitError if it cannot be checked here.
+    """
     if row.broken:
         raise AssertionError(f"{row.origin} is broken: {row.broken}")
     if row.kind == "model":
         return check_model(row.name)
+    if row.kind == "command":
+        return _check_command(registry, row)
     component = _built(registry, row.kind, row.name, given)
     if row.kind == "reward":
         check_reward(component, examples=examples)
@@ -118,8 +127,10 @@ def _check(registry: Registry, row: Component, given: Mapping[tuple[str, str], d
         check_surrogate(component)
     elif row.kind == "regulariser":
         check_regulariser(component)
-    else:
+    elif row.kind == "algorithm":
         return _check_algorithm(registry, component, given)
+    else:
+        raise _Skipped(f"there is no check for a {row.kind}")
     return ", ".join(f"{key} = {value}" for key, value in given.get((row.kind, row.name), {}).items())
 
 
@@ -128,26 +139,31 @@ def _built(registry: Registry, kind: str, name: str, given: Mapping[tuple[str, s
     fields = given.get((kind, name), {})
     missing = schema.field_types(cls).keys() - schema.defaults(cls).keys() - fields.keys()
     if missing:
-        raise _Skipped(
-            f"{sorted(missing)[0]} has no default; hand it over with --set {kind}.{name}.{sorted(missing)[0]}="
-        )
+        raise _Skipped(f"{sorted(missing)[0]} has no default; set it with --set {kind}.{name}.{sorted(missing)[0]}=")
     try:
         return cls(**fields)
     except ValueError as error:
         if fields:
             raise ConfigError(f"{kind} {name}: {error}") from error
-        raise AssertionError(f"{kind} {name} refuses its own defaults: {error}") from error
+        raise AssertionError(f"{kind} {name} rejects its own defaults: {error}") from error
+
+
+def _check_command(registry: Registry, row: Component) -> str:
+    """Import a command and format its help, which reads all of its parameters."""
+    command = build(registry, row)
+    command.get_help(command.context_class(command, info_name=f"alignkit {row.name}"))
+    return "its --help"
 
 
 def _check_algorithm(
     registry: Registry, algorithm: Algorithm[Any, Any], given: Mapping[tuple[str, str], dict[str, Any]]
 ) -> str:
-    """On each form of model with the first sampler that it accepts."""
+    """Check an algorithm on each form of model, with the first sampler that it accepts."""
     surrogate = None
     if "surrogate" in algorithm.needs and (own := algorithm.default_surrogate):
         surrogate = _built(registry, "surrogate", normalise(own), given)
     checked, reasons = [], []
-    for form, names in WALKS.items():
+    for form, names in SAMPLERS.items():
         for name in names:
             sampler = registry.get("sampler", name)(num_steps=2)
             if reason := refusal(algorithm, sampler):

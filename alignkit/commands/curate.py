@@ -1,6 +1,6 @@
-"""A smaller set of prompts that says as much: no repetition, and none too near to another in a text embedding.
+"""Reduce a set of prompts: drop repeated ones, and those too close to a kept one in a text embedding.
 
-The selection of prompts in LaSRO ("Reward fine-tuning two-step diffusion models via learning differentiable
+This is how LaSRO selects prompts ("Reward fine-tuning two-step diffusion models via learning differentiable
 latent-space surrogate reward"); the encoder, the distance and the order are ours.
 """
 
@@ -23,7 +23,7 @@ from alignkit.records import Example
 
 Search = Literal["auto", "faiss", "torch"]
 BLOCK = 256
-"""Prompts that are embedded and looked up together."""
+"""Number of prompts that are embedded and looked up together."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Dropped:
 
     prompt: str
     near: str
-    """The kept prompt that it repeats or is too near to."""
+    """The kept prompt that it repeats or is too close to."""
     distance: float
     """1 - cosine; 0 for a repetition."""
     repeated: bool
-    """Whether it has the text of an earlier one."""
+    """Whether it has the same text as an earlier one."""
 
 
 def curate(
@@ -46,10 +46,10 @@ def curate(
     limit: int | None = None,
     search: str = "auto",
 ) -> tuple[list[Example], list[Dropped]]:
-    """The examples to keep, in their order, and those left out, up to the one where `limit` was reached.
+    """Return the examples to keep, in their order, and those dropped until `limit` was reached.
 
-    An example is kept if no earlier one that was kept has its text (but for case, blanks and points at the end), and
-    if the nearest of them in `embed`, texts to unit vectors (N, D), is farther than `distance` away: 1 - cosine.
+    `embed` maps texts to unit vectors (N, D). An example is kept if no earlier example has its text (up to case, blanks
+    and full stops at the end), and if its distance to every kept one, 1 - cosine, is more than `distance`.
     """
     check(distance, search)
     first: dict[str, str] = {}
@@ -68,7 +68,7 @@ def curate(
                 dropped.append(Dropped(example.text, first[known], 0.0, True))
                 continue
             places = [nearest[row]] if before else []
-            if fresh := vectors[before:]:  # those of this block, which the index does not know yet
+            if fresh := vectors[before:]:  # kept from this block, and not in the index yet
                 places.append(before + int((torch.stack(fresh) @ vector).argmax()))
             gap, place = min(((_gap(vectors[place], vector), place) for place in places), default=(2.0, -1))
             first[known] = example.text if gap > distance else kept[place].text
@@ -85,7 +85,7 @@ def curate(
 
 
 def check(distance: float, search: str) -> None:
-    """Raise ConfigError for what `curate` cannot work with."""
+    """Raise ConfigError for values that `curate` cannot work with."""
     if not 0 <= distance < 2:
         raise ConfigError(f"distance: found {distance}, expected 0 or more and less than 2")
     if search not in get_args(Search):
@@ -94,24 +94,24 @@ def check(distance: float, search: str) -> None:
 
 
 def _gap(first: Tensor, second: Tensor) -> float:
-    """1 - cosine in float64, so that the search decides which vector is nearest and nothing else."""
+    """Return 1 - cosine in float64, so that it does not depend on the search."""
     return max(0.0, 1 - float(first.double() @ second.double()))
 
 
 class Index(ABC):
-    """Unit vectors, and which of them are nearest to others. All are looked at, so the answer is exact."""
+    """Exact search for the nearest of a set of unit vectors."""
 
     @abstractmethod
     def add(self, vectors: Tensor) -> None:
-        """Remember `vectors` (M, D) float32."""
+        """Add `vectors` (M, D) float32."""
 
     @abstractmethod
     def nearest(self, vectors: Tensor) -> list[int]:
-        """For each of `vectors` (N, D) which of those added, 0 the first, has the largest cosine."""
+        """Return, for each of `vectors` (N, D), the index of the added vector with the largest cosine."""
 
 
 class TorchIndex(Index):
-    """By torch, a block of those added at a time."""
+    """Search with torch, one added block at a time."""
 
     def __init__(self) -> None:
         self._blocks: list[Tensor] = []
@@ -129,7 +129,7 @@ class TorchIndex(Index):
 
 
 class FaissIndex(Index):
-    """By FAISS: the same, quicker where there are many."""
+    """Search with FAISS: the same result, faster for many vectors."""
 
     def __init__(self, width: int) -> None:
         from faiss import IndexFlatIP
@@ -145,7 +145,7 @@ class FaissIndex(Index):
 
 
 def open_index(search: str, width: int) -> Index:
-    """An empty index; "auto" is FAISS where it is installed. Raises ConfigError where it is asked for and is not."""
+    """Return an empty index. "auto" takes FAISS if it is installed; "faiss" raises ConfigError if it is not."""
     if search == "torch":
         return TorchIndex()
     try:
@@ -157,12 +157,12 @@ def open_index(search: str, width: int) -> Index:
 
 
 class TextEmbedding:
-    """A text encoder of transformers, frozen, on the CPU: texts to unit vectors."""
+    """A frozen text encoder of transformers on the CPU, which maps texts to unit vectors."""
 
     def __init__(self, encoder: str = "", model: str = "") -> None:
-        """`encoder` is a hub id or a folder; if empty, the text encoder of the diffusion pipeline `model` is taken.
+        """Load `encoder`, a hub id or a folder; if empty, the text encoder of the diffusion pipeline `model`.
 
-        Raises ConfigError for what cannot be loaded.
+        Raises ConfigError if it cannot be loaded.
         """
         from transformers import AutoModel, AutoTokenizer
 
@@ -195,9 +195,9 @@ class TextEmbedding:
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """(N, D) float32: what CLIP projects its last token to, or else the mean over the tokens.
+        """Return unit vectors (N, D) float32: CLIP's projection of the last token, else the mean over the tokens.
 
-        Texts of which it reads a part are counted in `truncated`.
+        Texts that are longer than the encoder's limit are counted in `truncated`.
         """
         self.truncated += sum(len(ids) > self._limit for ids in self._words(list(texts), verbose=False).input_ids)
         tokens = self._words(list(texts), padding=True, truncation=True, max_length=self._limit, return_tensors="pt")

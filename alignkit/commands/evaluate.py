@@ -1,4 +1,4 @@
-"""Runs side by side: every reward before and after, on prompts seen and unseen, and how far the images drifted."""
+"""Compare runs: every reward before and after training, on seen and unseen prompts, and the drift of the images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from alignkit.runs.run import Run
 
 DRIFT = "drift"
-"""The row that holds the kernel distance to the base model's images."""
+"""Name of the row with the kernel distance to the images of the model before training."""
 
 
 def evaluate(
@@ -36,11 +36,11 @@ def evaluate(
     seen: bool = True,
     console: Console | None = None,
 ) -> list[Row]:
-    """Rows of all runs, those of one reward and number of steps beside each other.
+    """Return the rows of all runs, sorted by prompts, number of steps and reward.
 
-    `rewards` are measured besides those that a run names. With `seen`, as many of the file that was trained from are
-    measured as of the held-out ones. Runs that began as the same model and are measured alike share what came before.
-    Progress is shown on `console`.
+    `rewards` are measured in addition to those that a run names. With `seen`, training prompts are measured as well, as
+    many as held-out ones. Runs that start from the same model and are measured in the same way share the measurement
+    before training. Progress is shown on `console`.
     """
     before: dict[str, Measurement] = {}
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
@@ -50,14 +50,14 @@ def evaluate(
             for run, name in zip(runs, _names(runs), strict=True)
             for row in _rows(run, name, steps, rewards, seen, before, progress)
         ]
-    # Sorting is stable, so runs stay in the order given.
+    # Sorting is stable: runs stay in the order given.
     names = list(dict.fromkeys(row.reward for row in rows))
     kinds = list(dict.fromkeys(row.prompts for row in rows))
     return sorted(rows, key=lambda row: (kinds.index(row.prompts), row.num_steps, names.index(row.reward)))
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """What tables call them: run folders of one name by their paths."""
+    """Return the names for tables; runs whose folders have the same name get their paths."""
     names = [run.name for run in runs]
     alike = [name == run.folder.name and names.count(name) > 1 for run, name in zip(runs, names, strict=True)]
     return [str(run.folder) if same else name for run, name, same in zip(runs, names, alike, strict=True)]
@@ -77,7 +77,7 @@ def _rows(
     if seen:
         prompts["seen"] = run.prompts(run.skipped())[: settings.limit]
     if not any(prompts.values()):
-        raise ConfigError("evaluate.prompts: missing; expected a file of prompts that are not trained on")
+        raise ConfigError("evaluate.prompts: missing; expected a file of held-out prompts")
     chosen = list(steps or settings.steps)
     for number in chosen:
         run.sampler(number)
@@ -104,7 +104,7 @@ def _rows(
                 finally:
                     progress.remove_task(task)
 
-            # All that the measurement before depends on; how the model is trained is left out of it.
+            # Everything that the measurement before training depends on.
             model = replace(config.model, teacher="", lora_rank=0, lora_targets=[])
             key = repr((model, config.sampler, config.rewards, settings, examples, chosen, extra))
             if key not in before:
@@ -120,8 +120,10 @@ def _rows(
 
 
 def drift(before: Mapping[int, Tensor], after: Mapping[int, Tensor], prompts: int) -> list[Row]:
-    """A row for each number of steps: the kernel distance between the features (N, D) of the images of `prompts`
-    texts."""
+    """Return one row per number of steps: the kernel distance between the features (N, D) before and after.
+
+    Both are of images of `prompts` texts; with fewer than 2 there is no distance and no row.
+    """
     rows = []
     for num_steps, features in before.items():
         if prompts < 2:
@@ -132,7 +134,7 @@ def drift(before: Mapping[int, Tensor], after: Mapping[int, Tensor], prompts: in
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """The rows with a line of headings."""
+    """Return the rows as CSV, after a line of headings."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
     writer.writeheader()

@@ -1,4 +1,4 @@
-"""Prompts before a run: which of them a reward cannot score, and what it asks about each."""
+"""Inspect prompts before a run: which of them a reward cannot score, and what it asks about each."""
 
 from __future__ import annotations
 
@@ -20,41 +20,41 @@ from alignkit.runs.build import Parts
 
 Problem = Literal["broken", "unscorable", "truncated", "repeated"]
 _SIDE = 64
-"""Of the grey image that loaded rewards are tried on."""
+"""Width and height of the grey image that loaded rewards are tried on."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about one prompt that its author should know."""
+    """A problem of one prompt."""
 
     problem: Problem
-    """broken: cannot be read; unscorable: the reward refuses it; truncated: its end is not read; repeated."""
+    """broken: cannot be read; unscorable: the reward rejects it; truncated: its end is ignored; repeated."""
     number: int
-    """Which of the prompts that can be read, 1 the first; 0 for a broken one."""
+    """Position among the prompts that can be read, from 1; 0 for a broken one."""
     prompt: str
-    """Its text; empty for a broken one."""
+    """The text; empty for a broken one."""
     why: str
-    """One line."""
+    """The reason, in one line."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a reward asks about images of one prompt."""
+class Questions:
+    """The questions that a reward asks about images of one prompt."""
 
     prompt: str
     questions: tuple[str, ...]
     refused: str
-    """Why the reward cannot score it; empty where it can, as far as is known before any weight loads."""
+    """Reason why the reward cannot score it; empty if it can, as far as is known before any weight loads."""
 
 
 def lint(
     source: str | Path, reward: str, overrides: Mapping[str, Any] | None = None, load: bool = False
 ) -> tuple[int, list[Finding]]:
-    """The number of prompts in the file or set `source`, and what is wrong with some of them under `reward`.
+    """Return the number of prompts in the file or set `source`, and the problems that `reward` has with them.
 
-    Without `load` what can be told before any weight loads. With it the reward scores a grey image with each prompt,
-    and tells of words that it does not know and of ends that it does not read. Raises AlignkitError for what is wrong
-    with file or reward themselves.
+    Without `load` no weights are loaded. With it the reward scores a grey image with each prompt, which also finds
+    words that it does not know and prompts that it truncates. Raises AlignkitError if the file or the reward itself is
+    wrong.
     """
     config = load_config(None, {**(overrides or {}), "reward": [reward]})
     broken: list[str] = []
@@ -77,7 +77,7 @@ def lint(
 def _problems(rewards: WeightedRewards, example: Example, loaded: bool) -> Iterator[tuple[Problem, str]]:
     name, _, reward = rewards.rewards[0]
     try:
-        rewards.check([replace(example, place="")])  # a finding has its place
+        rewards.check([replace(example, place="")])  # a finding names the place itself
         if not loaded:
             return
         scores = rewards.score(torch.full((1, 3, _SIDE, _SIDE), 0.5), [example], 1)
@@ -85,19 +85,19 @@ def _problems(rewards: WeightedRewards, example: Example, loaded: bool) -> Itera
         yield "unscorable", str(error)
         return
     if not scores.valid[0]:
-        why = scores.reason.removeprefix(f"{name}: ") or "marks a grey image of it as one that cannot be scored"
+        why = scores.reason.removeprefix(f"{name}: ") or "cannot score a grey image of it"
         yield "unscorable", f"{name}: {why}"
     elif float(scores.parts.get(f"{name}/truncated", torch.zeros(1))[0]) > 0:
         with blaming(name, reward, "in tokens"):
             limit = reward.tokens(example)
-        told = f"reads {limit[0]} tokens, found {limit[1]}" if limit else "does not read all of it"
-        yield "truncated", f"{name}: {told}; what stands at its end counts for nothing"
+        read = f"reads {limit[0]} tokens, found {limit[1]}" if limit else "does not read all of it"
+        yield "truncated", f"{name}: {read}; the end of the prompt is ignored"
 
 
-def ask(source: str, reward: str, overrides: Mapping[str, Any] | None = None) -> list[Asked]:
-    """What `reward` asks about images of each prompt; `source` is a file, a set, or a prompt itself.
+def questions(source: str, reward: str, overrides: Mapping[str, Any] | None = None) -> list[Questions]:
+    """Return the questions of `reward` about each prompt; `source` is a file, a set, or a prompt itself.
 
-    Raises AlignkitError for a reward that asks nothing.
+    Raises AlignkitError for a reward that asks no questions.
     """
     config = load_config(None, {**(overrides or {}), "reward": [reward]})
     file = prompt_file(source)
@@ -109,12 +109,12 @@ def ask(source: str, reward: str, overrides: Mapping[str, Any] | None = None) ->
     out = []
     for example in examples:
         refused = next((why for _, why in _problems(rewards, example, loaded=False)), "")
-        out.append(Asked(example.text, tuple(scoring.explain(example)), refused))
-    if not any(asked.questions or asked.refused for asked in out):
+        out.append(Questions(example.text, tuple(scoring.explain(example)), refused))
+    if not any(one.questions or one.refused for one in out):
         raise ConfigError(f"reward {name}: asks no questions; it reads prompts as they are")
     return out
 
 
 def same(text: str) -> str:
-    """Equal for texts that differ in upper and lower case, in blanks, and in points at the end alone."""
+    """Return a key that is equal for texts that differ only in case, blanks and full stops at the end."""
     return " ".join(text.casefold().split()).rstrip(" .")

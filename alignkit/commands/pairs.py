@@ -1,4 +1,4 @@
-"""Preference pairs from a model and a reward, in the form that `[data] pairs` reads."""
+"""Make preference pairs with a model and a reward, in the format that `[data] pairs` reads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ IMAGES = "images"
 
 @dataclass(frozen=True)
 class Made:
-    """What came of it."""
+    """Counts of the pairs that were made."""
 
     folder: str
     prompts: int
@@ -36,7 +36,7 @@ class Made:
     undecided: int
     """Prompts without a pair: equal scores, or fewer than two images that could be scored."""
     skipped: tuple[str, ...] = ()
-    """Prompts that are broken, if the run skips such."""
+    """Broken prompts, if the run skips them."""
 
 
 def make_pairs(
@@ -50,25 +50,25 @@ def make_pairs(
     every: bool = False,
     margin: float = 0.0,
 ) -> Made:
-    """Draw `count` images of each training prompt, score them by the run's rewards, write pairs into a new folder.
+    """Generate `count` images per training prompt, score them with the run's rewards, write pairs into a new folder.
 
-    `limit` is how many prompts are used, from the top; `steps` those of the sampler, if others than the run's.
-    Of each text the best and the worst make a pair; with `every`, all two whose scores differ do. Scores must differ by
-    more than `margin`. `pairs.jsonl` grows as it goes, each line behind the images that it names, so what an
-    interrupted call has written can be read. Image i of prompt p has the noise of (seed, p * count + i), whatever the
-    batch. Raises ConfigError if `out` holds anything.
+    `limit` prompts are used, from the top, with `steps` sampler steps (None: as the run has it). Best and worst image
+    of a prompt make a pair; with `every`, every two images do whose scores differ. Scores must differ by more than
+    `margin`. A line of `pairs.jsonl` is written after the images that it names, so the output of an interrupted call
+    can be read. Image i of prompt p has the noise of (seed, p * count + i), whatever the batch. Raises ConfigError if
+    `out` is not empty.
     """
     if count < 2:
         raise ConfigError(f"count: found {count}, expected 2 or more images of each prompt")
     if margin < 0:
         raise ConfigError(f"margin: found {margin}, expected 0 or more")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out {out}: is there already; choose another folder")
+        raise ConfigError(f"--out {out}: exists already; choose another folder")
     skipped = run.skipped()
     examples, rewards = run.prompts(skipped)[:limit], WeightedRewards(run.trained_rewards(), scoring=run.scoring())
     sampler = run.sampler(steps)
     if not examples:
-        raise ConfigError("data.prompts: missing; say with --prompts what to draw")
+        raise ConfigError("data.prompts: missing; name the prompts with --prompts")
     rewards.check(examples)
     policy = run.policy()
     rewards.load(policy.device)
@@ -98,16 +98,16 @@ def make_pairs(
         raise AlignkitError(f"--out {out}: cannot be written ({error.strerror or error})") from error
     if not made:
         raise AlignkitError(
-            f"{out}: of none of {len(examples)} prompts the scores told two images apart; draw more of each "
-            "(--count), lower --margin, or try the reward with alignkit score"
+            f"{out}: for none of the {len(examples)} prompts two images got different scores; generate more per prompt "
+            "(--count), lower --margin, or test the reward with alignkit score"
         )
     return Made(str(out), len(examples), made, undecided, tuple(skipped or ()))
 
 
 def preferred(scores: Sequence[float], every: bool = False, margin: float = 0.0) -> Iterator[tuple[int, int]]:
-    """(winner, loser) as places in the scores of one text's images; NaN is one that could not be scored.
+    """Yield (winner, loser) as indices into the scores of one prompt's images; NaN: could not be scored.
 
-    The best and the worst, the first of equal ones; or with `every` all two, by falling score of the winner.
+    These are the best and the worst, the first of equal ones; with `every`, every two, by decreasing winning score.
     """
     order = sorted((i for i, score in enumerate(scores) if score == score), key=lambda i: -scores[i])
     if not every and order:
@@ -138,5 +138,5 @@ def _name(prompt: int, index: int) -> str:
 
 
 def _save(pixels: Tensor, path: Path) -> None:
-    """(3, H, W) bytes as a file."""
+    """Write (3, H, W) uint8 to a file."""
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)

@@ -1,4 +1,4 @@
-"""Encoding ahead of time what a run will read: prompts, captions and images into the cache of `[data] cache`."""
+"""Encode the prompts, captions and images of a run ahead of time, into the cache of `[data] cache`."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from alignkit.runs.run import Run
 
 @dataclass(frozen=True)
 class Prepared:
-    """What lies in the cache from one encoder."""
+    """The entries of one encoder in the cache."""
 
     what: str
     """"texts" or "images"."""
     read: int
-    """Distinct texts of the run, or images of its set or its pairs."""
+    """Distinct texts of the run, or images of its data set or pairs."""
     encoded: int
-    """Those that were not there before."""
+    """Entries that were added."""
     folder: str
-    """Where the encoder's entries lie."""
+    """Folder of the encoder's entries."""
     entries: int
-    """How many there are, those of other data included."""
+    """Number of entries, including those of other data."""
     bytes: int
     """Their size on disk."""
 
 
 def prepare(run: Run, console: Console | None = None) -> tuple[list[Prepared], list[str]]:
-    """Encode the run's prompts and held-out prompts, and the images or pairs, with their texts, that it learns from.
+    """Encode the training and held-out prompts of a run, and its images or pairs with their texts.
 
-    What is in the cache already is left as it is, so an interrupted call goes on where it was. Shows its progress on
-    `console`. Also returns lines for the user: what was skipped as broken, and how many that were. Raises AlignkitError
-    for what the user can mend.
+    Existing entries are kept, so an interrupted call can be repeated. Shows progress on `console`. Also returns lines
+    for the user: the data that was skipped as broken, and how many items. Raises AlignkitError for mistakes that the
+    user can fix.
     """
     cache = run.encoder_cache()
     if cache is None:
-        raise ConfigError("data.cache: missing; name the folder that is to keep what is encoded")
+        raise ConfigError("data.cache: missing; name a folder for the encoded data")
     run.check()
     skipped = run.skipped()
-    # "" is what guidance leads away from.
+    # Guidance needs the empty prompt.
     texts = dict.fromkeys(["", *(example.text for example in (*run.prompts(skipped), *run.held_out()))])
     policy = run.load_policy(run.accelerator().device, cache)
     sources = {
@@ -58,7 +58,7 @@ def prepare(run: Run, console: Console | None = None) -> tuple[list[Prepared], l
         if isinstance(opened, Items):
             sets.append(opened)
         elif opened is not None:
-            notes.append(f"{key}: {name} has no end, so none of it is encoded ahead")
+            notes.append(f"{key}: {name} is an endless stream, so none of it is encoded ahead of time")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     done = []
     with Progress(*columns, console=console, disable=console is None) as progress:

@@ -1,4 +1,4 @@
-"""Scoring images that are files."""
+"""Score image files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from alignkit.records import Example
 from alignkit.rewards.weighted import WeightedRewards
 from alignkit.runs.build import Parts
 
-Asked = tuple[Path, Example, Tensor]
+Item = tuple[Path, Example, Tensor]
+"""File, prompt and image (3, H, W) uint8."""
 
 
 def score(
@@ -33,10 +34,10 @@ def score(
 ) -> list[dict[str, Any]]:
     """Score the images of a folder, in the order of their names.
 
-    `prompts` is a file with one prompt an image, or one for all; without it the prompt of a.png stands in a.txt.
+    `prompts` is a file with one prompt per image, or one for all; without it the prompt of a.png is read from a.txt.
 
-    One record an image: {"image", "prompt", "score" (None if it could not be scored), "parts", "reason" (why it
-    could not, "" where none is told)}.
+    Returns one record per image: {"image", "prompt", "score" (None if it could not be scored), "parts", "reason" (why
+    it could not be scored, "" if the reward gives no reason)}.
     """
     return [record for batch in score_batches(reward, folder, prompts, overrides, device) for record in batch]
 
@@ -48,9 +49,9 @@ def score_batches(
     overrides: Mapping[str, Any] | None = None,
     device: str = "auto",
 ) -> Iterator[list[dict[str, Any]]]:
-    """The records of `score` as they come. What is wrong with an image is raised behind the records of those before.
+    """Yield the records of `score` batch by batch. An error about an image is raised after the records before it.
 
-    Images are scored `evaluate.batch_size` at a time, as in a run, where they are of one size.
+    Images of one size are scored `evaluate.batch_size` at a time, as in a run.
     """
     config = load_config(None, {**(overrides or {}), "reward": [reward]})
     files = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in {".png", ".jpg", ".jpeg", ".webp"})
@@ -62,7 +63,7 @@ def score_batches(
     if len(examples) != len(files):
         raise ConfigError(
             f"{prompts}: {len(examples)} prompts for {len(files)} images in {folder}; "
-            "expected one an image, or one for all"
+            "expected one per image, or one for all"
         )
     rewards = WeightedRewards(Parts(config).trained_rewards(), scoring=Parts(config).scoring())
     try:
@@ -76,26 +77,26 @@ def score_batches(
 
 
 def _captions(files: Sequence[Path]) -> list[Example]:
-    """What stands in the text file beside each image."""
+    """Read the prompt of each image from the text file of the same name."""
     found = []
     for file in files:
-        beside = file.with_suffix(".txt")
+        caption = file.with_suffix(".txt")
         try:
-            text = beside.read_text(encoding="utf-8-sig").strip()
+            text = caption.read_text(encoding="utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
-                f"{file}: its prompt {beside.name} cannot be read ({error}); expected a text file beside each image, "
+                f"{file}: its prompt {caption.name} cannot be read ({error}); expected a text file next to each image, "
                 "or --prompts FILE"
             ) from error
         if not text:
-            raise ConfigError(f"{beside}: is empty, expected the prompt of {file.name}, or --prompts FILE")
-        found.append(Example(text, place=str(beside)))
+            raise ConfigError(f"{caption}: is empty, expected the prompt of {file.name}, or --prompts FILE")
+        found.append(Example(text, place=str(caption)))
     return found
 
 
-def _batches(files: Sequence[Path], examples: Sequence[Example], most: int) -> Iterator[list[Asked]]:
-    """Up to `most` images in a row of one size. One that cannot be read is raised behind those before it."""
-    batch: list[Asked] = []
+def _batches(files: Sequence[Path], examples: Sequence[Example], most: int) -> Iterator[list[Item]]:
+    """Yield runs of up to `most` images of one size. An unreadable image raises after those before it are yielded."""
+    batch: list[Item] = []
     for file, example in zip(files, examples, strict=True):
         try:
             image = _read(file)
@@ -111,7 +112,7 @@ def _batches(files: Sequence[Path], examples: Sequence[Example], most: int) -> I
 
 
 def _read(file: Path) -> Tensor:
-    """(3, H, W) uint8."""
+    """Read an image as (3, H, W) uint8. Raises AlignkitError if that fails."""
     try:
         with Image.open(file) as opened:
             return torch.from_numpy(np.array(as_rgb(opened))).permute(2, 0, 1).contiguous()
@@ -119,7 +120,7 @@ def _read(file: Path) -> Tensor:
         raise AlignkitError(f"{file}: cannot be read as an image ({error})") from error
 
 
-def _records(rewards: WeightedRewards, batch: Sequence[Asked], device: torch.device) -> list[dict[str, Any]]:
+def _records(rewards: WeightedRewards, batch: Sequence[Item], device: torch.device) -> list[dict[str, Any]]:
     files, examples, images = zip(*batch, strict=True)
     scores = rewards.score(torch.stack(images).to(device).float() / 255, examples, len(batch))
     ((name, _, _),) = rewards.rewards

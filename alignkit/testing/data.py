@@ -1,4 +1,4 @@
-"""What holds for every source of captioned images and of preference pairs."""
+"""Checks of sources of captioned images and of preference pairs."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from alignkit.data.sources import Images, Preferences
 from alignkit.testing.expect import about, expect, global_rng_untouched
 
 COUNT, FAR = 6, 1_000_000
-"""Positions that are read together, and one that a long run comes to."""
+"""Number of positions that are read together, and a position that only a long run reaches."""
 
 Columns = Mapping[str, Any]
 Read = Callable[[int, int, int], Columns]
 
 
 def check_images(source: Images, size: int | None = None) -> None:
-    """Raise AssertionError, in one line, for the first promise of `alignkit.data.sources.Images` that is not kept.
+    """Check `source` against `alignkit.data.sources.Images`; raise AssertionError, in one line, for the first failure.
 
-    `size` is the height and width in pixels that the source was made for, if that is to be checked. A ConfigError
-    passes: a file or an extra is missing.
+    `size` is the expected height and width in pixels; None accepts any. A ConfigError is raised as it is: a file or an
+    extra is missing.
     """
 
     def read(start: int, count: int, seed: int) -> Columns:
@@ -30,23 +30,23 @@ def check_images(source: Images, size: int | None = None) -> None:
         return {"images": images, "captions": captions}
 
     with about(f"images {type(source).__name__}"):
-        _a_stream(read, size)
+        _check_stream(read, size)
 
 
 def check_pairs(source: Preferences, size: int | None = None) -> None:
-    """Raise AssertionError, in one line, for the first promise of `alignkit.data.sources.Preferences` that is not
-    kept; `size` and ConfigError as for `check_images`."""
+    """Check `source` against `alignkit.data.sources.Preferences`; raise AssertionError, in one line, for a failure.
+
+    `size` and ConfigError as for `check_images`.
+    """
 
     def read(start: int, count: int, seed: int) -> Columns:
         pairs = source.batch(start, count, seed)
         return {"winners": pairs.winners, "losers": pairs.losers, "captions": pairs.captions}
 
     with about(f"pairs {type(source).__name__}"):
-        found = _a_stream(read, size)
-        expect(
-            found["winners"].shape == found["losers"].shape,
-            f"found winners {tuple(found['winners'].shape)} and losers {tuple(found['losers'].shape)}, expected alike",
-        )
+        found = _check_stream(read, size)
+        winners, losers = (tuple(found[name].shape) for name in ("winners", "losers"))
+        expect(winners == losers, f"found winners {winners} and losers {losers}, expected equal shapes")
         for place, (winner, loser) in enumerate(zip(found["winners"], found["losers"], strict=True)):
             expect(not torch.equal(winner, loser), f"at position {place} winner and loser are the same image")
         notes = source.notes
@@ -54,32 +54,37 @@ def check_pairs(source: Preferences, size: int | None = None) -> None:
         expect(fine, f"notes: found {notes!r}, expected a list of lines")
 
 
-def _a_stream(read: Read, size: int | None) -> Columns:
-    """Check an endless stream whose items depend on seed and position alone; its first items."""
+def _check_stream(read: Read, size: int | None) -> Columns:
+    """Check an endless stream whose items depend on seed and position alone; return its first items."""
     with global_rng_untouched("while reading"):
         whole = read(0, COUNT, 0)
-    _well_formed(whole, COUNT, size)
+    _check_columns(whole, COUNT, size)
     kept = {name: column.clone() if isinstance(column, Tensor) else list(column) for name, column in whole.items()}
     for column in whole.values():
         if isinstance(column, Tensor):
-            column.zero_()  # which is the caller's to do
+            column.zero_()  # callers may change what they get
     other = read(0, COUNT, 1)
-    _well_formed(read(FAR, 2, 0), 2, size)
-    _alike(read(0, COUNT, 0), kept, "the same positions a second time")
-    _alike(read(2, COUNT - 2, 0), {name: column[2:] for name, column in kept.items()}, "from the third position on")
+    _check_columns(read(FAR, 2, 0), 2, size)
+    _expect_same(read(0, COUNT, 0), kept, "the same positions a second time")
+    _expect_same(
+        read(2, COUNT - 2, 0), {name: column[2:] for name, column in kept.items()}, "from the third position on"
+    )
     for i in range(COUNT):
-        _alike(read(i, 1, 0), {name: column[i : i + 1] for name, column in kept.items()}, f"position {i} alone")
+        _expect_same(read(i, 1, 0), {name: column[i : i + 1] for name, column in kept.items()}, f"position {i} alone")
     several = len({caption for caption in kept["captions"]}) > 2
-    expect(not (several and _same(other, kept)), "seed 1 gives what seed 0 gives, expected another order")
+    expect(
+        not (several and _same(other, kept)),
+        "seed 1 gives the items of seed 0 in the same order, expected another order",
+    )
     return kept
 
 
-def _well_formed(found: Columns, count: int, size: int | None) -> None:
+def _check_columns(found: Columns, count: int, size: int | None) -> None:
     for name, column in found.items():
         if name == "captions":
-            told = [caption for caption in column if not isinstance(caption, str)]
+            wrong = [caption for caption in column if not isinstance(caption, str)]
             expect(len(column) == count, f"found {len(column)} captions at {count} positions, expected one each")
-            expect(not told, f"found {told[0] if told else None!r} as a caption, expected a string")
+            expect(not wrong, f"found {wrong[0] if wrong else None!r} as a caption, expected a string")
             continue
         expect(isinstance(column, Tensor), f"found {type(column).__name__} as {name}, expected a tensor")
         expect(
@@ -100,5 +105,5 @@ def _same(found: Columns, expected: Columns) -> bool:
     )
 
 
-def _alike(found: Columns, expected: Columns, what: str) -> None:
-    expect(_same(found, expected), f"{what}: found other items, expected those that seed and position tell")
+def _expect_same(found: Columns, expected: Columns, what: str) -> None:
+    expect(_same(found, expected), f"{what}: found other items, expected items that depend on seed and position alone")

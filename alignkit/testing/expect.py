@@ -1,4 +1,4 @@
-"""How a check says what it found: one line, and what code under test must leave alone."""
+"""Helpers of the checks: failures in one line, comparisons, and state that code under test must not change."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from alignkit.errors import AlignkitError, PluginError
 
 
 def expect(holds: bool, message: str) -> None:
-    """Raise AssertionError with `message` unless it holds."""
+    """Raise AssertionError with `message` unless `holds`."""
     if not holds:
         raise AssertionError(message)
 
 
 @contextlib.contextmanager
 def about(what: str) -> Iterator[None]:
-    """Every failure inside becomes an AssertionError of one line that begins with `what`.
+    """Turn every failure inside into an AssertionError of one line that begins with `what`.
 
-    An AlignkitError passes, unless it blames a plugin: it is meant for the user, who has to set or install something.
+    An AlignkitError other than PluginError is raised as it is: it asks the user to set or install something.
     """
     try:
         yield
@@ -50,7 +50,7 @@ def global_rng_untouched(when: str) -> Iterator[None]:
     with contextlib.redirect_stdout(printed):
         yield
     for name, state in _generators().items():
-        expect(state == before[name], f"{when} the global random generator of {name} was used; draw from ctx.generator")
+        expect(state == before[name], f"{when} the global random generator of {name} was used; use ctx.generator")
     expect(not printed.getvalue(), f"{when} it printed {printed.getvalue()[:60]!r}; metrics go through ctx.log")
 
 
@@ -64,7 +64,7 @@ def _generators() -> dict[str, bytes]:
 
 
 def same(found: Tensor, expected: Tensor, what: str, rtol: float = 1e-4, atol: float = 1e-5) -> None:
-    """Raise AssertionError, with the largest difference, unless both agree within the size of what is expected."""
+    """Raise AssertionError, with the largest difference, unless both agree within atol + rtol * max |expected|."""
     expect(found.shape == expected.shape, f"{what}: found shape {tuple(found.shape)}, expected {tuple(expected.shape)}")
     scale = float(expected.detach().abs().nan_to_num().max()) if expected.numel() else 0.0
     difference = (found.detach().double() - expected.detach().double()).abs()
@@ -74,13 +74,13 @@ def same(found: Tensor, expected: Tensor, what: str, rtol: float = 1e-4, atol: f
 
 
 def all_finite(values: Tensor, what: str) -> None:
-    """Raise AssertionError with the first number that is none."""
+    """Raise AssertionError with the first value that is not finite."""
     wrong = values.detach()[~values.detach().isfinite()]
     expect(not len(wrong), f"{what}: found {float(wrong.flatten()[0]) if len(wrong) else 0}, expected finite numbers")
 
 
 def leaves(value: Any, where: str = "") -> dict[str, Any]:
-    """Every leaf of a nested state by its place, tensors as bytes."""
+    """Return every leaf of a nested state by its path; tensors as dtype, shape and bytes."""
     if isinstance(value, Mapping | list | tuple):
         items = value.items() if isinstance(value, Mapping) else enumerate(value)
         return {k: v for key, item in items for k, v in leaves(item, f"{where}.{key}").items()}
@@ -90,6 +90,6 @@ def leaves(value: Any, where: str = "") -> dict[str, Any]:
 
 
 def differences(found: Any, expected: Any) -> list[str]:
-    """Where two nested states differ. Names alone: a diff of all tensors takes minutes to print."""
+    """Return the paths at which two nested states differ, without values: a diff of tensors takes minutes to print."""
     one, other = leaves(found), leaves(expected)
     return sorted(name for name in one.keys() | other.keys() if one.get(name, ...) != other.get(name, ...))

@@ -1,4 +1,4 @@
-"""What holds for every reward."""
+"""Check of rewards."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from alignkit.testing.expect import about, all_finite, expect, global_rng_untouc
 from alignkit.testing.world import ODD_PROMPTS, PROMPTS, coarse_images
 
 ODD_SIZES = (48, 80), (33, 31)
+"""Height and width, in pixels, of images that are not square."""
 
 
 def check_reward(
@@ -27,12 +28,12 @@ def check_reward(
     device: torch.device | str = "cpu",
     within: float = 0.05,
 ) -> None:
-    """Raise AssertionError, in one line, for the first promise of `alignkit.interfaces.Reward` that is not kept.
+    """Check `reward` against `alignkit.Reward`; raise AssertionError, in one line, for the first failure.
 
-    `images` (N, 3, H, W) float32 in [0, 1] and N `examples` are what it is asked to score: two at least, by default
-    four images of 64 pixels and prompts of coloured shapes. `within` is how far, relative to the largest, a gradient
-    may lie from finite differences of one grey level. A ConfigError passes: a checkpoint, an extra or a setting is
-    missing, or the reward refuses these examples.
+    It scores `images` (N, 3, H, W) float32 in [0, 1] with N `examples`, N at least 2; by default four images of 64
+    pixels and prompts of coloured shapes. `within` is the tolerated difference between the gradient and finite
+    differences of one grey level, relative to the largest. A ConfigError is raised as it is: a checkpoint, an extra or
+    a setting is missing, or the reward rejects these examples.
     """
     if images is None:
         images = coarse_images(len(examples) if examples else len(PROMPTS))
@@ -47,7 +48,9 @@ def check_reward(
         scoring, mark = WeightedRewards([("it", 1.0, reward)]), reward.fingerprint()
         whole = _scores_alone_are_scores_together(scoring, reward, images, given)
         again = reward.fingerprint()
-        expect(again == mark, f"fingerprint(): found {again!r} behind two calls, {mark!r} before; kept scores are lost")
+        expect(
+            again == mark, f"fingerprint(): found {again!r} after two calls, {mark!r} before; cached scores are lost"
+        )
         _the_bounds_hold(reward, whole)
         for grey in (0.0, 1.0):
             _the_bounds_hold(reward, _score(scoring, torch.full_like(images[:1], grey), given[:1]).values)
@@ -64,17 +67,17 @@ def _score(scoring: WeightedRewards, images: Tensor, examples: Sequence[Example]
 def _scores_alone_are_scores_together(
     scoring: WeightedRewards, reward: Reward, images: Tensor, examples: list[Example]
 ) -> Tensor:
-    told = copy.deepcopy(examples)
+    given = copy.deepcopy(examples)
     with global_rng_untouched("while scoring"):
         scores = _score(scoring, images, examples)
     whole = scores.values
-    # Past `scoring`, which hands out copies.
+    # Called directly, because `scoring` passes copies.
     images = quantize(images)
     handed, listed = images.clone(), list(examples)
     with torch.no_grad():
         reward(handed, listed)
-    expect(torch.equal(handed, images), "the images handed in were changed, expected them as they were")
-    expect(listed == told, "the examples handed in were changed, expected them as they were")
+    expect(torch.equal(handed, images), "the images passed in were changed, expected them unchanged")
+    expect(listed == given, "the examples passed in were changed, expected them unchanged")
     if not reward.deterministic:
         return whole
     again = _score(scoring, images, examples).values
@@ -111,13 +114,13 @@ def _the_bounds_hold(reward: Reward, values: Tensor) -> None:
 
 
 def _odd_prompts(scoring: WeightedRewards, reward: Reward, image: Tensor) -> None:
-    """Prompts that `check` accepts are scored or marked invalid, and pad no other one."""
+    """Check that unusual prompts, if accepted, are scored or marked invalid, and change no other score."""
     accepted: list[Example] = []
     for text in ODD_PROMPTS:
         try:
             reward.check([Example(text)])
         except ConfigError as error:
-            expect("\n" not in str(error), f"the refusal of the prompt {text[:30]!r} has several lines, expected one")
+            expect("\n" not in str(error), f"the error about the prompt {text[:30]!r} has several lines, expected one")
             continue
         accepted.append(Example(text))
     if not accepted:
@@ -126,17 +129,17 @@ def _odd_prompts(scoring: WeightedRewards, reward: Reward, image: Tensor) -> Non
     for i, example in enumerate(accepted):
         alone = _score(scoring, image, [example]).values
         if reward.deterministic:
-            same(together[i : i + 1], alone, f"the prompt {example.text[:30]!r} beside others against alone")
+            same(together[i : i + 1], alone, f"the prompt {example.text[:30]!r} in a batch against alone")
 
 
 def _odd_sizes(scoring: WeightedRewards, examples: Sequence[Example], device: torch.device) -> None:
-    """Images that are not square are scored, or refused as what they are."""
+    """Check that images that are not square are scored, or rejected with a ConfigError of one line."""
     for height, width in ODD_SIZES:
         with about(f"images of {height} x {width} pixels (a size that cannot be scored is a ConfigError)"):
             try:
                 _score(scoring, coarse_images(2, height, width, seed=1).to(device), examples)
             except ConfigError as error:
-                expect("\n" not in str(error), "the refusal has several lines, expected one")
+                expect("\n" not in str(error), "the error has several lines, expected one")
 
 
 def _the_gradient_is_true(
@@ -158,15 +161,17 @@ def _the_gradient_is_true(
     gradient = pixels.grad
     all_finite(gradient, "the gradient to the pixels")
     still = [i for i in used.nonzero().flatten().tolist() if not gradient[i].any()]
-    expect(not still, f"the gradient of image {still[0] if still else 0} is 0 everywhere, expected one that leads on")
+    expect(
+        not still, f"the gradient of image {still[0] if still else 0} is 0 everywhere, expected some pixel to matter"
+    )
     one = images.clone().requires_grad_()
     (values := scoring(one, examples).values)[int(used.nonzero()[0])].backward()
     assert one.grad is not None
     others = one.grad[torch.arange(len(values)) != int(used.nonzero()[0])]
     expect(not others.any(), "the score of one image has a gradient to another, expected each to stand alone")
-    # One grey level up and down along the sign of the gradient, where both are inside of [0, 1]; a reward sees
-    # 8-bit images and may round as these do. All values together may lead so far that a steep reward bends, few so
-    # little that a flat one drowns in rounding; a wrong gradient agrees with none.
+    # Finite differences of one grey level along the sign of the gradient, where both stay inside [0, 1]: a reward sees
+    # 8-bit images and may round like them. With all values a steep reward may leave its linear range, with few the
+    # change of a flat one may vanish in rounding, so three shares are tried; a wrong gradient agrees with none.
     inside = ((images > 2 / 255) & (images < 253 / 255)).all(1, keepdim=True)
     strength = (gradient.abs() * inside).flatten(1)
     noise = 1e-6 * float(scores.values.detach()[used].abs().max())

@@ -17,6 +17,7 @@ import pytest
 import torch
 import typer.main
 from PIL import Image
+from typer.testing import CliRunner
 
 from alignkit.cli.app import app
 from alignkit.cli.options import overrides
@@ -221,6 +222,19 @@ def test_the_function_of_the_docs_is_a_reward(plugins: Any) -> None:
     exec(dict(re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", text, re.DOTALL))["function"], scope)
     check_reward(scope["redness"])
     assert [reward.name for reward in scope["run"].config.rewards] == ["redness"]
+
+
+def test_the_command_of_the_docs_runs(plugins: Any, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "writing_plugins.md").read_text(encoding="utf-8")
+    module = dict(re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", text, re.DOTALL))["command"]
+    (init,) = [block for block in blocks("docs/writing_plugins.md", "python") if "register_commands" in block]
+    plugins.install("acme_tools", f"from alignkit import hookimpl\n{init}", commands=module)
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "reward": 0.5}\n{"step": 1, "warning": "odd"}\n{"step": 2, "reward": null}\n', encoding="utf-8"
+    )
+    assert CliRunner().invoke(app, ["acme-rewards", str(tmp_path)]).stdout == "     1  0.500\n"
+    refused = CliRunner().invoke(app, ["acme-rewards", str(tmp_path / "gone")])
+    assert refused.exit_code == 1 and "no metrics.jsonl here" in refused.stderr
 
 
 def test_the_data_of_the_docs_can_be_read(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["check-plugin", *arguments], prog_name="alignkit")
 
 
-def test_every_component_gets_a_verdict_with_its_reason(mixed: None) -> None:
+def test_every_component_gets_a_result_with_its_reason(mixed: None) -> None:
     result = run("mixed", "--json")
     assert result.exit_code == 1
     found = {row["name"]: (row["status"], row["detail"]) for row in json.loads(result.stdout)}
@@ -94,15 +94,13 @@ def test_every_component_gets_a_verdict_with_its_reason(mixed: None) -> None:
     }  # fmt: skip
     assert found["bad"][1].startswith("reward Bad: image 0 alone against in a batch of 4")
     assert found["heavy"][1] == "heavy: owner/heavy is not on this disk; set reward.heavy.checkpoint"
-    assert found["demanding"][1] == "words has no default; hand it over with --set reward.demanding.words="
+    assert found["demanding"][1] == "words has no default; set it with --set reward.demanding.words="
     assert "cannot be imported" in found["gone"][1]
     assert found["fine_model"][1] == "its settings under ddpo"
     assert "train.upbates" in found["odd_model"][1]
 
 
-def test_a_setting_hands_over_what_is_missing_and_the_table_shows_it(
-    mixed: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_set_fills_in_a_missing_setting_and_the_table_shows_it(mixed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     result = run("mixed", "--set", "reward.heavy.checkpoint=here", "--set", "reward.good.scale=2")
     assert "checkpoint = here" in result.stdout and "scale = 2.0" in result.stdout and "failed" in result.stdout
@@ -117,7 +115,7 @@ def test_a_setting_hands_over_what_is_missing_and_the_table_shows_it(
         (["mixed", "--set", "train.updates=1"], "expected KIND.NAME.FIELD=VALUE"),
     ],
 )
-def test_what_cannot_be_meant_is_one_line(mixed: None, arguments: list[str], message: str) -> None:
+def test_an_unknown_plugin_or_setting_is_one_line(mixed: None, arguments: list[str], message: str) -> None:
     result = run(*arguments)
     assert result.exit_code == 1 and message in result.stderr and result.stderr.count("\n") == 1
 

@@ -1,4 +1,4 @@
-"""Runs side by side."""
+"""Comparison of runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def trained(tiny_run: MakeRun) -> list[Run]:
     return [open_run(tiny_run(name, QUICK).folder) for name in ("first", "second")]
 
 
-def test_two_runs_stand_beside_each_other_with_one_start(trained: list[Run]) -> None:
+def test_two_runs_are_compared_with_one_measurement_before_training(trained: list[Run]) -> None:
     rows = evaluate(trained, steps=[1, 2])
     names = ["reward", "brightness", "drift"]
     expected = [
@@ -46,7 +46,7 @@ def test_two_runs_stand_beside_each_other_with_one_start(trained: list[Run]) -> 
     assert all(row.after for row in rows if row.reward == "drift")
 
 
-def test_runs_whose_folders_have_one_name_are_told_by_their_paths(trained: list[Run], tmp_path: Path) -> None:
+def test_runs_whose_folders_have_the_same_name_are_named_by_their_paths(trained: list[Run], tmp_path: Path) -> None:
     copy = tmp_path / "elsewhere" / "first"
     shutil.copytree(trained[0].folder, copy)
     rows = evaluate([*trained, open_run(copy)], steps=[1], seen=False)
@@ -59,7 +59,7 @@ def test_a_model_that_was_not_trained_has_neither_gain_nor_drift(tiny_run: MakeR
     assert all(row.difference == pytest.approx(0, abs=1e-9) for row in rows)
 
 
-def test_runs_share_no_start_where_their_prompts_or_their_model_differ(tiny_run: MakeRun, tmp_path: Path) -> None:
+def test_runs_with_other_prompts_or_another_model_share_no_measurement(tiny_run: MakeRun, tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text("a white ring\na red cross\n", encoding="utf-8")
     lora = tiny_run("lora", {**QUICK, "train.learning_rate": 0.05})
@@ -86,14 +86,14 @@ def test_a_further_reward_is_measured_and_not_summed(tiny_run: MakeRun) -> None:
     assert rows["reward"].before == rows["brightness"].before != rows["pixel_check"].before
 
 
-def test_without_held_out_prompts_the_seen_ones_are_measured_or_it_is_told(tiny_run: MakeRun) -> None:
+def test_without_held_out_prompts_the_seen_ones_are_measured_or_it_is_an_error(tiny_run: MakeRun) -> None:
     run = tiny_run(overrides={"evaluate.prompts": ""})
     assert {row.prompts for row in evaluate([run], [1])} == {"seen"}
     with pytest.raises(ConfigError, match=r"evaluate\.prompts: missing"):
         evaluate([run], [1], seen=False)
 
 
-def test_progress_is_shown_of_every_measurement_and_is_gone_in_the_end(trained: list[Run]) -> None:
+def test_progress_of_every_measurement_is_shown_and_removed_at_the_end(trained: list[Run]) -> None:
     console = Console(force_terminal=True, width=100, file=io.StringIO(), record=True)
     evaluate(trained, steps=[1], console=console)
     shown = console.export_text(clear=False)

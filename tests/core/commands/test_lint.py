@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from alignkit.cli.app import app
 from alignkit.commands.curate import BLOCK, FaissIndex, TextEmbedding, TorchIndex, curate
-from alignkit.commands.lint import ask, lint
+from alignkit.commands.lint import lint, questions
 from alignkit.config import load as config
 from alignkit.data.prompt_sets import FOLDER, PROMPT_SETS, prompt_file
 from alignkit.data.prompt_sets.build import build
@@ -39,7 +39,7 @@ def test_the_sets_are_the_files_of_the_folder_and_those_of_templates_are_as_buil
         assert (FOLDER / f"{name}.txt").read_text(encoding="utf-8").splitlines() == prompts
 
 
-def test_no_prompt_is_there_twice_and_none_is_both_trained_on_and_held_out() -> None:
+def test_no_prompt_is_repeated_and_none_is_both_trained_on_and_held_out() -> None:
     for name in (name for name in PROMPT_SETS if not name.endswith("_held_out")):
         trained, held_out = ([e.text for e in read_examples(one)] for one in (name, f"{name}_held_out"))
         assert len({*trained, *held_out}) == len(trained) + len(held_out)
@@ -77,7 +77,7 @@ def test_a_name_that_is_neither_file_nor_set_is_refused_with_the_nearest() -> No
 # lint
 
 
-def test_lint_tells_what_a_reward_refuses_before_any_weight_loads() -> None:
+def test_lint_reports_what_a_reward_rejects_before_any_weight_loads() -> None:
     count, findings = lint("animals", "attribute_binding")
     assert count == len(findings) == 45
     assert findings[3].number == 4 and findings[3].prompt == "monkey" and findings[3].problem == "unscorable"
@@ -85,7 +85,7 @@ def test_lint_tells_what_a_reward_refuses_before_any_weight_loads() -> None:
     assert lint("attributes", "attribute_binding") == (300, [])
 
 
-def test_lint_tells_what_is_broken_or_repeated(tmp_path: Path) -> None:
+def test_lint_reports_broken_and_repeated_prompts(tmp_path: Path) -> None:
     file = write(tmp_path / "p.jsonl", '{"text": "A red cup."}', '{"tex": 1}', '{"text": "a  red cup"}')
     count, findings = lint(file, "attribute_binding")
     assert count == 2
@@ -93,7 +93,7 @@ def test_lint_tells_what_is_broken_or_repeated(tmp_path: Path) -> None:
     assert "line 2" in findings[0].why and findings[1].why == "prompt 1 again"
 
 
-def test_a_loaded_reward_tells_of_words_that_it_does_not_know(tmp_path: Path) -> None:
+def test_with_load_words_that_the_reward_does_not_know_are_reported(tmp_path: Path) -> None:
     file = write(tmp_path / "p.txt", "a red circle and a blue square", "a red kite")
     assert lint(file, "attribute_binding") == (2, [])
     _, (finding,) = lint(file, "attribute_binding", load=True)
@@ -121,11 +121,11 @@ SHORT_SIGHTED_REWARD = """
 """
 
 
-def test_a_loaded_reward_tells_of_ends_that_it_does_not_read(tmp_path: Path, plugins: Any) -> None:
+def test_with_load_prompts_that_the_reward_truncates_are_reported(tmp_path: Path, plugins: Any) -> None:
     plugins.install("short_sighted", SHORT_SIGHTED, reward=SHORT_SIGHTED_REWARD)
     _, (finding,) = lint(write(tmp_path / "p.txt", "cat", "catamaran"), "short_sighted", load=True)
     assert (finding.problem, finding.number, finding.prompt) == ("truncated", 2, "catamaran")
-    assert finding.why == "short_sighted: does not read all of it; what stands at its end counts for nothing"
+    assert finding.why == "short_sighted: does not read all of it; the end of the prompt is ignored"
 
 
 def test_lint_blames_the_reward_and_no_prompt_for_its_own_settings() -> None:
@@ -142,32 +142,32 @@ def test_the_command_exits_with_1_where_a_prompt_cannot_be_scored(tmp_path: Path
     assert repeated.exit_code == 0 and "repeated prompt 2: a red cup\n  prompt 1 again\n" in repeated.stdout
     refused = run("lint", "animals", "--reward", "ocr", "--json")
     assert refused.exit_code == 1
-    told = json.loads(refused.stdout)
-    assert told["prompts"] == 45 and told["findings"][0]["problem"] == "unscorable"
+    report = json.loads(refused.stdout)
+    assert report["prompts"] == 45 and report["findings"][0]["problem"] == "unscorable"
 
 
 # phrases
 
 
 def test_phrases_are_the_questions_of_the_reward(tmp_path: Path) -> None:
-    (asked,) = ask("a red chair and a cat", "attribute_binding")
-    assert asked.questions == ("is there a chair?", "is the chair red?", "is there a cat?") and not asked.refused
+    (found,) = questions("a red chair and a cat", "attribute_binding")
+    assert found.questions == ("is there a chair?", "is the chair red?", "is there a cat?") and not found.refused
     given = '{"text": "a tomato", "phrases": [{"head": "bench", "attributes": ["red"]}]}'
-    (asked,) = ask(write(tmp_path / "p.jsonl", given), "attribute_binding")
-    assert asked.questions == ("is there a bench?", "is the bench red?")
-    (asked,) = ask("a cat", "attribute_binding")
-    assert asked.questions == ("is there a cat?",) and "no attribute to bind" in asked.refused
-    (asked,) = ask('a sign "OPEN"', "ocr")
-    assert asked.questions == ('does it say "open"?',)
-    (asked,) = ask("a cat", "vqa_score")
-    assert asked.questions == ('Does this figure show "a cat"? Please answer yes or no.',)
+    (found,) = questions(write(tmp_path / "p.jsonl", given), "attribute_binding")
+    assert found.questions == ("is there a bench?", "is the bench red?")
+    (found,) = questions("a cat", "attribute_binding")
+    assert found.questions == ("is there a cat?",) and "no attribute to bind" in found.refused
+    (found,) = questions('a sign "OPEN"', "ocr")
+    assert found.questions == ('does it say "open"?',)
+    (found,) = questions("a cat", "vqa_score")
+    assert found.questions == ('Does this figure show "a cat"? Please answer yes or no.',)
 
 
-def test_a_reward_that_asks_nothing_says_so_and_a_missing_file_is_no_prompt() -> None:
+def test_a_reward_without_questions_is_an_error_and_a_missing_file_is_not_taken_as_a_prompt() -> None:
     with pytest.raises(ConfigError, match="reward clip_score: asks no questions; it reads prompts as they are"):
-        ask("a cat", "clip_score")
+        questions("a cat", "clip_score")
     with pytest.raises(ConfigError, match=r"missing\.txt cannot be read"):
-        ask("missing.txt", "attribute_binding")
+        questions("missing.txt", "attribute_binding")
 
 
 def test_the_command_prints_prompts_and_questions() -> None:
@@ -180,7 +180,7 @@ def test_the_command_prints_prompts_and_questions() -> None:
 
 
 def angles(texts: Any) -> torch.Tensor:
-    """A text that is a number of degrees, on the circle."""
+    """Map a text, a number of degrees, to a point on the unit circle."""
     radians = torch.tensor([float(text.strip(" .")) for text in texts]).deg2rad()
     return torch.stack([radians.cos(), radians.sin()], dim=1)
 
@@ -189,7 +189,7 @@ def texts(*values: float | str) -> list[Example]:
     return [Example(str(value)) for value in values]
 
 
-def test_what_is_kept_worked_out_by_hand() -> None:
+def test_the_kept_prompts_agree_with_a_case_worked_out_by_hand() -> None:
     # 1 - cos(20 degrees) is .0603, 1 - cos(30 degrees) .134.
     kept, dropped = curate(texts(0, 20, 30, "0 .", 55, 350, 30), angles, distance=0.1, search="torch")
     assert [example.text for example in kept] == ["0", "30"]
@@ -213,7 +213,7 @@ def test_distance_0_drops_repetitions_alone_and_the_limit_ends_the_search() -> N
 
 @pytest.fixture
 def many() -> tuple[list[Example], Any]:
-    """More than fit into a block, with vectors in clouds."""
+    """More prompts than fit into a block, with vectors in clusters."""
     generator = torch.Generator().manual_seed(0)
     centers = torch.randn(40, 16, generator=generator)
     count = 3 * BLOCK + 17
@@ -223,7 +223,7 @@ def many() -> tuple[list[Example], Any]:
     return texts(*range(count)), lambda some: vectors[[int(text) for text in some]]
 
 
-def test_it_is_the_greedy_choice_pair_by_pair(many: Any) -> None:
+def test_it_equals_the_greedy_choice_pair_by_pair(many: Any) -> None:
     examples, embed = many
     vectors = embed([example.text for example in examples])
     expected: list[int] = []
@@ -247,14 +247,16 @@ def test_faiss_gives_the_same(many: Any) -> None:
     assert ours.nearest(vectors[500:]) == theirs.nearest(vectors[500:])
 
 
-def test_without_faiss_asking_for_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_faiss_that_is_named_is_an_error_with_the_command_to_install_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
     with pytest.raises(ConfigError, match=r"search: faiss is not installed; pip install 'alignkit\[faiss\]'"):
         curate(texts(0), angles, search="faiss")
     assert len(curate(texts(0, 1, 90), angles)[0]) == 2
 
 
-def test_the_models_own_text_encoder_tells_texts_apart_whatever_stands_beside_them() -> None:
+def test_the_models_own_text_encoder_distinguishes_texts_whatever_the_batch() -> None:
     embed = TextEmbedding(model="shapes_lcm")
     words = ["a red circle", "A red circle", "a red square", "a red circle, a blue square and a green heart"]
     vectors = embed(words)
@@ -290,22 +292,22 @@ def test_other_encoders_are_the_mean_of_their_tokens_and_clip_its_projection(kin
     torch.testing.assert_close(vectors[0], expected / expected.norm(), atol=1e-5, rtol=1e-4)
 
 
-def test_what_is_no_text_encoder_is_refused() -> None:
+def test_a_source_that_is_not_a_text_encoder_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"encoder: '.*vae' cannot be used: .*; expected a hub id or a folder of a"):
         TextEmbedding(str(WEIGHTS / "shapes_lcm" / "vae"))
 
 
-def test_the_command_writes_what_is_kept_with_its_metadata(tmp_path: Path) -> None:
+def test_the_command_writes_the_kept_prompts_with_their_metadata(tmp_path: Path) -> None:
     lines = ('{"text": "a red circle", "n": 1}', '{"text": "a red  circle"}', '{"text": "a cat"}')
     file = write(tmp_path / "p.jsonl", *lines)
     result = run("curate", file, "--out", str(tmp_path / "kept.jsonl"), "--json", "--search", "torch")
-    told = json.loads(result.stdout)
-    assert (told["read"], told["kept"], [d["repeated"] for d in told["dropped"]]) == (3, 2, [True])
+    report = json.loads(result.stdout)
+    assert (report["read"], report["kept"], [d["repeated"] for d in report["dropped"]]) == (3, 2, [True])
     assert read_examples(tmp_path / "kept.jsonl") == [Example("a red circle", {"n": 1}), Example("a cat")]
     result = run("curate", "attributes", "--out", str(tmp_path / "kept.txt"), "--limit", "5")
-    assert " of 300 prompts kept; 0 repeated, " in result.stdout and "not looked at" in result.stdout
+    assert " of 300 prompts kept; 0 repeated, " in result.stdout and "not reached" in result.stdout
     assert "by the text encoder of shapes_lcm" in result.stdout
-    assert "warning: shapes_lcm is the default model; name an --encoder that reads such prompts" in result.stdout
+    assert "warning: shapes_lcm is the default model; name an --encoder that suits these prompts" in result.stdout
     file = write(tmp_path / "long.txt", "red " * 200 + "circle", "red " * 200 + "square")
     result = run("curate", file, "--out", str(tmp_path / "short.txt"), "--model", "shapes_lcm")
     assert "warning: 2 prompts are longer than the encoder reads" in result.stdout
@@ -316,9 +318,9 @@ def test_the_command_writes_what_is_kept_with_its_metadata(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--out", "there.txt"], "--out there.txt: is there already; choose another name"),
+        (["--out", "there.txt"], "--out there.txt: exists already; choose another name"),
         (["--out", "kept.csv"], "--out kept.csv: expected a name that ends in .txt or .jsonl"),
-        (["--out", "kept.txt"], "--out kept.txt: p.jsonl holds more than texts of one line"),
+        (["--out", "kept.txt"], "--out kept.txt: p.jsonl has metadata or texts of several lines"),
         (["--out", "kept.jsonl", "--distance", "2"], "distance: found 2.0, expected 0 or more and less than 2"),
         (["--out", "kept.jsonl", "--search", "hnsw"], "search: found 'hnsw', expected one of auto, faiss, torch"),
         (["--out", "kept.jsonl", "--encoder", "/nowhere"], "encoder: '/nowhere' cannot be used"),

@@ -1,4 +1,4 @@
-"""`alignkit new`: what it writes installs, lists, passes its own test, trains and resumes."""
+"""`alignkit new`: the plugins it writes install, are listed, pass their own tests, train and resume."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ import pytest
 from typer.testing import CliRunner
 
 from alignkit.cli.app import app
-from alignkit.commands.new import TRAIN, new
+from alignkit.commands.new import WRITABLE, new
 from alignkit.errors import AlignkitError
-from alignkit.registry import default_registry
+from alignkit.interfaces import ModelBundle
+from alignkit.registry import KINDS, default_registry
 from method_checks import assert_a_stopped_run_ends_with_the_same_bits
 
-NAMES = {"reward": "sharpness", "algorithm": "my_method", "sampler": "my_walk"}
+NAMES = {
+    "reward": "sharpness", "algorithm": "my_method", "sampler": "my_sampler", "surrogate": "my_surrogate",
+    "model": "my_model",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -30,12 +34,14 @@ def projects(plugins: Any, tmp_path: Path) -> dict[str, Path]:
     return made
 
 
-@pytest.mark.parametrize("kind", TRAIN)
-def test_what_is_written_is_found_by_its_name_with_its_distribution(projects: dict[str, Path], kind: str) -> None:
+@pytest.mark.parametrize("kind", WRITABLE)
+def test_a_written_component_is_found_by_its_name_with_its_distribution(projects: dict[str, Path], kind: str) -> None:
     name = NAMES[kind]
     row = default_registry().find(kind, name)
     assert (row.distribution, row.version) == (f"alignkit-{name.replace('_', '-')}", "0.1.0")
-    assert default_registry().get(kind, name)().__class__.__module__ == f"alignkit_{name}.{kind}"
+    assert row.target.startswith(f"alignkit_{name}.{kind}:")
+    found = default_registry().get(kind, name)
+    assert isinstance(found, ModelBundle) if kind == "model" else isinstance(found(), KINDS[kind])
     files = {str(path.relative_to(projects[kind])) for path in projects[kind].rglob("*.*") if path.is_file()}
     assert {"pyproject.toml", "README.md", f"tests/test_{name}.py"} < files
     assert not any("$" in (projects[kind] / file).read_text(encoding="utf-8") for file in files if "pyc" not in file)
@@ -54,7 +60,19 @@ def test_each_passes_its_own_test_and_is_listed_in_a_process_of_its_own(
     tests = [str(folder / "tests") for folder in projects.values()]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", *tests]
     done = subprocess.run(command, env=ours, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "10 passed" in done.stdout, done.stdout
+    assert done.returncode == 0 and "15 passed" in done.stdout, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", WRITABLE)
+def test_each_passes_check_plugin_as_it_is_written(
+    projects: dict[str, Path], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", os.environ.get("HF_HUB_OFFLINE", "0"))  # which the command sets
+    result = CliRunner().invoke(app, ["check-plugin", f"alignkit-{NAMES[kind].replace('_', '-')}", "--json"])
+    rows = json.loads(result.stdout)
+    assert [(row["kind"], row["name"], row["status"]) for row in rows] == [(kind, NAMES[kind], "passed")]
+    assert result.exit_code == 0
 
 
 @pytest.mark.slow
@@ -74,16 +92,25 @@ def test_a_distribution_installs_with_pip(tmp_path: Path) -> None:
     assert rows["glow"]["distribution"] == "alignkit-glow" and not rows["glow"]["broken"]
 
 
-def test_a_method_of_others_is_checked_trains_and_resumes(projects: dict[str, Path], tiny_run: Any) -> None:
+def test_a_written_surrogate_trains_under_lasro(projects: dict[str, Path], tiny_run: Any) -> None:
     settings = {
-        "algorithm.name": "my_method", "algorithm.samples": 3, "sampler.name": "my_walk", "sampler.num_steps": 2,
+        "algorithm.name": "lasro", "algorithm.samples": 4, "surrogate.name": "my_surrogate", "surrogate.width": 8,
+        "reward": ["sharpness"], "train.updates": 1,
+    }  # fmt: skip
+    (update,) = tiny_run("taught", settings).train()
+    assert update.metrics["surrogate_loss"] > 0 and update.metrics["reward"] > 0
+
+
+def test_a_written_method_is_checked_trains_and_resumes(projects: dict[str, Path], tiny_run: Any) -> None:
+    settings = {
+        "algorithm.name": "my_method", "algorithm.samples": 3, "sampler.name": "my_sampler", "sampler.num_steps": 2,
         "reward": ["sharpness"], "train.updates": 2, "train.rows_per_update": 8,
     }  # fmt: skip
     tiny_run("checked", settings).check()
     assert_a_stopped_run_ends_with_the_same_bits(tiny_run, settings)
 
 
-def test_what_a_plugin_raises_while_training_is_noted_with_its_origin(
+def test_an_error_of_a_plugin_during_training_has_a_note_with_its_origin(
     projects: dict[str, Path], tiny_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     method = default_registry().get("algorithm", "my_method")
@@ -98,18 +125,19 @@ def test_what_a_plugin_raises_while_training_is_noted_with_its_origin(
 @pytest.mark.parametrize(
     ("kind", "name", "message"),
     [
-        ("judge", "sharpness", "new: found 'judge', expected one of reward, algorithm, sampler"),
+        ("judge", "sharpness", "new: found 'judge', expected one of reward, algorithm, sampler, surrogate, model"),
         ("reward", "Sharp ness", "new reward: found the name 'Sharp ness', expected snake_case, as my_reward"),
         ("reward", "2sharp", "expected snake_case"),
         ("reward", "sharp_", "expected snake_case"),
-        ("reward", "reward", "found the name 'reward', which is that of its kind; choose another name"),
+        ("reward", "reward", "found the name 'reward', which is that of a kind; choose another name"),
+        ("algorithm", "model", "found the name 'model', which is that of a kind; choose another name"),
         ("reward", "sharp__ness", "expected snake_case"),
         ("sampler", "class", "expected snake_case"),
-        ("reward", "clip-score", "new reward: clip_score is there already, from plugin alignkit_rewards of"),
+        ("reward", "clip-score", "new reward: clip_score exists already, from plugin alignkit_rewards of"),
         ("reward", "rewards", "the package alignkit_rewards is installed already; choose another name"),
     ],
 )
-def test_names_that_cannot_be_are_refused_and_nothing_is_written(
+def test_invalid_names_are_refused_and_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, name: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -118,17 +146,17 @@ def test_names_that_cannot_be_are_refused_and_nothing_is_written(
     assert message in str(caught.value) and list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_there_is_refused_and_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_existing_folder_is_refused_and_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     first = CliRunner().invoke(app, ["new", "reward", "sharpness"])
     assert first.exit_code == 0 and "alignkit-sharpness/pyproject.toml" in first.stdout
     (tmp_path / "alignkit-sharpness" / "README.md").write_text("mine", encoding="utf-8")
     again = CliRunner().invoke(app, ["new", "reward", "sharpness"])
-    assert again.exit_code == 1 and "alignkit-sharpness is there already" in again.stderr
+    assert again.exit_code == 1 and "alignkit-sharpness exists already" in again.stderr
     assert again.stderr.count("\n") == 1
     assert (tmp_path / "alignkit-sharpness" / "README.md").read_text(encoding="utf-8") == "mine"
 
 
-def test_a_name_of_the_interface_makes_a_class_beside_it(tmp_path: Path) -> None:
+def test_a_name_of_the_interface_makes_a_class_of_another_name(tmp_path: Path) -> None:
     folder = new("reward", "scores", tmp_path / "new")
     assert "class ScoresReward(Reward):" in (folder / "alignkit_scores" / "reward.py").read_text(encoding="utf-8")

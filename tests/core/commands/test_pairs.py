@@ -1,4 +1,4 @@
-"""Preference pairs from a model and a reward: who wins, what is written, and that it is read as pairs."""
+"""Preference pairs from a model and a reward: the winner, the files that are written, and reading them as pairs."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_pairs_carry_files_scores_and_seed_and_are_read_as_pairs(tiny_run: MakeR
     assert sorted(batch.captions) == sorted(line["text"] for line in lines)
 
 
-def test_what_is_drawn_depends_on_seed_and_prompt_alone(tiny_run: MakeRun, tmp_path: Path) -> None:
+def test_generated_images_depend_on_seed_and_prompt_alone(tiny_run: MakeRun, tmp_path: Path) -> None:
     whole, parts, other = tmp_path / "whole", tmp_path / "parts", tmp_path / "other"
     make_pairs(tiny_run(), whole, count=2)
     make_pairs(tiny_run(overrides={"evaluate.batch_size": 4}), parts, count=2)
@@ -86,36 +86,36 @@ def test_prompts_without_a_preference_are_counted_and_none_at_all_is_an_error(
     some = make_pairs(tiny_run(overrides={"reward": ["two_of_three"]}), tmp_path / "some", count=2)
     assert some.undecided > 0 and some.pairs == len(read(tmp_path / "some")) == 5 - some.undecided
     for reward in ("constant", "unscored"):
-        with pytest.raises(AlignkitError, match="of none of 5 prompts the scores told two images apart"):
+        with pytest.raises(AlignkitError, match="for none of the 5 prompts two images got different scores"):
             make_pairs(tiny_run(overrides={"reward": [reward]}), tmp_path / reward, count=2)
 
 
-def test_nothing_is_written_over(tiny_run: MakeRun, tmp_path: Path) -> None:
+def test_nothing_is_overwritten(tiny_run: MakeRun, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("mine")
     for folder in (out, out / "mine.txt"):
-        with pytest.raises(ConfigError, match="is there already; choose another folder"):
+        with pytest.raises(ConfigError, match="exists already; choose another folder"):
             make_pairs(tiny_run(), folder)
     assert [p.name for p in out.iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.parametrize(("fields", "message"), [({"count": 1}, "2 or more"), ({"margin": -1.0}, "0 or more")])
-def test_numbers_that_make_no_pair_are_refused(
+def test_counts_and_margins_that_allow_no_pair_are_refused(
     tiny_run: MakeRun, tmp_path: Path, fields: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         make_pairs(tiny_run(), tmp_path / "out", **fields)
 
 
-def test_what_is_known_of_a_prompt_goes_with_its_pairs(tiny_run: MakeRun, tmp_path: Path) -> None:
+def test_pairs_keep_the_metadata_of_their_prompt(tiny_run: MakeRun, tmp_path: Path) -> None:
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"text": "a red circle", "target": "OPEN"}')
     make_pairs(tiny_run(overrides={"data.prompts": str(prompts)}), tmp_path / "out", count=4)
     assert [line["metadata"] for line in read(tmp_path / "out")] == [{"target": "OPEN"}]
 
 
-def test_the_command_draws_with_a_model_and_says_what_came_of_it(
+def test_the_command_generates_with_a_model_and_prints_the_counts(
     tiny_run: MakeRun, tiny_lcm: Path, tmp_path: Path
 ) -> None:
     tiny_run()  # its reward is installed
@@ -126,14 +126,14 @@ def test_the_command_draws_with_a_model_and_says_what_came_of_it(
     assert (result.exit_code, result.stdout) == (0, f"{out}: 3 pairs of 3 prompts\n"), result.output
     assert {line["steps"] for line in read(out)} == {1}
     again = CliRunner().invoke(app, arguments)
-    assert again.exit_code == 1 and again.stderr.startswith("error: --out") and "is there already" in again.stderr
+    assert again.exit_code == 1 and again.stderr.startswith("error: --out") and "exists already" in again.stderr
     json_out = CliRunner().invoke(app, [*arguments, "--json", "--out", str(tmp_path / "second")])
     assert json.loads(json_out.stdout)["pairs"] == 3
     without = CliRunner().invoke(app, ["pairs", str(tiny_lcm), "--out", str(tmp_path / "x"), "--reward", "brightness"])
     assert without.exit_code == 1 and without.stderr.startswith("error: data.prompts: missing")
 
 
-def test_a_trained_run_draws_with_its_weights(tiny_run: MakeRun, tmp_path: Path) -> None:
+def test_a_trained_run_generates_with_its_weights(tiny_run: MakeRun, tmp_path: Path) -> None:
     run = tiny_run(overrides={"train.updates": 1, "evaluate.prompts": "", "train.learning_rate": 1e-2})
     list(run.train())
     out = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Runs on images of their own: with a cache, prepared ahead, with broken data in them."""
+"""Runs on image files: with a cache, prepared ahead of time, with broken data."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def settings(images: Path) -> dict[str, Any]:
 
 
 def left(folder: Path) -> dict[str, bytes | list[Any]]:
-    """All that a finished run leaves, apart from times and from the file that says where its cache is."""
+    """Everything that a finished run writes, except for times and for the file that names its cache."""
     saved = latest(folder / "checkpoints")
     assert saved is not None
     lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -81,10 +81,10 @@ def test_a_run_names_what_it_skips_once_and_resumes_to_the_same_bits(
     settings |= {"train.updates": 6, "train.rows_per_update": 4}
     unbroken, broken = tiny_run("unbroken", settings), tiny_run("broken", settings)
     list(unbroken.train())
-    told = warnings(unbroken.folder)
-    assert len(told) == 2
-    assert "1 skipped as broken" in told[0] and "d.png: its caption d.txt" in told[0]
-    assert "skipped as broken" in told[1] and "c.png" in told[1]
+    shown = warnings(unbroken.folder)
+    assert len(shown) == 2
+    assert "1 skipped as broken" in shown[0] and "d.png: its caption d.txt" in shown[0]
+    assert "skipped as broken" in shown[1] and "c.png" in shown[1]
     for update in broken.train():
         if update.step == 3:
             broken.stop()
@@ -134,7 +134,7 @@ def test_broken_held_out_prompts_are_refused_either_way(
         tiny_run(overrides=settings | {"evaluate.prompts": str(prompts)}).check()
 
 
-def test_what_was_prepared_is_not_encoded_again(
+def test_prepared_data_is_not_encoded_again(
     tiny_run: MakeRun, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cached = settings | {"data.cache": str(tmp_path / "cache")}
@@ -182,7 +182,7 @@ def test_both_images_of_a_pair_and_its_text_are_prepared(
     assert [update.step for update in tiny_run(overrides=settings).train()] == [1, 2, 3]
 
 
-def test_an_interrupted_preparation_goes_on_where_it_was(
+def test_an_interrupted_preparation_continues_where_it_stopped(
     tiny_run: MakeRun, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cached = settings | {"data.cache": str(tmp_path / "cache")}
@@ -203,10 +203,12 @@ def test_an_interrupted_preparation_goes_on_where_it_was(
     assert (prepared[0].read, prepared[0].encoded) == (4, 2)
 
 
-def test_what_has_no_end_is_not_prepared_and_that_is_said(tiny_run: MakeRun, tmp_path: Path) -> None:
+def test_an_endless_stream_is_not_prepared_and_a_note_reports_it(tiny_run: MakeRun, tmp_path: Path) -> None:
     prepared, notes = prepare(tiny_run(overrides={"data.cache": str(tmp_path / "cache")}))
     assert [row.what for row in prepared] == ["texts"]
-    assert notes == ["data.images: alignkit_shapes.data:Drawings has no end, so none of it is encoded ahead"]
+    assert notes == [
+        "data.images: alignkit_shapes.data:Drawings is an endless stream, so none of it is encoded ahead of time"
+    ]
 
 
 def test_without_a_cache_there_is_nothing_to_prepare(tiny_run: MakeRun) -> None:
@@ -214,7 +216,7 @@ def test_without_a_cache_there_is_nothing_to_prepare(tiny_run: MakeRun) -> None:
         prepare(tiny_run())
 
 
-def test_the_command_tells_what_it_did(tiny_lcm: Path, tmp_path: Path) -> None:
+def test_the_command_prints_what_it_encoded(tiny_lcm: Path, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a red circle\na blue square\n")
     (tmp_path / "run.toml").write_text(
         '[data]\nprompts = "p.txt"\n[[reward]]\nname = "pixel_check"\n[sampler]\nname = "lcm"\nnum_steps = 2\n'

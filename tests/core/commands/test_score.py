@@ -1,4 +1,4 @@
-"""Scoring images that are files: in batches, with parts, and what is lost where something breaks in the middle."""
+"""Scores of image files: in batches, with parts, and with errors in the middle."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ JPEG = "jpeg_incompressibility"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a folder of images 00.png, 01.png, ... of these sizes; one that is None cannot be read."""
+    """Write a folder of images 00.png, 01.png, ... of these sizes; None stands for an unreadable file."""
 
     def write(*sizes: int | None) -> Path:
         (out := tmp_path / "images").mkdir()
@@ -73,7 +73,7 @@ def test_images_of_a_folder_are_scored_by_name(brightness: None, tmp_path: Path)
         score("brightness", folder, prompts, device="quantum")
 
 
-def test_without_a_file_of_prompts_each_image_has_its_own_beside_it(folder: Callable[..., Path]) -> None:
+def test_without_a_file_of_prompts_each_image_has_its_own_text_file(folder: Callable[..., Path]) -> None:
     images = folder(8, 8)
     (images / "00.txt").write_text("\ufeffa red circle\n", encoding="utf-8")
     typed = ["score", JPEG, str(images), "--device", "cpu"]
@@ -107,7 +107,7 @@ def test_images_of_one_size_are_scored_together_to_the_bit_as_in_a_run(
 
 
 @pytest.mark.parametrize("form", [[], ["--json"]])
-def test_what_was_scored_before_an_unreadable_file_is_printed(folder: Callable[..., Path], form: list[str]) -> None:
+def test_scores_before_an_unreadable_file_are_printed(folder: Callable[..., Path], form: list[str]) -> None:
     result = command(JPEG, folder(8, 8, 8, None, 8), *form, "--set", "evaluate.batch_size=2")
     assert result.exit_code == 1 and "03.png: cannot be read as an image" in result.stderr
     assert result.stderr.count("\n") == 1
@@ -123,7 +123,7 @@ def judged(url: str, *more: str) -> list[str]:
     return [word for one in [*assignments, "scoring.retries=0", *more] for word in ("--set", one)]
 
 
-def test_a_judge_is_asked_about_several_images_at_once_and_its_parts_are_columns(folder: Callable[..., Path]) -> None:
+def test_vlm_judge_scores_several_images_at_once_and_its_parts_are_columns(folder: Callable[..., Path]) -> None:
     endpoint = Endpoint(lambda *_: '{"alignment": 4, "quality": 5}', slow=0.1)
     with running(endpoint):
         result = command("vlm_judge", folder(8, 8, 8, 8), *judged(endpoint.url))
@@ -133,7 +133,7 @@ def test_a_judge_is_asked_about_several_images_at_once_and_its_parts_are_columns
     assert [line.split()[:3] for line in lines] == [["0.8750", "4", "5"]] * 4
 
 
-def test_what_was_scored_before_a_server_died_is_printed(folder: Callable[..., Path]) -> None:
+def test_scores_before_a_server_failed_are_printed(folder: Callable[..., Path]) -> None:
     endpoint = Endpoint(lambda *_: '{"alignment": 4, "quality": 5}' if len(endpoint.requests) <= 2 else (503, "gone"))
     with running(endpoint):
         result = command("vlm_judge", folder(8, 8, 8), *judged(endpoint.url, "evaluate.batch_size=2"), "--json")
@@ -141,19 +141,19 @@ def test_what_was_scored_before_a_server_died_is_printed(folder: Callable[..., P
     assert names(json.loads(result.stdout)) == ["00.png", "01.png"]
 
 
-def test_images_none_of_which_could_be_scored_are_an_error_that_says_why(folder: Callable[..., Path]) -> None:
+def test_images_that_all_could_not_be_scored_are_an_error_with_the_reason(folder: Callable[..., Path]) -> None:
     endpoint = Endpoint(lambda *_: "It is lovely.")
     with running(endpoint):
         result = command("vlm_judge", path := folder(8, 8), *judged(endpoint.url))
     assert result.exit_code == 1
     assert (
         result.stderr
-        == f"error: {path}: vlm_judge could score none of the 2 images: no JSON object in 'It is lovely.'\n"
+        == f"error: {path}: vlm_judge could not score any of the 2 images: no JSON object in 'It is lovely.'\n"
     )
     assert [line.split()[:2] for line in result.stdout.splitlines()[1:]] == [["not", "scored"]] * 2
 
 
-def test_a_part_that_is_no_number_is_left_out_of_json(folder: Callable[..., Path], plugins: Any) -> None:
+def test_a_part_that_is_not_a_number_is_left_out_of_json(folder: Callable[..., Path], plugins: Any) -> None:
     plugins.install("parted", HOOKS, rewards=PARTED)
     (first, second) = json.loads(command("parted", folder(8, 8), "--json").stdout)
     assert first["parts"] == {"parted": 1.0, "parted/seen": 1.0} and second["parts"] == {"parted": 1.0}

@@ -338,7 +338,7 @@ def test_the_command_serves_until_it_is_terminated(tmp_path: Path) -> None:
             assert torch.equal(remote(images, examples).values, JpegIncompressibility(70)(images, examples))
         process.send_signal(signal.SIGTERM)  # SIGINT is ignored by what a shell put into the background
         _, errors = process.communicate(timeout=60)
-        assert process.returncode == 0 and errors == "ended\n"
+        assert process.returncode == 0 and errors == "stopped\n"
     finally:
         process.kill()
         process.communicate()

@@ -91,7 +91,7 @@ class Doubles(TinyImages):
         (Levels, r"found images from .* to 2.., expected values in \[0, 1\]"),
         (ForgetsACaption, "found 5 captions at 6 positions, expected one each"),
         (NoCaption, "found None as a caption, expected a string"),
-        (OneOrder, "seed 1 gives what seed 0 gives, expected another order"),
+        (OneOrder, "seed 1 gives the items of seed 0 in the same order, expected another order"),
         (Ends, "raised IndexError"),
         (HandsOutItsOwn, "the same positions a second time"),
         (Doubles, r"found images torch.float64 of shape \(6, 3, 64, 64\), expected float32"),
@@ -127,7 +127,7 @@ class NotesAsText(TinyPairs):
     ("source", "message"),
     [
         (PrefersNothing, "at position 0 winner and loser are the same image"),
-        (UnequalPairs, r"found winners \(6, 3, 64, 64\) and losers \(6, 3, 64, 32\), expected alike"),
+        (UnequalPairs, r"found winners \(6, 3, 64, 64\) and losers \(6, 3, 64, 32\), expected equal shapes"),
         (NotesAsText, "notes: found 'two were left out', expected a list of lines"),
     ],
 )

@@ -103,7 +103,7 @@ def test_lint_reports_how_many_tokens_are_read_and_how_many_were_found(clip_fold
     file = tmp_path / "prompts.txt"
     file.write_text(f"{fits}\n{long}\n")
     assert found > 24
-    assert whys() == [f"clip_score: reads 24 tokens, found {found}; what stands at its end counts for nothing"]
+    assert whys() == [f"clip_score: reads 24 tokens, found {found}; the end of the prompt is ignored"]
     both = [24 + 1, found + 1]
     assert [int(why.split("found ")[1].split(";")[0]) for why in whys(prefix="a ")] == both
 
