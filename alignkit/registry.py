@@ -7,6 +7,9 @@ others. A component's class is imported only when it is requested.
 from __future__ import annotations
 
 import difflib
+import functools
+import importlib
+import inspect
 import os
 import re
 import traceback
@@ -14,10 +17,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from typing import Any
 
 import pluggy
 
 from alignkit import hookspecs, interfaces
+from alignkit.errors import AlignkitError, PluginError
 
 GROUP = "alignkit"
 DISABLE = "ALIGNKIT_DISABLE_PLUGINS"
@@ -79,6 +84,88 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+class Registry:
+    """The components of some plugins. Raises PluginError if two plugins register the same name."""
+
+    def __init__(self, plugins: Iterable[EntryPoint]) -> None:
+        self._rows: dict[tuple[str, str], Component] = {}
+        self._added: dict[tuple[str, str], Any] = {}
+        for entry in sorted(plugins, key=lambda e: e.name):
+            for row in _read(entry):
+                other = self._rows.setdefault((row.kind, row.name), row)
+                if other is not row:
+                    raise PluginError(
+                        f"{row.kind} {row.name} is registered by {other.origin} and by {row.origin}; "
+                        f"disable one with {DISABLE}={row.plugin}"
+                    )
+
+    def add(self, row: Component, target: Any) -> None:
+        """Register the class `target` in this process only, replacing an earlier one that was added under this name.
+
+        Raises PluginError if an installed plugin has registered the name.
+        """
+        key = row.kind, row.name
+        if key in self._rows and key not in self._added:
+            raise PluginError(
+                f"{row.kind} {row.name} is already registered by {self._rows[key].origin}; choose another name"
+            )
+        self._rows[key], self._added[key] = row, target
+
+    def components(self, kind: str | None = None) -> list[Component]:
+        """Return the components of one kind, or of all, sorted, with the broken plugins last."""
+        order = [*KINDS, "plugin"]
+        rows = (row for row in self._rows.values() if kind in (None, row.kind) or row.broken)
+        return sorted(rows, key=lambda row: (order.index(row.kind), row.name))
+
+    def named(self, name: str) -> list[Component]:
+        """Return the usable components with this name, of any kind."""
+        return [row for row in self.components() if row.name == normalise(name) and not row.broken]
+
+    def find(self, kind: str, name: str) -> Component:
+        """Return a component without importing its class. Raises AlignkitError with the nearest name if not found."""
+        if found := self._rows.get((kind, normalise(name))):
+            return found
+        names = [row.name for row in self.components(kind) if not row.broken]
+        others = sorted(row.kind for row in self.named(name))
+        if now := RENAMED.get((kind, normalise(name))):
+            raise AlignkitError(f"{kind} {name!r} was renamed; use {now}")
+        hint = f" (there is a {' and a '.join(others)} of this name)" if others else nearest(normalise(name), names)
+        broken = [f"; {row.origin} is broken: {row.broken}" for row in self.components() if row.broken]
+        raise AlignkitError(
+            f"unknown {kind} {name!r}{hint} (`alignkit list {plural(kind)}` shows all){''.join(broken)}"
+        )
+
+    def get(self, kind: str, name: str) -> Any:
+        """Import and return the class of a component, or the ModelBundle of a model.
+
+        Raises AlignkitError for an unknown name, and PluginError for a target that cannot be imported or is not a
+        complete implementation of the kind.
+        """
+        row = self.find(kind, name)
+        if (kind, row.name) in self._added:
+            return self._added[kind, row.name]
+        what = f"{kind} {row.name} ({row.target}, {row.origin})"
+        module, _, attribute = row.target.partition(":")
+        try:
+            target = getattr(importlib.import_module(module), attribute)
+            if kind == "model" and callable(target):
+                target = target()
+        except Exception as error:
+            raise PluginError(f"{what} cannot be imported: {_reason(error)}") from error
+        expected = KINDS[kind]
+        if kind == "command":
+            if callable(target):
+                return target
+            raise PluginError(f"{what} is neither a function nor a typer.Typer")
+        fits = isinstance(target, expected) if kind == "model" else _is_subclass(target, expected)
+        if not fits:
+            raise PluginError(f"{what} is not an alignkit.interfaces.{expected.__name__}")
+        if inspect.isabstract(target):
+            raise PluginError(f"{what} does not implement {', '.join(sorted(target.__abstractmethods__))}")
+        return target
+
+
+@functools.cache
 def default_registry() -> Registry:
     """Return the installed plugins, except those in ALIGNKIT_DISABLE_PLUGINS (entry-point names, comma-separated)."""
     disabled = {normalise(name) for name in os.environ.get(DISABLE, "").split(",")}
