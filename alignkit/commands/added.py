@@ -13,7 +13,7 @@ from alignkit.registry import Component, Registry
 def build(registry: Registry, row: Component) -> Any:
     """Import the target of a command and return it as a click command.
 
-    Raises PluginError for a target that does not import, and for parameters that typer cannot read.
+    Raises PluginError for a target that cannot be imported, and for parameters that typer cannot read.
     """
     target = registry.get("command", row.name)
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
