@@ -16,10 +16,10 @@ from alignkit.registry import KINDS, default_registry, nearest, plural
 
 
 def list_components(kind: Annotated[str | None, typer.Argument(metavar="KIND")] = None, as_json: Json = False) -> None:
-    """List what is installed, by kind: algorithms, rewards, samplers, models and all else.
+    """List what is installed, by kind.
 
-    One line each, cut to the width of the terminal; `alignkit show NAME` prints everything. The distribution is listed
-    if it is not alignkit. Plugins that cannot be imported come last, with the reason.
+    One line each, cut to the width of the terminal; `alignkit show NAME` prints everything. The distribution is
+    listed if it is not alignkit. Plugins that cannot be imported come last, with the reason.
 
     \b
     alignkit list                everything
@@ -43,9 +43,10 @@ def show(
     model: Annotated[str | None, typer.Option(metavar="NAME", help="The model whose settings to show.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Show one component or one section of a run file: its description, its paper, its fields and their defaults.
+    """Show a component or a section of a run file.
 
-    The settings that a model changes for it (the default model, or --model) are listed after the fields.
+    Prints the description, the paper, the fields with their defaults, and the settings that a model (the default
+    model, or --model) changes.
 
     \b
     alignkit show lasro
@@ -69,9 +70,10 @@ def new(
         Path | None, typer.Option(metavar="FOLDER", help="The new folder; by default alignkit-NAME.")
     ] = None,
 ) -> None:
-    """Write a plugin to start from, with a test: a reward, algorithm, sampler, surrogate or model.
+    """Write a plugin to start from, with its test.
 
-    It can be installed, trained with and tested as it is written.
+    KIND is reward, algorithm, sampler, surrogate or model. The plugin can be installed, trained with and tested as
+    it is written.
 
     \b
     alignkit new reward contrast
@@ -95,10 +97,11 @@ def check_plugin(
     download: Annotated[bool, typer.Option("--download", help="Download missing checkpoints.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Check every component of a plugin: batches, gradients, randomness, odd inputs, checkpoints.
+    """Check the components of a plugin against their interfaces.
 
-    PACKAGE is a distribution, an entry point or a package. Components that cannot be checked here are skipped with the
-    reason, such as a checkpoint that is not on this disk. Exits with 1 if a check fails.
+    Checks batches, gradients, randomness, odd inputs and checkpoints, whatever applies to the kind. PACKAGE is a
+    distribution, an entry point or a package. Components that cannot be checked here are skipped with the reason,
+    such as a checkpoint that is not on this disk. Exits with 1 if a check fails.
 
     \b
     alignkit check-plugin alignkit_samplers

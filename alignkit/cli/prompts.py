@@ -15,7 +15,7 @@ from alignkit.cli.output import print_json
 from alignkit.errors import AlignkitError
 
 prompts_app = typer.Typer(
-    help="Inspect prompts before a run: which cannot be scored, what a reward asks about them, which are alike.\n\n"
+    help="Inspect and select prompts before a run.\n\n"
     "FILE is a .txt, .jsonl or .parquet file, or an included set: animals, attributes, counting or spatial, each also "
     "with the ending _held_out.\n\n"
     "\b\nalignkit prompts lint prompts.txt --reward attribute_binding\nalignkit prompts phrases attributes\n"
@@ -36,10 +36,10 @@ def lint(
     assignments: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Report prompts that a reward cannot score, with the reason, and repeated and unreadable ones.
+    """Report prompts that a reward cannot score, and repeated ones.
 
-    Without --load no weights are needed, but words that the reward does not know and prompts that are too long for it
-    are not found. Exits with 1 if a prompt cannot be read or scored.
+    Without --load no weights are needed, but words that the reward does not know and prompts that are too long for
+    it are not found. Exits with 1 if a prompt cannot be read or scored.
 
     \b
     alignkit prompts lint attributes --reward attribute_binding
@@ -70,7 +70,9 @@ def phrases(
     assignments: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Show the questions that attribute_binding, or another reward that asks any, asks about each prompt.
+    """Show the questions that a reward asks about each prompt.
+
+    attribute_binding asks questions, and so do vqa_score, ocr and others; clip_score, say, asks none.
 
     \b
     alignkit prompts phrases "a red chair and a blue wooden cup"
@@ -102,10 +104,11 @@ def curate(
     assignments: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Keep prompts that differ: drop repeated ones, and those too close to a kept one, as LaSRO selects prompts.
+    """Keep prompts that differ, as LaSRO selects them.
 
-    Reads the file from the top. A text encoder measures the distance of two prompts: CLIP, BERT, T5, a sentence
-    encoder, or the text encoder of the diffusion model. Distances depend on the encoder: try several.
+    Drops repeated prompts, and those too close to one that was kept. Reads the file from the top. A text encoder
+    measures the distance of two prompts: CLIP, BERT, T5, a sentence encoder, or the text encoder of the diffusion
+    model. Distances depend on the encoder: try several.
 
     \b
     alignkit prompts curate prompts.txt --out kept.txt

@@ -30,9 +30,10 @@ def score(
     assignments: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Score the images of a folder with a reward, as a run with this model would.
+    """Score the images of a folder with a reward.
 
-    Prints a line for each image as soon as it is scored, with the parts of its score, or why it could not be scored.
+    Settings of the reward are those of a run with this model. Prints a line for each image as soon as it is scored,
+    with the parts of its score, or why it could not be scored.
 
     \b
     alignkit score attribute_binding captioned/
@@ -108,9 +109,10 @@ def serve(
     model: Model = None,
     assignments: Set = None,
 ) -> None:
-    """Serve a reward over HTTP, for the reward `remote` of runs on this or other machines.
+    """Serve a reward over HTTP.
 
-    With ALIGNKIT_TOKEN in the environment, clients must send that token. Without --network only this machine is served.
+    Runs on this or other machines use it with the reward `remote`. With ALIGNKIT_TOKEN in the environment, clients
+    must send that token. Without --network only this machine is served.
 
     \b
     alignkit serve attribute_binding

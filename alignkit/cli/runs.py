@@ -60,7 +60,7 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the run folder.")] = False,
     plain: Annotated[bool, typer.Option("--plain", help="Print lines instead of a live table.")] = False,
 ) -> None:
-    """Train a model, from a run file, from flags, or both; flags win.
+    """Train a model, from a run file, flags or both; flags win.
 
     \b
     alignkit train --algo lasro --reward attribute_binding
@@ -110,9 +110,9 @@ def prepare_run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Encode the prompts and images of a run ahead of time, into a cache that `train` reads.
+    """Encode the prompts and images of a run ahead of time.
 
-    Can be interrupted and repeated: nothing is encoded twice.
+    `train` reads them from the same cache. Can be interrupted and repeated: nothing is encoded twice.
 
     \b
     alignkit prepare run.toml --cache cache
@@ -144,7 +144,7 @@ def sample(
     count: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 1,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the images.")] = Path("samples"),
 ) -> None:
-    """Generate images with the trained weights of a run, or with a model as it is.
+    """Generate images with a trained run or a model.
 
     \b
     alignkit sample runs/first "a red circle and a blue square"
@@ -183,10 +183,11 @@ def pairs(
     assignments: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Make preference pairs: generate several images of each prompt, score them, keep the best and the worst.
+    """Make preference pairs with a model and a reward.
 
-    The folder holds the images and pairs.jsonl, one line per pair with text, files, scores and seed. Name it as
-    data.pairs in a run file, for diffusion_dpo and for pso in its offline mode.
+    Generates several images of each prompt, scores them, and keeps the best and the worst. The folder holds the
+    images and pairs.jsonl, one line per pair with text, files, scores and seed. Name it as data.pairs in a run
+    file, for diffusion_dpo and for pso in its offline mode.
 
     \b
     alignkit pairs shapes_lcm --out my/pairs
@@ -221,10 +222,10 @@ def evaluate_runs(
     assignments: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Measure the rewards before and after training, with 95 % intervals, and the drift.
+    """Measure rewards and drift before and after training.
 
-    Uses training prompts and held-out prompts. Drift is the distance of the images from those of the model before
-    training: a kernel distance in that model's own features, 0 if nothing changed.
+    Uses training prompts and held-out prompts, and gives 95 % intervals. Drift is the distance of the images from
+    those of the model before training: a kernel distance in that model's own features, 0 if nothing changed.
 
     Terminals of 110 columns, JSON and CSV also show intervals of the means, next to those of the difference.
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -114,6 +115,13 @@ def test_every_help_teaches_with_an_example_on_a_line_of_its_own(command: str, f
 def test_help_lists_the_commands_and_version_prints_the_version() -> None:
     assert all(command in run("-h").stdout for command in COMMANDS)
     assert run("--version").stdout == f"alignkit {alignkit.__version__}\n"
+
+
+@pytest.mark.parametrize("group", [[], ["prompts"]])
+def test_help_describes_every_command_in_a_line_of_80_columns_that_is_not_cut(group: list[str]) -> None:
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(app, [*group, "--help"], terminal_width=80)
+    commands = result.stdout.partition("\nCommands:\n")[2].splitlines()
+    assert len(commands) >= 3 and all(re.fullmatch(r"  [a-z-]+ +[A-Z].*[^.]\.", line) for line in commands)
 
 
 @pytest.mark.parametrize(
