@@ -21,8 +21,9 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from transformers import BertTokenizer, BlipConfig, BlipForQuestionAnswering
 
+from alignkit.config.bundles import find_policy
 from alignkit.diffusion import add_noise
-from alignkit.models.diffusers_policy import DiffusersPolicy
+from alignkit.records import PolicySettings
 from alignkit_rewards.attribute_binding import answers, encode, yes_no
 from alignkit_shapes.build.questions import labels, pixels, question, spoiled
 from alignkit_shapes.pixel_check import Region, read
@@ -205,7 +206,8 @@ def sketches(teacher: Path, count: int, rng: np.random.Generator, guidance_scale
 
     Such images lie between right and melted, as those of few-step models do.
     """
-    policy = DiffusersPolicy(str(teacher), trainable=False, guidance_scale=guidance_scale)
+    settings = PolicySettings(trainable=False, guidance_scale=guidance_scale)
+    policy = find_policy(str(teacher)).load(str(teacher), settings)
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
     found: list[Sketch] = []
     while len(found) < count:

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignkit import diffusion
-from alignkit.models.diffusers_policy import DiffusersPolicy
-from alignkit.records import Prompt
+from alignkit.config.bundles import find_policy
+from alignkit.interfaces import Policy
+from alignkit.records import PolicySettings, Prompt
 from alignkit.rollout import run_sampler
 from alignkit_lcd.distillation import pseudo_huber
 from alignkit_samplers.ddim import DDIM
@@ -49,7 +50,8 @@ def build(teacher: Path, work: Path, out: Path) -> None:
 def collect(teacher: Path, pool: Path, shards: int = 20, rows: int = 512, batch: int = 64, seed: int = 6) -> None:
     """`shards` files of `rows` walks each: latents (N, 8, 4, 8, 8), ends (N, 4, 8, 8), text features. Those that are
     there are kept."""
-    policy = DiffusersPolicy(str(teacher), trainable=False, guidance_scale=GUIDANCE_SCALE)
+    settings = PolicySettings(trainable=False, guidance_scale=GUIDANCE_SCALE)
+    policy = find_policy(str(teacher)).load(str(teacher), settings)
     pool.mkdir(parents=True, exist_ok=True)
     start = time.time()
     for shard in range(shards):
@@ -78,9 +80,7 @@ class Walks:
             torch.cat([shard[name] for shard in shards]) for name in ("states", "ends", "features")
         )
 
-    def batch(
-        self, rows: int, policy: DiffusersPolicy, chance: torch.Generator
-    ) -> tuple[Tensor, Tensor, Prompt, Tensor]:
+    def batch(self, rows: int, policy: Policy, chance: torch.Generator) -> tuple[Tensor, Tensor, Prompt, Tensor]:
         """Latents (N, 4, 8, 8), steps (N,), prompts, and the ends (N, 4, 8, 8) of the walks.
 
         Behind the first step some of the latents are the end under the noise that the walk began with: what Euler's
@@ -112,9 +112,8 @@ def train(
     the first step; the root of that is left.
     """
     torch.manual_seed(seed)
-    policy = DiffusersPolicy(
-        str(teacher), prediction="epsilon", guidance_scale=1.0, lora_rank=rank, lora_targets=TARGETS
-    )
+    settings = PolicySettings(prediction="epsilon", guidance_scale=1.0, lora_rank=rank, lora_targets=TARGETS)
+    policy = find_policy(str(teacher)).load(str(teacher), settings)
     walks, chance = Walks(pool), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=updates, pct_start=0.05)
