@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 pytest_plugins = [
-    "plugin_fixtures", "reward_fixtures", "model_fixtures", "run_fixtures", "scoring_fixtures", "image_fixtures",
+    "plugin_fixtures", "policy_fixtures", "reward_fixtures", "model_fixtures", "run_fixtures", "scoring_fixtures",
+    "image_fixtures",
 ]  # fmt: skip
 pytest.register_assert_rewrite("method_checks", "families")

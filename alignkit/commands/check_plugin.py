@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from alignkit.commands.added import build
 from alignkit.config import schema
 from alignkit.errors import AlignkitError, ConfigError, PluginError
-from alignkit.interfaces import Algorithm
-from alignkit.records import Example
+from alignkit.interfaces import Algorithm, ModelBundle, Policy
+from alignkit.records import Example, PolicySettings
 from alignkit.registry import Component, Registry, default_registry, nearest, normalise
 from alignkit.testing import (
     check_algorithm,
     check_model,
+    check_policy,
     check_regulariser,
     check_reward,
     check_sampler,
     check_surrogate,
     refusal,
+    tiny_pipeline,
 )
-from alignkit.testing.world import Form
+from alignkit.testing.world import FORMS, Form
 
 SAMPLERS: dict[Form, tuple[str, ...]] = {"lcm": ("lcm",), "teacher": ("ddim", "euler_ancestral", "renoise")}
 """The forms of models that an algorithm is checked on, each with the samplers to try until it accepts one."""
@@ -118,6 +121,8 @@ def _check(registry: Registry, row: Component, given: Mapping[tuple[str, str], d
         return check_model(row.name)
     if row.kind == "command":
         return _check_command(registry, row)
+    if row.kind == "policy":
+        return _check_policy(registry, row.name)
     component = _built(registry, row.kind, row.name, given)
     if row.kind == "reward":
         check_reward(component, examples=examples)
@@ -136,14 +141,14 @@ def _check(registry: Registry, row: Component, given: Mapping[tuple[str, str], d
 
 def _built(registry: Registry, kind: str, name: str, given: Mapping[tuple[str, str], dict[str, Any]]) -> Any:
     cls = registry.get(kind, name)
-    fields = given.get((kind, name), {})
-    missing = schema.field_types(cls).keys() - schema.defaults(cls).keys() - fields.keys()
+    chosen = given.get((kind, name), {})
+    missing = schema.field_types(cls).keys() - schema.defaults(cls).keys() - chosen.keys()
     if missing:
         raise _Skipped(f"{sorted(missing)[0]} has no default; set it with --set {kind}.{name}.{sorted(missing)[0]}=")
     try:
-        return cls(**fields)
+        return cls(**chosen)
     except ValueError as error:
-        if fields:
+        if chosen:
             raise ConfigError(f"{kind} {name}: {error}") from error
         raise AssertionError(f"{kind} {name} rejects its own defaults: {error}") from error
 
@@ -175,3 +180,34 @@ def _check_algorithm(
     if not checked:
         raise _Skipped(reasons[0])
     return ", ".join(checked)
+
+
+def _check_policy(registry: Registry, name: str) -> str:
+    """On the untrained pipelines of `alignkit.testing` that it serves, and on a registered model on this disk."""
+    policy: type[Policy] = registry.get("policy", name)
+    checked = []
+    for what, source, settings in _checkpoints(registry, name, policy):
+        check_policy(policy.load(source, settings))
+        checked.append(what)
+    if not checked:
+        raise _Skipped(
+            "no checkpoint that it serves is on this disk; register a model whose path is a folder, with "
+            f"model.policy = {name} in its defaults"
+        )
+    return ", ".join(checked)
+
+
+def _checkpoints(registry: Registry, name: str, policy: type[Policy]) -> Iterator[tuple[str, str, PolicySettings]]:
+    """A description, a source and the settings of each checkpoint: the tiny pipelines, or else the first model."""
+    tiny = [(form, str(tiny_pipeline(form))) for form in FORMS]
+    served = [(form, source) for form, source in tiny if policy.serves(source)]
+    yield from ((f"an untrained {form}", source, PolicySettings(lora_rank=4)) for form, source in served)
+    for row in () if served else registry.components("model"):
+        bundle: ModelBundle | None = None if row.broken else registry.get("model", row.name)
+        if bundle is None or not Path(bundle.path).is_dir():
+            continue
+        model = bundle.defaults.get("model", {})
+        if model.get("policy", name) == name and policy.serves(bundle.path):
+            known = {field.name for field in fields(PolicySettings)} & model.keys()
+            yield f"model {row.name}", bundle.path, PolicySettings(**{key: model[key] for key in known})
+            return

@@ -14,6 +14,7 @@ from __future__ import annotations
 from alignkit.testing.algorithm import check_algorithm, refusal, tiny_trainer
 from alignkit.testing.data import check_images, check_pairs
 from alignkit.testing.model import check_model
+from alignkit.testing.policy import check_policy
 from alignkit.testing.regulariser import check_regulariser
 from alignkit.testing.reward import check_reward
 from alignkit.testing.sampler import check_sampler
@@ -25,6 +26,7 @@ __all__ = [
     "check_images",
     "check_model",
     "check_pairs",
+    "check_policy",
     "check_regulariser",
     "check_reward",
     "check_sampler",

@@ -80,7 +80,7 @@ class LatentUNet(PairwiseSurrogate):
     """A diffusers folder or hub id whose `unet` is taken; empty for the generator's own."""
 
     def load(self, policy: Policy) -> None:
-        source = self.backbone or getattr(policy, "source", "")
+        source = self.backbone or policy.source
         try:
             unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet")
         except (OSError, ValueError) as error:
@@ -96,7 +96,7 @@ class LatentUNet(PairwiseSurrogate):
                 f"surrogate.backbone: {source} reads text features of {reads} numbers, the model has {wide}"
             )
         spatial = policy.latent_shape[1] // 2 ** (len(unet.config.block_out_channels) - 1)
-        self._network = EncoderWithHead(unet, spatial, getattr(policy, "image_size", 0)).to(policy.device)
+        self._network = EncoderWithHead(unet, spatial, policy.image_size).to(policy.device)
         self._network.requires_grad_(False).eval()
 
     def score(self, latents: Tensor, prompt: Prompt) -> Tensor:

@@ -60,7 +60,7 @@ class VisionLanguage(PairwiseSurrogate):
                 f"surrogate.patch: found {patch}, expected a divisor of the latent's edge; the model's latents are "
                 f"{height} x {width}"
             )
-        source = self.backbone or getattr(policy, "source", "")
+        source = self.backbone or policy.source
         try:
             with no_progress_bars(), errors_only():
                 network = self._pretrained(source) if self.backbone else self._new(source, height, patch)

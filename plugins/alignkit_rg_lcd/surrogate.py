@@ -86,7 +86,7 @@ class LRM(Surrogate):
                 f"surrogate.patch: found {self.patch}, expected a divisor of the latent's edge; the model's latents "
                 f"are {height} x {width}"
             )
-        text, new = self._text_tower(getattr(policy, "source", ""))
+        text, new = self._text_tower(policy.source)
         latent = CLIPVisionModelWithProjection(
             CLIPVisionConfig(
                 hidden_size=self.width, intermediate_size=4 * self.width, projection_dim=text.config.projection_dim,

@@ -21,9 +21,10 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from transformers import BertTokenizer, BlipConfig, BlipForQuestionAnswering
 
+from alignkit.config.bundles import find_policy
 from alignkit.data.decode import to_uint8
 from alignkit.diffusion import add_noise
-from alignkit.models.diffusers_policy import DiffusersPolicy
+from alignkit.records import PolicySettings
 from alignkit_rewards.attribute_binding import answer_logits, encode, yes_no
 from alignkit_shapes.build.questions import corrupted, labels, pixels, question
 from alignkit_shapes.pixel_check import Region, answers, find_regions
@@ -207,7 +208,8 @@ def sketches(teacher: Path, count: int, rng: np.random.Generator, guidance_scale
 
     Like the images of few-step models, they range from correct to melted.
     """
-    policy = DiffusersPolicy(str(teacher), trainable=False, guidance_scale=guidance_scale)
+    settings = PolicySettings(trainable=False, guidance_scale=guidance_scale)
+    policy = find_policy(str(teacher)).load(str(teacher), settings)
     generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
     found: list[Sketch] = []
     while len(found) < count:

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignkit import diffusion
+from alignkit.config.bundles import find_policy
 from alignkit.distillation import pseudo_huber
-from alignkit.models.diffusers_policy import DiffusersPolicy
-from alignkit.records import Prompt
+from alignkit.interfaces import Policy
+from alignkit.records import PolicySettings, Prompt
 from alignkit.rollout import run_sampler
 from alignkit_samplers.ddim import DDIM
 from alignkit_shapes.build.teacher import SCHEDULE
@@ -51,7 +52,8 @@ def collect(teacher: Path, pool: Path, shards: int = 20, rows: int = 512, batch:
 
     Each holds latents (N, 8, 4, 8, 8), end points (N, 4, 8, 8) and text features.
     """
-    policy = DiffusersPolicy(str(teacher), trainable=False, guidance_scale=GUIDANCE_SCALE)
+    settings = PolicySettings(trainable=False, guidance_scale=GUIDANCE_SCALE)
+    policy = find_policy(str(teacher)).load(str(teacher), settings)
     pool.mkdir(parents=True, exist_ok=True)
     start = time.time()
     for shard in range(shards):
@@ -80,9 +82,7 @@ class Trajectories:
             torch.cat([shard[name] for shard in shards]) for name in ("states", "ends", "features")
         )
 
-    def batch(
-        self, rows: int, policy: DiffusersPolicy, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Prompt, Tensor]:
+    def batch(self, rows: int, policy: Policy, generator: torch.Generator) -> tuple[Tensor, Tensor, Prompt, Tensor]:
         """Return latents (N, 4, 8, 8), steps (N,), prompts, and end points (N, 4, 8, 8) of the trajectories.
 
         After the first step some of the latents are the end point with the trajectory's initial noise: the state that
@@ -114,9 +114,8 @@ def train(
     sqrt(alpha / sigma), so that the root of this factor remains.
     """
     torch.manual_seed(seed)
-    policy = DiffusersPolicy(
-        str(teacher), prediction="epsilon", guidance_scale=1.0, lora_rank=rank, lora_targets=TARGETS
-    )
+    settings = PolicySettings(prediction="epsilon", guidance_scale=1.0, lora_rank=rank, lora_targets=TARGETS)
+    policy = find_policy(str(teacher)).load(str(teacher), settings)
     trajectories, generator = Trajectories(pool), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=updates, pct_start=0.05)

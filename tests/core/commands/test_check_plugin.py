@@ -24,12 +24,18 @@ INIT = """
     def register_models(register):
         register("fine_model", "mixed.parts:FINE", "Suits")
         register("odd_model", "mixed.parts:ODD", "Brings an unknown key")
+
+    @hookimpl
+    def register_policies(register):
+        register("lonely", "mixed.parts:Lonely", "Has no checkpoint")
+        register("scaled", "mixed.parts:Scaled", "Shows images in another range")
 """
 PARTS = """
     from dataclasses import dataclass
 
     from alignkit.errors import ConfigError
     from alignkit.interfaces import ModelBundle, Reward
+    from alignkit.models.diffusers_policy import DiffusersPolicy
 
     FINE = ModelBundle("a/b", algorithm_defaults={"ddpo": {"algorithm": {"samples": 2}}})
     ODD = ModelBundle("a/b", defaults={"train": {"upbates": 3}})
@@ -67,6 +73,21 @@ PARTS = """
 
         def __call__(self, images, examples):
             return images.mean((1, 2, 3)).detach()
+
+
+    class Lonely(DiffusersPolicy):
+        @classmethod
+        def serves(cls, source):
+            return False
+
+
+    class Scaled(DiffusersPolicy):
+        @classmethod
+        def serves(cls, source):
+            return source != "a/b" and super().serves(source)
+
+        def decode(self, latents):
+            return 255 * super().decode(latents)
 """
 
 
@@ -90,7 +111,7 @@ def test_every_component_gets_a_result_with_its_reason(mixed: None) -> None:
     found = {row["name"]: (row["status"], row["detail"]) for row in json.loads(result.stdout)}
     assert {name: status for name, (status, _) in found.items()} == {
         "good": "passed", "bad": "failed", "heavy": "skipped", "demanding": "skipped", "gone": "failed",
-        "fine_model": "passed", "odd_model": "failed",
+        "fine_model": "passed", "odd_model": "failed", "lonely": "skipped", "scaled": "failed",
     }  # fmt: skip
     assert found["bad"][1].startswith("reward Bad: image 0 alone against in a batch of 4")
     assert found["heavy"][1] == "heavy: owner/heavy is not on this disk; set reward.heavy.checkpoint"
@@ -98,6 +119,8 @@ def test_every_component_gets_a_result_with_its_reason(mixed: None) -> None:
     assert "cannot be imported" in found["gone"][1]
     assert found["fine_model"][1] == "its settings under ddpo"
     assert "train.upbates" in found["odd_model"][1]
+    assert found["lonely"][1].startswith("no checkpoint that it serves is on this disk; register a model whose path")
+    assert found["scaled"][1].startswith("policy Scaled: decode: found pixels from")
 
 
 def test_set_fills_in_a_missing_setting_and_the_table_shows_it(mixed: None, monkeypatch: pytest.MonkeyPatch) -> None:
