@@ -86,12 +86,12 @@ class Distillation:
         )
 
     def noised(self, policy: Policy, rows: Noised) -> tuple[Tensor, Tensor]:
-        """Return z_t (N, *S) and t (N,): the latents noised to their solver times, by the schedule of `policy`."""
+        """z_t (N, *S) and t (N,): the latents noised to their solver times, by the schedule of `policy`."""
         t = rows.level * (1000 // self.ode_steps) - 1
         return diffusion.add_noise(rows.latents, rows.noise, *policy.schedule(t)), t
 
     def solve(self, teacher: Policy, rows: Noised) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Take one guided DDIM step of the teacher: (z_t, t, z_t', t'), t' the next lower time, 0 at the last."""
+        """One guided DDIM step of the teacher: (z_t, t, z_t', t') with t' the next lower solver time, 0 at the last."""
         z, t = self.noised(teacher, rows)
         t_next = (t - 1000 // self.ode_steps).clamp(min=0)
         alpha, sigma = teacher.schedule(t)

@@ -1,4 +1,4 @@
-"""Registered names and their classes, loaded lazily, with the plugin each comes from.
+"""Names to classes, lazily: who brought what, and what is broken.
 
 Plugins are the entry points of the group `alignkit`. Each is imported on its own, so that one which fails leaves the
 others working; the classes behind the names are imported only when one is asked for.
@@ -35,7 +35,7 @@ KINDS: dict[str, type] = {
     "model": interfaces.ModelBundle,
 }
 RENAMED = {("reward", "shapes_reading"): "pixel_check"}
-"""Components of earlier versions, and their names now."""
+"""Components of earlier versions, and what they are called now."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class Component:
 
 
 def normalise(name: str) -> str:
-    """Return the snake_case form: "-" and "_" are the same."""
+    """The snake_case form: "-" and "_" are the same."""
     return name.strip().replace("-", "_")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Return "; did you mean X?" for the closest of `names`, or "" if none is close."""
+    """ "; did you mean X?" for the closest of `names`, or nothing where none is close."""
     names = list(names)
     close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.6)
     close = close or [known for known in names if name and known.startswith(f"{name.lower()}_")]
@@ -88,7 +88,7 @@ class Registry:
                     )
 
     def add(self, row: Component, target: Any) -> None:
-        """Add a component, with its class, to this process alone. It replaces one that was added before; raises
+        """A component of this process alone, whose class is handed over. It replaces one that was added before; raises
         PluginError where a plugin has the name."""
         key = row.kind, row.name
         if key in self._rows and key not in self._added:
@@ -96,17 +96,17 @@ class Registry:
         self._rows[key], self._added[key] = row, target
 
     def components(self, kind: str | None = None) -> list[Component]:
-        """Return all rows of one kind (or of every kind), broken plugins included, sorted."""
+        """All rows of one kind (or of every kind), broken plugins included, sorted."""
         order = [*KINDS, "plugin"]
         rows = (row for row in self._rows.values() if kind in (None, row.kind) or row.broken)
         return sorted(rows, key=lambda row: (order.index(row.kind), row.name))
 
     def named(self, name: str) -> list[Component]:
-        """Return the working rows of this name, of any kind."""
+        """The working rows of this name, of whatever kind."""
         return [row for row in self.components() if row.name == normalise(name) and not row.broken]
 
     def find(self, kind: str, name: str) -> Component:
-        """Return the row of a name, without importing its class. Raises AlignkitError with the nearest name."""
+        """The row of a name, without importing its class. Raises AlignkitError with the nearest name."""
         if found := self._rows.get((kind, normalise(name))):
             return found
         names = [row.name for row in self.components(kind) if not row.broken]
@@ -118,7 +118,7 @@ class Registry:
         raise AlignkitError(f"unknown {kind} {name!r}{hint} (`alignkit list {kind}s` shows all){''.join(broken)}")
 
     def get(self, kind: str, name: str) -> Any:
-        """Import and return the class of a component, or the ModelBundle of a model.
+        """The class of a component, or the ModelBundle of a model, imported now.
 
         Raises AlignkitError for an unknown name and PluginError for a target that does not import or does not fit.
         """
@@ -144,13 +144,13 @@ class Registry:
 
 @functools.cache
 def default_registry() -> Registry:
-    """Return the installed plugins, without those that ALIGNKIT_DISABLE_PLUGINS lists (entry points, by comma)."""
+    """The plugins installed here, without those that ALIGNKIT_DISABLE_PLUGINS lists (entry point names, by comma)."""
     disabled = {normalise(name) for name in os.environ.get(DISABLE, "").split(",")}
     return Registry(entry for entry in entry_points(group=GROUP) if normalise(entry.name) not in disabled)
 
 
 def whose(error: BaseException) -> str:
-    """Name the plugin in whose code `error` was raised, or through which it passed last; empty if there is none."""
+    """The plugin in whose code `error` was raised, or through which it passed last; empty where there is none."""
     packages = {row.target.partition(":")[0].partition(".")[0]: row.origin for row in default_registry().components()}
     frames = traceback.walk_tb(error.__traceback__)
     found = [packages.get(str(frame.f_globals.get("__name__", "")).partition(".")[0]) for frame, _ in frames]
@@ -158,8 +158,8 @@ def whose(error: BaseException) -> str:
 
 
 def where(error: BaseException) -> str:
-    """Return the line that raised `error`, as "reward.py, line 7": the last one outside of installed libraries and the
-    core, else the last one in code of a plugin, else the very last."""
+    """The line that raised `error`, as "reward.py, line 7": the last one that is no installed library's and not the
+    core's, else the last one in code of a plugin, else the very last."""
     packages = {row.target.partition(":")[0].partition(".")[0] for row in default_registry().components()}
     frames = list(traceback.walk_tb(error.__traceback__))
     modules = [str(frame.f_globals.get("__name__", "")).partition(".")[0] for frame, _ in frames]
@@ -170,7 +170,7 @@ def where(error: BaseException) -> str:
 
 
 def _read(entry: EntryPoint) -> Iterator[Component]:
-    """Yield the rows that one plugin registers, or the one row that says why it is broken."""
+    """What one plugin registers, or the one row that says why it is broken."""
     distribution = (entry.dist.name, entry.dist.version) if entry.dist else ("an unknown distribution", "")
     rows: list[Component] = []
     try:

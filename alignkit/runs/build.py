@@ -196,13 +196,13 @@ class Parts:
         )
 
     def _check_walk(self, consistency: bool | None) -> None:
-        """Raise ConfigError for a sampler of consistency models on another model; `consistency` None: not known yet."""
+        """Raise ConfigError for the walk of consistency models on one that is none; `consistency` None: unknown yet."""
         model, sampler = self.config.model, self.config.sampler.name
         if consistency is False and default_registry().get("sampler", sampler).consistency:
             raise ConfigError(
                 f"sampler.name: found {sampler}, which is for latent consistency models, and {model.name} is none "
-                "(its scheduler or model.prediction says so); take renoise, the same sampler for other models, or set "
-                'model.prediction = "consistency" to train the model into one'
+                "(its scheduler or model.prediction says so); take renoise, the same walk for other models, or set "
+                'model.prediction = "consistency" for one that is to become one'
             )
 
     def teacher_source(self) -> str:
@@ -210,7 +210,7 @@ class Parts:
         return self.config.model.teacher or find_bundle(self.config.model.name).teacher or ""
 
     def load_policy(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> DiffusersPolicy:
-        """Load the model, ready to be trained."""
+        """The model, ready to be trained."""
         model = self.config.model
         policy = DiffusersPolicy(
             find_bundle(model.name).path,
@@ -231,7 +231,7 @@ class Parts:
         return policy
 
     def load_teacher(self, device: torch.device | str = "cpu") -> DiffusersPolicy | None:
-        """Load the model it was distilled from, which is not trained; None if nobody needs one."""
+        """The model it was distilled from, which is not trained; None if nobody needs one."""
         if not self.who_needs("teacher"):
             return None
         return DiffusersPolicy(
@@ -244,7 +244,7 @@ class Parts:
         )
 
     def load_surrogate(self, policy: DiffusersPolicy) -> Surrogate | None:
-        """Load the surrogate for this policy, from `surrogate.init` if that is set; None if the run has none."""
+        """The surrogate for this policy, from `surrogate.init` if that is set; None if the run has none."""
         config = self.config.surrogate
         if config is None:
             return None

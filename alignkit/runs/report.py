@@ -1,4 +1,4 @@
-"""Record and display of a run in progress: `metrics.jsonl`, the live table, image grids."""
+"""What a run shows and writes while it goes: `metrics.jsonl`, the live table, image grids."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from alignkit.files import write_file
 from alignkit.runs.grid import draw_grid
 
 FIRST = ("reward", "surrogate_score", "pair_accuracy", "rank_correlation", "surrogate", "loss", "grad_norm")
-"""Order in which metrics are shown, by the start of their names; all others follow."""
+"""Metrics are shown in this order, by the start of their names; what is not named here follows."""
 WINDOW = 20
 """Updates that the table's running mean covers."""
 
@@ -36,11 +36,10 @@ class Report:
     """The record of one run in `folder`, and its display on `console` (None: nothing is shown).
 
     `metrics.jsonl` has one JSON object a line, in the order of events: an update {"step", metrics..., "seconds",
-    "images_per_second"}, an evaluation {"step", "evaluation": [...]}, its verdict on reward hacking {"step",
-    "verdict", "text"} or a warning {"step", "warning"}; null stands for a value that is not finite.
-
-    To go on from a checkpoint, pass the `lines` of then: later lines are dropped, and the file becomes that of an
-    unbroken run, apart from times. Of several processes one `writes`.
+    "images_per_second"}, an evaluation {"step", "evaluation": [...]}, what it says of reward hacking {"step",
+    "verdict", "text"} or a warning {"step", "warning"}; null stands
+    for a value that is not finite. To go on from a checkpoint, keep `lines` of then and give it here: what was written
+    since is dropped, and the file becomes that of an unbroken run, apart from times. Of several processes one `writes`.
     """
 
     def __init__(self, folder: Path, console: Console | None, total: int, lines: int = 0, writes: bool = True) -> None:
@@ -49,7 +48,7 @@ class Report:
         self._path = folder / "metrics.jsonl"
         kept = self._path.read_text(encoding="utf-8").splitlines(keepends=True)[:lines] if lines else []
         if len(kept) < lines or (kept and not kept[-1].endswith("\n")):
-            raise AlignkitError(f"{self._path}: {len(kept)} lines found, the checkpoint was saved after line {lines}")
+            raise AlignkitError(f"{self._path}: {len(kept)} lines found, the checkpoint was saved behind line {lines}")
         if writes:
             write_file(self._path, "".join(kept))
         self.lines = len(kept)
@@ -76,7 +75,7 @@ class Report:
             self._live = None
 
     def update(self, step: int, metrics: Mapping[str, float], images: int = 0) -> None:
-        """Record an update that ended just now, in which `images` images were scored. Step 0 is the warm-up."""
+        """Record an update that ended just now, in which `images` were drawn and scored. Step 0 is the warm-up."""
         now = time.monotonic()
         seconds = now - self._last
         if step == 0:
@@ -90,7 +89,7 @@ class Report:
         self._last = time.monotonic()
 
     def warn(self, message: str) -> None:
-        """Show and record a warning, once a run."""
+        """Show and record a message, once a run."""
         if message in self._warnings:
             return
         self._warnings.add(message)
@@ -98,8 +97,8 @@ class Report:
         self._print(Text(f"warning: {message}", style="yellow"))
 
     def evaluation(self, step: int, rows: Sequence[Row]) -> None:
-        """Record and show an evaluation, and its verdict on reward hacking where a reward is held out; without rows
-        nothing."""
+        """Record and show an evaluation, and what it says of reward hacking where a reward is held out. Without rows
+        nothing was measured, and nothing is said."""
         if not rows:
             return
         self._append({"step": step, "evaluation": [asdict(row) for row in rows]})

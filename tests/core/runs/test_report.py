@@ -80,7 +80,7 @@ def test_a_resumed_run_writes_the_lines_of_an_unbroken_one(tmp_path: Path, kille
 
 def test_metrics_that_end_before_the_checkpoint_are_refused_untouched(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(AlignkitError, match="1 lines found, the checkpoint was saved after line 4"):
+    with pytest.raises(AlignkitError, match="1 lines found, the checkpoint was saved behind line 4"):
         Report(tmp_path, None, total=6, lines=4)
     assert lines(tmp_path) == [{"step": 1}]
 
