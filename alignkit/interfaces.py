@@ -331,8 +331,8 @@ class Regulariser(ABC, Generic[C, R]):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Of "teacher", "images", "predictions"; checked by the core. With "predictions", `loss` receives what the policy
-    predicted, with gradient, while the algorithm computed its own loss."""
+    """Requirements that the core checks: "teacher", "images", "predictions". With "predictions", `loss` receives what
+    the policy predicted, with gradient, while the algorithm computed its own loss."""
 
     def check(self, sampler: Sampler) -> None:
         """Raise ConfigError if these fields cannot work with this sampler. Called before any weight loads."""
