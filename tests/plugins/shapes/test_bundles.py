@@ -50,7 +50,7 @@ WITH_DEFAULTS = {
     ("lcd", "shapes_teacher"): NOT_LCM,
 }
 NO_LIKELIHOOD = (
-    r"sampler: every step of lcm is deterministic with num_steps = 1.*learns from the likelihood of stochastic steps"
+    r"sampler: every step of lcm is deterministic with num_steps = 1.*likelihood of stochastic steps"
 )
 ONE_STEP: dict[str, Any] = {"sampler.num_steps": 1}
 TEACHER = str(WEIGHTS / "shapes_teacher")
