@@ -20,7 +20,7 @@ Distance = Literal["huber", "l2"]
 
 @dataclass(frozen=True)
 class Noised(Rows):
-    """Captioned latents with what is drawn for one distillation step."""
+    """Captioned latents with the random numbers of one distillation step."""
 
     latents: Tensor
     """(N, *S) of real images."""
@@ -28,7 +28,7 @@ class Noised(Rows):
     noise: Tensor
     """(N, *S) unit normal."""
     level: Tensor
-    """(N,) in 1 .. ode_steps: which solver step."""
+    """(N,) index of the solver step, in 1 .. ode_steps."""
     guidance_scale: Tensor
     """(N,) guidance scale of the augmented teacher (w + 1 of the LCM paper)."""
 
@@ -72,7 +72,7 @@ class Distillation:
             )
 
     def draw(self, latents: Tensor, prompt: Prompt, ctx: Context) -> Noised:
-        """A random solver step, guidance and noise for each latent (N, *S)."""
+        """Sample a solver step, a guidance scale and noise for each latent (N, *S)."""
         count, device = len(latents), latents.device
         level = torch.randint(1, self.ode_steps + 1, (count,), generator=ctx.generator).to(device)
         share = torch.rand(count, generator=ctx.generator).to(device)
@@ -117,15 +117,15 @@ class Distillation:
     def loss(
         self, policy: Policy, teacher: Policy, rows: Noised, average: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """The distance (N,) between the student's prediction at t and its target at t'."""
+        """Return the distance (N,) between the student's prediction at t and its target at t'."""
         return self.distances(*self.predictions(policy, teacher, rows, average))
 
     def predictions(
         self, policy: Policy, teacher: Policy, rows: Noised, average: Mapping[str, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """f_theta(z_t, t) and, without gradient, the target f_theta-(z_t', t'), (N, *S) both.
+        """Return f_theta(z_t, t) and, without gradient, the target f_theta-(z_t', t'), (N, *S) both.
 
-        theta- are the weights of `average` by name, or where it has none the student's own.
+        theta- are the weights of `average` by name, or the student's own if it has none.
         """
         z, t, z_next, t_next = self.solve(teacher, rows)
         with torch.no_grad(), policy.using(average) if average else nullcontext():
@@ -133,22 +133,22 @@ class Distillation:
         return self.predict(policy, z, t, rows), target
 
     def predict(self, policy: Policy, x: Tensor, t: Tensor, rows: Noised) -> Tensor:
-        """f_theta(x, t) (N, *S), at the guidance that was drawn if the student takes one.
+        """Return f_theta(x, t) (N, *S), at the sampled guidance scale if the student takes one.
 
-        One that does not, an LCM-LoRA, has the guidance of its teacher in its weights and predicts with text alone.
+        An LCM-LoRA takes none: its weights hold the guidance of its teacher, and it predicts with the text alone.
         """
         scale = rows.guidance_scale if policy.guidance_embedded else torch.ones_like(rows.guidance_scale)
         return policy.denoise(x, t, rows.prompt, scale)
 
     def distances(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """(N,) between latents (N, *S), the mean over elements of pseudo-Huber's or of the square."""
+        """Return the mean over elements of pseudo-Huber or squared distances between latents (N, *S), (N,)."""
         difference = prediction - target
         each = difference**2 if self.distance == "l2" else pseudo_huber(difference, self.huber_c)
         return each.flatten(1).mean(1)
 
 
 class Average:
-    """theta-, the average of the student that gives the target (mu of Algorithm 1). Without decay there is none."""
+    """theta-, the average of the student that gives the target (decay mu of Algorithm 1); with decay 0 none."""
 
     def __init__(self, decay: float) -> None:
         if not 0 <= decay < 1:
@@ -157,13 +157,13 @@ class Average:
         self.weights: dict[str, Tensor] = {}
 
     def start(self, policy: Policy) -> None:
-        """Begin as the student is."""
+        """Start from the student's weights."""
         if self.decay:
             self.weights = {name: p.detach().clone() for name, p in policy.weights().items()}
 
     @torch.no_grad()
     def follow(self, policy: Policy) -> None:
-        """theta- <- mu theta- + (1 - mu) theta."""
+        """Update theta- <- mu theta- + (1 - mu) theta."""
         own = policy.weights()
         for name, average in self.weights.items():
             average.lerp_(own[name], 1 - self.decay)
@@ -177,5 +177,5 @@ class Average:
 
 
 def pseudo_huber(difference: Tensor, c: float) -> Tensor:
-    """sqrt(u^2 + c^2) - c, element by element."""
+    """Return sqrt(u^2 + c^2) - c, element by element."""
     return (difference**2 + c**2).sqrt() - c

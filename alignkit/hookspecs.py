@@ -1,4 +1,4 @@
-"""The hooks through which a plugin says what it brings.
+"""The hooks through which a plugin registers its components.
 
 A plugin's `__init__.py` imports the standard library and `alignkit`, nothing else, and registers strings, so that
 listing a hundred plugins imports no network code:
@@ -23,7 +23,7 @@ hookimpl = pluggy.HookimplMarker("alignkit")
 
 
 class Register(Protocol):
-    """What a hook is handed."""
+    """The function that a hook calls once for each component."""
 
     def __call__(self, name: str, target: str, help: str) -> None: ...
 

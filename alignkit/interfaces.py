@@ -236,17 +236,17 @@ class Context(ABC):
     sampler: Sampler
     surrogate: Surrogate | None
     generator: torch.Generator
-    """The only source of chance, on the CPU so that runs agree across devices."""
+    """The only source of random numbers, on the CPU so that runs agree across devices."""
     update: int
     """Finished updates of the policy."""
     warming_up: bool
-    """Whether this round teaches the surrogate alone."""
+    """Whether this round trains the surrogate alone."""
     rows_per_update: int
     """Rows of one policy update in this process."""
 
     @abstractmethod
     def noise(self, count: int) -> Tensor:
-        """Unit normal latents (count, *S) on the policy's device, from `generator`."""
+        """Sample unit normal latents (count, *S) on the policy's device, from `generator`."""
 
     @abstractmethod
     def score(
@@ -256,39 +256,41 @@ class Context(ABC):
         log: bool = True,
         others: Sequence[tuple[int, Example]] = (),
     ) -> Scores:
-        """Decode clean latents (N, *S) and score them, a few at a time, without gradient. Logs the reward, unless the
-        samples are not the policy's answers to these examples. Every process calls it equally often.
+        """Decode clean latents (N, *S) and score them, a few at a time, without gradient.
 
-        `others` are M more questions, (row of `latents`, example): images under texts that they do not answer. No
-        image is decoded twice for them. The scores are of N + M, theirs behind the rest and never logged. Raises
-        IndexError for a row that is not there.
+        With `log` the reward is logged: leave it out where the samples are not the policy's own for these examples.
+        Every process must call it equally often.
 
-        `values` are what to learn from, several rewards combined as `[scoring]` says; `parts` hold each one's own.
+        `others` are M further pairs of (row of `latents`, example), which score images under the texts of others; no
+        image is decoded twice for them. The N + M scores have theirs last, and these are never logged. Raises
+        IndexError for a row out of range.
+
+        `values` are the combined rewards to learn from, as `[scoring]` says; `parts` hold those of each reward.
         """
 
     @abstractmethod
     def differentiable_score(self, latents: Tensor, examples: Sequence[Example], log: bool = False) -> Scores:
-        """The same all at once, with gradient through reward and decoder to the latents."""
+        """Score as `score` does, all at once, with gradient through reward and decoder to the latents."""
 
     @abstractmethod
     def terms(self, scores: Scores) -> Mapping[str, tuple[float, Tensor]]:
-        """What advantages are taken of, (weight, rewards (N,)) by name, NaN where an image could not be scored.
+        """Return the rewards to take advantages of, (weight, rewards (N,)) by name; NaN marks an unscored image.
 
-        One term, without a name: the values. Where rewards are combined by their advantages, one for each reward. See
-        `alignkit.advantage.of_terms`.
+        There is one term, named "", with the combined values; with scoring.combine = "advantage" there is one for each
+        reward. See `alignkit.advantage.of_terms`.
         """
 
     @abstractmethod
     def gather(self, values: Tensor) -> Tensor:
-        """The rows of all processes, in rank order; `values` itself in a single process."""
+        """Return the rows of all processes, in rank order; `values` itself in a single process."""
 
     @abstractmethod
     def log(self, **metrics: float | Tensor) -> None:
-        """Add to the metrics of the update under way; values of one name are averaged."""
+        """Add to the metrics of the current update; values of one name are averaged."""
 
     @abstractmethod
     def warn(self, message: str) -> None:
-        """Show a message to the user once, and keep it in the metrics."""
+        """Show a warning to the user once, and record it with the metrics."""
 
 
 C = TypeVar("C")
@@ -384,8 +386,8 @@ class Regulariser(ABC, Generic[C, R]):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Of "teacher", "images", "predictions"; checked by the core. With "predictions", `loss` receives what the policy
-    predicted, with gradient, while the algorithm computed its own loss."""
+    """Requirements that the core checks: "teacher", "images", "predictions". With "predictions", `loss` receives what
+    the policy predicted, with gradient, while the algorithm computed its own loss."""
 
     def check(self, sampler: Sampler) -> None:
         """Raise ConfigError if these fields cannot work with this sampler. Called before any weight loads."""

@@ -1,7 +1,8 @@
-"""A run file and overrides to a RunConfig, strictly.
+"""Load a run file and overrides into a RunConfig, strictly.
 
-Later wins: the defaults of the dataclasses, what suits the model, what suits the model under this algorithm and with
-this reward, the run file, the overrides. Every mistake is collected, so that one look mends them all.
+Later wins: the defaults of the dataclasses, the regularisers of the algorithm, the settings of the model, those of the
+model under this algorithm and with this reward, the run file, the overrides. All mistakes are collected and reported
+together.
 """
 
 from __future__ import annotations
@@ -68,13 +69,13 @@ RENAMED = {
     "algorithm.distillation_weight": 'a table [[regulariser]] with name = "lcd" and weight = ...',
     "algorithm.reference_weight": 'a table [[regulariser]] with name = "reference" and weight = ...',
 }
-"""Keys of earlier versions, and what to write now."""
+"""Keys of earlier versions, and their replacements."""
 
 
 def load(
     path: str | Path | None = None, overrides: Mapping[str, Any] | None = None, registry: Registry | None = None
 ) -> RunConfig:
-    """The run described by the run file at `path` (None: defaults alone) and by `overrides`.
+    """Load the run that the run file at `path` (None: defaults alone) and `overrides` describe.
 
     Keys of `overrides` are dotted ("train.updates", "reward.clip_score.weight"); "reward" is a list of names or
     tables and replaces the list of the file. Raises ConfigError with one line for each mistake.
@@ -92,7 +93,7 @@ def load(
 
 
 def to_toml(config: RunConfig) -> str:
-    """The resolved run file: loading it gives an equal RunConfig, wherever it lies."""
+    """Return the resolved run file: loading it, from any folder, gives an equal RunConfig."""
     tree = {key: getattr(config, key) for key in TOP}
     tree |= {section: asdict(getattr(config, section)) for section in PLAIN}
     tree |= {"sampler": _table(config.sampler), "reward": [_table(reward) for reward in config.rewards]}
@@ -124,7 +125,7 @@ class _Loader:
         self.layers.layers.insert(0, Layer(f"algorithm {self.algorithm}: ", self._own_regularisers(), ours=True))
 
     def _own_regularisers(self) -> dict[str, Any]:
-        """The list that the algorithm has where nobody gives one."""
+        """Return the list of the algorithm, which holds where no layer gives another."""
         try:
             default: Mapping[str, float] = self.registry.get("algorithm", self.algorithm).default_regularisers
         except AlignkitError:

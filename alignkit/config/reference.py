@@ -1,4 +1,4 @@
-"""What `alignkit show` tells, as JSON values: kind, name, origin, doc, target, fields of a component or a section."""
+"""The reference that `alignkit show` prints, as JSON values: kind, name, origin, doc, target and fields."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from alignkit.registry import Component, Registry
 
 
 def component(registry: Registry, row: Component) -> dict[str, Any]:
-    """A registered component, whose class (and mostly torch with it) is imported. Raises PluginError as `get` does."""
+    """Describe a registered component, importing its class (and mostly torch). Raises PluginError as `get` does."""
     target = registry.get(row.kind, row.name)
     about = {"kind": row.kind, "name": row.name, "origin": row.origin, "target": row.target, "help": row.help}
     if isinstance(target, ModelBundle):
@@ -32,7 +32,7 @@ def component(registry: Registry, row: Component) -> dict[str, Any]:
 
 
 def section(name: str) -> list[dict[str, Any]]:
-    """A section of a run file, or nothing where there is none of this name."""
+    """Describe a section of a run file; empty if there is none of this name."""
     cls = (PLAIN | PLUGINS).get(name)
     if cls is None:
         return []
@@ -45,7 +45,7 @@ def section(name: str) -> list[dict[str, Any]]:
 
 
 def class_fields(cls: type) -> list[dict[str, Any]]:
-    """Name, type, default (TOML; None where the field is required) and doc of each field."""
+    """Return name, type with range, default (TOML; None if required) and doc of each field."""
     defaults, docs = schema.defaults(cls), schema.field_docs(cls)
     return [
         _field(name, schema.describe(hint), _default(name, defaults), docs.get(name, ""))
@@ -54,7 +54,7 @@ def class_fields(cls: type) -> list[dict[str, Any]]:
 
 
 def _prose(text: str) -> str:
-    """A docstring with each paragraph on one line; indented blocks keep theirs."""
+    """Join each paragraph of a docstring to one line; indented blocks keep theirs."""
     return re.sub(r"(?<=\S)\n(?=\S)", " ", inspect.cleandoc(text))
 
 
@@ -69,7 +69,7 @@ def _field(name: str, type_: str, default: str | None, doc: str) -> dict[str, An
 
 
 def _flat(sections: Any) -> dict[str, Any]:
-    """{"train": {"updates": 3}} as {"train.updates": 3}."""
+    """Flatten {"train": {"updates": 3}} to {"train.updates": 3}."""
     flat: dict[str, Any] = {}
     for section_name, values in sections.items():
         if isinstance(values, dict):

@@ -198,7 +198,7 @@ class TrainConfig(Section):
     keep_checkpoints: Annotated[int, Ge(1)] = 2
     """Number of the newest checkpoints that are kept."""
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
-    """Trackers that metrics go to besides metrics.jsonl."""
+    """Trackers that metrics go to, in addition to metrics.jsonl."""
     device: Literal["", "cpu"] = ""
     """Empty: the best there is (CUDA_VISIBLE_DEVICES chooses among GPUs)."""
 

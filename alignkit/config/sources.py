@@ -1,4 +1,4 @@
-"""Where the values of a run come from (the model, the run file, the overrides), and whom a mistake is blamed on."""
+"""The layers of a run's settings (the model, the run file, the overrides), and mistakes with the place of each."""
 
 from __future__ import annotations
 
@@ -41,13 +41,14 @@ class RunFile:
         return f"{self.path}:{line}: " if line else f"{self.path}: "
 
     def beside(self, name: str) -> Path:
-        """`name` as seen from the folder of this file."""
+        """Return `name` relative to the folder of this file."""
         return self.path.parent / name
 
 
 def nest(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """{"train.updates": 3} as {"train": {"updates": 3}}; "reward.NAME.key" as {"reward.": {NAME: {key: ...}}}, and
-    likewise for every section of `LISTS`."""
+    """Nest dotted keys: {"train.updates": 3} becomes {"train": {"updates": 3}}.
+
+    In the sections of `LISTS` "reward.NAME.key" becomes {"reward.": {NAME: {key: ...}}}."""
     tree: dict[str, Any] = {}
     for path, value in overrides.items():
         if value is None:
@@ -70,14 +71,17 @@ def nest(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class Layer:
+    """One source of settings."""
+
     label: str
+    """Prefix of messages about a mistake in it; empty for overrides, and for the run file, which has lines."""
     tree: Mapping[str, Any]
     ours: bool = False
     """Whether it comes with the model or the algorithm and not from the user."""
 
 
 def model_layer(label: str, tree: Mapping[str, Any]) -> Layer:
-    """The settings that a model brings; a table of regularisers, in the place of a list, holds single fields."""
+    """Wrap the settings that a model brings; a table of regularisers, instead of a list, holds single fields."""
     fields = tree.get("regulariser")
     if not isinstance(fields, Mapping):
         return Layer(label, tree, ours=True)
@@ -86,7 +90,7 @@ def model_layer(label: str, tree: Mapping[str, Any]) -> Layer:
 
 
 class Layers:
-    """The layers, the earliest first, and the mistakes found in them. The last one holds the overrides."""
+    """All layers, the earliest first, and the mistakes found in them; the last one holds the overrides."""
 
     def __init__(self, layers: list[Layer], file: RunFile | None) -> None:
         self.layers, self.file = layers, file
@@ -96,7 +100,7 @@ class Layers:
         return iter(self.layers)
 
     def name(self, section: str) -> str:
-        """The plugin that the last layer with an opinion names, or ""."""
+        """Return the plugin's name in the last layer that gives one, or ""."""
         named = [t["name"] for x in self if isinstance(t := x.tree.get(section), Mapping) and "name" in t]
         return normalise(str(named[-1])) if named else ""
 
@@ -115,13 +119,13 @@ class Layers:
             raise ConfigError("\n".join(self.problems))
 
     def wanted(self, section: str) -> list[str]:
-        """The names in the last list that was given in a section of `LISTS`."""
+        """Return the names in the last list that was given in a section of `LISTS`."""
         given = [entries for x in self if (entries := value_at(x.tree, section)) is not None]
         last: list[Any] = given[-1] if given else []
         return [normalise(entry if isinstance(entry, str) else entry["name"]) for entry in last]
 
     def listed(self, section: str, where: str, twice: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
-        """(place, name, fields) of each entry of the last list that was given in a section of `LISTS`.
+        """Yield (place, name, fields) of each entry of the last list that was given in a section of `LISTS`.
 
         Fields of the same name in earlier lists, and single fields, still hold; later layers win. `where` and `twice`
         end the messages about a single field, in overrides, of a name that is not listed, and about one that is listed
@@ -170,7 +174,7 @@ class Layers:
 
 
 def value_at(tree: Mapping[str, Any], section: str) -> Any:
-    """What a tree holds under "section" or "section.key"; None where there is nothing."""
+    """Return the value of a tree at "section" or "section.key"; None if there is none."""
     outer, _, key = section.partition(".") if section in LISTS else (section, "", "")
     table = tree.get(outer)
     return (table.get(key) if isinstance(table, Mapping) else None) if key else table

@@ -1,4 +1,4 @@
-"""Reading and writing run files as text: one value from the command line, the line of a key, the resolved file.
+"""Read and write run files as text: one value from the command line, the line of a key, the resolved file.
 
 The standard library reads TOML and does not write it. What a run file holds (scalars, flat lists, tables) takes
 fewer lines to write than another dependency takes to keep.
@@ -17,7 +17,7 @@ from alignkit.errors import ConfigError
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """`key.path=value`, the value in TOML syntax; what is no TOML value and opens no bracket or quote is a string."""
+    """Parse `key.path=value`, the value in TOML syntax; other text that opens no bracket or quote is a string."""
     key, equals, value = (part.strip() for part in text.partition("="))
     if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
         raise ConfigError(f"--set {text}: expected key.path=value, for example train.updates=100")
@@ -32,7 +32,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def line_of(text: str, section: str, key: str, entry: int = 0) -> int | None:
-    """The line of `key` in the `entry`-th table called `section`, else of its header; None where neither is found."""
+    """Return the line of `key` in the `entry`-th table called `section`, else of its header; None without either."""
     current, seen, header = "", -1, None
     for number, line in enumerate(text.splitlines(), start=1):
         if match := re.match(r"\s*\[\[?\s*([\w.-]+)\s*\]", line):
@@ -49,7 +49,7 @@ def line_of(text: str, section: str, key: str, entry: int = 0) -> int | None:
 
 
 def format_value(value: Any) -> str:
-    """A value in TOML syntax."""
+    """Return a value in TOML syntax."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
@@ -64,7 +64,7 @@ def format_value(value: Any) -> str:
 
 
 def format_file(tree: Mapping[str, Any]) -> str:
-    """A run file: plain keys first, then a [table] a section, then [[table]] for lists of tables. None is left out."""
+    """Return a run file: plain keys, then a [table] a section, then [[table]] for lists of tables; None is left out."""
     return "\n".join(_lines(tree, "")) + "\n"
 
 

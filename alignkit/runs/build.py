@@ -1,4 +1,4 @@
-"""What a run's config names, built: sampler, algorithm, rewards, prompts, model, surrogate."""
+"""Build the objects that a RunConfig names: sampler, algorithm, regularisers, rewards, prompts, model, surrogate."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SURROGATE_FILE = "surrogate.safetensors"
 
 
 class Parts:
-    """Builds what `config` names. Nothing is kept: each call builds anew."""
+    """Builder of the objects that `config` names; each call builds new ones."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -42,7 +42,7 @@ class Parts:
         return default_registry().get(kind, config.name)(**config.fields)
 
     def sampler(self, num_steps: int | None = None) -> Sampler:
-        """The run's sampler, at another number of steps if one is given."""
+        """Build the run's sampler, with another number of steps if one is given."""
         sampler: Sampler = self._plugin("sampler", self.config.sampler)
         try:
             return sampler if num_steps is None else replace(sampler, num_steps=num_steps)
@@ -50,26 +50,26 @@ class Parts:
             raise ConfigError(f"steps: {error}") from error
 
     def algorithm(self) -> Algorithm[Any, Any]:
-        """A fresh instance of the run's algorithm."""
+        """Build the run's algorithm."""
         algorithm: Algorithm[Any, Any] = self._plugin("algorithm", self.config.algorithm)
         return algorithm
 
     def regularisers(self) -> list[tuple[str, float, Regulariser[Any, Any]]]:
-        """(name, weight, a fresh instance) of those whose weight is not 0."""
+        """Build the regularisers whose weight is not 0, as (name, weight, regulariser)."""
         return [(r.name, r.weight, self._plugin("regulariser", r)) for r in self.config.regularisers if r.weight]
 
     def who_needs(self, what: str) -> str:
-        """Who needs a teacher or images, in words for messages: the algorithm or a regulariser; empty for nobody."""
+        """Name the first that needs a teacher or images: "algorithm lasro", "regulariser lcd"; "" if nobody does."""
         if what in self.algorithm().needs:
             return f"algorithm {self.config.algorithm.name}"
         return next((f"regulariser {name}" for name, _, r in self.regularisers() if what in r.needs), "")
 
     def trained_rewards(self) -> list[tuple[str, float, Reward]]:
-        """(name, weight, reward) of those that a run names to be trained on."""
+        """Build the rewards that the run lists to train on, as (name, weight, reward)."""
         return [(r.name, r.weight, self._plugin("reward", r)) for r in self.config.rewards]
 
     def with_measured(self, further: Sequence[str] = (), scoring: Scoring | None = None) -> WeightedRewards:
-        """The rewards that are trained on and those that are held out: all, where the algorithm asks none."""
+        """Build the rewards to train on and the held-out ones; all are held out where the algorithm uses no reward."""
         named, asks = self.trained_rewards(), self.algorithm().uses_rewards
         fields, kept = self.config.evaluate.held_out_rewards(), {name for name, _, _ in named}
         names = [name for name in dict.fromkeys([*fields, *further]) if name not in kept]
@@ -78,7 +78,7 @@ class Parts:
         return WeightedRewards(named if asks else [], held_out, scoring, needed=asks)
 
     def scoring(self, cache: str | Path = "", warn: Callable[[str], None] | None = None) -> Scoring:
-        """How rewards are asked, as `[scoring]` says; `cache` is where scores are kept if that names no file."""
+        """Build the settings for calling rewards from `[scoring]`; `cache` keeps scores if that names no file."""
         scoring = self.config.scoring
         path = scoring.cache or cache
         kept = ScoreCache(path) if path else None
@@ -86,13 +86,13 @@ class Parts:
         return Scoring(scoring.on_error, *tries, scoring.overlap, kept, warn)
 
     def skipped(self) -> list[str] | None:
-        """Where broken data is noted, if the run skips it; None if it refuses it."""
+        """Return a new list for notes on broken data if the run skips it; None if broken data ends the run."""
         return [] if self.config.data.on_error == "skip" else None
 
     def prompts(self, skipped: list[str] | None = None) -> list[Example]:
-        """The texts to train on; none if there is no file and the algorithm draws none.
+        """Read the texts to train on; none if there is no file and the algorithm generates no images.
 
-        What is broken is noted in `skipped` if that is given, else refused.
+        Broken entries are noted in `skipped` if that is given; else they raise ConfigError.
         """
         data = self.config.data
         algorithm = self.algorithm()
@@ -103,25 +103,25 @@ class Parts:
         return read_examples(data.prompts, data.prompt_column, skipped, "data.prompts")
 
     def held_out(self) -> list[Example]:
-        """The texts to measure on; none if there is no file."""
+        """Read the texts to evaluate on; none if there is no file."""
         path = self.config.evaluate.prompts
         column = self.config.data.prompt_column
         return read_examples(path, column, key="evaluate.prompts")[: self.config.evaluate.limit] if path else []
 
     def images(self, size: int, skipped: list[str] | None = None) -> Images | None:
-        """The captioned images to train on, at `size` pixels; None if nobody needs any."""
+        """Open the captioned images to train on, at `size` pixels; None if nobody needs any."""
         data = self.config.data
         needed = self.who_needs("images")
         return open_images(data.images, size, data.caption_column, skipped) if needed else None
 
     def pairs(self, size: int, skipped: list[str] | None = None) -> Preferences | None:
-        """The preference pairs to train on, at `size` pixels; None if the algorithm needs none."""
+        """Open the preference pairs to train on, at `size` pixels; None if the algorithm needs none."""
         return open_pairs(self.config.data.pairs, size, skipped) if "pairs" in self.algorithm().needs else None
 
     def check(self) -> list[str]:
-        """Find what can be found before any weight loads: what will be skipped as broken, with its place.
+        """Check all that needs no weights; returns what will be skipped as broken, with its place.
 
-        Raises ConfigError or PluginError.
+        Raises ConfigError or PluginError for the first mistake.
         """
         sampler, algorithm, skipped = self.sampler(), self.algorithm(), self.skipped()
         model, data = self.config.model, self.config.data
@@ -139,8 +139,8 @@ class Parts:
             found = ", ".join(f"{name} = {value}" for name, value in self.config.sampler.fields.items())
             raise ConfigError(
                 f"sampler: every step of {self.config.sampler.name} is deterministic with {found}, and algorithm "
-                f"{self.config.algorithm.name} learns from the likelihood of steps with chance in them; "
-                "raise sampler.num_steps, or sampler.eta where there is one, or take another sampler or algorithm"
+                f"{self.config.algorithm.name} learns from the likelihood of stochastic steps; "
+                "raise sampler.num_steps, or sampler.eta where there is one, or use another sampler or algorithm"
             )
         for _, _, regulariser in self.regularisers():  # first: it may refuse the sampler as such, whatever its steps
             regulariser.check(sampler)
@@ -169,14 +169,14 @@ class Parts:
         Combination.check(
             self.config.rewards, self.config.scoring, algorithm.takes_advantages, self.config.algorithm.name
         )
-        asks = algorithm.uses_rewards
-        rewards = WeightedRewards(self.trained_rewards() if asks else [], needed=asks)  # held-out ones do not do
+        uses = algorithm.uses_rewards
+        rewards = WeightedRewards(self.trained_rewards() if uses else [], needed=uses)  # held-out ones do not suffice
         if "differentiable_reward" in algorithm.needs and not rewards.differentiable:
             boxes = " and ".join(name for name, _, reward in rewards.rewards if not reward.differentiable)
             raise ConfigError(
                 f"reward: algorithm {self.config.algorithm.name} follows the gradient of a reward, and {boxes} has "
-                f"none as set; choose other rewards, or settings of either that do without (`alignkit show "
-                f"{self.config.algorithm.name}`)"
+                "none with these settings; use other rewards, or settings of either that need no gradient (`alignkit "
+                f"show {self.config.algorithm.name}`)"
             )
         rewards.check(self.prompts(skipped))
         if held_out := self.held_out():
@@ -184,14 +184,14 @@ class Parts:
         return skipped or []
 
     def _check_surrogate(self, algorithm: Algorithm[Any, Any]) -> None:
-        """Raise ConfigError for a surrogate that the algorithm cannot teach."""
+        """Raise ConfigError for a surrogate that the algorithm cannot train."""
         config, wanted = self.config.surrogate, algorithm.surrogate_type
         if config is None or issubclass(default_registry().get("surrogate", config.name), wanted):
             return
         known = f"{algorithm.default_surrogate} or another" if algorithm.default_surrogate else "one"
         raise ConfigError(
             f"surrogate.name: found {config.name}, expected {known} that is derived from {wanted.__name__}, which "
-            f"algorithm {self.config.algorithm.name} teaches"
+            f"algorithm {self.config.algorithm.name} trains"
         )
 
     def _check_sampler(self, consistency: bool | None) -> None:
@@ -205,7 +205,7 @@ class Parts:
             )
 
     def teacher_source(self) -> str:
-        """Folder or hub id of the teacher; empty if there is none."""
+        """Return folder or hub id of the teacher; empty if there is none."""
         return self.config.model.teacher or find_bundle(self.config.model.name).teacher or ""
 
     def encoder_cache(self) -> EncoderCache | None:
@@ -266,6 +266,6 @@ class Parts:
 
 
 def surrogate_file(config: SurrogateConfig) -> Path:
-    """Where `surrogate.init` points: a run folder's exported surrogate, or the file itself."""
+    """Return the file of `surrogate.init`: a run folder's exported surrogate, or the file itself."""
     path = Path(config.init)
     return path / SURROGATE_FILE if path.is_dir() else path

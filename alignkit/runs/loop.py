@@ -1,4 +1,4 @@
-"""The loop of a run: rounds, and what is due between them."""
+"""The loop of a run: rounds, with evaluations and checkpoints between them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Loop:
     """Rounds until the last update, with evaluation, images and checkpoints between them."""
 
     def __init__(self, parts: Parts, folder: Path, accelerator: Accelerator) -> None:
-        """Loads all that training needs. Raises AlignkitError for what the user can mend."""
+        """Load all that training needs. Raises AlignkitError for what the user can fix."""
         self.parts, self.folder, self.config, self.accelerator = parts, folder, parts.config, accelerator
         # Initial weights of adapters and heads come from torch's global generator, which is the caller's.
         with torch.random.fork_rng():
@@ -41,11 +41,11 @@ class Loop:
             self._load()
         self.examples = parts.held_out()
         self._before: Measurement | None = None
-        """What the held-out examples scored before training."""
+        """The evaluation before training."""
         self._lines = 0
         """Lines of the record that a resumed run keeps."""
         self._unmeasured = False
-        """Whether the run broke off in an evaluation, which is still due."""
+        """Whether the run broke off during an evaluation, which is still due."""
 
     def _load(self) -> None:
         parts, config, accelerator = self.parts, self.config, self.accelerator
@@ -87,7 +87,7 @@ class Loop:
             accelerator.init_trackers("alignkit", config=dict(_flat(asdict(config))))
 
     def restore(self, saved: Path) -> None:
-        """Go on from the checkpoint `saved`. Raises ConfigError if another reward answers now than then."""
+        """Restore the checkpoint `saved`. Raises ConfigError if a reward's identity differs from that of then."""
         state = self.trainer.restore(saved)
         self.rewards.check_identities(state["rewards"], f"{saved} was saved")
         if state["before"]:
@@ -95,7 +95,7 @@ class Loop:
         self._lines, self._unmeasured = state["lines"], state["unmeasured"]
 
     def updates(self, console: Console | None, stopping: Callable[[], bool]) -> Iterator[Update]:
-        """Train to the end, or until `stopping`, and save; yields behind each update of the policy."""
+        """Train to the end, or until `stopping`, and save; yields after each update of the policy."""
         main = self.accelerator.is_main_process
         with Report(self.folder, console, self.config.train.updates, self._lines, writes=main) as report:
             if self._before is None and self.examples:
@@ -115,12 +115,12 @@ class Loop:
                 self._show(report, self._before, after)
 
     def close(self) -> None:
-        """Let go of rewards and trackers."""
+        """Close rewards and trackers."""
         self.rewards.close()
         self.accelerator.end_training()
 
     def _round(self, report: Report, stopping: Callable[[], bool]) -> Iterator[Update]:
-        """One round, and what is due behind it."""
+        """Run one round, and the evaluation and checkpoint that are due after it."""
         config, trainer, ctx = self.config, self.trainer, self.trainer.ctx
         warmup = config.surrogate.warmup if config.surrogate else 0
         warming_up, last = trainer.warming_up, ctx.update
@@ -155,9 +155,9 @@ class Loop:
 
     @contextmanager
     def _stopping_well(self, save: Callable[[], None] | None, agreeing: bool = True) -> Iterator[None]:
-        """What a reward, or anything else that is meant for the user, ends the run with also says how to go on.
+        """Add to an AlignkitError of the block how to resume the run, after calling `save`.
 
-        `agreeing` ends it in all processes if it does in one; without, the block has seen to that.
+        With `agreeing`, an error in one process is raised in all; without, the block has seen to that.
         """
         refused: AlignkitError | None = None
         try:
@@ -169,14 +169,14 @@ class Loop:
         if refused is None:
             return
         if save is not None:
-            with suppress(AlignkitError):  # a full disk may be the reason itself: that is what is told
+            with suppress(AlignkitError):  # a full disk may be the error itself, which is raised below
                 save()
         raise type(refused)(f"{refused}; go on with: alignkit train --resume {self.folder}") from refused
 
     def _measure(self) -> Measurement:
-        """What the average weights score on the held-out prompts."""
+        """Evaluate the average weights on the held-out prompts."""
         settings = self.config.evaluate
-        # Where nothing is scored, only the images of the grid are drawn.
+        # Where nothing is scored, only the images of the grid are generated.
         examples, samples = (self.examples, settings.samples) if self.rewards.names else (self.examples[:GRID], 1)
         with self.policy.using(self.trainer.average):
             return measure(
@@ -201,7 +201,7 @@ class Loop:
 
 
 def _flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, int | float | str]]:
-    """The values of a config under dotted keys, as trackers take them: what is no number or string as JSON."""
+    """Yield the values of a config under dotted keys, as trackers take them: numbers, strings, and JSON of the rest."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{above}{key}.")

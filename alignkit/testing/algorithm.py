@@ -1,4 +1,4 @@
-"""What holds for every algorithm, asked of the loop that trains with it."""
+"""Promises of every algorithm, checked in the loop that trains with it."""
 
 from __future__ import annotations
 
@@ -89,13 +89,13 @@ def check_algorithm(
 
 
 def two_steps() -> Sampler:
-    """The registered sampler `lcm` at 2 steps."""
+    """Return the registered sampler `lcm` at 2 steps."""
     sampler: Sampler = default_registry().get("sampler", "lcm")(num_steps=2)
     return sampler
 
 
 def refusal(algorithm: Algorithm[Any, Any], sampler: Sampler) -> str:
-    """Why a run refuses to train with this algorithm and sampler; empty where it does not."""
+    """Explain why a run refuses this algorithm with this sampler; empty if it does not."""
     if "stochastic_steps" in algorithm.needs and not sampler.stochastic_steps():
         return f"every step of {type(sampler).__name__} is deterministic, and the algorithm needs stochastic steps"
     try:
@@ -114,8 +114,8 @@ def tiny_trainer(
     reward: Reward | None = None,
     regularisers: Sequence[Weighed] = (),
 ) -> Trainer:
-    """A trainer of a copy of `algorithm`, before its first round: two prompts a round, four rows an update, the first
-    round for the surrogate alone if there is one. `regularisers` are (name, weight, regulariser)."""
+    """Build a trainer of a copy of `algorithm`, before its first round: two prompts a round, four rows an update, the
+    first round for the surrogate alone if there is one. `regularisers` are (name, weight, regulariser)."""
     algorithm, regularisers = copy.deepcopy(algorithm), copy.deepcopy(list(regularisers))
     settings = None
     policy = tiny_policy(form)
@@ -166,7 +166,7 @@ def tiny_trainer(
 
 
 def _a_round_taken_apart(trainer: Trainer) -> None:
-    """Collect, rows, losses of one round, each by itself, until one gives something to learn from."""
+    """Run collect, rows and losses of one round, each by itself, until one gives rows."""
     if trainer.warming_up:
         with global_rng_untouched("while the surrogate warms up"):
             list(trainer.round())
@@ -195,13 +195,13 @@ def _a_round_taken_apart(trainer: Trainer) -> None:
 
 
 def _rewards_that_tell_nothing(trainer: Trainer) -> None:
-    """Ties and images that cannot be scored never reach the weights as NaN."""
+    """Hold that ties and images that cannot be scored never reach the weights as NaN."""
     usual = trainer.ctx._rewards
     for reward in (Tied(), PartlyInvalid(), Unscored()):
         trainer.ctx._rewards = WeightedRewards([("the reward", 1.0, reward)])
         with about(f"a round with the reward {type(reward).__name__}"):
             logged = [update.metrics for update in trainer.round()]
-            # What was logged without an update behind it would be told with the next one.
+            # Metrics that no update followed would be reported with the next one.
             for metrics in [*logged, trainer.ctx.take_metrics()]:
                 wrong = [n for n, v in metrics.items() if not math.isfinite(v)]
                 expect(
@@ -215,7 +215,7 @@ def _rewards_that_tell_nothing(trainer: Trainer) -> None:
 def assert_goes_on_from_its_checkpoint(
     make: Callable[..., Trainer], settings: Mapping[str, Any], folder: Path
 ) -> list[Mapping[str, float]]:
-    """A trainer that restores what another saved after two rounds learns the same as that one in the next, to the bit;
+    """Hold that a trainer that restores what another saved after two rounds learns the same in the next, to the bit;
     returns the metrics of that round."""
     first, second = make({**settings, "train.updates": 9}), make({**settings, "train.updates": 9})
     for _ in range(2):
@@ -231,7 +231,7 @@ def assert_goes_on_from_its_checkpoint(
     expect(
         again == metrics,
         f"a run that went on from its checkpoint had other metrics ({', '.join(apart) or 'more or fewer updates'}); "
-        "state_dict must hold all that the next update depends on, and chance come from ctx.generator",
+        "state_dict must hold all that the next update depends on, and random numbers come from ctx.generator",
     )
     for name in ("state_dict", "rank_state"):
         wrong = differences(getattr(second, name)(), getattr(first, name)())

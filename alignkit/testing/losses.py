@@ -1,4 +1,4 @@
-"""What holds for every loss: a mean over rows, repeatable, with a gradient to what it trains and to nothing else."""
+"""Promises of every loss: a mean over rows, repeatable, with a gradient to what it trains and to nothing else."""
 
 from __future__ import annotations
 

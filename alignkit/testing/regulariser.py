@@ -1,4 +1,4 @@
-"""What holds for every regulariser, checked in the loop that trains with it."""
+"""Promises of every regulariser, checked in the loop that trains with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run keeps on disk so that it can go on: checkpoints, files written whole or not at all, chance, environment.
+"""Checkpoints of a run, written whole or not at all, and the state of the global random generators.
 
 A checkpoint is a folder `checkpoints/000100/` of three files: `state.safetensors` holds every tensor, `state.json` the
 structure around them, `manifest.json` the size and SHA-256 of both. It is written under a temporary name, synced and
@@ -33,7 +33,7 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = 0) -> Pa
     `state` is made of tensors, None, bool, int, float, str, and dicts, lists and tuples of them; dict keys are None,
     bool, int, float or str. Tensors that share memory come back apart. Of the checkpoints up to this one, the newest
     `keep` stay (0: all); the others go once this one is safe. An earlier checkpoint of the same step is replaced.
-    Raises AlignkitError if the disk refuses, with every earlier checkpoint untouched.
+    Raises AlignkitError if writing fails, with every earlier checkpoint untouched.
     """
     target = folder / f"{step:06d}"
     partial = folder / f".{target.name}.partial"
@@ -61,20 +61,20 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = 0) -> Pa
         shutil.rmtree(partial, ignore_errors=True)
         _restore_replaced(folder)
         good = _newest_complete(_checkpoints(folder))
-        stands = f"{good} still stands: mend that and resume from it" if good else "there is no earlier checkpoint"
+        stands = f"{good} is intact: fix the cause and resume from it" if good else "there is no earlier checkpoint"
         raise AlignkitError(f"{folder}: saving step {step} failed ({error}); {stands}") from error
     return target
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder`; None if none was finished yet."""
+    """Return the newest checkpoint in `folder`; None if none was finished yet."""
     if folder.is_dir():
         _restore_replaced(folder)
     return next(reversed(_checkpoints(folder)), None)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What `save` was given, bit for bit, tensors on the CPU.
+    """Return what `save` was given, bit for bit, tensors on the CPU.
 
     Raises AlignkitError naming the file that is missing, cut short or altered, and the checkpoint to go back to.
     """
@@ -88,7 +88,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def rng_state() -> dict[str, Any]:
-    """The global generators of torch, numpy and Python, which third-party code may draw from, as `save` takes them."""
+    """Return the states of the global generators of torch, numpy and Python, which third-party code may use."""
     numpy_state = dict(np.random.get_state(legacy=False))
     numpy_state["state"] = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in numpy_state["state"].items()}
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -96,7 +96,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def restore_rng(state: Mapping[str, Any]) -> None:
-    """The reverse of `rng_state`. CUDA generators are restored as far as this machine has the devices."""
+    """Restore what `rng_state` returned; CUDA generators as far as this machine has the devices."""
     torch.set_rng_state(state["torch"])
     for device, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(cuda_state, device)
@@ -106,7 +106,7 @@ def restore_rng(state: Mapping[str, Any]) -> None:
 
 
 def _pack(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON; every container and tensor is an object with one tag, so no key or value can be mistaken."""
+    """Return `value` as JSON; containers and tensors are objects with one tag, so no key or value is ambiguous."""
     if isinstance(value, Tensor):
         name = f"{len(tensors)} {where}"
         tensors[name] = value
@@ -139,7 +139,7 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors, no two in the same storage, which safetensors insists on; copied only where needed."""
+    """Return contiguous CPU tensors, no two in one storage, as safetensors requires; copied only where needed."""
     apart: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
@@ -157,7 +157,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 
 def _fault(path: Path) -> str:
-    """What is wrong with a checkpoint, or ""."""
+    """Explain what is wrong with a checkpoint; "" if nothing is."""
     try:
         files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
         expected = {name: (files[name]["size"], files[name]["sha256"]) for name in (TENSORS, STRUCTURE)}
@@ -179,7 +179,7 @@ def _fault(path: Path) -> str:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """By step, oldest first."""
+    """Return the checkpoints by step, oldest first."""
     found = [p for p in folder.iterdir() if p.name.isdecimal() and p.is_dir()] if folder.is_dir() else []
     return sorted(found, key=lambda path: int(path.name))
 
@@ -196,7 +196,7 @@ def _restore_replaced(folder: Path) -> None:
 
 
 def _tidy(folder: Path) -> None:
-    """Remove what killed saves left behind."""
+    """Remove the remains of killed saves."""
     _restore_replaced(folder)
     for suffix in ("partial", "replaced", "removed"):
         for path in folder.glob(f".*.{suffix}"):

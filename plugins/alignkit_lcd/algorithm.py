@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from alignkit.distillation import Average, Distance, Distillation, Noised
@@ -17,25 +18,25 @@ from alignkit.records import Batch
 class LCD(Algorithm[Noised, Noised]):
     """Latent consistency distillation (Luo et al. 2023, arXiv 2310.04378), without any reward.
 
-    Also the control run for methods that use the same loss as a regulariser.
+    It is also the control for methods that use the same loss as a regulariser.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher", "images"})
     draws: ClassVar[bool] = False
     uses_rewards: ClassVar[bool] = False
 
-    ode_steps: int = 50
+    ode_steps: Annotated[int, Ge(1)] = 50
     """Solver steps; must be what the student's sampler counts as original steps."""
     guidance_scale_min: float = 6.0
     """Smallest guidance scale of the teacher (w + 1 of the LCM paper)."""
     guidance_scale_max: float = 16.0
     """Largest guidance scale of the teacher."""
-    huber_c: float = 1e-3
-    """Where the pseudo-Huber distance turns from quadratic to linear."""
+    huber_c: Annotated[float, Gt(0)] = 1e-3
+    """Difference at which the pseudo-Huber distance turns from quadratic to linear."""
     distance: Distance = "huber"
-    """Between prediction and target: pseudo-Huber, as in the LCM paper, or l2, the square, the default of diffusers'
-    script."""
-    target_decay: float = 0.0
+    """Distance between prediction and target: pseudo-Huber, as in the LCM paper, or l2, the square, the default of
+    diffusers' script."""
+    target_decay: Annotated[float, Ge(0), Lt(1)] = 0.0
     """mu, decay of the average of the student that gives the target; 0: the student itself, as for LCM-LoRA. 0.95 is
     the LCM paper's, for a student whose weights are all trained."""
 

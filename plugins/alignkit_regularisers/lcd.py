@@ -1,12 +1,13 @@
-"""Stay a latent consistency model."""
+"""The regulariser `lcd`: stay a latent consistency model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Ge, Gt
 from torch import Tensor
 
 from alignkit.distillation import Distance, Distillation, Noised
@@ -27,23 +28,23 @@ class Captioned(Rows):
 class LatentConsistency(Regulariser[Captioned, Noised]):
     """Latent consistency distillation (Luo et al. 2023, arXiv 2310.04378) on captioned images.
 
-    The distillation term of LaSRO (Eq. 11), which its baselines have as well: it keeps a latent consistency model one
-    while a reward moves it. Every update has one captioned image a row, noised anew.
+    This is the distillation term of LaSRO (Eq. 11) and of its baselines: it keeps the policy a latent consistency model
+    while a reward moves it. Every update has one captioned image for each row, noised anew.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher", "images"})
 
-    ode_steps: int = 50
+    ode_steps: Annotated[int, Ge(1)] = 50
     """Solver steps; must be what the model was distilled with."""
     guidance_scale_min: float = 6.0
     """Smallest guidance scale of the teacher (w + 1 of the LCM paper)."""
     guidance_scale_max: float = 16.0
     """Largest guidance scale of the teacher."""
-    huber_c: float = 1e-3
-    """Where the pseudo-Huber distance turns from quadratic to linear."""
+    huber_c: Annotated[float, Gt(0)] = 1e-3
+    """Difference at which the pseudo-Huber distance turns from quadratic to linear."""
     distance: Distance = "huber"
-    """Between prediction and target: pseudo-Huber, as in the LCM paper, or l2, the square, the default of diffusers'
-    script."""
+    """Distance between prediction and target: pseudo-Huber, as in the LCM paper, or l2, the square, the default of
+    diffusers' script."""
 
     def __post_init__(self) -> None:
         self._distillation = Distillation(

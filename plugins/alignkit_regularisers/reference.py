@@ -1,4 +1,4 @@
-"""Stay close to the model before training."""
+"""The regulariser `reference`: stay close to the model before training."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ def test_a_disk_that_refuses_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1
     assert "saving step 2 failed" in done.stdout and "File too large" in done.stdout
-    assert f"{folder / '000001'} still stands" in done.stdout
+    assert f"{folder / '000001'} is intact" in done.stdout
     assert [path.name for path in folder.iterdir()] == ["000001"]
     assert torch.equal(load_latest(folder)["weights"], torch.ones(3))
 
