@@ -146,7 +146,7 @@ class LaSRO(Algorithm[Collected, States]):
         """Noise captioned latents to random times of the distillation's solver."""
         assert batch.images is not None  # needs "images"
         distillation, captions = Distillation(self.ode_steps), encode_examples(ctx.policy, batch.captions)
-        noised = distillation.draw(ctx.policy.encode_images(batch.images), captions, ctx)
+        noised = distillation.sample(ctx.policy.encode_images(batch.images), captions, ctx)
         x, time = distillation.noised(ctx.policy, noised)
         return States(x, torch.zeros_like(time), captions, ctx.policy.denoise(x, time, captions), time)
 
