@@ -208,7 +208,10 @@ def _rewards_without_information(trainer: Trainer) -> None:
                     not wrong, f"found {wrong[0] if wrong else ''} not finite, expected rows that can be learned from"
                 )
             weights = trainer.ctx.policy.weights().values()
-            expect(all(bool(w.isfinite().all()) for w in weights), "found weights that are not finite, expected finite numbers")
+            expect(
+                all(bool(w.isfinite().all()) for w in weights),
+                "found weights that are not finite, expected finite numbers",
+            )
     trainer.ctx._rewards = usual
 
 

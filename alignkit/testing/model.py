@@ -68,7 +68,10 @@ def _settings(bundle: ModelBundle, name: str, algorithm: str, reward: str = "") 
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "run.toml"
             file.write_text(config.to_toml(run), encoding="utf-8")
-            expect(config.load(file) == run, f"under {under}: loading the run file that was written gives another run, expected the same")
+            expect(
+                config.load(file) == run,
+                f"under {under}: loading the run file that was written gives another run, expected the same",
+            )
     except ConfigError as error:
         raise AssertionError(f"under {under}: {error}") from error
     return run

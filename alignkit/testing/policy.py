@@ -159,7 +159,9 @@ def _predictions(policy: Policy, prompt: Prompt) -> None:
     with torch.no_grad():
         clean = policy.denoise(x, t, prompt)
         _is_float32(clean, tuple(x.shape), "denoise")
-        expect(all(map(torch.equal, kept, (x, t, prompt.table))), "denoise changed its arguments, expected them unchanged")
+        expect(
+            all(map(torch.equal, kept, (x, t, prompt.table))), "denoise changed its arguments, expected them unchanged"
+        )
         expect(torch.equal(policy.denoise(x, t, prompt), clean), "denoise: the same call twice gave other latents")
         rows = [torch.tensor([i]) for i in range(COUNT)]
         _rows_alone(clean, [policy.denoise(x[i], t[i], prompt.select(i)) for i in rows], "denoise")

@@ -49,7 +49,10 @@ def _check(sampler: Sampler, policy: Policy) -> None:
     noises = noises.to(policy.device)
     with global_rng_untouched("while sampling"), torch.no_grad():
         first, second = run_sampler(policy, sampler, prompt, noises), run_sampler(policy, sampler, prompt, noises)
-    expect(torch.equal(first.next_states, second.next_states), "two rollouts from the same noise: found different latents, expected equal ones")
+    expect(
+        torch.equal(first.next_states, second.next_states),
+        "two rollouts from the same noise: found different latents, expected equal ones",
+    )
     likely = int((first.std > 0).all(0).sum())
     expect(
         likely == sampler.stochastic_steps(),
@@ -119,9 +122,7 @@ def _rows_stand_alone(sampler: Sampler, policy: Policy, prompt: Prompt, x: Tenso
         row = torch.tensor([i], device=x.device)
         alone = _transition(sampler, policy, x[row], k[row], prompt.select(row))
         for name in ("mean", "std", "clean"):
-            same(
-                getattr(alone, name), getattr(together, name)[row], f"{name} of row {i} alone and in a batch", 1e-3
-            )
+            same(getattr(alone, name), getattr(together, name)[row], f"{name} of row {i} alone and in a batch", 1e-3)
 
 
 def _the_gradient_is_true(sampler: Sampler, policy: Policy, prompt: Prompt, x: Tensor) -> None:

@@ -27,9 +27,9 @@ class PerturbedStates(States):
     other: Prompt | None = None
     """Another prompt of each row, for `contrast`."""
     blur: Tensor | None = None
-    """(N, draws, *S) added to the clean latent before it is scored."""
+    """(N, M, *S) M noises that are added to the clean latent before it is scored."""
     noise: Tensor | None = None
-    """(N, draws, *S) unit normal, for `purify`."""
+    """(N, M, *S) unit normal, for `purify`."""
 
 
 @dataclass
@@ -226,8 +226,8 @@ class ExtendedLaSRO(LaSRO):
     def rows_of(self, states: States, ctx: Context) -> States:
         if not (self.smoothing or self.purify or self.contrast):
             return states
-        size, draws, prompt = len(states), self.gradient_samples, states.prompt
-        blur, noise = (ctx.noise(size * draws).unflatten(0, (size, draws)) for _ in range(2))
+        size, count, prompt = len(states), self.gradient_samples, states.prompt
+        blur, noise = (ctx.noise(size * count).unflatten(0, (size, count)) for _ in range(2))
         shift = torch.randint(1, max(2, len(prompt.table)), (size,), generator=ctx.generator).to(prompt.index.device)
         other = replace(prompt, index=(prompt.index + shift) % len(prompt.table))
         own = {f.name: getattr(states, f.name) for f in fields(States)}

@@ -21,7 +21,7 @@ class EncoderWithHead(nn.Module):
 
     def __init__(self, unet: UNet2DConditionModel, spatial: int, image_size: int) -> None:
         super().__init__()
-        # Without its up blocks and output layers, the UNet's forward returns what the mid block gives.
+        # Without its up blocks and output layers, the UNet's forward returns the output of the mid block.
         unet.up_blocks = nn.ModuleList()
         unet.conv_norm_out, unet.conv_out = None, nn.Identity()
         self.unet = unet
@@ -46,7 +46,7 @@ class EncoderWithHead(nn.Module):
             edge = self.image_size
             ids = torch.tensor([edge, edge, 0, 0, edge, edge], device=latents.device, dtype=latents.dtype)
             added = {"text_embeds": prompt.pooled, "time_ids": ids.expand(len(latents), 6)}
-        # Clean latents stand at time 0 of the network's schedule.
+        # Clean latents are at time 0 of the network's schedule.
         encoded = self.unet(latents, 0, prompt.features, added_cond_kwargs=added, return_dict=False)[0]
         scores: Tensor = self.head(encoded)[:, 0]
         return scores
@@ -58,7 +58,7 @@ class PairwiseSurrogate(Surrogate):
     _network: Any
 
     def loss(self, winner: Tensor, loser: Tensor, prompt: Prompt) -> Tensor:
-        """-log sigmoid(R(winner) - R(loser)), the mean over pairs (LaSRO, Eq. 10)."""
+        """Return the mean over pairs of -log sigmoid(R(winner) - R(loser)) (LaSRO, Eq. 10)."""
         twice = prompt.select(torch.arange(len(winner)).repeat(2))
         better, worse = self.score(torch.cat([winner, loser]), twice).chunk(2)
         return -F.logsigmoid(better - worse).mean()
@@ -77,7 +77,7 @@ class LatentUNet(PairwiseSurrogate):
     """
 
     backbone: str = ""
-    """A diffusers folder or hub id whose `unet` is taken; empty for the generator's own."""
+    """A diffusers folder or hub id whose `unet` is used; empty for the generator's own."""
 
     def load(self, policy: Policy) -> None:
         source = self.backbone or policy.source

@@ -1,4 +1,4 @@
-"""Pairs of latents under the same noise, and how well the network tells that noise."""
+"""Pairs of latents under the same noise, and the errors of the network in predicting it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class LatentPairs(Rows):
 
 @dataclass(frozen=True)
 class NoisedPairs(Rows):
-    """Pairs with what is drawn for one update, the same for both members."""
+    """Pairs with the random numbers of one update, the same for both members."""
 
     pairs: LatentPairs
     noise: Tensor
@@ -41,7 +41,7 @@ class NoisedPairs(Rows):
 def encode_pairs(
     pairs: Iterable[PreferencePairs], ctx: Context, flip: bool = False, empty_prompts: float = 0.0
 ) -> LatentPairs:
-    """The latents of images, each mirrored by a chance of its own with `flip`; a share of the texts is left out."""
+    """Encode pairs. With `flip` each image is mirrored with probability 1/2; a share of the texts is left out."""
     winners: list[Tensor] = []
     losers: list[Tensor] = []
     texts: list[str] = []
@@ -56,23 +56,23 @@ def encode_pairs(
 
 
 def noised(pairs: LatentPairs, times: Tensor, ctx: Context) -> NoisedPairs:
-    """One of `times` (K,) and one noise for each pair. Both members share them: what differs is the image alone."""
+    """Sample one of `times` (K,) and one noise for each pair. Its members share them and differ by the image alone."""
     chosen = torch.randint(len(times), (len(pairs),), generator=ctx.generator)
     return NoisedPairs(pairs, ctx.noise(len(pairs)), times[chosen].to(pairs.winner.device))
 
 
 def errors(rows: NoisedPairs, policy: Policy, space: Space = "noise", zero_terminal_snr: bool = False) -> Tensor:
-    """(N, 2) mean squared error over latent dimensions of what the policy makes of the noised pairs, winner first.
+    """Return the mean squared errors (N, 2), over latent dimensions, of predictions from noised pairs, winner first.
 
-    In the space of noise it is that of the noise which the prediction implies, and so the same for every prediction
-    type: (alpha / sigma)^2 times that of the clean latent. The velocity's is 1 / sigma^2 times that.
+    In the space of noise it is the error of the noise that the prediction implies, the same for every prediction type:
+    (alpha / sigma)^2 times that of the clean latent. The error of the velocity is 1 / sigma^2 times that.
     """
     count = len(rows)
     clean, noise, t = torch.cat([rows.pairs.winner, rows.pairs.loser]), rows.noise.repeat(2, 1, 1, 1), rows.t.repeat(2)
     prompt = rows.pairs.prompt.select(torch.arange(count).repeat(2))
-    alpha, sigma = policy.schedule(t)  # what the network's output is read with
+    alpha, sigma = policy.schedule(t)  # the network's own, which convert its output
     x = diffusion.add_noise(clean, noise, *(rescaled(policy, t) if zero_terminal_snr else (alpha, sigma)))
-    # The conditional prediction, or that of the one guidance which the network was distilled for.
+    # The conditional prediction, or the one at the guidance that the network was distilled for.
     predicted = policy.denoise(x, t, prompt, None if policy.guidance_embedded else torch.ones_like(alpha))
     if space == "noise":
         difference = diffusion.to_noise(predicted, x, alpha, sigma) - noise
@@ -83,7 +83,7 @@ def errors(rows: NoisedPairs, policy: Policy, space: Space = "noise", zero_termi
 
 
 def rescaled(policy: Policy, t: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha and sigma (N,) at times t (N,) of the schedule shifted and stretched so that its last time is pure noise.
+    """Return alpha and sigma (N,) at times t (N,) of the schedule rescaled so that its last time is pure noise.
 
     Algorithm 1 of Lin et al. 2024 (arXiv 2305.08891), for schedules with alpha^2 + sigma^2 = 1.
     """
@@ -93,17 +93,17 @@ def rescaled(policy: Policy, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def margin(now: Tensor, before: Tensor) -> Tensor:
-    """How much more the winner's error fell than the loser's, (N,), of errors (N, 2) now and before training."""
+    """Return by how much more the winner's error fell than the loser's, (N,); errors (N, 2) now and before training."""
     gained = before - now
     return gained[:, 0] - gained[:, 1]
 
 
 def metrics(now: Tensor, before: Tensor) -> dict[str, Tensor]:
-    """What both methods show: errors beside those before training, and how often the winner gained more."""
+    """Return metrics: errors, their changes since before training, and how often the winner's error fell more."""
     gain = margin(now, before)
     return {
         "margin": gain.mean(),
-        # Where nothing has moved yet neither side is preferred.
+        # Equal gains, as before the first update, prefer neither side.
         "implicit_accuracy": ((gain > 0).float() + 0.5 * (gain == 0)).mean(),
         "winner_error": now[:, 0].mean(),
         "loser_error": now[:, 1].mean(),

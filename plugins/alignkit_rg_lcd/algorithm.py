@@ -19,7 +19,7 @@ from alignkit_rg_lcd.surrogate import LRM
 
 @dataclass(frozen=True)
 class Contrast(Rows):
-    """Batches of captioned latents, told apart from each other within a batch. N batches of M."""
+    """Batches of captioned latents, whose rows are contrasted within a batch. N batches of M."""
 
     latents: Tensor
     """(N, M, *S)."""
@@ -29,7 +29,7 @@ class Contrast(Rows):
 
 @dataclass(frozen=True)
 class Compared(Rows):
-    """Three latents for each caption, and what the expert makes of them."""
+    """Three latents for each caption, and their rewards by the expert."""
 
     latents: Tensor
     """(N, 3, *S) of the real image, the student's prediction and the target (z_0, z_1, z_2)."""
@@ -40,7 +40,7 @@ class Compared(Rows):
 
 @dataclass(frozen=True)
 class Collected:
-    """One round: what the policy and what the proxy learn from, where either does."""
+    """One round: rows for the policy and for the proxy; None for one that does not learn in it."""
 
     noised: Noised | None
     lesson: Contrast | Compared | None
@@ -66,18 +66,18 @@ class RGLCD(Algorithm[Collected, Noised]):
     """Follow the latent proxy (surrogate lrm) in the place of the reward itself. Rounds of surrogate.warmup are its
     pre-training, with CLIP's loss on captioned images."""
     pretraining: int | None = None
-    """Rounds of surrogate.warmup that are the pre-training; in those behind them the expert teaches the proxy while the
-    policy waits. Left out: all of them, and both learn from the first round on, as in the paper."""
+    """Rounds of surrogate.warmup that are the pre-training; in the others the expert teaches the proxy while the policy
+    waits. Left out: all of them, and both learn from the first round on, as in the paper."""
     reward_cap: float | None = None
-    """Rewards above this pull no more, without the proxy. The released code has 2 for ImageReward."""
+    """Rewards above this have no gradient; without the proxy only. The released code has 2 for ImageReward."""
     kl: Direction = "forward"
     """forward: KL(expert || proxy), as the released code; reverse: KL(proxy || expert), as the paper prints."""
     expert_temperature: float = 0.01
-    """tau_E: rewards a temperature apart are e to 1. 0.01 suits cosines (CLIP, HPS); small for a reward that only says
-    which of two is better."""
+    """tau_E: rewards that differ by this much mean odds of e to 1. 0.01 suits cosines (CLIP, HPS); choose a small one
+    for a reward that only states which of two images is better."""
     real_images: RealImages = "judged"
-    """What the expert is taken to say of a real image beside a predicted one. judged: what it says; never_worse: at
-    the least even; always_best: that it is better."""
+    """Preference of a real image over a predicted one. judged: by the expert's scores; never_worse: at least even
+    odds; always_best: always the real one."""
     proxy_rows: int = 16
     """Rows that the expert scores in a round (three images each) and the proxy learns from; at most those of the
     update."""
@@ -91,10 +91,10 @@ class RGLCD(Algorithm[Collected, Noised]):
     guidance_scale_max: float = 16.0
     """Largest guidance scale of the teacher."""
     huber_c: float = 1e-3
-    """Where the pseudo-Huber distance turns from quadratic to linear."""
+    """Difference at which the pseudo-Huber distance turns from quadratic to linear."""
     distance: Distance = "huber"
-    """Between prediction and target: pseudo-Huber, as in the LCM paper, or l2, the square, the default of diffusers'
-    script."""
+    """Distance between prediction and target: pseudo-Huber, as in the LCM paper, or l2, the square, the default of
+    diffusers' script."""
 
     def __post_init__(self) -> None:
         for name, low in (("beta", 0), ("proxy_rows", 1), ("pretraining", 0)):
@@ -103,7 +103,9 @@ class RGLCD(Algorithm[Collected, Noised]):
         if self.expert_temperature <= 0:
             raise ValueError(f"expert_temperature: found {self.expert_temperature}, expected more than 0")
         if self.pretraining is not None and not self.proxy:
-            raise ValueError("pretraining: found without proxy, which it is of; expected none, or proxy = true")
+            raise ValueError(
+                f"pretraining: found {self.pretraining} with proxy = false; expected none, or proxy = true"
+            )
         self._distillation = Distillation(
             self.ode_steps, self.guidance_scale_min, self.guidance_scale_max, self.huber_c, self.distance
         )
@@ -125,7 +127,7 @@ class RGLCD(Algorithm[Collected, Noised]):
     def setup(self, ctx: Context) -> None:
         self._target.start(ctx.policy)
 
-    # collect: captioned latents, noised; with the proxy, what the expert says of some of them
+    # collect: captioned latents, noised; with the proxy, the expert's rewards of some of them
 
     def collect(self, batch: Batch, ctx: Context) -> Collected:
         assert batch.images is not None  # needs "images"
@@ -145,7 +147,7 @@ class RGLCD(Algorithm[Collected, Noised]):
         rows = noised.select(torch.randperm(len(noised), generator=ctx.generator)[: self.proxy_rows])
         prediction, target = self._predict(rows, ctx)
         examples = [Example(text) for text in rows.prompt.texts]
-        student = ctx.score(prediction, examples)  # the reward that the run tells
+        student = ctx.score(prediction, examples)  # logged as the reward of the run
         real, average = (ctx.score(z, examples, log=False) for z in (rows.latents, target))
         compared = Compared(
             torch.stack([rows.latents, prediction, target], dim=1),
@@ -156,14 +158,14 @@ class RGLCD(Algorithm[Collected, Noised]):
         return compared
 
     def _measure(self, rows: Compared, ctx: Context) -> None:
-        """How the proxy ranks what it has not learned from yet."""
+        """Log how the proxy ranks latents that it has not learned from yet."""
         assert isinstance(ctx.surrogate, LRM)
         proxy = ctx.surrogate.score(rows.latents.flatten(0, 1), _thrice(rows.prompt)).view_as(rows.expert)
-        said, expected = margins(proxy), margins(rows.expert)
+        found, expected = margins(proxy), margins(rows.expert)
         decided = expected.isfinite() & (expected != 0)
         ctx.log(proxy_score=proxy[:, 1].mean(), decided_pairs=decided.float().mean())
         if bool(decided.any()):
-            ctx.log(pair_accuracy=(said.sign() == expected.sign())[decided].float().mean())
+            ctx.log(pair_accuracy=(found.sign() == expected.sign())[decided].float().mean())
         for name, values in (("real", rows.expert[:, 0]), ("target", rows.expert[:, 2])):
             if bool(values.isfinite().any()):
                 ctx.log(**{f"reward/{name}": values.nanmean()})
@@ -171,7 +173,7 @@ class RGLCD(Algorithm[Collected, Noised]):
     # the proxy
 
     def surrogate_updates(self, collected: Collected, ctx: Context) -> Iterator[Contrast | Compared]:
-        """One update: of CLIP's loss in the pre-training, towards the expert (Eq. 12) after it."""
+        """Yield one update: of CLIP's loss in the pre-training, towards the expert (Eq. 12) after it."""
         if collected.lesson is not None:
             yield collected.lesson
 
@@ -179,7 +181,7 @@ class RGLCD(Algorithm[Collected, Noised]):
         lrm = ctx.surrogate
         assert isinstance(lrm, LRM)
         if isinstance(rows, Contrast):
-            # A batch is one row: captions are told apart from all others of it, however rows are split for memory.
+            # A batch is one row, so that captions are contrasted with all others of it, however rows are split.
             losses = [
                 lrm.contrastive_loss(latents, replace(rows.prompt, index=index))
                 for latents, index in zip(rows.latents, rows.prompt.index, strict=True)
@@ -196,7 +198,7 @@ class RGLCD(Algorithm[Collected, Noised]):
             yield from collected.noised.split(ctx.rows_per_update)
 
     def _predict(self, rows: Noised, ctx: Context) -> tuple[Tensor, Tensor]:
-        """The student's and its target's, (N, *S) both."""
+        """Return the student's prediction and its target, (N, *S) both."""
         assert ctx.teacher is not None  # needs "teacher"
         return self._distillation.predictions(ctx.policy, ctx.teacher, rows, self._target.weights)
 
@@ -209,7 +211,7 @@ class RGLCD(Algorithm[Collected, Noised]):
         return distillation + reward_loss, {"distillation_loss": distillation, "reward_loss": reward_loss}
 
     def _reward(self, prediction: Tensor, prompt: Prompt, ctx: Context) -> Tensor:
-        """J of Eq. 10: the mean over rows; an image that cannot be scored has no part in it."""
+        """Return J of Eq. 10, the mean over rows; an image that cannot be scored adds 0."""
         if self.proxy:
             assert ctx.surrogate is not None
             return ctx.surrogate.score(prediction, prompt).mean()
@@ -233,5 +235,5 @@ class RGLCD(Algorithm[Collected, Noised]):
 
 
 def _thrice(prompt: Prompt) -> Prompt:
-    """Each row three times, one after the other."""
+    """Repeat each row three times, one after the other."""
     return prompt.select(torch.arange(len(prompt)).repeat_interleave(3))
