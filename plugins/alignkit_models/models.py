@@ -51,8 +51,8 @@ def _round(prompts: int, rows: int, updates: int = 0, **fields: Any) -> Settings
 # Methods
 
 # LaSRO (2411.15247) trains two steps; a model that was distilled by a discriminator has no distillation loss, and is
-# noised again in full so that y depends on the policy through its clean latent alone. The paper states that the learning
-# rate is smaller then, but not by how much.
+# noised again in full so that y depends on the policy through its clean latent alone. The paper states that the
+# learning rate is smaller then, but not by how much.
 _lasro_lcm = _sampler("lcm", 2)
 _lasro_turbo_loss: Settings = {"regulariser": [], "train": {"learning_rate": 3e-5}}
 _lasro_turbo = _with(_sampler("renoise", 2), _lasro_turbo_loss)

@@ -76,8 +76,8 @@ class RGLCD(Algorithm[Collected, Noised]):
     """tau_E: rewards that differ by this much mean odds of e to 1. 0.01 suits cosines (CLIP, HPS); choose a small one
     for a reward that only states which of two images is better."""
     real_images: RealImages = "judged"
-    """Preference of a real image over a predicted one. judged: by the expert's scores; never_worse: at least even
-    odds; always_best: always the real one."""
+    """Preference of a real image over a predicted one. "judged": by the expert's scores; "never_worse": at least even
+    odds; "always_best": always the real one."""
     proxy_rows: int = 16
     """Rows that the expert scores in a round (three images each) and the proxy learns from; at most those of the
     update."""
