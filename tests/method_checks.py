@@ -1,4 +1,4 @@
-"""What the tests of every method ask alike, and the steps of a round that they take one by one."""
+"""Checks that the tests of every method share, and the steps of a round, one by one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from alignkit.training.trainer import Trainer
 
 
 def collect(trainer: Trainer) -> Any:
-    """What the algorithm collects in the next round, as the loop has it collect."""
+    """Return what the algorithm collects in the next round, as in the loop."""
     trainer.ctx.warming_up = trainer.warming_up
     with torch.no_grad(), trainer.accelerator.autocast():
         collected = trainer.algorithm.collect(trainer.batch(), trainer.ctx)
@@ -64,7 +64,7 @@ def assert_the_true_reward_rises(trainer: Trainer, scale: float = 20) -> list[fl
 
 
 def assert_a_stopped_run_ends_with_the_same_bits(tiny_run: Any, settings: Mapping[str, Any]) -> None:
-    """A run that was stopped behind its first update and resumed gives the metrics and the file of an unbroken one."""
+    """Check that a run that was stopped after its first update and resumed gives the metrics and the file of an unbroken one."""
     unbroken, broken = tiny_run("unbroken", settings), tiny_run("broken", settings)
     metrics = [dict(u.metrics) for u in unbroken.train()]
     for update in broken.train():

@@ -16,7 +16,7 @@ from alignkit.training.checkpoint import load, save
 
 
 def context(gather: Callable[[Tensor], Tensor] = lambda values: values) -> Any:
-    """All that this module asks of a context."""
+    """The part of a context that this module uses."""
     logged: dict[str, float] = {}
     return SimpleNamespace(gather=gather, log=lambda **m: logged.update({k: float(v) for k, v in m.items()}), to=logged)
 
@@ -31,7 +31,7 @@ def test_the_tracker_is_golden() -> None:
     assert ctx.to["own_statistics"] == 1
 
 
-def test_texts_that_begin_alike_are_told_apart_however_long_they_are() -> None:
+def test_texts_that_begin_alike_are_distinguished_however_long_they_are() -> None:
     tracker, long = PromptTracker(4, 2), "a red circle, " * 100
     rewards = torch.tensor([1.0, 3.0, 10.0, 30.0])
     found = tracker.advantages([long, long, long + "a blue one", long + "a blue one"], rewards, context())
@@ -104,7 +104,7 @@ def test_one_term_is_measured_as_it_is() -> None:
     assert torch.equal(found, over_batch(torch.tensor([1.0, 2.0, 3.0, 4.0]), ctx))
 
 
-def test_advantages_apart_tell_apart_what_the_sum_does_not() -> None:
+def test_separate_advantages_distinguish_what_the_sum_does_not() -> None:
     """The sum takes the second and the third image for equals; apart, the reward that few get counts for more."""
     often, seldom = [1.0, 1.0, 0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
     together = over_batch(torch.tensor(often) + torch.tensor(seldom), context())

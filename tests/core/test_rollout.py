@@ -1,4 +1,4 @@
-"""The walk: what it records, and noise that depends on nothing but its own seed."""
+"""Trajectories: what they record, and noise that depends on nothing but its own seed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_every_state_is_the_next_state_of_the_step_before(tiny_lcm: Path) -> Non
 
 
 @pytest.mark.parametrize("sampler", [LCM(1), LCM(4), DDIM(3), DDIM(3, eta=0.0), DDIM(2, eta=0.5)])
-def test_a_sampler_tells_beforehand_how_many_of_its_steps_have_chance(tiny_lcm: Path, sampler: Sampler) -> None:
+def test_a_sampler_states_the_number_of_its_stochastic_steps_beforehand(tiny_lcm: Path, sampler: Sampler) -> None:
     policy = DiffusersPolicy(str(tiny_lcm), trainable=False)
     noises = seeded_noises(SHAPE, sampler.num_steps, [(0, 0)])
     with torch.no_grad():
@@ -38,7 +38,7 @@ def test_a_sampler_tells_beforehand_how_many_of_its_steps_have_chance(tiny_lcm: 
     assert int((found.std > 0).sum()) == sampler.stochastic_steps()
 
 
-def test_a_walk_with_too_little_noise_is_refused(tiny_lcm: Path) -> None:
+def test_too_little_noise_is_refused(tiny_lcm: Path) -> None:
     policy = DiffusersPolicy(str(tiny_lcm), trainable=False)
     with pytest.raises(ValueError, match="4 steps need 5 noises, found 3"):
         run_sampler(policy, LCM(4), policy.encode(["a red circle"]), seeded_noises(SHAPE, 2, [(0, 0)]))
@@ -51,7 +51,7 @@ def test_noise_depends_on_its_own_seed_and_index_alone() -> None:
     assert len({tuple(row.flatten().tolist()) for row in together}) == 3
 
 
-def test_walks_of_fewer_steps_start_from_the_same_noise() -> None:
+def test_trajectories_of_fewer_steps_start_from_the_same_noise() -> None:
     assert torch.equal(seeded_noises(SHAPE, 8, [(3, 4)])[:, :3], seeded_noises(SHAPE, 2, [(3, 4)]))
 
 

@@ -54,11 +54,11 @@ def test_the_log_probability_of_a_step() -> None:
 
 def test_the_advantages_of_a_prompt() -> None:
     """ddpo-pytorch, PerPromptStatTracker: the last rewards of each prompt, with those of the round in them."""
-    chance, tracker, stats = np.random.default_rng(0), PromptTracker(8, 4), dict[str, deque[float]]()
+    rng, tracker, stats = np.random.default_rng(0), PromptTracker(8, 4), dict[str, deque[float]]()
     ctx: Any = SimpleNamespace(gather=lambda tensor: tensor, log=lambda **_: None)
     for _ in range(12):
-        texts = [f"prompt {i}" for i in chance.integers(0, 5, size=10)]
-        rewards = chance.normal(size=10)
+        texts = [f"prompt {i}" for i in rng.integers(0, 5, size=10)]
+        rewards = rng.normal(size=10)
         published = np.empty_like(rewards)
         for text in set(texts):
             of_text = rewards[np.array(texts) == text]
@@ -131,7 +131,7 @@ def test_the_returns_of_sdpo() -> None:
 
 def test_rebel_at_one_pair_and_its_fault_at_several() -> None:
     """rlcm: the ratios of all steps and all pairs of a batch are added up; with one pair that is its own sum."""
-    ratios, advantages = 1e-3 * normal(COUNT, 2, 8), normal(COUNT, 2, seed=1)  # pair, walk, step
+    ratios, advantages = 1e-3 * normal(COUNT, 2, 8), normal(COUNT, 2, seed=1)  # pair, trajectory, step
 
     def published(ratios: Tensor, advantages: Tensor) -> Tensor:
         added = ratios.sum((0, 2))  # where (2, 0) would leave the pairs apart
@@ -206,9 +206,9 @@ def test_rg_lcd() -> None:
         published += float(F.kl_div(p, q, reduction="batchmean"))
         paper += float(F.kl_div(q.log(), p.exp(), reduction="batchmean"))
     # Ours has the real image first.
-    ours, judged = (scores[:, [2, 0, 1]] for scores in (scale * proxy, expert_scale * expert))
+    ours, experts = (scores[:, [2, 0, 1]] for scores in (scale * proxy, expert_scale * expert))
     for direction, value in (("forward", published), ("reverse", paper)):
-        assert float(preference_loss(margins(ours), margins(judged), direction)) == pytest.approx(value)
+        assert float(preference_loss(margins(ours), margins(experts), direction)) == pytest.approx(value)
     # Eq. 12 has the divergence the other way round than the code.
     assert abs(published - paper) > 0.1
 

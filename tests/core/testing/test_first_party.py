@@ -70,10 +70,10 @@ ELSEWHERE = {
     "vlm_judge": "test_vlm_judge.py",
     "vqa_score": "test_vqa_score.py",
 }
-"""Rewards whose small checkpoint or server is made beside their other tests, and checked there."""
+"""Rewards whose small checkpoint or server is made with their other tests, and checked there."""
 DISTILLED = {"gors_lcm", "lasro", "lcd", "rg_lcd"}
 """Methods with the loss of latent consistency distillation, which no other sampler has."""
-WALKS: list[tuple[Form, str]] = [("lcm", "lcm"), ("teacher", "ddim")]
+PAIRINGS: list[tuple[Form, str]] = [("lcm", "lcm"), ("teacher", "ddim")]
 EMBEDDED: dict[str, Form] = {"shapes_lcm": "lcm", "shapes_turbo": "turbo", "shapes_teacher": "teacher"}
 
 
@@ -90,7 +90,7 @@ def test_samplers(name: str) -> None:
     check_sampler(get("sampler", name))
 
 
-def test_ddim_without_chance() -> None:
+def test_deterministic_ddim() -> None:
     check_sampler(get("sampler", "ddim", eta=0.0))
 
 
@@ -99,11 +99,11 @@ def test_surrogates(name: str) -> None:
     check_surrogate(get("surrogate", name, **SURROGATES.get(name, {})))
 
 
-@pytest.mark.parametrize(("form", "walk"), WALKS)
+@pytest.mark.parametrize(("form", "sampler_name"), PAIRINGS)
 @pytest.mark.parametrize("name", names("regulariser"))
-def test_regularisers(name: str, form: Form, walk: str) -> None:
-    sampler = get("sampler", walk, num_steps=2)
-    if name == "lcd" and walk != "lcm":
+def test_regularisers(name: str, form: Form, sampler_name: str) -> None:
+    sampler = get("sampler", sampler_name, num_steps=2)
+    if name == "lcd" and sampler_name != "lcm":
         with pytest.raises(ConfigError, match=r"sampler\.name: found DDIM, expected lcm"):
             check_regulariser(get("regulariser", name), sampler, form=form)
     else:
@@ -142,11 +142,11 @@ def test_sources_that_the_checks_themselves_use() -> None:
     check_pairs(TinyPairs(), 64)  # type: ignore[arg-type]
 
 
-def trained(name: str, form: Form, walk: str, **fields: Any) -> None:
+def trained(name: str, form: Form, sampler_name: str, **fields: Any) -> None:
     algorithm: Algorithm[Any, Any] = get("algorithm", name, **fields)
-    sampler = get("sampler", walk, num_steps=2)
+    sampler = get("sampler", sampler_name, num_steps=2)
     reason = refusal(algorithm, sampler)
-    assert bool(reason) == (name in DISTILLED and walk != "lcm" and not fields), reason
+    assert bool(reason) == (name in DISTILLED and sampler_name != "lcm" and not fields), reason
     if reason:
         assert "\n" not in reason and "expected" in reason
         return
@@ -154,10 +154,10 @@ def trained(name: str, form: Form, walk: str, **fields: Any) -> None:
     check_algorithm(algorithm, sampler, form=form, surrogate=surrogate)
 
 
-@pytest.mark.parametrize(("form", "walk"), WALKS)
+@pytest.mark.parametrize(("form", "sampler_name"), PAIRINGS)
 @pytest.mark.parametrize("name", names("algorithm"))
-def test_algorithms(name: str, form: Form, walk: str) -> None:
-    trained(name, form, walk)
+def test_algorithms(name: str, form: Form, sampler_name: str) -> None:
+    trained(name, form, sampler_name)
 
 
 @pytest.mark.slow
@@ -171,7 +171,7 @@ def test_algorithms_with_what_an_embedded_model_brings(name: str, model: str) ->
         return
     if name == "lasro":
         algorithm = replace(algorithm, contrast=0.0)  # which takes two texts in a batch
-    # Its long walks are tried at three steps.
+    # Its long rollouts are tried at three steps.
     check_algorithm(
         algorithm, replace(sampler, num_steps=min(3, sampler.num_steps)), form=EMBEDDED[model],
         surrogate=get("surrogate", surrogate.name, **surrogate.fields) if surrogate else None,
@@ -179,7 +179,7 @@ def test_algorithms_with_what_an_embedded_model_brings(name: str, model: str) ->
 
 
 def published() -> dict[str, tuple[Form, Algorithm[Any, Any], Sampler]]:
-    """What the models of alignkit_models bring for the methods, each setting once, by "model-method"."""
+    """The settings of alignkit_models for the methods, each once, by "model-method"."""
     found: dict[str, tuple[Form, Algorithm[Any, Any], Sampler]] = {}
     for model, name in itertools.product(MODELS, names("algorithm")):
         settings = {
@@ -190,10 +190,10 @@ def published() -> dict[str, tuple[Form, Algorithm[Any, Any], Sampler]]:
         }
         run = alignkit.load(None, settings)
         algorithm, sampler = run.algorithm(), run.sampler()
-        # The walks of many steps are tried at three.
+        # Rollouts of many steps are tried at three.
         short = replace(sampler, num_steps=min(3, sampler.num_steps))
         form: Form = "lcm" if sampler.consistency else "teacher" if model in ("sd_1_5", "sdxl") else "turbo"
-        # Those are told in tests/plugins/models/test_models.py, with the reason.
+        # These are listed in tests/plugins/models/test_models.py, with the reason.
         if refusal(algorithm, sampler):
             assert name in DISTILLED and form != "lcm", (model, name)
         elif (form, algorithm, short) not in found.values():
@@ -225,12 +225,12 @@ def test_other_forms_of_algorithms(name: str, fields: dict[str, Any]) -> None:
     trained(name, "lcm", "lcm", **fields)
 
 
-@pytest.mark.parametrize(("form", "walk"), WALKS)
+@pytest.mark.parametrize(("form", "sampler_name"), PAIRINGS)
 @pytest.mark.parametrize("name", names("algorithm"))
-def test_a_round_moves_what_is_trained_and_nothing_else(name: str, form: Form, walk: str) -> None:
-    algorithm, sampler = get("algorithm", name), get("sampler", walk, num_steps=2)
+def test_a_round_moves_what_is_trained_and_nothing_else(name: str, form: Form, sampler_name: str) -> None:
+    algorithm, sampler = get("algorithm", name), get("sampler", sampler_name, num_steps=2)
     if reason := refusal(algorithm, sampler):
-        assert name in DISTILLED and walk != "lcm", reason
+        assert name in DISTILLED and sampler_name != "lcm", reason
         return
     torch.manual_seed(0)
     trainer = tiny_trainer(algorithm, sampler, form=form)

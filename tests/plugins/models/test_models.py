@@ -130,7 +130,7 @@ def test_the_settings_of_the_papers_arrive(prompts: Path) -> None:
     assert run(prompts, "sdxl", "diffusion_dpo").config.train.warmup == 200
     assert (rlcm.sampler.fields["num_steps"], rlcm.model.guidance_scale, rlcm.model.lora_rank) == (8, 8, 8)
     assert rlcm.algorithm.fields["advantage_clip"] == 10 and rlcm.train.max_grad_norm == 5
-    # All of a round is one update: walks of seven steps with a likelihood, or pairs.
+    # All of a round is one update: trajectories with seven stochastic steps, or pairs.
     assert rlcm.train.rows_per_update == rlcm.data.batch_size * rlcm.algorithm.fields["samples"] * 7
     assert rebel.train.rows_per_update == rebel.data.batch_size * rebel.algorithm.fields["pairs"]
     assert rebel.train.max_grad_norm == float("inf")
@@ -164,11 +164,11 @@ def test_the_hub_id_of_a_whole_pipeline_brings_the_settings_of_its_name(model: s
     assert find_bundle("owner/another").defaults == {}
 
 
-def test_a_model_that_is_only_drawn_from_has_its_own_sampler_and_not_that_of_the_default_algorithm() -> None:
+def test_a_model_that_is_only_sampled_from_has_its_own_sampler_and_not_that_of_the_default_algorithm() -> None:
     changes = {"reward": ["pixel_check"], "data.prompts": "none.txt"}
     assert load(None, {"model.name": "sd_turbo", **changes}).sampler.name == "renoise"  # lasro's
-    drawn = open_run("sd_turbo", changes).config.sampler
-    assert drawn.name == "euler_ancestral" and drawn.fields["eta"] == 0 and drawn.fields["num_steps"] == 4
+    sampler = open_run("sd_turbo", changes).config.sampler
+    assert sampler.name == "euler_ancestral" and sampler.fields["eta"] == 0 and sampler.fields["num_steps"] == 4
     assert open_run("sd_turbo", {**changes, "sampler.name": "ddim"}).config.sampler.fields["eta"] == 1
     assert open_run("sd_turbo", {**changes, "algorithm.name": "lasro"}).config.sampler.name == "renoise"
 
