@@ -64,7 +64,7 @@ def assert_the_true_reward_rises(trainer: Trainer, scale: float = 20) -> list[fl
 
 
 def assert_a_stopped_run_ends_with_the_same_bits(tiny_run: Any, settings: Mapping[str, Any]) -> None:
-    """Check that a run that was stopped after its first update and resumed gives the metrics and the file of an unbroken one."""
+    """Check that a run stopped after its first update and resumed has the metrics and the file of an unbroken one."""
     unbroken, broken = tiny_run("unbroken", settings), tiny_run("broken", settings)
     metrics = [dict(u.metrics) for u in unbroken.train()]
     for update in broken.train():
