@@ -211,8 +211,8 @@ class LaSRO(Algorithm[Collected, States]):
     def loss(self, rows: States, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the reward terms of Eq. 11, sum over k of c_k E S(R(x_k, c)); the trainer adds lambda L_lcd."""
         clean = rows.predict(ctx)
-        if not any(self.step_weights):
-            return 0 * clean.mean(), {}
+        if not any(self.step_weights):  # regularisers may use the prediction; on its own it has no gradient
+            return clean.new_zeros((), requires_grad=True), {}
         # The mean over rows of all steps, times K, is the sum over steps of the mean at each.
         weights = clean.new_tensor(self._weights)[rows.step] * len(self.step_weights)
         loss = -(weights * self.pull(clean, rows, ctx)).mean()

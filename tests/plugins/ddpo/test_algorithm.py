@@ -160,8 +160,7 @@ def test_a_last_step_that_is_noised_again_is_one_more_action_which_replays(make:
 
 def test_the_renoised_last_step_changes_no_image_and_no_other_row(make: MakeTrainer) -> None:
     dropped, renoised = (
-        collect(make({"algorithm.baseline": "batch", "algorithm.final_step": final}))
-        for final in ("drop", "renoise")
+        collect(make({"algorithm.baseline": "batch", "algorithm.final_step": final})) for final in ("drop", "renoise")
     )
     others = renoised.select((renoised.k < 2).nonzero()[:, 0])
     assert sorted(others.advantage.tolist()) == sorted(dropped.advantage.tolist())
