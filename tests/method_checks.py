@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import alignkit
-from alignkit.testing.losses import assert_one_pass_is_several
 from alignkit.training.regularisers import UpdateRows
 from alignkit.training.trainer import Trainer
 
@@ -35,20 +33,6 @@ def updates(trainer: Trainer, collected: Any = None) -> list[Any]:
 def whole_updates(trainer: Trainer) -> list[UpdateRows]:
     """Return the rows of each update of the next round, those of the regularisers included."""
     return list(trainer._updates(collect(trainer)))
-
-
-def whole_loss(trainer: Trainer, rows: UpdateRows) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the algorithm's loss with the terms of the regularisers, and the metrics of all."""
-    return trainer.regularisers.loss(rows, trainer.ctx, trainer.algorithm.loss)
-
-
-def assert_one_pass_is_several_with_regularisers(trainer: Trainer, rows: UpdateRows) -> None:
-    """The loss and the gradient of the algorithm and its regularisers do not depend on the number of passes."""
-    algorithm = trainer.algorithm
-    whole: Any = SimpleNamespace(loss=lambda part, ctx: trainer.regularisers.loss(part, ctx, algorithm.loss))
-    trainer.algorithm = whole
-    assert_one_pass_is_several(trainer, rows)
-    trainer.algorithm = algorithm
 
 
 def number(value: Tensor) -> float:

@@ -31,7 +31,6 @@ from method_checks import (
     equal,
     gradient,
     updates,
-    whole_loss,
     whole_updates,
 )
 
@@ -204,13 +203,13 @@ def test_the_pull_to_the_model_before_training_is_golden_and_leads_back(make_tra
         "surrogate.warmup": 0, "train.learning_rate": 1e-2, "train.updates": 15,
     })  # fmt: skip
     (rows,) = whole_updates(trainer)
-    loss, _ = whole_loss(trainer, rows)
+    loss, _ = trainer.loss(rows)
     assert float(loss.detach()) == 0 and not gradient(trainer, loss).any()
     with torch.no_grad():
         for parameter in trainer.ctx.policy.parameters():
             parameter += 0.05
     (rows,) = whole_updates(trainer)
-    loss, metrics = whole_loss(trainer, rows)
+    loss, metrics = trainer.loss(rows)
     states, ctx = rows.own, trainer.ctx
     assert isinstance(states, States)
     with torch.no_grad():

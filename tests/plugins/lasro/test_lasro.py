@@ -12,18 +12,17 @@ import torch
 from alignkit.errors import ConfigError
 from alignkit.runs.run import Run
 from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint
+from alignkit.testing.losses import assert_one_pass_is_several
 from alignkit.training.trainer import Trainer
 from alignkit_lasro.additions import ExtendedLaSRO
 from alignkit_lasro.groups import Pairs
 from alignkit_lasro.lasro import LaSRO, States
 from alignkit_samplers.lcm import LCM
 from method_checks import (
-    assert_one_pass_is_several_with_regularisers,
     assert_the_true_reward_rises,
     collect,
     copies,
     equal,
-    whole_loss,
     whole_updates,
 )
 
@@ -173,10 +172,10 @@ def test_the_distillation_term_is_added_with_its_weight_and_has_a_row_for_each_s
     (rows,) = whole_updates(trainer)
     (noised,) = rows.others
     assert isinstance(rows.own, States) and noised is not None and len(rows) == len(noised) == 7
-    loss, metrics = whole_loss(trainer, rows)
+    loss, metrics = trainer.loss(rows)
     assert metrics.keys() == {"reward_loss", "distillation_loss"} and metrics["distillation_loss"].item() > 0
     assert loss.item() == pytest.approx((metrics["reward_loss"] + 0.5 * metrics["distillation_loss"]).item(), rel=1e-5)
-    assert_one_pass_is_several_with_regularisers(trainer, rows)
+    assert_one_pass_is_several(trainer, rows)
 
 
 def test_a_step_weight_of_zero_leaves_the_states_of_that_step_without_gradient(
@@ -208,6 +207,7 @@ def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(make_trainer
         {"pairs_per_update": 0},
         {"policy_steps": 0},
         {"surrogate_steps": -1},
+        {"ode_steps": 0},
     ],
 )
 def test_settings_that_cannot_learn_are_refused(fields: dict[str, Any]) -> None:

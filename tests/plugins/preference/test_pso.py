@@ -12,6 +12,7 @@ import torch
 from alignkit.errors import ConfigError
 from alignkit.rollout import sample, seeded_noises
 from alignkit.runs.run import Run
+from alignkit.testing.losses import assert_one_pass_is_several
 from alignkit.training.trainer import Trainer
 from alignkit_preference.d3po import D3PO, preference_loss
 from alignkit_preference.diffusion_dpo import preference_loss as dpo_loss
@@ -20,10 +21,8 @@ from alignkit_preference.pso import PSO, hinge, sigmoid_loss
 from alignkit_preference.trajectory_pairs import Pairs
 from method_checks import (
     assert_a_stopped_run_ends_with_the_same_bits,
-    assert_one_pass_is_several_with_regularisers,
     collect,
     updates,
-    whole_loss,
     whole_updates,
 )
 
@@ -111,14 +110,14 @@ def test_one_pass_of_all_rows_has_the_gradient_of_several_passes(make: MakeTrain
     (rows,) = whole_updates(trainer)
     (noised,) = rows.others
     assert noised is not None and len(rows) == len(noised) == 8
-    assert_one_pass_is_several_with_regularisers(trainer, rows)
+    assert_one_pass_is_several(trainer, rows)
 
 
 def test_distillation_is_added_to_the_preference_with_its_weight(make: MakeTrainer) -> None:
     assert not PSO.default_regularisers and make("pso").ctx.teacher is None
     trainer = make("pso", distilled(0.5) | {"train.rows_per_update": 2})
     (rows,) = whole_updates(trainer)
-    loss, metrics = whole_loss(trainer, rows)
+    loss, metrics = trainer.loss(rows)
     assert loss.item() == pytest.approx(math.log(2) + 0.5 * metrics["distillation_loss"].item(), rel=1e-4)
 
 
