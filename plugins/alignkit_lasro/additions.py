@@ -27,9 +27,9 @@ class PerturbedStates(States):
     other: Prompt | None = None
     """Another prompt of each row, for `contrast`."""
     blur: Tensor | None = None
-    """(N, draws, *S) added to the clean latent before it is scored."""
+    """(N, G, *S) added to the clean latent before it is scored; G is `gradient_samples`."""
     noise: Tensor | None = None
-    """(N, draws, *S) unit normal, for `purify`."""
+    """(N, G, *S) unit normal, for `purify`."""
 
 
 @dataclass
@@ -226,8 +226,8 @@ class ExtendedLaSRO(LaSRO):
     def rows_of(self, states: States, ctx: Context) -> States:
         if not (self.smoothing or self.purify or self.contrast):
             return states
-        size, draws = len(states), self.gradient_samples
-        blur, noise = (ctx.noise(size * draws).unflatten(0, (size, draws)) for _ in range(2))
+        size = len(states), self.gradient_samples
+        blur, noise = (ctx.noise(size[0] * size[1]).unflatten(0, size) for _ in range(2))
         other = other_texts(states.prompt, ctx.generator)
         own = {f.name: getattr(states, f.name) for f in fields(States)}
         return PerturbedStates(**own, other=other, blur=self.smoothing * blur, noise=noise)

@@ -127,7 +127,7 @@ def test_what_it_cannot_distil_is_refused() -> None:
     GorsLCM().check(LCM(2))
     with pytest.raises(ConfigError, match="SD-Turbo"):
         GorsLCM().check(DDIM())
-    for fields in ({"samples": 0}, {"ode_steps": 30}):
+    for fields in ({"samples": 0}, {"ode_steps": 0}):
         with pytest.raises(ValueError, match=r"expected|ode_steps"):
             GorsLCM(**fields)
 

@@ -197,7 +197,7 @@ def test_settings_that_cannot_learn_are_refused(fields: dict[str, Any]) -> None:
 
 def test_pure_noise_alone_has_no_gradient_and_is_refused(make: MakeTrainer) -> None:
     fields = {"algorithm.grid_steps": 1, "algorithm.zero_terminal_snr": True}
-    with pytest.raises(ConfigError, match=r"^algorithm\.grid_steps: found 1, expected more: at the one time"):
+    with pytest.raises(ConfigError, match=r"^algorithm\.grid_steps: found 1, expected more: at the only time"):
         make("diffusion_dpo", fields)
     # Of two times the last one is pure noise, which has no part in the gradient.
     trainer = make("diffusion_dpo", {**fields, "algorithm.grid_steps": 2})
