@@ -29,7 +29,8 @@ class Chosen(Rows):
 class WeightedRows(Rows):
     """One policy update: chosen samples, noised, N rows."""
 
-    noised: Noised
+    noised: Noised | None
+    """None where no sample of the round was kept."""
     weight: Tensor
     """(N,) factor of each sample's loss."""
 
@@ -82,9 +83,10 @@ class GorsLCM(Algorithm[Chosen, WeightedRows]):
         return Chosen(latents, rewards, prompt.select(rows))
 
     def updates(self, collected: Chosen, ctx: Context) -> Iterator[WeightedRows]:
-        """Yield one update of chosen samples in random order, noised anew."""
+        """Yield one update of chosen samples in random order, noised anew; without any, one for regularisers alone."""
         if not len(collected):
             ctx.warn("in some rounds no sample was kept: none could be scored, or all were below algorithm.threshold")
+            yield WeightedRows(None, torch.zeros(ctx.rows_per_update, device=collected.reward.device))
             return
         chosen = collected.shuffled(ctx.generator)
         chosen = chosen.select(torch.arange(ctx.rows_per_update) % len(chosen))
@@ -93,6 +95,8 @@ class GorsLCM(Algorithm[Chosen, WeightedRows]):
 
     def loss(self, rows: WeightedRows, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
         assert ctx.teacher is not None  # needs "teacher"
+        if rows.noised is None:
+            return rows.weight.new_zeros((), requires_grad=True), {}
         # The mean over rows of all steps, times K, is the sum over steps of the mean at each.
         each = self._distillation.loss(ctx.policy, ctx.teacher, rows.noised)
         loss = ctx.sampler.num_steps * (rows.weight * each).mean()

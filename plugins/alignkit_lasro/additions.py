@@ -27,9 +27,9 @@ class PerturbedStates(States):
     other: Prompt | None = None
     """Another prompt of each row, for `contrast`."""
     blur: Tensor | None = None
-    """(N, draws, *S) added to the clean latent before it is scored."""
+    """(N, G, *S) added to the clean latent before it is scored; G is `gradient_samples`."""
     noise: Tensor | None = None
-    """(N, draws, *S) unit normal, for `purify`."""
+    """(N, G, *S) unit normal, for `purify`."""
 
 
 @dataclass
@@ -226,10 +226,9 @@ class ExtendedLaSRO(LaSRO):
     def rows_of(self, states: States, ctx: Context) -> States:
         if not (self.smoothing or self.purify or self.contrast):
             return states
-        size, draws, prompt = len(states), self.gradient_samples, states.prompt
-        blur, noise = (ctx.noise(size * draws).unflatten(0, (size, draws)) for _ in range(2))
-        shift = torch.randint(1, max(2, len(prompt.table)), (size,), generator=ctx.generator).to(prompt.index.device)
-        other = replace(prompt, index=(prompt.index + shift) % len(prompt.table))
+        size = len(states), self.gradient_samples
+        blur, noise = (ctx.noise(size[0] * size[1]).unflatten(0, size) for _ in range(2))
+        other = other_texts(states.prompt, ctx.generator)
         own = {f.name: getattr(states, f.name) for f in fields(States)}
         return PerturbedStates(**own, other=other, blur=self.smoothing * blur, noise=noise)
 
@@ -274,3 +273,16 @@ class ExtendedLaSRO(LaSRO):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._memory.load_state_dict(state["memory"])
         super().load_state_dict(state)
+
+
+def other_texts(prompt: Prompt, generator: torch.Generator) -> Prompt:
+    """Choose for each row another text of the prompt at random; where there is only one, keep it.
+
+    Examples that share a text are no contrast to each other. Of those of another text the first is taken.
+    """
+    texts, device = prompt.text_table, prompt.index.device
+    distinct = list(dict.fromkeys(texts))
+    number = torch.tensor([distinct.index(text) for text in texts], device=device)
+    first = torch.tensor([texts.index(text) for text in distinct], device=device)
+    shift = torch.randint(1, max(2, len(distinct)), (len(prompt),), generator=generator).to(device)
+    return replace(prompt, index=first[(number[prompt.index] + shift) % len(distinct)])

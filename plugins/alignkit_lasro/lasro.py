@@ -97,6 +97,7 @@ class LaSRO(Algorithm[Collected, States]):
             raise ValueError(f"percentile is {self.percentile}, expected more than 0 and at most 1")
         if self.surrogate_steps < 0:
             raise ValueError(f"surrogate_steps is {self.surrogate_steps}, expected 0 or more")
+        self._distillation = Distillation(self.ode_steps)
         # Noised images belong to no step: each has the mean of the weights, and all share a scale.
         steps, rollout = len(self.step_weights), self.states_from == "rollout"
         self._weights = self.step_weights if rollout else [sum(self.step_weights) / steps]
@@ -145,9 +146,9 @@ class LaSRO(Algorithm[Collected, States]):
     def _noised(self, batch: Batch, ctx: Context) -> States:
         """Noise captioned latents to random times of the distillation's solver."""
         assert batch.images is not None  # needs "images"
-        distillation, captions = Distillation(self.ode_steps), encode_examples(ctx.policy, batch.captions)
-        noised = distillation.draw(ctx.policy.encode_images(batch.images), captions, ctx)
-        x, time = distillation.noised(ctx.policy, noised)
+        captions = encode_examples(ctx.policy, batch.captions)
+        noised = self._distillation.draw(ctx.policy.encode_images(batch.images), captions, ctx)
+        x, time = self._distillation.noised(ctx.policy, noised)
         return States(x, torch.zeros_like(time), captions, ctx.policy.denoise(x, time, captions), time)
 
     def _watch(self, opinionated: bool, correlation: float | None, ctx: Context) -> None:
@@ -211,8 +212,8 @@ class LaSRO(Algorithm[Collected, States]):
     def loss(self, rows: States, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the reward terms of Eq. 11, sum over k of c_k E S(R(x_k, c)); the trainer adds lambda L_lcd."""
         clean = rows.predict(ctx)
-        if not any(self.step_weights):
-            return 0 * clean.mean(), {}
+        if not any(self.step_weights):  # regularisers may use the prediction; on its own it has no gradient
+            return clean.new_zeros((), requires_grad=True), {}
         # The mean over rows of all steps, times K, is the sum over steps of the mean at each.
         weights = clean.new_tensor(self._weights)[rows.step] * len(self.step_weights)
         loss = -(weights * self.pull(clean, rows, ctx)).mean()

@@ -1,4 +1,4 @@
-"""The surrogates of LaSRO's ablation (a): a CLIP and a BLIP that see latents in the place of pixels."""
+"""The surrogates of LaSRO's ablation (a): a CLIP and a BLIP that read latents instead of pixels."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from alignkit.records import Prompt
 from alignkit_lasro.surrogate import PairwiseSurrogate
 
 GRID = 16
-"""Patches along an edge: what ViT-L/14 makes of 224 pixels."""
+"""Patches along an edge, as many as ViT-L/14 has for 224 pixels."""
 
 
 @dataclass
 class VisionLanguage(PairwiseSurrogate):
-    """What both have in common: a checkpoint or a new network, with a patch embedding for latents."""
+    """The common part of both: a checkpoint or a new network, with a patch embedding for latents."""
 
     backbone: str = ""
-    """A checkpoint to begin with, a hub id or folder; its embedding of patches is replaced by a new one. Empty: a new
+    """A checkpoint to start from, a hub id or folder; its embedding of patches is replaced by a new one. Empty: a new
     network of the sizes below."""
     width: int = 256
     """Width of a new network."""
@@ -73,20 +73,20 @@ class VisionLanguage(PairwiseSurrogate):
         embeddings.patch_embedding = nn.Conv2d(
             channels, embeddings.embed_dim, patch, stride=patch, bias=embeddings.patch_embedding.bias is not None
         )
-        embeddings.patch_size = patch  # over which the embeddings of places are stretched
+        embeddings.patch_size = patch  # the position embeddings are interpolated by it
         self._network = network.float().to(policy.device)
         self._network.requires_grad_(False).eval()
 
     @abstractmethod
     def _pretrained(self, source: str) -> Any:
-        """The checkpoint `source` with its tokenizer kept beside. Raises OSError or ValueError."""
+        """Return the checkpoint `source`, and keep its tokenizer. Raises OSError or ValueError."""
 
     @abstractmethod
     def _new(self, generator: str, edge: int, patch: int) -> Any:
-        """A network for latents of this edge that reads the words of the generator."""
+        """Return a network for latents of this edge that uses the tokenizer of the generator."""
 
     def _whole(self, cls: Any, source: str, new: tuple[str, ...] = ()) -> Any:
-        """A checkpoint as the class `cls`, of which only weights whose names begin with `new` may be missing."""
+        """Return a checkpoint as the class `cls`; only weights with names that begin with `new` may be missing."""
         found, expected = AutoConfig.from_pretrained(source).model_type, cls.config_class.model_type
         if found != expected:
             raise ValueError(f"found a model of type {found}, expected {expected}")
@@ -98,14 +98,14 @@ class VisionLanguage(PairwiseSurrogate):
         return network
 
     def _vision(self, edge: int, patch: int) -> dict[str, int]:
-        """The config of a new image tower."""
+        """Return the config of a new image tower."""
         return {**self._sizes(), "image_size": edge, "patch_size": patch, "intermediate_size": 4 * self.width}
 
     def _sizes(self) -> dict[str, int]:
         return {"hidden_size": self.width, "num_hidden_layers": self.layers, "num_attention_heads": self.heads}
 
     def _tokens(self, prompt: Prompt, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
-        """Tokens of the distinct texts, and the place of each row's text among them, (N,)."""
+        """Return the tokens of the distinct texts, and the place of each row's text among them, (N,)."""
         if not prompt.text_table:
             raise ValueError("a surrogate that reads texts needs them: Policy.encode must fill in text_table")
         used, place = prompt.index.unique(return_inverse=True)
@@ -153,7 +153,7 @@ class LatentBLIP(VisionLanguage):
     """
 
     def _pretrained(self, source: str) -> Any:
-        # One for questions has no head for matching, and here each gets a new one.
+        # A BLIP for questions has no head for matching; every checkpoint gets a new one here.
         return self._scoring(
             self._whole(BlipForImageTextRetrieval, source, ("itm_head.", "vision_proj.", "text_proj."))
         )
@@ -171,7 +171,7 @@ class LatentBLIP(VisionLanguage):
 
     @staticmethod
     def _scoring(network: Any) -> Any:
-        """With a head for one score, 0 before training, in the place of those for matching and contrast."""
+        """Replace the heads for matching and contrast by one for a score, 0 before training."""
         network.vision_proj = network.text_proj = nn.Identity()
         network.itm_head = nn.Linear(network.itm_head.in_features, 1)
         nn.init.zeros_(network.itm_head.weight)

@@ -27,33 +27,34 @@ from alignkit_preference.noised import (
 
 @dataclass
 class DiffusionDPO(Algorithm[LatentPairs, NoisedPairs]):
-    """Diffusion-DPO (Wallace et al. 2023, arXiv 2311.12908, Eq. 14), as its authors' code has it.
+    """Diffusion-DPO (Wallace et al. 2023, arXiv 2311.12908, Eq. 14), as in its authors' code.
 
-    Of two images of a text one is preferred. Both are noised alike, and the model learns to tell that noise better in
-    the preferred one and worse in the other, each compared with the model as it was before training. It learns from
-    pairs that are there; nothing is drawn and no reward is asked, except to show what comes of it.
+    Of two images of a text one is preferred. Both get the same noise, and the model learns to predict it better in the
+    preferred one and worse in the other, each relative to the model before training. It learns from given pairs: no
+    image is generated and no reward is computed, except to measure the result.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"pairs"})
     uses_rewards: ClassVar[bool] = False
 
     beta: float = 5000.0
-    """What half the difference of errors is multiplied with (the authors' code; diffusers' script has no half, and
-    2500). It holds the paper's factors beta, T and omega and the number of latent dimensions."""
+    """Factor of half the difference of errors (the authors' code; diffusers' script has no half, and 2500). It includes
+    the paper's factors beta, T and omega and the number of latent dimensions."""
     grid_steps: int = 0
-    """Learn at the times of a walk of so many steps of the run's sampler: 4 for turbo models. 0: at all times that the
+    """Learn at the times at which the run's sampler takes this many steps: 4 for turbo models. 0: at all times that the
     model was made for, those of its distillation if the sampler is lcm, else the whole schedule."""
     zero_terminal_snr: bool = False
-    """Noise the images by a schedule rescaled to end in pure noise, where turbo models begin (the code does for
-    those)."""
+    """Noise the images by a schedule rescaled to end in pure noise, where turbo models begin (as the code does for
+    them)."""
     empty_prompts: float | None = None
-    """Share of texts that are left out. Left out: 0.2 (the code) where guidance takes a pass without text, else 0."""
+    """Share of texts that are replaced by the empty one. Left out: 0.2 (the code) where guidance takes a pass without
+    text, else 0."""
     flip: bool = True
     """Mirror each image, those of a pair independently, every second time (the code). Wrong where texts say left
     and right."""
     space: Space = "noise"
-    """Where errors are taken: of the noise (paper), whatever the network predicts, or of velocity or clean latent.
-    diffusers' script takes the velocity for models that predict it."""
+    """Space of the errors: that of the noise (paper), whatever the network predicts, of the velocity or of the clean
+    latent. diffusers' script takes the velocity for models that predict it."""
 
     def __post_init__(self) -> None:
         if self.beta <= 0:
@@ -72,16 +73,16 @@ class DiffusionDPO(Algorithm[LatentPairs, NoisedPairs]):
         try:
             self._on_grid(sampler)
         except ValueError as error:
-            raise ConfigError(f"algorithm.grid_steps: sampler cannot walk so many steps: {error}") from error
+            raise ConfigError(f"algorithm.grid_steps: the sampler has no grid of so many steps: {error}") from error
 
     def _on_grid(self, sampler: Sampler) -> Sampler | None:
-        """The sampler whose times are learned at; None for the whole schedule."""
+        """Return the sampler with the times to learn at; None for the whole schedule."""
         if self.grid_steps:
             return replace(sampler, num_steps=self.grid_steps)
         return replace(sampler, num_steps=steps) if (steps := sampler.distilled_steps()) else None
 
     def times(self, ctx: Context) -> Tensor:
-        """(K,) the times that are learned at."""
+        """Return the times to learn at, (K,)."""
         sampler = self._on_grid(ctx.sampler)
         return ctx.policy.times() if sampler is None else sampler.grid(ctx.policy)
 
@@ -92,12 +93,12 @@ class DiffusionDPO(Algorithm[LatentPairs, NoisedPairs]):
         alpha = (rescaled(ctx.policy, times) if self.zero_terminal_snr else ctx.policy.schedule(times))[0]
         if bool((alpha == 0).all()):
             raise ConfigError(
-                f"algorithm.grid_steps: found {self.grid_steps}, expected more: at the one time that is learned at, "
-                "both images are the same noise, and nothing tells them apart"
+                f"algorithm.grid_steps: found {self.grid_steps}, expected more: at the only time to learn at, "
+                "both images are the same noise"
             )
         if not self.zero_terminal_snr and bool((alpha == 0).any()):
             ctx.warn(
-                "at the first of algorithm.grid_steps the model begins with pure noise, which needs no telling: set "
+                "at the first of algorithm.grid_steps the input is pure noise, which leaves nothing to learn; set "
                 'algorithm.space = "velocity" to learn there too'
             )
 
@@ -107,7 +108,7 @@ class DiffusionDPO(Algorithm[LatentPairs, NoisedPairs]):
         return encode_pairs(batch.pairs, ctx, self.flip, share)
 
     def updates(self, collected: LatentPairs, ctx: Context) -> Iterator[NoisedPairs]:
-        """One update on all pairs of the round."""
+        """Yield one update on all pairs of the round."""
         yield noised(collected, self.times(ctx), ctx)
 
     def loss(self, rows: NoisedPairs, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
@@ -118,5 +119,5 @@ class DiffusionDPO(Algorithm[LatentPairs, NoisedPairs]):
 
 
 def preference_loss(now: Tensor, before: Tensor, beta: float) -> Tensor:
-    """-log sigmoid(-beta/2 ((m_w - m_l) - (m_w_ref - m_l_ref))) of errors m (N, 2), the winner's first, (N,)."""
+    """Return -log sigmoid(-beta/2 ((m_w - m_l) - (m_w_ref - m_l_ref))) of errors m (N, 2), the winner's first, (N,)."""
     return -F.logsigmoid(beta / 2 * margin(now, before))

@@ -12,14 +12,15 @@ from torch import Tensor
 from alignkit.distillation import Average, Distance, Distillation, Noised
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Algorithm, Context, Sampler
-from alignkit.records import Batch, Example, Prompt, Rows
+from alignkit.records import Batch, Prompt, Rows
+from alignkit.rollout import encode_examples
 from alignkit_rg_lcd.preference import Direction, RealImages, margins, preference_loss, with_real_images
 from alignkit_rg_lcd.surrogate import LRM
 
 
 @dataclass(frozen=True)
 class Contrast(Rows):
-    """Batches of captioned latents, told apart from each other within a batch. N batches of M."""
+    """Batches of captioned latents, contrasted with each other within a batch. N batches of M."""
 
     latents: Tensor
     """(N, M, *S)."""
@@ -29,7 +30,7 @@ class Contrast(Rows):
 
 @dataclass(frozen=True)
 class Compared(Rows):
-    """Three latents for each caption, and what the expert makes of them."""
+    """Three latents of each caption with the rewards of the expert, N rows."""
 
     latents: Tensor
     """(N, 3, *S) of the real image, the student's prediction and the target (z_0, z_1, z_2)."""
@@ -40,7 +41,7 @@ class Compared(Rows):
 
 @dataclass(frozen=True)
 class Collected:
-    """One round: what the policy and what the proxy learn from, where either does."""
+    """One round: rows for the policy and rows for the proxy, None for the one that does not learn from it."""
 
     noised: Noised | None
     lesson: Contrast | Compared | None
@@ -63,26 +64,26 @@ class RGLCD(Algorithm[Collected, Noised]):
     """Weight of the reward. The paper has 5 for CLIPScore and PickScore, 1 for ImageReward and HPSv2.1; 0 is plain
     distillation, the control run."""
     proxy: bool = False
-    """Follow the latent proxy (surrogate lrm) in the place of the reward itself. Rounds of surrogate.warmup are its
+    """Follow the latent proxy (surrogate lrm) instead of the reward itself. Rounds of surrogate.warmup are its
     pre-training, with CLIP's loss on captioned images."""
     pretraining: int | None = None
-    """Rounds of surrogate.warmup that are the pre-training; in those behind them the expert teaches the proxy while the
+    """Rounds of surrogate.warmup that are the pre-training; in the others the proxy learns from the expert while the
     policy waits. Left out: all of them, and both learn from the first round on, as in the paper."""
     reward_cap: float | None = None
-    """Rewards above this pull no more, without the proxy. The released code has 2 for ImageReward."""
+    """Without the proxy: rewards above this have no gradient. The released code has 2 for ImageReward."""
     kl: Direction = "forward"
     """forward: KL(expert || proxy), as the released code; reverse: KL(proxy || expert), as the paper prints."""
     expert_temperature: float = 0.01
-    """tau_E: rewards a temperature apart are e to 1. 0.01 suits cosines (CLIP, HPS); small for a reward that only says
-    which of two is better."""
+    """tau_E: two rewards that differ by it have odds of e to 1. 0.01 suits cosines (CLIP, HPS); take a small one for a
+    reward that only ranks two images."""
     real_images: RealImages = "judged"
-    """What the expert is taken to say of a real image beside a predicted one. judged: what it says; never_worse: at
-    the least even; always_best: that it is better."""
+    """Preference of the expert between a real image and a predicted one. "judged": by their rewards; "never_worse": the
+    same, but at least even; "always_best": the real image is better."""
     proxy_rows: int = 16
-    """Rows that the expert scores in a round (three images each) and the proxy learns from; at most those of the
+    """Rows that the expert scores in a round (three images each) for the proxy to learn from; at most those of the
     update."""
     target_decay: float = 0.95
-    """mu, decay of the average of the student that gives the distillation's target; 0: the student itself, as for
+    """mu, decay of the average of the student that gives the target of the distillation; 0: the student itself, as for
     LCM-LoRA."""
     ode_steps: int = 50
     """Solver steps; must be what the student's sampler counts as original steps."""
@@ -91,7 +92,7 @@ class RGLCD(Algorithm[Collected, Noised]):
     guidance_scale_max: float = 16.0
     """Largest guidance scale of the teacher."""
     huber_c: float = 1e-3
-    """Where the pseudo-Huber distance turns from quadratic to linear."""
+    """Difference at which the pseudo-Huber distance turns from quadratic to linear."""
     distance: Distance = "huber"
     """Between prediction and target: pseudo-Huber, as in the LCM paper, or l2, the square, the default of diffusers'
     script."""
@@ -103,7 +104,7 @@ class RGLCD(Algorithm[Collected, Noised]):
         if self.expert_temperature <= 0:
             raise ValueError(f"expert_temperature: found {self.expert_temperature}, expected more than 0")
         if self.pretraining is not None and not self.proxy:
-            raise ValueError("pretraining: found without proxy, which it is of; expected none, or proxy = true")
+            raise ValueError("pretraining: found without proxy; leave it out, or set proxy = true")
         self._distillation = Distillation(
             self.ode_steps, self.guidance_scale_min, self.guidance_scale_max, self.huber_c, self.distance
         )
@@ -125,11 +126,11 @@ class RGLCD(Algorithm[Collected, Noised]):
     def setup(self, ctx: Context) -> None:
         self._target.start(ctx.policy)
 
-    # collect: captioned latents, noised; with the proxy, what the expert says of some of them
+    # collect: captioned latents, noised; with the proxy, rewards of some of them
 
     def collect(self, batch: Batch, ctx: Context) -> Collected:
         assert batch.images is not None  # needs "images"
-        latents, prompt = ctx.policy.encode_images(batch.images), ctx.policy.encode(batch.captions)
+        latents, prompt = ctx.policy.encode_images(batch.images), encode_examples(ctx.policy, batch.captions)
         if ctx.warming_up and (self.pretraining is None or self._pretrained < self.pretraining):
             self._pretrained += 1
             return Collected(None, Contrast(latents[None], replace(prompt, index=prompt.index[None])))
@@ -144,8 +145,8 @@ class RGLCD(Algorithm[Collected, Noised]):
     def _compare(self, noised: Noised, ctx: Context) -> Compared:
         rows = noised.select(torch.randperm(len(noised), generator=ctx.generator)[: self.proxy_rows])
         prediction, target = self._predict(rows, ctx)
-        examples = [Example(text) for text in rows.prompt.texts]
-        student = ctx.score(prediction, examples)  # the reward that the run tells
+        examples = rows.prompt.examples
+        student = ctx.score(prediction, examples)  # the reward that the run reports
         real, average = (ctx.score(z, examples, log=False) for z in (rows.latents, target))
         compared = Compared(
             torch.stack([rows.latents, prediction, target], dim=1),
@@ -156,14 +157,14 @@ class RGLCD(Algorithm[Collected, Noised]):
         return compared
 
     def _measure(self, rows: Compared, ctx: Context) -> None:
-        """How the proxy ranks what it has not learned from yet."""
+        """Log how the proxy ranks latents that it has not learned from."""
         assert isinstance(ctx.surrogate, LRM)
         proxy = ctx.surrogate.score(rows.latents.flatten(0, 1), _thrice(rows.prompt)).view_as(rows.expert)
-        said, expected = margins(proxy), margins(rows.expert)
+        found, expected = margins(proxy), margins(rows.expert)
         decided = expected.isfinite() & (expected != 0)
         ctx.log(proxy_score=proxy[:, 1].mean(), decided_pairs=decided.float().mean())
         if bool(decided.any()):
-            ctx.log(pair_accuracy=(said.sign() == expected.sign())[decided].float().mean())
+            ctx.log(pair_accuracy=(found.sign() == expected.sign())[decided].float().mean())
         for name, values in (("real", rows.expert[:, 0]), ("target", rows.expert[:, 2])):
             if bool(values.isfinite().any()):
                 ctx.log(**{f"reward/{name}": values.nanmean()})
@@ -171,7 +172,7 @@ class RGLCD(Algorithm[Collected, Noised]):
     # the proxy
 
     def surrogate_updates(self, collected: Collected, ctx: Context) -> Iterator[Contrast | Compared]:
-        """One update: of CLIP's loss in the pre-training, towards the expert (Eq. 12) after it."""
+        """Yield one update: of CLIP's loss in the pre-training, towards the expert (Eq. 12) after it."""
         if collected.lesson is not None:
             yield collected.lesson
 
@@ -179,7 +180,7 @@ class RGLCD(Algorithm[Collected, Noised]):
         lrm = ctx.surrogate
         assert isinstance(lrm, LRM)
         if isinstance(rows, Contrast):
-            # A batch is one row: captions are told apart from all others of it, however rows are split for memory.
+            # A batch is one row: a caption is contrasted with all others of it, however rows are split for memory.
             losses = [
                 lrm.contrastive_loss(latents, replace(rows.prompt, index=index))
                 for latents, index in zip(rows.latents, rows.prompt.index, strict=True)
@@ -196,7 +197,7 @@ class RGLCD(Algorithm[Collected, Noised]):
             yield from collected.noised.split(ctx.rows_per_update)
 
     def _predict(self, rows: Noised, ctx: Context) -> tuple[Tensor, Tensor]:
-        """The student's and its target's, (N, *S) both."""
+        """Return the prediction of the student and that of its target, (N, *S) both."""
         assert ctx.teacher is not None  # needs "teacher"
         return self._distillation.predictions(ctx.policy, ctx.teacher, rows, self._target.weights)
 
@@ -209,11 +210,11 @@ class RGLCD(Algorithm[Collected, Noised]):
         return distillation + reward_loss, {"distillation_loss": distillation, "reward_loss": reward_loss}
 
     def _reward(self, prediction: Tensor, prompt: Prompt, ctx: Context) -> Tensor:
-        """J of Eq. 10: the mean over rows; an image that cannot be scored has no part in it."""
+        """Return J of Eq. 10, the mean over rows; an image that cannot be scored counts as 0 and has no gradient."""
         if self.proxy:
             assert ctx.surrogate is not None
             return ctx.surrogate.score(prediction, prompt).mean()
-        scores = ctx.differentiable_score(prediction, [Example(text) for text in prompt.texts], log=True)
+        scores = ctx.differentiable_score(prediction, prompt.examples, log=True)
         values = scores.values.masked_fill(~scores.valid, 0)
         if self.reward_cap is not None:
             values = values.clamp(max=self.reward_cap)
@@ -233,5 +234,5 @@ class RGLCD(Algorithm[Collected, Noised]):
 
 
 def _thrice(prompt: Prompt) -> Prompt:
-    """Each row three times, one after the other."""
+    """Repeat each row three times, one after the other."""
     return prompt.select(torch.arange(len(prompt)).repeat_interleave(3))

@@ -19,8 +19,8 @@ from alignkit.models.quiet import no_progress_bars
 from alignkit.records import Prompt
 
 
-class LatentCLIP(nn.Module):
-    """Latents (N, *S) and token ids (P, L) to features of unit length, (N, E) and (P, E)."""
+class TwoTowers(nn.Module):
+    """A tower for latents (N, *S) and one for token ids (P, L); features (N, E) and (P, E) have unit length."""
 
     def __init__(self, text: CLIPTextModelWithProjection, latent: CLIPVisionModelWithProjection) -> None:
         super().__init__()
@@ -32,9 +32,9 @@ class LatentCLIP(nn.Module):
         return F.normalize(image.float(), dim=1), F.normalize(text.float(), dim=1)
 
     def groups(self) -> tuple[list[list[nn.Module]], list[list[nn.Module]]]:
-        """The layers of either tower from the last to the first, grouped as open_clip does for freezing.
+        """Return the layers of latent and text tower, the last first, grouped as open_clip freezes them.
 
-        The projection is a group, the last block with the norm behind it another, each further block one more.
+        The projection is a group, the last block with the norm after it another, each further block one more.
         """
         text, latent = self.text.text_model, self.latent.vision_model
         columns = [
@@ -54,10 +54,10 @@ class LRM(Surrogate):
     """
 
     text: str = ""
-    """A CLIP whose text tower is taken, a hub id or folder; empty: the generator's own text encoder, with a new
-    projection that is learned in the pre-training. The paper has OpenCLIP's ViT-H-14, which is that of its teacher."""
+    """A CLIP to take the text tower from, a hub id or folder; empty: the generator's own text encoder, with a new
+    projection that is learned in the pre-training. The paper has OpenCLIP's ViT-H-14, the encoder of its teacher."""
     width: int = 512
-    """Width of the latent tower. This and the next three are those of the released code, for latents of 64 x 64."""
+    """Width of the latent tower. This and the next three are as in the released code, for latents of 64 x 64."""
     layers: int = 12
     """Blocks of the latent tower."""
     heads: int = 8
@@ -94,16 +94,16 @@ class LRM(Surrogate):
                 image_size=height, patch_size=self.patch, hidden_act="gelu",
             )
         )  # fmt: skip
-        self._network = LatentCLIP(text, latent).to(policy.device)
+        self._network = TwoTowers(text, latent).to(policy.device)
         self._network.requires_grad_(False).eval()
         (latent_groups, text_groups), projection = self._network.groups(), text.text_projection
-        # CLIP's pre-training is the latent tower's; a text tower that was trained already stays as it is.
+        # CLIP's pre-training is for the latent tower; a text tower that was trained already stays as it is.
         self._pretrained = self._names([latent, *([projection] if new else [])])
         finetuned = latent_groups[: self.latent_groups] + text_groups[: self.text_groups]
         self._finetuned = self._names([module for group in finetuned for module in group])
 
     def _text_tower(self, generator: str) -> tuple[CLIPTextModelWithProjection, bool]:
-        """The text tower, and whether its projection is new; the tokenizer is kept beside."""
+        """Return the text tower, and whether its projection is new. Keeps the tokenizer."""
         source, folders = self.text or generator, ("", "") if self.text else ("tokenizer", "text_encoder")
         try:
             with no_progress_bars(), _silently():
@@ -120,12 +120,12 @@ class LRM(Surrogate):
         return tower.float(), bool(missing)
 
     def _names(self, modules: list[nn.Module]) -> set[str]:
-        """Names of the parameters of `modules` and of the temperature, which always learns."""
+        """Return the names of the parameters of `modules` and of the temperature, which always learns."""
         chosen = {id(p) for module in modules for p in module.parameters()} | {id(self._network.log_scale)}
         return {name for name, p in self._network.named_parameters() if id(p) in chosen}
 
     def _features(self, latents: Tensor, prompt: Prompt, learning: set[str] | None) -> tuple[Tensor, Tensor]:
-        """Features of the latents and of their texts, (N, E) both; weights outside of `learning` get no gradient."""
+        """Return the features of latents and of their texts, (N, E) both; only weights in `learning` get a gradient."""
         if not prompt.text_table:
             raise ValueError("lrm reads texts, and this prompt holds none: Policy.encode must fill in text_table")
         used, place = prompt.index.unique(return_inverse=True)
@@ -140,27 +140,27 @@ class LRM(Surrogate):
         return image, text[place]
 
     def scale(self) -> Tensor:
-        """1 / tau_L, learned; CLIP keeps it below 100."""
+        """Return 1 / tau_L, which is learned; CLIP keeps it below 100."""
         return self._network.log_scale.clamp(max=math.log(100)).exp()
 
     def score(self, latents: Tensor, prompt: Prompt) -> Tensor:
-        """The cosine (N,), without the temperature, as the generator follows it."""
+        """Return the cosine (N,), without the temperature, as the generator follows it."""
         image, text = self._features(latents, prompt, None)
         return (image * text).sum(1)
 
     def finetuning_score(self, latents: Tensor, prompt: Prompt) -> Tensor:
-        """`score`, with gradient into the last layers alone."""
+        """Return `score`, with gradient into the last layers alone."""
         image, text = self._features(latents, prompt, self._finetuned)
         return (image * text).sum(1)
 
     def loss(self, winner: Tensor, loser: Tensor, prompt: Prompt) -> Tensor:
-        """-log of the probability of the winner at temperature tau_L, for methods that teach with pairs."""
+        """Return -log of the winner's probability at temperature tau_L, for methods that train it on pairs."""
         twice = prompt.select(torch.arange(len(winner)).repeat(2))
         better, worse = self.finetuning_score(torch.cat([winner, loser]), twice).chunk(2)
         return -F.logsigmoid(self.scale() * (better - worse)).mean()
 
     def contrastive_loss(self, latents: Tensor, prompt: Prompt) -> Tensor:
-        """CLIP's loss among N captioned latents; captions that occur more than once share their probability."""
+        """Return CLIP's loss over N captioned latents; equal captions share their probability."""
         image, text = self._features(latents, prompt, self._pretrained)
         logits = self.scale() * image @ text.T
         same = (prompt.index[:, None] == prompt.index[None, :]).float()
@@ -173,7 +173,7 @@ class LRM(Surrogate):
 
 @contextmanager
 def _silently() -> Iterator[None]:
-    """Without the report on weights that a checkpoint lacks or has too many: both is as it should be here."""
+    """Silence the report on missing and unused weights of a checkpoint: both are expected here."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

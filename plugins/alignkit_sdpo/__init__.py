@@ -1,4 +1,4 @@
-"""SDPO: differences of dense rewards between two walks from one initial noise."""
+"""SDPO: differences of dense rewards between two trajectories from one initial noise."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ def register_algorithms(register: Register) -> None:
     register(
         "sdpo",
         "alignkit_sdpo.algorithm:SDPO",
-        "Differences of dense rewards between paired walks, step by step; any black-box reward",
+        "Differences of dense rewards between paired trajectories, step by step; any black-box reward",
     )

@@ -122,12 +122,12 @@ def test_the_gradient_of_the_log_probability_is_the_closed_form_and_reaches_the_
     assert x_next.grad is None
 
 
-def test_what_is_drawn_has_on_average_the_log_probability_of_its_own_distribution() -> None:
+def test_samples_have_on_average_the_log_probability_of_their_own_distribution() -> None:
     mean, std = torch.zeros(2, 4, 64, 64), torch.tensor([0.03, 0.9])
     step = Transition(mean, std, mean)
-    drawn = step.sample(torch.randn(mean.shape, generator=torch.Generator().manual_seed(0)))
+    sampled = step.sample(torch.randn(mean.shape, generator=torch.Generator().manual_seed(0)))
     expected = [-0.5 - math.log(s) - 0.5 * math.log(2 * math.pi) for s in (0.03, 0.9)]
-    assert step.log_prob(drawn).tolist() == pytest.approx(expected, abs=5 * math.sqrt(0.5 / mean[0].numel()))
+    assert step.log_prob(sampled).tolist() == pytest.approx(expected, abs=5 * math.sqrt(0.5 / mean[0].numel()))
 
 
 def test_half_precision_latents_get_a_log_probability_in_float32() -> None:
