@@ -71,7 +71,7 @@ class Distillation:
                 "sampler.original_steps; both must be what the model was distilled with"
             )
 
-    def draw(self, latents: Tensor, prompt: Prompt, ctx: Context) -> Noised:
+    def sample(self, latents: Tensor, prompt: Prompt, ctx: Context) -> Noised:
         """Sample a solver step, a guidance scale and noise for each latent (N, *S)."""
         count, device = len(latents), latents.device
         level = torch.randint(1, self.ode_steps + 1, (count,), generator=ctx.generator).to(device)

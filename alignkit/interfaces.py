@@ -160,26 +160,25 @@ class Reward(ABC):
     deterministic: ClassVar[bool] = True
     """Whether the same image and text always get the same score, whatever else is scored and when."""
     slow: ClassVar[bool] = False
-    """Whether an answer takes long, from a server or a large judge. It is then waited for in a thread of its own, one
-    call after another, while the next images are decoded or drawn and other rewards answer."""
+    """Whether scoring takes long (a server, a large model). It then runs in a thread of its own, one call after
+    another, while the next images are generated or decoded and other rewards are computed."""
     bounds: ClassVar[tuple[float | None, float | None]] = (None, None)
     origin: ClassVar[str] = ""
-    """Whose code messages name where the reward does something wrong; empty stands for the distribution that brings it.
-    """
+    """Name of the code that messages blame for a fault of the reward; empty: the distribution that registers it."""
 
     def check(self, examples: Iterable[Example]) -> None:
-        """Raise ConfigError naming an example that can never be scored. Called before any weight loads, and with fewer
-        of them again, or none, to find the first that is refused."""
+        """Raise ConfigError naming an example that can never be scored. Called before any weight loads, and again
+        with fewer of them, or none, to find the first that is rejected."""
         return
 
     def explain(self, example: Example) -> list[str]:
-        """What is asked about an image of this text, a line each; empty where the text is read as it is. Needs no
+        """Return the questions about an image of this text, one a line; empty if the text is read as it is. Needs no
         weights. Raises ConfigError as `check`."""
         return []
 
     def tokens(self, example: Example) -> tuple[int, int] | None:
-        """How many tokens of a text are read at most, and how many this one has; asked once it is loaded. None, the
-        default, where the reward cannot tell."""
+        """Return the largest number of tokens that are read, and the number in this text; called after `load`. None,
+        the default, if the reward does not know."""
         return None
 
     def load(self, device: torch.device) -> None:
@@ -187,29 +186,30 @@ class Reward(ABC):
         return
 
     def fingerprint(self) -> str:
-        """What tells this reward from itself with other settings, weights or versions; asked once it is loaded.
+        """Return a string that changes whenever scores could: settings, weights, versions; called after `load`.
 
-        Scores of a reward that is deterministic, has no gradient and has a fingerprint are kept and found again. Empty,
-        the default, keeps none: right for what is quicker to compute than to look up, and where one cannot tell.
+        Scores of a reward that is deterministic, has no gradient and has a fingerprint are cached. Empty, the default,
+        caches none: for rewards that are quicker to compute than to look up, or cannot notice every change.
         """
         return ""
 
     def identity(self) -> str:
-        """Who answers, where the settings leave that open (a server may serve something else tomorrow); asked once it
-        is loaded. A run keeps it, and when it is resumed it must be found again. Empty, the default: the settings tell.
+        """Identify the backend when settings alone do not (the model at a URL); called after `load`.
+
+        Stored with the run; resuming fails if it changed. Empty, the default: the settings identify it.
         """
         return ""
 
     @abstractmethod
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor | Scores:
-        """Scores (N,) of images (N, 3, H, W) float32 in [0, 1], as the 8-bit files that would be saved.
+        """Return the scores (N,) of images (N, 3, H, W) float32 in [0, 1], whose values are those of 8-bit files.
 
-        Leaves both as they are. Raises TransientError where asking again may help.
+        Changes neither argument. Raises TransientError if a retry may help.
         """
 
 
 class Surrogate(ABC):
-    """A learned, differentiable stand-in for a reward, read off latents."""
+    """A learned, differentiable approximation of a reward that reads latents instead of images."""
 
     @abstractmethod
     def load(self, policy: Policy) -> None:
@@ -217,11 +217,11 @@ class Surrogate(ABC):
 
     @abstractmethod
     def score(self, latents: Tensor, prompt: Prompt) -> Tensor:
-        """(N, *S) to (N,) float32, with gradient to the latents."""
+        """Return the scores (N,) float32 of latents (N, *S), with gradient to the latents."""
 
     @abstractmethod
     def loss(self, winner: Tensor, loser: Tensor, prompt: Prompt) -> Tensor:
-        """Scalar mean over pairs of latents (N, *S) of which the true reward prefers the first."""
+        """Return a scalar, the mean over pairs of latents (N, *S) of which the true reward prefers the first."""
 
     @abstractmethod
     def module(self) -> torch.nn.Module:
@@ -298,25 +298,26 @@ R = TypeVar("R", bound=Rows)
 
 
 class Algorithm(ABC, Generic[C, R]):
-    """What to collect (C), the rows to learn from (R), and the loss on them.
+    """A training method: what it collects (C), the rows it learns from (R), and the loss on them.
 
     Subclasses are dataclasses: their fields are the hyper-parameters.
 
     One round of the core is: `collect`, every item of `surrogate_updates` and then of `updates` as one optimizer step
-    each (split into passes for memory), `after_update` behind each step of the policy.
+    each (split into passes for memory), `after_update` after each step of the policy.
     """
 
     default_surrogate: ClassVar[str] = ""
-    """Name of the surrogate that it takes where none is named."""
+    """Name of the surrogate of a run that names none."""
 
     default_regularisers: ClassVar[Mapping[str, float]] = {}
     """Regularisers, name to weight, of a run that lists none."""
 
     surrogate_type: ClassVar[type] = Surrogate
-    """What its surrogate must be an instance of; checked by the core before any weight loads."""
+    """Class that its surrogate must be an instance of; checked by the core before any weight loads."""
 
-    draws: ClassVar[bool] = True
-    """Whether it draws images of prompts; what learns from given images or pairs alone runs without any."""
+    samples_images: ClassVar[bool] = True
+    """Whether it samples images of prompts. A method that learns from given images or pairs alone runs without any
+    prompts."""
 
     takes_advantages: ClassVar[bool] = False
     """Whether it learns from advantages, and takes them by `alignkit.advantage.of_terms`, so that those of several
@@ -344,34 +345,34 @@ class Algorithm(ABC, Generic[C, R]):
 
     @abstractmethod
     def collect(self, batch: Batch, ctx: Context) -> C:
-        """What to learn from; called without gradient."""
+        """Return what to learn from; called without gradient."""
 
     @abstractmethod
     def updates(self, collected: C, ctx: Context) -> Iterator[R]:
-        """The rows of one policy update after another, `ctx.rows_per_update` each."""
+        """Yield the rows of one policy update after another, `ctx.rows_per_update` each."""
 
     @abstractmethod
     def loss(self, rows: R, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scalar mean over rows, and metrics that are means over rows."""
+        """Return a scalar, the mean over rows, and metrics that are means over rows."""
 
     def surrogate_updates(self, collected: C, ctx: Context) -> Iterator[Any]:
-        """The rows of one surrogate update after another; none by default."""
+        """Yield the rows of one surrogate update after another; none by default."""
         return iter(())
 
     def surrogate_loss(self, rows: Any, ctx: Context) -> Tensor:
-        """Scalar mean over rows; needed where `surrogate_updates` yields."""
+        """Return a scalar, the mean over rows; needed where `surrogate_updates` yields."""
         raise NotImplementedError
 
     def after_update(self, ctx: Context) -> None:
-        """Called behind each policy update (averages, counters)."""
+        """Called after each policy update (averages, counters)."""
         return
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: tensors and JSON values, nested in dicts and lists."""
+        """Return what a resumed run needs: tensors and JSON values, nested in dicts and lists."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The reverse of `state_dict`."""
+        """Restore what `state_dict` returned."""
         return
 
 
@@ -432,7 +433,7 @@ class Regulariser(ABC, Generic[C, R]):
 
 @dataclass(frozen=True)
 class ModelBundle:
-    """A named model: where it lives and the run settings that suit it."""
+    """A named model: its location and the run settings that suit it."""
 
     path: str
     """A hub id or a local diffusers folder."""

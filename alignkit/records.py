@@ -63,7 +63,7 @@ class Example:
     text: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
     place: str = field(default="", compare=False, repr=False)
-    """Where it was read ("prompts.txt, line 3"), for messages; may be empty."""
+    """Source location for messages ("prompts.txt, line 3"); may be empty."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class PolicySettings:
     adapter: str = ""
     """Folder, file or hub id of a LoRA to merge before training; empty: none."""
     prediction: str = ""
-    """How to read the network: "epsilon", "v_prediction", "sample" or "consistency"; empty: as the checkpoint says."""
+    """Prediction type of the network: "epsilon", "v_prediction", "sample" or "consistency"; empty: as the checkpoint says."""
     guidance_scale: float | None = None
     """Guidance scale while sampling, 1 for the conditional prediction; None: what suits the model."""
     guidance_embedding: int = 0
@@ -149,7 +149,7 @@ class PolicySettings:
     trainable: bool = True
     """Whether the policy will be trained. A teacher is not: it has no `parameters` and needs no adapter."""
     device: torch.device | str = "cpu"
-    """Where to put the weights."""
+    """Device of the weights."""
     dtype: torch.dtype | None = None
     """Precision of weights that are not trained; None: float32. Trained weights are float32."""
     cache: EncodingCache | None = None
@@ -174,7 +174,7 @@ class PreferencePairs:
 
 @dataclass(frozen=True)
 class Batch:
-    """What `Algorithm.collect` gets: texts to draw, and images or pairs of them where the algorithm needs them."""
+    """Input of `Algorithm.collect`: texts to generate images of, and images or pairs where the algorithm needs them."""
 
     examples: Sequence[Example]
     images: Tensor | None = None
@@ -182,12 +182,12 @@ class Batch:
     captions: Sequence[str] = ()
     """M texts."""
     pairs: Iterable[PreferencePairs] = ()
-    """All pairs of the round, some at a time: they are read from disk as they are asked for, once."""
+    """All pairs of the round, a few at a time; each is read from disk once, when it is reached."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """A reward's answer for N images."""
+    """Scores of N images by one reward, or combined."""
 
     values: Tensor
     """(N,) float32."""
@@ -196,10 +196,10 @@ class Scores:
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     """Named sub-scores, (N,) each."""
     reasons: Sequence[str] = ()
-    """Why an image could not be scored, in a few words: N texts, "" where it could be; or none at all."""
+    """Short reasons for images that could not be scored: N texts, "" for the others; or none at all."""
 
     def select(self, rows: Tensor | slice) -> Scores:
-        """Those of some rows."""
+        """Return the scores of some rows."""
         import torch
 
         places = torch.arange(len(self.reasons), device=self.values.device)[rows].tolist() if self.reasons else []
@@ -208,7 +208,7 @@ class Scores:
 
     @property
     def reason(self) -> str:
-        """The first of the reasons; "" where none is told."""
+        """The first of the reasons; "" if none is given."""
         return next(filter(None, self.reasons), "")
 
 

@@ -69,7 +69,7 @@ CASES: list[tuple[str, Members, str]] = [
     (
         "one_time_for_all",
         lambda base: {"denoise": lambda self, x, t, *rest: base.denoise(self, x, t[:1].expand(len(t)), *rest)},
-        "denoise: row . alone against in a batch",
+        "denoise: row . alone and in a batch",
     ),
     ("detached", lambda base: {"denoise": lambda self, x, *rest: base.denoise(self, x.detach(), *rest)},
      "denoise has no gradient to the latents, expected one"),
@@ -125,7 +125,7 @@ def encodes_twice(base: Any) -> dict[str, Any]:
     return {"encode": encode}
 
 
-@case("encode: features of text 0 alone against in a batch")
+@case("encode: features of text 0 alone and in a batch")
 def mixes_texts(base: Any) -> dict[str, Any]:
     def encode(self: Any, texts: Any) -> Any:
         prompt = base.encode(self, texts)
@@ -149,7 +149,7 @@ def random_latents(base: Any) -> dict[str, Any]:
     return {"encode_images": lambda self, x: base.encode_images(self, x) + torch.rand(1, generator=calls)}
 
 
-@case("decode: row 0 alone against in a batch")
+@case("decode: row 0 alone and in a batch")
 def normalised_pixels(base: Any) -> dict[str, Any]:
     def decode(self: Any, latents: Tensor) -> Tensor:
         images = base.decode(self, latents)

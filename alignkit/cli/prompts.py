@@ -64,15 +64,15 @@ def lint(
 def phrases(
     file: Annotated[str, typer.Argument(metavar="FILE_OR_PROMPT")],
     reward: Annotated[
-        str, typer.Option(metavar="NAME", help="The reward that asks the questions.")
+        str, typer.Option(metavar="NAME", help="The reward whose questions to show.")
     ] = "attribute_binding",
     model: Model = None,
     assignments: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Show the questions that a reward asks about each prompt.
+    """Show the questions of a reward about each prompt.
 
-    attribute_binding asks questions, and so do vqa_score, ocr and others; clip_score, say, asks none.
+    attribute_binding, vqa_score, ocr and others answer questions; clip_score, for one, has none.
 
     \b
     alignkit prompts phrases "a red chair and a blue wooden cup"

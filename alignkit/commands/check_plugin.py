@@ -60,7 +60,7 @@ def members(registry: Registry, package: str) -> list[Component]:
         names = sorted({name for row in rows for name in _names(row)})
         raise AlignkitError(
             f"check-plugin: no plugin {package!r} is installed{nearest(package, names)}; expected the name of a "
-            "distribution, of an entry point or of a package (`alignkit list` shows what is there)"
+            "distribution, of an entry point or of a package (`alignkit list` shows all)"
         )
     return found
 

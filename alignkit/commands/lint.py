@@ -1,4 +1,4 @@
-"""Inspect prompts before a run: which of them a reward cannot score, and what it asks about each."""
+"""Inspect prompts before a run: which of them a reward cannot score, and its questions about each."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Questions:
-    """The questions that a reward asks about images of one prompt."""
+    """The questions of a reward about images of one prompt."""
 
     prompt: str
     questions: tuple[str, ...]
@@ -68,7 +68,7 @@ def lint(
     for number, example in enumerate(examples, start=1):
         seen = first.setdefault(same(example.text), number)
         if seen != number:
-            findings.append(Finding("repeated", number, example.text, f"prompt {seen} again"))
+            findings.append(Finding("repeated", number, example.text, f"same text as prompt {seen}"))
         for problem, why in _problems(rewards, example, load):
             findings.append(Finding(problem, number, example.text, why))
     return len(examples), findings
@@ -97,7 +97,7 @@ def _problems(rewards: WeightedRewards, example: Example, loaded: bool) -> Itera
 def questions(source: str, reward: str, overrides: Mapping[str, Any] | None = None) -> list[Questions]:
     """Return the questions of `reward` about each prompt; `source` is a file, a set, or a prompt itself.
 
-    Raises AlignkitError for a reward that asks no questions.
+    Raises AlignkitError for a reward without questions.
     """
     config = load_config(None, {**(overrides or {}), "reward": [reward]})
     file = prompt_file(source)
@@ -111,7 +111,7 @@ def questions(source: str, reward: str, overrides: Mapping[str, Any] | None = No
         refused = next((why for _, why in _problems(rewards, example, loaded=False)), "")
         out.append(Questions(example.text, tuple(scoring.explain(example)), refused))
     if not any(one.questions or one.refused for one in out):
-        raise ConfigError(f"reward {name}: asks no questions; it reads prompts as they are")
+        raise ConfigError(f"reward {name}: has no questions to show; it reads prompts as they are")
     return out
 
 

@@ -22,9 +22,9 @@ class _Kind:
     summary: str
     """One line of help on the example that the template holds."""
     train: str
-    """A command that trains with it."""
+    """Options of a training command that uses it."""
     about: str = "its fields are its settings, and `alignkit show` prints their docstrings"
-    """How to read the module."""
+    """A hint on reading the module."""
 
 
 WRITABLE = {
@@ -60,7 +60,7 @@ def new(kind: str, name: str, folder: Path | None = None) -> Path:
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or keyword.iskeyword(name):
         raise AlignkitError(f"new {kind}: found the name {name!r}, expected snake_case, as my_{kind}")
     if name in KINDS:  # in the metrics of a run "reward" is the sum of all rewards
-        raise AlignkitError(f"new {kind}: found the name {name!r}, which is that of a kind; choose another name")
+        raise AlignkitError(f"new {kind}: found the name {name!r}, which is the name of a kind; choose another name")
     if taken := [row for row in default_registry().components(kind) if row.name == name and not row.broken]:
         raise AlignkitError(f"new {kind}: {name} exists already, from {taken[0].origin}; choose another name")
     package = f"alignkit_{name}"

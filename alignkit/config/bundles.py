@@ -84,7 +84,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def _serving(source: str, registry: Registry) -> tuple[dict[str, type[Policy]], list[str]]:
-    """The policies that serve `source` by name, and a message for each that cannot be asked."""
+    """Return the policies that serve `source`, by name, and a message for each that cannot be imported or fails."""
     serving: dict[str, type[Policy]] = {}
     broken: list[str] = []
     for row in registry.components("policy"):
@@ -100,7 +100,7 @@ def _serving(source: str, registry: Registry) -> tuple[dict[str, type[Policy]], 
 
 
 def _unserved(source: str) -> str:
-    """A message for a source that no policy serves."""
+    """Return a message for a source that no policy serves."""
     folder = Path(source)
     if not folder.is_dir():
         if is_hub_id(source):
@@ -116,18 +116,18 @@ def _unserved(source: str) -> str:
 
 
 def _at_hub_id(source: str, registry: Registry) -> ModelBundle | None:
-    """The registered model that is the pipeline at this hub id, and not one that exchanges a part of it."""
+    """Return the registered model of the pipeline at this hub id, unless it replaces a part of the pipeline."""
     for row in registry.components("model"):
         try:
             bundle: ModelBundle | None = None if row.broken else registry.get("model", row.name)
         except AlignkitError:
-            continue  # whoever names that model gets the error
+            continue  # a run that names this model reports the error
         if bundle and bundle.path == source and not {"unet", "adapter"} & bundle.defaults.get("model", {}).keys():
             return bundle
     return None
 
 
 def _suited(folder: Path) -> dict[str, Any]:
-    """The sampler that suits a local checkpoint: that of its pipeline's scheduler, else 25 steps of DDIM."""
+    """Return the sampler of a local checkpoint: that of its pipeline's scheduler, else 25 steps of DDIM."""
     sampler = {"name": "lcm"} if is_consistency(str(folder)) else {"name": "ddim", "num_steps": 25, "eta": 0.0}
     return {"sampler": sampler}

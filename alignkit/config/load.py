@@ -86,9 +86,9 @@ def load(
     trees = [file.tree if file else {}, changes]
     named = [m["name"] for t in trees if isinstance(m := t.get("model"), Mapping) and isinstance(m.get("name"), str)]
     model = named[-1] if named else ModelConfig().name
-    beside = file.beside(model) if file else Path(model)
+    local = file.resolve(model) if file else Path(model)
     registered = any(row.kind == "model" for row in registry.named(model))
-    bundle = find_bundle(model if registered or not beside.is_dir() else str(beside), registry)
+    bundle = find_bundle(model if registered or not local.is_dir() else str(local), registry)
     return _Loader(registry, model, bundle, file, changes).run()
 
 
@@ -125,11 +125,11 @@ class _Loader:
         self.layers.layers.insert(0, Layer(f"algorithm {self.algorithm}: ", self._own_regularisers(), ours=True))
 
     def _own_regularisers(self) -> dict[str, Any]:
-        """Return the list of the algorithm, which holds where no layer gives another."""
+        """Return the regularisers of the algorithm, which are used if no layer lists others."""
         try:
             default: Mapping[str, float] = self.registry.get("algorithm", self.algorithm).default_regularisers
         except AlignkitError:
-            return {}  # `_plugin` reports an algorithm that is not there
+            return {}  # `_plugin` reports an unknown algorithm
         return {"regulariser": [{"name": name, "weight": weight} for name, weight in default.items()]}
 
     def run(self) -> RunConfig:
@@ -161,19 +161,19 @@ class _Loader:
             values |= layer.tree.get(section, {})
         count = len(self.layers.problems)
         good = self._convert(section, schema.field_types(cls), values, section)
-        built = self._build(section, cls, good)  # in any case: the bounds of what has the right type are told as well
+        built = self._build(section, cls, good)  # even after problems, to report values out of range too
         return built if len(self.layers.problems) == count else None
 
     def _plugin(self, section: str, name: str) -> Any:
-        """The section's config from the fields that were given for the plugin `name`."""
+        """Return the section's config, from the fields that were given for the plugin `name`."""
         if not name:
-            self.layers.problem(section, "name", f"missing; say which (`alignkit list {section}s`)")
+            self.layers.problem(section, "name", f"missing; expected the name of one (`alignkit list {section}s`)")
             return None
         values: dict[str, Any] = {}
         inherited = ""
         for layer in self.layers:
             table = dict(layer.tree.get(section, {}))
-            # Fields without a name suit what the model named before; those of the user suit whatever plugin is used.
+            # Fields without a name belong to the plugin that the model named before; those of the user, to any plugin.
             meant = normalise(str(table.pop("name", inherited if layer.ours else "")))
             inherited = meant if layer.ours else inherited
             if meant in ("", name):
@@ -181,13 +181,14 @@ class _Loader:
         return self._check_plugin(section, name, values)
 
     def _listed(self, section: str) -> Iterator[Any]:
-        """The configs of the plugins in a list that is a section of its own."""
-        for entry, name, values in self.layers.listed(section, f"one of this run's {section}s", "add the weights up"):
+        """Yield the configs of the plugins in a section that is a list."""
+        twice = "list it once, with the sum of the weights"
+        for entry, name, values in self.layers.listed(section, f"one of this run's {section}s", twice):
             if config := self._check_plugin(section, name, values, entry):
                 yield config
 
     def _held_out(self, trained: Mapping[str, RewardConfig]) -> Iterator[dict[str, Any]]:
-        """Tables with every field; one that is trained on too is measured as it is there, and keeps its name alone."""
+        """Yield tables with every field; of a reward that is also trained on the name alone, since its fields are there."""
         section = "evaluate.rewards"
         for entry, name, values in self.layers.listed(section, f"in {section}", "remove one of them"):
             if name in trained and not values:
@@ -197,12 +198,12 @@ class _Loader:
             elif config and config.fields == trained[name].fields:
                 yield {"name": name}
             elif config:
-                told = f"{name} is trained on with other settings, and is in a run once; leave the settings out here"
-                self.layers.problem(section, "name", told, entry)
+                text = f"{name} is trained on with other settings, and a run has a reward once; leave the settings out here"
+                self.layers.problem(section, "name", text, entry)
 
     def _surrogate(self, algorithm: PluginConfig | None) -> Any:
-        """The surrogate if the algorithm needs one. A section that it has no use for is a mistake, unless it came
-        with the model, or with a run file whose algorithm an override has replaced."""
+        """Return the surrogate if the algorithm needs one. A section without a use is a mistake, unless it came with
+        the model, or with a run file whose algorithm an override has replaced."""
         if algorithm is None:
             return None
         cls = self.registry.get("algorithm", algorithm.name)
@@ -221,7 +222,7 @@ class _Loader:
         except AlignkitError as error:
             self.layers.problem(section, "name", str(error), entry)
             return None
-        holder = PLUGINS.get(section, PluginConfig)  # what is held out has no weight
+        holder = PLUGINS.get(section, PluginConfig)  # a held-out reward has no weight
         own = {key: hint for key, hint in schema.field_types(holder).items() if key not in ("name", "fields")}
         count = len(self.layers.problems)
         checked = self._convert(section, types | own, values, name, entry)
@@ -239,7 +240,7 @@ class _Loader:
     def _convert(
         self, section: str, types: Mapping[str, Any], values: dict[str, Any], docs: str, entry: int = 0
     ) -> dict[str, Any]:
-        """The values that have a field and its type; each other one becomes a problem."""
+        """Return the values that have a field and its type; note a problem for each of the others."""
         checked: dict[str, Any] = {}
         for key, value in values.items():
             if key not in types and f"{section}.{key}" in RENAMED:
@@ -256,17 +257,17 @@ class _Loader:
         return checked
 
     def _suggest(self, section: str, key: str, types: Mapping[str, Any]) -> str:
-        """The key as it is called in another section, else the nearest name in this one, else in another."""
+        """Suggest the key of this name in another section, else the nearest name in this one, else in another."""
         elsewhere = {k: f"{s}.{k}" for s, cls in PLAIN.items() if s != section for k in schema.field_types(cls)}
         for other in ("algorithm", "sampler", "surrogate"):
             name = self.algorithm if other == "algorithm" else self.layers.name(other)
             try:
                 found = schema.field_types(self.registry.get(other, name)) if other != section else {}
             except AlignkitError:
-                continue  # a section that is not there, or has a mistake of its own, has no names to offer
+                continue  # a section that is missing or wrong has no names to offer
             elsewhere |= {k: f"{other}.{k}" for k in found}
         for name in self.layers.wanted("regulariser"):
-            with suppress(AlignkitError):  # a name that is not there is reported by `_check_plugin`
+            with suppress(AlignkitError):  # `_check_plugin` reports an unknown name
                 found = schema.field_types(self.registry.get("regulariser", name))
                 elsewhere = {k: f"regulariser.{name}.{k}" for k in found} | elsewhere
         if key in elsewhere:
@@ -274,21 +275,21 @@ class _Loader:
         return nearest(key, types) or nearest(f"{section}.{key}", elsewhere.values())
 
     def _resolve(self, section: str, key: str, value: Any) -> Any:
-        """A path as absolute: from the folder of the run file if it is there, else from the working directory."""
+        """Return a path as absolute: from the folder of the run file if it exists there, else from the working directory."""
         if f"{section}.{key}" not in PATHS or not value or re.fullmatch(r"[A-Za-z_][\w.]*:\w+|datasets:.+", value):
             return value
         if section == "model" and any(row.kind == "model" for row in self.registry.named(value)):
             return normalise(value)
-        beside = self.file.beside(value) if self.file else Path(value)
-        # Of a pattern (shards/{0000..0012}.tar) the folder before its first sign is looked for.
+        local = self.file.resolve(value) if self.file else Path(value)
+        # Of a pattern (shards/{0000..0012}.tar) the folder before its first wildcard must exist.
         fixed = next(p for p in (Path(value), *Path(value).parents) if not re.search(r"[*?{[]", str(p)))
-        there = beside.exists() or (self.file is not None and self.file.beside(str(fixed)).exists())
-        path = beside if there else prompt_file(value) if key == "prompts" else Path(value)
-        # What is nowhere may be the hub id of a model; of anything else the run says that it is missing.
+        there = local.exists() or (self.file is not None and self.file.resolve(str(fixed)).exists())
+        path = local if there else prompt_file(value) if key == "prompts" else Path(value)
+        # A model that is no path may be a hub id; any other missing path is reported when the run is checked.
         return value if section == "model" and not path.exists() else str(path.resolve())
 
     def _build(self, section: str, cls: type, values: dict[str, Any], entry: int = 0) -> Any:
-        """An instance; what its __post_init__ refuses becomes a problem of the section."""
+        """Return an instance; note what its __post_init__ rejects as problems of the section."""
         try:
             return cls(**values)
         except (ValueError, AlignkitError) as error:

@@ -40,7 +40,7 @@ class RunFile:
             line = toml.line_of(self.text, outer, inner)
         return f"{self.path}:{line}: " if line else f"{self.path}: "
 
-    def beside(self, name: str) -> Path:
+    def resolve(self, name: str) -> Path:
         """Return `name` relative to the folder of this file."""
         return self.path.parent / name
 
@@ -135,7 +135,7 @@ class Layers:
             self.problems.append(f"{section}.{name}: not {where} ({', '.join(wanted) or 'which is empty'})")
         for entry, name in enumerate(wanted):
             if name in wanted[:entry]:
-                self.problem(section, "name", f"{name} is there twice; {twice}", entry)
+                self.problem(section, "name", f"{name} is listed twice; {twice}", entry)
                 continue
             values: dict[str, Any] = {}
             for layer in self:

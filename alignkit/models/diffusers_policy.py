@@ -33,8 +33,8 @@ class DiffusersPolicy(Policy):
     """A text-to-image pipeline with a UNet: Stable Diffusion, SDXL, their latent consistency and turbo forms.
 
     What differs between them is read from the pipeline: prediction type and noise levels from the scheduler's config,
-    consistency boundary scalings if that is an LCMScheduler, a guidance embedding if the UNet has one, and what stands
-    for the empty prompt from the pipeline's config. `prediction` overrides the scheduler where a LoRA or a distilled
+    consistency boundary scalings if that is an LCMScheduler, a guidance embedding if the UNet has one, and the features
+    of the empty prompt from the pipeline's config. `prediction` overrides the scheduler where a LoRA or a distilled
     UNet changed what the network predicts.
     """
 
@@ -141,7 +141,7 @@ class DiffusersPolicy(Policy):
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """The mode of the VAE's posterior, which takes no randomness."""
+        """Return the mode of the VAE's posterior, which needs no random numbers."""
         return torch.cat([self._cached("images", image, self._encode_image)["latents"] for image in images])
 
     def _encode_image(self, image: Tensor) -> dict[str, Tensor]:
@@ -188,7 +188,7 @@ class DiffusersPolicy(Policy):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """The mean over space of the UNet's middle block, or of its last down block where there is none, (N, D).
+        """Return the mean over space of the UNet's middle block, or of its last down block if it has none, (N, D).
 
         It reads the encoded images at the time of least noise, with the empty prompt.
         """
@@ -238,7 +238,7 @@ class DiffusersPolicy(Policy):
         return with_text + diffusion.columns(guidance, x) * (with_text - without)
 
     def _without_text(self, count: int) -> Prompt:
-        """The unconditional prompt of guidance: the empty text, or zeros where the pipeline was trained so (SDXL)."""
+        """Return the unconditional prompt of guidance: the empty text, or zeros where the pipeline was trained so (SDXL)."""
         if self._null is None:
             null = self.encode([""])
             if self.pipe.config.get("force_zeros_for_empty_prompt"):

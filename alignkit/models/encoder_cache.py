@@ -51,13 +51,13 @@ class EncoderCache:
         return tensors
 
     def size(self, encoder: str) -> tuple[int, int]:
-        """Number of entries of an encoder, and their bytes on disk."""
+        """Return the number of entries of an encoder, and their bytes on disk."""
         sizes = [path.stat().st_size for path in (self.folder / encoder).glob("*/*.safetensors")]
         return len(sizes), sum(sizes)
 
 
 def fingerprint(parts: Iterable[torch.nn.Module | str]) -> str:
-    """A hash of 32 digits over the class, config and every weight of modules, and over strings."""
+    """Return a hash of 32 digits over the class, config and every weight of modules, and over strings."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         if isinstance(part, str):
@@ -78,7 +78,7 @@ LOOSE = frozenset({"_name_or_path", "_diffusers_version", "transformers_version"
 
 
 def tokenizer_state(tokenizer: Any) -> str:
-    """All that decides how a tokenizer of transformers reads a text, as JSON: vocabulary, rules, length."""
+    """Return all that determines the tokens of a transformers tokenizer, as JSON: vocabulary, rules, length."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     for name in ("truncation", "padding"):  # state of the last call
         state.pop(name, None)
@@ -87,7 +87,7 @@ def tokenizer_state(tokenizer: Any) -> str:
 
 
 def content_of(value: str | Tensor) -> str:
-    """A hash of 32 digits over a text, or over the shape, type and every value of a tensor."""
+    """Return a hash of 32 digits over a text, or over the shape, type and every value of a tensor."""
     if isinstance(value, str):
         return hashlib.blake2b(value.encode(errors="surrogatepass"), digest_size=16).hexdigest()
     digest = hashlib.blake2b(_shape(value).encode(), digest_size=16)

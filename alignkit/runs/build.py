@@ -70,12 +70,12 @@ class Parts:
 
     def with_measured(self, further: Sequence[str] = (), scoring: Scoring | None = None) -> WeightedRewards:
         """Build the rewards to train on and the held-out ones; all are held out where the algorithm uses no reward."""
-        named, asks = self.trained_rewards(), self.algorithm().uses_rewards
+        named, uses = self.trained_rewards(), self.algorithm().uses_rewards
         fields, kept = self.config.evaluate.held_out_rewards(), {name for name, _, _ in named}
         names = [name for name in dict.fromkeys([*fields, *further]) if name not in kept]
-        held_out = [] if asks else [(name, reward) for name, _, reward in named]
+        held_out = [] if uses else [(name, reward) for name, _, reward in named]
         held_out += [(name, default_registry().get("reward", name)(**fields.get(name, {}))) for name in names]
-        return WeightedRewards(named if asks else [], held_out, scoring, needed=asks)
+        return WeightedRewards(named if uses else [], held_out, scoring, needed=uses)
 
     def scoring(self, cache: str | Path = "", warn: Callable[[str], None] | None = None) -> Scoring:
         """Build the settings for calling rewards from `[scoring]`; `cache` keeps scores if that names no file."""
@@ -96,7 +96,7 @@ class Parts:
         """
         data = self.config.data
         algorithm = self.algorithm()
-        if not data.prompts and ("pairs" in algorithm.needs or not algorithm.draws):
+        if not data.prompts and ("pairs" in algorithm.needs or not algorithm.samples_images):
             return []
         if not data.prompts:
             raise ConfigError("data.prompts: missing; expected a .txt file with one prompt a line, or a .jsonl file")
@@ -142,7 +142,7 @@ class Parts:
                 f"{self.config.algorithm.name} learns from the likelihood of stochastic steps; "
                 "raise sampler.num_steps, or sampler.eta where there is one, or use another sampler or algorithm"
             )
-        for _, _, regulariser in self.regularisers():  # first: it may refuse the sampler as such, whatever its steps
+        for _, _, regulariser in self.regularisers():  # first: a regulariser may reject the sampler whatever its steps
             regulariser.check(sampler)
         algorithm.check(sampler)
         for steps in self.config.evaluate.steps:
@@ -200,8 +200,8 @@ class Parts:
         if consistency is False and default_registry().get("sampler", sampler).consistency:
             raise ConfigError(
                 f"sampler.name: found {sampler}, which is for latent consistency models, and {model.name} is none "
-                "(by its scheduler or model.prediction); take renoise, which takes the same steps on other models, or "
-                'set model.prediction = "consistency" for one that is to become one'
+                "(by its scheduler or model.prediction); use renoise, which takes the same steps on other models, or "
+                'set model.prediction = "consistency" to distil it into one'
             )
 
     def teacher_source(self) -> str:
@@ -209,7 +209,7 @@ class Parts:
         return self.config.model.teacher or find_bundle(self.config.model.name).teacher or ""
 
     def encoder_cache(self) -> EncoderCache | None:
-        """The cache of encoded texts and images that `data.cache` names; None if it names none."""
+        """Return the cache of encoded texts and images that `data.cache` names; None if it names none."""
         return EncoderCache(self.config.data.cache) if self.config.data.cache else None
 
     def load_policy(self, device: torch.device | str = "cpu", cache: EncoderCache | None = None) -> Policy:
@@ -249,7 +249,7 @@ class Parts:
         return find_policy(source, self.config.model.policy, "model.teacher").load(source, settings)
 
     def load_surrogate(self, policy: Policy) -> Surrogate | None:
-        """The surrogate for this policy, from `surrogate.init` if that is set; None if the run has none."""
+        """Load the surrogate for this policy, from `surrogate.init` if that is set; None if the run has none."""
         config = self.config.surrogate
         if config is None:
             return None

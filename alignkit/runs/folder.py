@@ -1,4 +1,4 @@
-"""The files of a run folder that stand beside its checkpoints and its record."""
+"""The files of a run folder other than its checkpoints and its record."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def claim(folder: Path, config: RunConfig) -> None:
     """Make the folder of a new run and write `run.toml`. Raises ConfigError if it holds anything."""
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(
-            f"output: {folder} exists and is not empty; name another with --out, or go on with "
+            f"output: {folder} exists and is not empty; name another with --out, or resume the run in it with "
             f"alignkit train --resume {folder}"
         )
     try:
@@ -45,23 +45,23 @@ def write_settings(folder: Path, config: RunConfig) -> None:
 
 
 def free(folder: Path) -> Path:
-    """The folder, or where it holds something the first of folder-2, folder-3, ... that does not."""
+    """Return the folder if it is new or empty, else the first of folder-2, folder-3, ... that is."""
     names = chain([folder], (folder.with_name(f"{folder.name}-{number}") for number in count(2)))
     return next(name for name in names if not name.exists() or (name.is_dir() and not any(name.iterdir())))
 
 
 def release(folder: Path) -> None:
-    """Remove the folder of a new run that came no further than loading."""
-    shutil.rmtree(folder, ignore_errors=True)  # what ended the run is told, and not this
+    """Remove the folder of a new run that failed while loading."""
+    shutil.rmtree(folder, ignore_errors=True)  # the error that ended the run is reported, not this one
 
 
 def note_environment(folder: Path) -> None:
-    """Write `environment.json`: where this part of the run takes place."""
+    """Write `environment.json`: the machine and the versions of this part of the run."""
     write_file(folder / "environment.json", json.dumps(environment(), indent=1))
 
 
 def export(folder: Path, policy: Policy, average: Mapping[str, Tensor], surrogate: Surrogate | None) -> None:
-    """Write what the run leaves: the average weights as the policy exports them, and the surrogate for a later run."""
+    """Write the results of the run: the average weights as the policy exports them, and the surrogate."""
     partial = folder / ".export.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -79,7 +79,7 @@ def export(folder: Path, policy: Policy, average: Mapping[str, Tensor], surrogat
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise AlignkitError(
-            f"{folder}: the trained weights could not be written ({error}); make room and run "
+            f"{folder}: the trained weights could not be written ({error}); make room and resume with "
             f"alignkit train --resume {folder}"
         ) from error
 
@@ -88,7 +88,7 @@ LIBRARIES = ("alignkit", "torch", "diffusers", "transformers", "peft", "accelera
 
 
 def environment() -> dict[str, Any]:
-    """Versions, plugins, source commit and hardware, as JSON values; None where something is not there."""
+    """Return versions, plugins, source commit and hardware as JSON values; None for what is missing."""
     plugins = {point.dist.name: point.dist.version for point in entry_points(group="alignkit") if point.dist}
     return {
         "python": platform.python_version(),
@@ -112,7 +112,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """The commit of the working directory, with "-dirty" behind it where files were changed."""
+    """Return the commit of the working directory, with "-dirty" appended if files were changed."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)

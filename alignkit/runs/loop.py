@@ -171,7 +171,7 @@ class Loop:
         if save is not None:
             with suppress(AlignkitError):  # a full disk may be the error itself, which is raised below
                 save()
-        raise type(refused)(f"{refused}; go on with: alignkit train --resume {self.folder}") from refused
+        raise type(refused)(f"{refused}; resume with: alignkit train --resume {self.folder}") from refused
 
     def _measure(self) -> Measurement:
         """Evaluate the average weights on the held-out prompts."""

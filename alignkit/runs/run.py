@@ -1,4 +1,4 @@
-"""A run: trains, draws, measures. The Python API behind `alignkit.load`."""
+"""A run: train, sample, and load its policy. The Python API that `alignkit.load` returns."""
 
 from __future__ import annotations
 
@@ -30,16 +30,15 @@ from alignkit.training import checkpoint
 from alignkit.training.trainer import Update
 
 RESUMABLE = {"scoring.retries", "scoring.retry_seconds", "scoring.retry_limit", "scoring.on_error"}
-"""What may change when a run is resumed: what is done about a reward that fails, and nothing of what is learned from
-those that do not."""
+"""Settings that may change when a run is resumed: reactions to a reward that fails. They change no score."""
 
 
 def load(
     path: str | Path | None = None, overrides: Mapping[str, Any] | None = None, resume: str | Path | None = None
 ) -> Run:
-    """The run that a run file and overrides describe, or, with `resume`, the one in that run folder.
+    """Return the run that a run file and overrides describe, or, with `resume`, the one in that run folder.
 
-    A resumed run takes overrides of `RESUMABLE` alone, and writes them into its run.toml when it trains. Raises
+    A resumed run accepts overrides of `RESUMABLE` only, and writes them into its run.toml when it trains. Raises
     ConfigError with a line for every mistake; loads no weights.
     """
     if resume is None:
@@ -47,18 +46,18 @@ def load(
     folder = Path(resume)
     if path is not None or (overrides or {}).keys() - RESUMABLE:
         raise ConfigError(
-            f"--resume {folder}: a resumed run keeps its own settings; leave the run file and other options out, but "
-            f"for --set of {', '.join(sorted(RESUMABLE))}"
+            f"--resume {folder}: a resumed run keeps its own settings; leave out the run file and all options, "
+            f"except --set of {', '.join(sorted(RESUMABLE))}"
         )
     if not (folder / "run.toml").is_file():
-        raise ConfigError(f"--resume {folder}: no run.toml there; expected the folder of a run that was started before")
+        raise ConfigError(f"--resume {folder}: no run.toml here; expected the folder of a run that was started before")
     run = open_run(folder, overrides)
     run.rewrites = bool(overrides)
     return run
 
 
 def open_run(source: str | Path, overrides: Mapping[str, Any] | None = None) -> Run:
-    """The run in a run folder; for the name of a model, a run that has not trained it. `overrides` as for `load`."""
+    """Return the run in a run folder, or for the name of a model an untrained run of it. `overrides` as for `load`."""
     folder = Path(source)
     if (folder / "run.toml").is_file():
         return Run(load_config(folder / "run.toml", overrides), folder=folder)
@@ -68,7 +67,7 @@ def open_run(source: str | Path, overrides: Mapping[str, Any] | None = None) -> 
         )
     chosen = dict(overrides or {})
     if not {"sampler.name", "algorithm.name"} & chosen.keys():
-        # Nothing is trained, so it is drawn as suits the model and not as suits it under the default algorithm.
+        # Nothing is trained, so the sampler is the model's own and not the one for the default algorithm.
         own = find_bundle(str(source)).defaults.get("sampler", {})
         chosen = {f"sampler.{key}": value for key, value in own.items()} | chosen
     return Run(load_config(None, {**chosen, "model.name": str(source)}))
@@ -92,20 +91,20 @@ class Run(Parts):
 
     @property
     def name(self) -> str:
-        """What tables call it: its folder, or the model if there is no folder yet."""
+        """Name in tables: that of its folder, or of the model if there is no folder yet."""
         return self.folder.name if (self.folder / "run.toml").is_file() else self.config.model.name
 
     def stop(self) -> None:
-        """Ask a running `train` to save and end behind the update under way."""
+        """Make a running `train` save and end after the update under way."""
         self.stopping = True
 
     # training
 
     def train(self, console: Console | None = None) -> Iterator[Update]:
-        """Train; yields behind each update of the policy. Ends early, after saving, if `stop` was called.
+        """Train; yield after each update of the policy. Ends early, after saving, if `stop` was called.
 
-        Writes the run folder; a folder that holds a run is continued if this run was opened from it and refused
-        otherwise. Raises AlignkitError for what the user can mend.
+        Writes the run folder; a folder that holds a run is continued if this run was opened from it, else
+        rejected. Raises AlignkitError for what the user can fix.
         """
         self.check()
         accelerator = self.accelerator()
@@ -130,12 +129,12 @@ class Run(Parts):
             loop.close()
 
     def _claim(self, accelerator: Accelerator) -> None:
-        """Take the folder, in one process; if that fails it does so in all, so that none waits for the others."""
+        """Claim the folder, in one process; a failure is raised in all, so that none waits for the others."""
         refused: AlignkitError | None = None
         if self._unnamed:
             self.folder = gather_object([run_folder.free(self.folder)])[0]
             accelerator.project_configuration.set_directories(str(self.folder))
-            self._unnamed = False  # who trains again is told that there is a run, as with a name
+            self._unnamed = False  # a second `train` is rejected, as for a named folder
         if accelerator.is_main_process:
             try:
                 if not self._existing:
@@ -150,7 +149,7 @@ class Run(Parts):
                 raise reason
 
     def accelerator(self) -> Accelerator:
-        """Devices, precision and processes, as `[train]` says."""
+        """Return the accelerator for the devices, precision and processes of `[train]`."""
         train = self.config.train
         # Accelerate keeps its first settings for the whole process; two runs in one may differ in precision.
         AcceleratorState._reset_state()
@@ -162,13 +161,13 @@ class Run(Parts):
         )
 
     def _newest_checkpoint(self) -> Path | None:
-        """None for a new run, and for one that was ended before its first checkpoint."""
+        """Return the newest checkpoint; None for a new run, and for one that ended before its first checkpoint."""
         return checkpoint.latest(self.folder / "checkpoints") if self._existing else None
 
-    # drawing and measuring
+    # sampling
 
     def policy(self) -> Policy:
-        """The model of this run. What is drawn and measured uses the newest average weights, if it was trained."""
+        """Load the model of this run, and its newest average weights if it was trained."""
         if self._policy is None:
             self._policy = self.load_policy(
                 "cuda" if torch.cuda.is_available() and self.config.train.device != "cpu" else "cpu"
@@ -177,7 +176,7 @@ class Run(Parts):
                 self.average = checkpoint.load(saved)["trainer"]["average"]
             elif self._existing:
                 raise ConfigError(
-                    f"{self.folder}: no checkpoint here to draw from; train it first with "
+                    f"{self.folder}: no checkpoint to sample from; train the run first with "
                     f"alignkit train --resume {self.folder}"
                 )
         return self._policy
@@ -185,7 +184,7 @@ class Run(Parts):
     def sample(
         self, prompts: Sequence[str], steps: int | None = None, seed: int = 0, count: int = 1
     ) -> list[Image.Image]:
-        """`count` images for each prompt, in that order.
+        """Sample `count` images for each prompt, in that order.
 
         Image i of a seed starts from the same noise at any number of steps.
         """

@@ -83,7 +83,7 @@ def check_algorithm(
 
         trainer = make()
         _a_round_taken_apart(trainer)
-        _rewards_that_tell_nothing(trainer)
+        _rewards_without_information(trainer)
         with tempfile.TemporaryDirectory() as folder:
             assert_goes_on_from_its_checkpoint(make, {}, Path(folder))
 
@@ -123,7 +123,7 @@ def tiny_trainer(
         own = algorithm.default_surrogate
         if surrogate is None and not own:
             raise ConfigError(
-                "the algorithm needs a surrogate and has no default_surrogate; hand one to check_algorithm"
+                "the algorithm needs a surrogate and has no default_surrogate; pass one to check_algorithm"
             )
         surrogate = copy.deepcopy(surrogate) if surrogate is not None else default_registry().get("surrogate", own)()
         assert surrogate is not None
@@ -166,7 +166,7 @@ def tiny_trainer(
 
 
 def _a_round_taken_apart(trainer: Trainer) -> None:
-    """Run collect, rows and losses of one round, each by itself, until one gives rows."""
+    """Run collect, rows and losses of one round separately; up to five rounds, until one gives rows."""
     if trainer.warming_up:
         with global_rng_untouched("while the surrogate warms up"):
             list(trainer.round())
@@ -179,7 +179,7 @@ def _a_round_taken_apart(trainer: Trainer) -> None:
         with global_rng_untouched("in collect"), torch.no_grad(), trainer.accelerator.autocast():
             collected = algorithm.collect(batch, ctx)
         trainer.batches += 1
-        expect(leaves(columns(batch)) == kept, "collect changed the batch that it was given, expected it as it was")
+        expect(leaves(columns(batch)) == kept, "collect changed the batch that it was given, expected it unchanged")
         with global_rng_untouched("in surrogate_updates"):
             lessons = list(algorithm.surrogate_updates(collected, ctx))
         if lessons and ctx.surrogate is not None:
@@ -194,8 +194,8 @@ def _a_round_taken_apart(trainer: Trainer) -> None:
     the_loss_is_true(trainer, rows)
 
 
-def _rewards_that_tell_nothing(trainer: Trainer) -> None:
-    """Hold that ties and images that cannot be scored never reach the weights as NaN."""
+def _rewards_without_information(trainer: Trainer) -> None:
+    """Check that ties and images that cannot be scored never reach the weights as NaN."""
     usual = trainer.ctx._rewards
     for reward in (Tied(), PartlyInvalid(), Unscored()):
         trainer.ctx._rewards = WeightedRewards([("the reward", 1.0, reward)])
@@ -208,14 +208,17 @@ def _rewards_that_tell_nothing(trainer: Trainer) -> None:
                     not wrong, f"found {wrong[0] if wrong else ''} not finite, expected rows that can be learned from"
                 )
             weights = trainer.ctx.policy.weights().values()
-            expect(all(bool(w.isfinite().all()) for w in weights), "the weights are no numbers any more")
+            expect(
+                all(bool(w.isfinite().all()) for w in weights),
+                "found weights that are not finite, expected finite numbers",
+            )
     trainer.ctx._rewards = usual
 
 
 def assert_goes_on_from_its_checkpoint(
     make: Callable[..., Trainer], settings: Mapping[str, Any], folder: Path
 ) -> list[Mapping[str, float]]:
-    """Hold that a trainer that restores what another saved after two rounds learns the same in the next, to the bit;
+    """Check that a trainer that restores what another saved after two rounds learns the same in the next, to the bit;
     returns the metrics of that round."""
     first, second = make({**settings, "train.updates": 9}), make({**settings, "train.updates": 9})
     for _ in range(2):

@@ -25,7 +25,7 @@ def expect(holds: bool, message: str) -> None:
 def about(what: str) -> Iterator[None]:
     """Turn every failure inside into an AssertionError of one line that begins with `what`.
 
-    An AlignkitError other than PluginError is raised as it is: it asks the user to set or install something.
+    An AlignkitError other than PluginError is raised as it is: the user has to set or install something.
     """
     try:
         yield

@@ -39,7 +39,7 @@ def the_loss_is_true(trainer: Trainer, rows: Any) -> None:
         expect(isinstance(value, Tensor) and value.dim() == 0, f"{name}: expected a scalar tensor, found {value!r:.40}")
         expect(math.isfinite(float(value.detach())), f"{name}: found {float(value.detach())}, expected a finite number")
     expect(float(loss.detach()) == float(again.detach()), "the same rows twice: found another loss, expected the same")
-    expect(leaves(columns(rows)) == kept, "loss changed the rows that it was given, expected them as they were")
+    expect(leaves(columns(rows)) == kept, "loss changed the rows that it was given, expected them unchanged")
     expect(loss.requires_grad, "loss has no gradient to the policy, expected one")
     others = [ctx.surrogate.module()] if ctx.surrogate is not None else []
     del loss, again
@@ -71,7 +71,7 @@ def the_surrogate_loss_is_a_mean(trainer: Trainer, rows: Any) -> None:
 
 
 def assert_one_pass_is_several(trainer: Trainer, rows: Any, rel: float = 1e-4) -> float:
-    """Hold that one pass of all rows has the loss and the gradient of several passes of fewer; returns that loss.
+    """Check that one pass of all rows has the loss and the gradient of several passes of fewer; returns that loss.
 
     `rows` are the algorithm's, or an update with those of the regularisers.
     """

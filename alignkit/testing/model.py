@@ -1,4 +1,4 @@
-"""What holds for every registered model."""
+"""Checks that hold for every registered model."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ T = TypeVar("T")
 def check_model(name: str) -> str:
     """Raise AssertionError, in one line, for the first promise of a registered model (`ModelBundle`) that is not kept.
 
-    Its settings make a run without mistakes under every algorithm (and reward) it has some for, and the file that is
-    written of it says the same. A pipeline on this disk draws an image of one step, and sources of images and pairs
-    that the settings name as "package.module:Class" are checked at its size. Returns what was checked.
+    Its settings make a valid run under every algorithm (and reward) that it has settings for, and loading the run file
+    written from them gives the same run. A pipeline on this disk generates an image with one step, and sources of
+    images and pairs that the settings name as "package.module:Class" are checked at its size. Returns a summary.
     """
     with about(f"model {name}"), errors_only(), torch.random.fork_rng():
         bundle: ModelBundle = default_registry().get("model", name)
@@ -51,7 +51,7 @@ def check_model(name: str) -> str:
         expect(before == (bundle.defaults, bundle.algorithm_defaults), "its settings were changed by loading a run")
         checked = [f"its settings under {', '.join(algorithms)}"]
         if Path(bundle.path).is_dir():
-            checked += _drawn(runs[0])
+            checked += _loaded(runs[0])
         return "; ".join(checked)
 
 
@@ -61,21 +61,24 @@ def _settings(bundle: ModelBundle, name: str, algorithm: str, reward: str = "") 
     )
     under = algorithm + (f" with {reward}" if reward else "")
     if not any("sampler" in layer for layer in (bundle.defaults, bundle.algorithm_defaults.get(algorithm, {}))):
-        # Which the user has to choose.
+        # The user has to choose one.
         chosen["sampler.name"] = "lcm" if is_consistency(bundle.path) else "renoise"
     try:
         run = config.load(None, chosen)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "run.toml"
             file.write_text(config.to_toml(run), encoding="utf-8")
-            expect(config.load(file) == run, f"under {under} the run file that is written says something else")
+            expect(
+                config.load(file) == run,
+                f"under {under}: loading the run file that was written gives another run, expected the same",
+            )
     except ConfigError as error:
         raise AssertionError(f"under {under}: {error}") from error
     return run
 
 
-def _drawn(run: config.RunConfig) -> list[str]:
-    """Load the pipeline, draw with it, and read what it is trained on."""
+def _loaded(run: config.RunConfig) -> list[str]:
+    """Load the pipeline, generate an image, and read its training data; return what was checked."""
     parts = Parts(run)
     policy, sampler = parts.load_policy(), parts.sampler(1)
     size = policy.image_size

@@ -64,7 +64,7 @@ def _times_and_levels(policy: Policy) -> None:
     times = policy.times()
     expect(times.dim() == 1 and len(times) > 1, f"times: found shape {tuple(times.shape)}, expected (T,) with T > 1")
     expect(times.device.type == "cpu", f"times: found them on {times.device}, expected the CPU")
-    expect(bool((times.diff() > 0).all()), "times: found some that do not ascend, expected the least noise first")
+    expect(bool((times.diff() > 0).all()), "times: found times that do not ascend, expected the least noise first")
     expect(torch.equal(times, policy.times()), "times: found others at a second call, expected the same")
     t = times.to(policy.device)
     alpha, sigma = policy.schedule(t)
@@ -83,9 +83,9 @@ def _times_and_levels(policy: Policy) -> None:
     expect(float(sigma[0]) > 0, "schedule: found sigma 0 at the first time, expected a little noise at every time")
     expect(bool(alpha[0] > sigma[0]), "schedule: found more noise than image at the first time, expected the least")
     expect(float(sigma[-1]) > 0.95, f"schedule: found sigma {float(sigma[-1]):.4g} at the last time, expected nearly 1")
-    expect(bool(((sigma / alpha).diff() > 0).all()), "schedule: found sigma / alpha that falls with time, or stays")
+    expect(bool(((sigma / alpha).diff() > 0).all()), "schedule: found a sigma / alpha that does not rise with time")
     for turned, level in zip(policy.schedule(t.flip(0)), (alpha, sigma), strict=True):
-        expect(torch.equal(turned, level.flip(0)), "schedule: found other levels for the times in reverse order")
+        expect(torch.equal(turned, level.flip(0)), "schedule: found other levels when the times are in reverse order")
 
 
 def _texts(policy: Policy) -> Prompt:
@@ -105,7 +105,7 @@ def _texts(policy: Policy) -> Prompt:
         expect(bool((features[0] != features[1]).any()), f"encode: found the same {name} for two texts")
     for i, text in enumerate(texts):
         for (name, together), (_, alone) in zip(_conditions(prompt), _conditions(policy.encode([text])), strict=True):
-            same(alone, together[i : i + 1], f"encode: {name} of text {i} alone against in a batch", NEARLY)
+            same(alone, together[i : i + 1], f"encode: {name} of text {i} alone and in a batch", NEARLY)
     return prompt.select(torch.arange(COUNT))
 
 
@@ -118,7 +118,7 @@ def _images(policy: Policy) -> Tensor:
     kept = images.clone()
     latents = policy.encode_images(images)
     _is_float32(latents, (COUNT, *policy.latent_shape), "encode_images")
-    expect(torch.equal(images, kept), "encode_images changed the images, expected them as they were")
+    expect(torch.equal(images, kept), "encode_images changed the images, expected them unchanged")
     expect(not latents.requires_grad, "encode_images: found a gradient, expected none")
     expect(torch.equal(policy.encode_images(images), latents), "encode_images: the same call twice gave other latents")
     _rows_alone(latents, [policy.encode_images(images[i : i + 1]) for i in range(COUNT)], "encode_images")
@@ -159,16 +159,18 @@ def _predictions(policy: Policy, prompt: Prompt) -> None:
     with torch.no_grad():
         clean = policy.denoise(x, t, prompt)
         _is_float32(clean, tuple(x.shape), "denoise")
-        expect(all(map(torch.equal, kept, (x, t, prompt.table))), "denoise changed what it was given")
+        expect(
+            all(map(torch.equal, kept, (x, t, prompt.table))), "denoise changed its arguments, expected them unchanged"
+        )
         expect(torch.equal(policy.denoise(x, t, prompt), clean), "denoise: the same call twice gave other latents")
         rows = [torch.tensor([i]) for i in range(COUNT)]
         _rows_alone(clean, [policy.denoise(x[i], t[i], prompt.select(i)) for i in rows], "denoise")
         at = [policy.denoise(x, t, prompt, torch.full_like(x[:, 0, 0, 0], scale)) for scale in (1.0, 2.0, 4.0)]
         own = policy.denoise(x, t, prompt, torch.full_like(x[:, 0, 0, 0], policy.guidance_scale))
-        same(clean, own, "denoise without a guidance scale against guidance_scale", NEARLY)
+        same(clean, own, "denoise without a guidance scale and at guidance_scale", NEARLY)
         if not policy.guidance_embedded:
             expected = at[0] + 3 * (at[1] - at[0])
-            same(at[2], expected, "denoise at guidance scale 4 against the line through 1 and 2", NEARLY)
+            same(at[2], expected, "denoise at guidance scale 4 and the line through 1 and 2", NEARLY)
     given = x.clone().requires_grad_()
     found = policy.denoise(given, t, prompt)
     expect(found.requires_grad, "denoise has no gradient to the latents, expected one")
@@ -196,7 +198,7 @@ def _parameters(policy: Policy, prompt: Prompt) -> None:
 
 
 def _other_weights(policy: Policy, prompt: Prompt, images: Tensor) -> None:
-    """`using`, `reference`, `features` and `export` before and after the weights have moved."""
+    """Check `using`, `reference`, `features` and `export` before and after the weights have changed."""
     x, t = _states(policy)
 
     def predict() -> Tensor:
@@ -208,31 +210,31 @@ def _other_weights(policy: Policy, prompt: Prompt, images: Tensor) -> None:
     with policy.reference():
         before = policy.denoise(x, t, prompt)
         expect(not before.requires_grad, "reference: found a prediction with a gradient, expected none")
-    expect(torch.is_grad_enabled(), "reference: after it gradients are off, expected them on")
-    same(before, start, "reference before any training against the prediction", NEARLY)
+    expect(torch.is_grad_enabled(), "reference: gradients are off after it, expected them on")
+    same(before, start, "the prediction with and without reference, before training", NEARLY)
     with policy.using(moved):
         changed = predict()
         with policy.reference():
-            same(predict(), before, "reference within using against the model before training", NEARLY)
-        same(predict(), changed, "using after reference within it", NEARLY)
+            same(predict(), before, "reference within using and the model before training", NEARLY)
+        same(predict(), changed, "the prediction within using, before and after reference", NEARLY)
     expect(bool((changed != start).any()), "using: found the same prediction under other weights")
-    same(predict(), start, "the prediction after using against before", NEARLY)
+    same(predict(), start, "the prediction before and after using", NEARLY)
     with contextlib.suppress(_Interrupted), policy.using(moved):
         raise _Interrupted
-    same(predict(), start, "the prediction after an error within using against before", NEARLY)
+    same(predict(), start, "the prediction before and after an error within using", NEARLY)
     expect(all(map(_is, policy.weights().values(), own.values())), "weights: found other tensors after using")
     with _trained(policy, moved):
-        same(predict(), changed, "the prediction with parameters that were changed in place against using", NEARLY)
+        same(predict(), changed, "the prediction with parameters changed in place and with using", NEARLY)
         with policy.reference(), policy.reference():
-            same(predict(), before, "reference after training against the model before", NEARLY)
-        same(predict(), changed, "the prediction after reference against before it", NEARLY)
-        same(policy.features(images), features, "features after training against before", NEARLY)
+            same(predict(), before, "reference after training and the model before training", NEARLY)
+        same(predict(), changed, "the prediction before and after reference", NEARLY)
+        same(policy.features(images), features, "features before and after training", NEARLY)
         _export(policy, moved)
-        same(predict(), changed, "the prediction after export against before", NEARLY)
+        same(predict(), changed, "the prediction before and after export", NEARLY)
 
 
 def _export(policy: Policy, weights: dict[str, Tensor]) -> None:
-    """Equal weights give equal files, and other weights others."""
+    """Check that equal weights give equal files, and other weights other files."""
     halved = {name: p / 2 for name, p in weights.items()}
     with tempfile.TemporaryDirectory() as folder:
         written = [_exported(policy, Path(folder) / str(i), w) for i, w in enumerate((weights, weights, halved))]
@@ -255,7 +257,7 @@ class _Interrupted(Exception):
 
 @contextlib.contextmanager
 def _trained(policy: Policy, weights: dict[str, Tensor]) -> Iterator[None]:
-    """The parameters changed in place, as an optimizer does, and restored."""
+    """Change the parameters in place, as an optimizer does, and restore them."""
     own = policy.weights()
     kept = {name: p.detach().clone() for name, p in own.items()}
     with torch.no_grad():
@@ -288,7 +290,7 @@ def _is_float32(found: Tensor, shape: tuple[int, ...], what: str) -> None:
 
 def _rows_alone(together: Tensor, alone: Sequence[Tensor], what: str) -> None:
     for i, row in enumerate(alone):
-        same(row, together[i : i + 1], f"{what}: row {i} alone against in a batch", NEARLY)
+        same(row, together[i : i + 1], f"{what}: row {i} alone and in a batch", NEARLY)
 
 
 def _is(one: object, other: object) -> bool:

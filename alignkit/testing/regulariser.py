@@ -36,7 +36,7 @@ class Latents(Rows):
 
 @dataclass
 class Idle(Algorithm[Prompt, Latents]):
-    """Predict, and learn nothing: a loss of 0 next to which a regulariser stands alone."""
+    """Predict with a loss of 0, so that the total loss is the regulariser's alone."""
 
     uses_rewards: ClassVar[bool] = False
 
@@ -82,7 +82,7 @@ def check_regulariser(
 
 
 def _moved(trainer: Trainer) -> Trainer:
-    """The trainer, with its policy away from the model before training, where a term may be 0."""
+    """Return the trainer with its policy moved away from the initial model, at which a term may be 0."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in trainer.ctx.policy.parameters():
@@ -91,14 +91,14 @@ def _moved(trainer: Trainer) -> Trainer:
 
 
 def _a_round_taken_apart(trainer: Trainer) -> None:
-    """Collect, rows and loss of one round, each by itself."""
+    """Run collect, rows and loss of one round separately."""
     batch, ctx = trainer.batch(), trainer.ctx
     kept = leaves(columns(batch))
     with torch.no_grad(), trainer.accelerator.autocast():
         collected = trainer.algorithm.collect(batch, ctx)
         with global_rng_untouched("in collect"):
             trainer.regularisers.collect(batch, ctx)
-    expect(leaves(columns(batch)) == kept, "collect changed the batch that it was given, expected it as it was")
+    expect(leaves(columns(batch)) == kept, "collect changed the batch that it was given, expected it unchanged")
     with global_rng_untouched("in rows"):
         (rows,) = trainer._updates(collected)
     the_loss_is_true(trainer, rows)

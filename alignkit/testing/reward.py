@@ -88,14 +88,14 @@ def _scores_alone_are_scores_together(
     count = len(examples)
     for i in range(count):
         alone = _score(scoring, images[i : i + 1], examples[i : i + 1])
-        same(alone.values, whole[i : i + 1], f"image {i} alone against in a batch of {count}")
+        same(alone.values, whole[i : i + 1], f"image {i} alone and in a batch of {count}")
         known = bool(scores.valid.all())
         expect(
             not known or alone.parts.keys() == scores.parts.keys(),
             f"image {i} alone has the parts {', '.join(alone.parts)}, in a batch {', '.join(scores.parts)}",
         )
         for part in alone.parts.keys() & scores.parts.keys():
-            what = f"the part {part.removeprefix('it/')!r} of image {i} alone against in a batch of {count}"
+            what = f"the part {part.removeprefix('it/')!r} of image {i} alone and in a batch of {count}"
             same(alone.parts[part], scores.parts[part][i : i + 1], what)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     order = order if order != sorted(order) else order[::-1]
@@ -129,7 +129,7 @@ def _odd_prompts(scoring: WeightedRewards, reward: Reward, image: Tensor) -> Non
     for i, example in enumerate(accepted):
         alone = _score(scoring, image, [example]).values
         if reward.deterministic:
-            same(together[i : i + 1], alone, f"the prompt {example.text[:30]!r} in a batch against alone")
+            same(together[i : i + 1], alone, f"the prompt {example.text[:30]!r} alone and in a batch")
 
 
 def _odd_sizes(scoring: WeightedRewards, examples: Sequence[Example], device: torch.device) -> None:

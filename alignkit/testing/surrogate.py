@@ -1,4 +1,4 @@
-"""What holds for every surrogate."""
+"""Checks that hold for every surrogate."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ LEARNING_STEPS = 12
 def check_surrogate(surrogate: Surrogate, policy: Policy | None = None, *, within: float = 0.05) -> None:
     """Raise AssertionError, in one line, for the first promise of `alignkit.interfaces.Surrogate` that is not kept.
 
-    It is taught a few pairs first, for a network may begin with a head of zeros, through `policy`, by default an
-    untrained consistency model with latents of 4 x 8 x 8. `within` is how far a gradient may lie from finite
-    differences. A ConfigError passes: a setting does not suit the policy, or a checkpoint is missing.
+    It learns from a few pairs first, because a network may begin with a head of zeros. `policy` is by default an
+    untrained consistency model with latents of 4 x 8 x 8. `within` is the tolerated relative difference between a
+    gradient and finite differences. A ConfigError is raised as it is: a setting does not suit the policy, or a
+    checkpoint is missing.
     """
     policy = tiny_policy() if policy is None else policy
     with about(f"surrogate {type(surrogate).__name__}"), torch.random.fork_rng():
@@ -37,7 +38,8 @@ def check_surrogate(surrogate: Surrogate, policy: Policy | None = None, *, withi
             _the_loss_is_a_mean(surrogate, winner, loser, prompt)
             _the_gradient_is_true(surrogate, winner, prompt, within)
         expect(
-            all(map(torch.equal, kept, (winner, loser, prompt.table))), "the latents or prompts handed in were changed"
+            all(map(torch.equal, kept, (winner, loser, prompt.table))),
+            "the latents or prompts passed in were changed, expected them unchanged",
         )
         _the_weights_carry_it(surrogate, policy, winner, prompt, scores)
 
@@ -60,7 +62,7 @@ def _it_learns(surrogate: Surrogate, winner: Tensor, loser: Tensor, prompt: Prom
     module.requires_grad_(False)
     expect(
         losses[-1] < losses[0],
-        f"{LEARNING_STEPS} steps on the same pairs: loss from {losses[0]:.4g} to {losses[-1]:.4g}",
+        f"{LEARNING_STEPS} steps on the same pairs: loss from {losses[0]:.4g} to {losses[-1]:.4g}, expected it to fall",
     )
 
 
@@ -74,7 +76,7 @@ def _scores_alone_are_scores_together(surrogate: Surrogate, latents: Tensor, pro
         for i in range(count):
             row = torch.tensor([i])
             alone = surrogate.score(latents[row.to(latents.device)], prompt.select(row))
-            same(alone, whole[i : i + 1], f"row {i} alone against in a batch of {count}")
+            same(alone, whole[i : i + 1], f"row {i} alone and in a batch of {count}")
         order = torch.arange(count).flip(0)
         mixed = surrogate.score(latents[order.to(latents.device)], prompt.select(order))
         same(mixed, whole.flip(0), "the batch in reverse order")
@@ -86,11 +88,11 @@ def _the_loss_is_a_mean(surrogate: Surrogate, winner: Tensor, loser: Tensor, pro
         whole = surrogate.loss(winner, loser, prompt)
         rows = [torch.tensor([i]) for i in range(len(winner))]
         each = [surrogate.loss(winner[r], loser[r], prompt.select(r)) for r in rows]
-        same(torch.stack(each).mean(), whole, "the mean of the losses of single pairs against the loss of all")
+        same(torch.stack(each).mean(), whole, "the loss of all pairs and the mean of the losses of single pairs")
         swapped = surrogate.loss(loser, winner, prompt)
         expect(
             bool(swapped > whole),
-            f"pairs turned round: found loss {float(swapped):.4g}, expected above {float(whole):.4g}",
+            f"pairs with winner and loser exchanged: found loss {float(swapped):.4g}, expected above {float(whole):.4g}",
         )
         all_finite(surrogate.loss(winner, winner, prompt), "the loss of pairs whose latents are equal")
 
@@ -120,10 +122,10 @@ def _the_gradient_is_true(surrogate: Surrogate, latents: Tensor, prompt: Prompt,
 def _the_weights_carry_it(
     surrogate: Surrogate, policy: Policy, latents: Tensor, prompt: Prompt, scores: Tensor
 ) -> None:
-    """All that was learned is in the state dict of `module()`, which is what a checkpoint holds."""
+    """Check that all that was learned is in the state dict of `module()`, which a checkpoint saves."""
     state = copy.deepcopy(surrogate.module().state_dict())
     surrogate.load(policy)
     surrogate.module().load_state_dict(state)
     with torch.no_grad():
         again = surrogate.score(latents, prompt)
-    same(again, scores, "scores behind load and load_state_dict of what module().state_dict() gave")
+    same(again, scores, "scores before and after load and load_state_dict of module().state_dict()")

@@ -24,7 +24,7 @@ Form = Literal["lcm", "teacher", "turbo"]
 """A latent consistency model whose network takes the guidance; a model that predicts the noise, under guidance; and one
 that predicts it without, on the schedule of SD-Turbo."""
 FORMS: tuple[Form, ...] = ("lcm", "teacher")
-"""Those that samplers are tried on."""
+"""Forms that samplers are tried on."""
 
 SIZE = 64
 PROMPTS = [
@@ -141,7 +141,7 @@ class TinyImages:
     """Captioned images, as `alignkit.data.sources.Images` hands them out."""
 
     def batch(self, start: int, size: int, seed: int) -> tuple[Tensor, list[str]]:
-        """Always the same at the same place."""
+        """Return items that depend on seed and position alone."""
         images = [coarse_images(1, seed=1000 * seed + start + i)[0] for i in range(size)]
         return torch.stack(images), [PROMPTS[(start + i) % len(PROMPTS)] for i in range(size)]
 
@@ -152,7 +152,7 @@ class TinyPairs:
     notes: Sequence[str] = ()
 
     def batch(self, start: int, size: int, seed: int) -> PreferencePairs:
-        """Always the same at the same place."""
+        """Return items that depend on seed and position alone."""
         images, captions = TinyImages().batch(start, size, seed)
         return PreferencePairs((images + 1) / 2, images / 2, tuple(captions))
 
@@ -167,7 +167,7 @@ class Brightness(Reward):
 
 
 class Tied(Brightness):
-    """The same for every image."""
+    """Score every image 1."""
 
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
         return images.mean((1, 2, 3)) * 0 + 1
@@ -181,7 +181,7 @@ class PartlyInvalid(Brightness):
 
 
 class Unscored(Brightness):
-    """No image can be scored."""
+    """Fail to score any image."""
 
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
         return Scores(images.mean((1, 2, 3)), torch.zeros(len(images), dtype=torch.bool))

@@ -19,7 +19,7 @@ from alignkit.rewards.combine import Combination
 from alignkit.rewards.weighted import WeightedRewards, joined
 
 Question = tuple[int, Example]
-"""A row of the latents, and the text under which its image is scored."""
+"""A row of the latents, and the example under which its image is scored."""
 
 
 class TrainContext(Context):
@@ -106,7 +106,9 @@ class TrainContext(Context):
 
     def _require_rewards(self) -> None:
         if not self._rewards.names:
-            raise PluginError("the algorithm asks for scores and says uses_rewards = False, so there is no reward")
+            raise PluginError(
+                "the algorithm requests scores although its uses_rewards is False, so the run has no reward; set it to True"
+            )
 
     def differentiable_score(self, latents: Tensor, examples: Sequence[Example], log: bool = False) -> Scores:
         self._require_rewards()

@@ -91,7 +91,7 @@ class GorsLCM(Algorithm[Chosen, WeightedRows]):
         chosen = collected.shuffled(ctx.generator)
         chosen = chosen.select(torch.arange(ctx.rows_per_update) % len(chosen))
         weight = chosen.reward.clamp(min=0) if self.weight == "reward" else torch.ones_like(chosen.reward)
-        yield WeightedRows(self._distillation.draw(chosen.latents, chosen.prompt, ctx), weight)
+        yield WeightedRows(self._distillation.sample(chosen.latents, chosen.prompt, ctx), weight)
 
     def loss(self, rows: WeightedRows, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
         assert ctx.teacher is not None  # needs "teacher"

@@ -147,7 +147,7 @@ class LaSRO(Algorithm[Collected, States]):
         """Noise captioned latents to random times of the distillation's solver."""
         assert batch.images is not None  # needs "images"
         captions = encode_examples(ctx.policy, batch.captions)
-        noised = self._distillation.draw(ctx.policy.encode_images(batch.images), captions, ctx)
+        noised = self._distillation.sample(ctx.policy.encode_images(batch.images), captions, ctx)
         x, time = self._distillation.noised(ctx.policy, noised)
         return States(x, torch.zeros_like(time), captions, ctx.policy.denoise(x, time, captions), time)
 

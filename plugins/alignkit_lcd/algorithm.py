@@ -22,7 +22,7 @@ class LCD(Algorithm[Noised, Noised]):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher", "images"})
-    draws: ClassVar[bool] = False
+    samples_images: ClassVar[bool] = False
     uses_rewards: ClassVar[bool] = False
 
     ode_steps: Annotated[int, Ge(1)] = 50
@@ -55,7 +55,7 @@ class LCD(Algorithm[Noised, Noised]):
     def collect(self, batch: Batch, ctx: Context) -> Noised:
         assert batch.images is not None  # needs "images"
         latents = ctx.policy.encode_images(batch.images)
-        return self._distillation.draw(latents, ctx.policy.encode(batch.captions), ctx)
+        return self._distillation.sample(latents, ctx.policy.encode(batch.captions), ctx)
 
     def updates(self, collected: Noised, ctx: Context) -> Iterator[Noised]:
         yield from collected.split(ctx.rows_per_update)

@@ -61,7 +61,7 @@ class LatentConsistency(Regulariser[Captioned, Noised]):
     def rows(self, collected: Captioned | None, count: int, ctx: Context) -> Noised:
         assert collected is not None  # `collect` returns it
         chosen = collected.select(torch.arange(count) % len(collected))
-        return self._distillation.draw(chosen.latents, chosen.prompt, ctx)
+        return self._distillation.sample(chosen.latents, chosen.prompt, ctx)
 
     def loss(
         self, rows: Noised | None, predictions: Sequence[Prediction], ctx: Context

@@ -56,7 +56,7 @@ class RGLCD(Algorithm[Collected, Noised]):
     to prefer what the reward prefers (Eq. 12); the reward may then be any black box.
     """
 
-    draws: ClassVar[bool] = False
+    samples_images: ClassVar[bool] = False
     default_surrogate: ClassVar[str] = "lrm"
     surrogate_type: ClassVar[type] = LRM
 
@@ -139,7 +139,7 @@ class RGLCD(Algorithm[Collected, Noised]):
                 f"algorithm.pretraining: found {self.pretraining}, expected at most surrogate.warmup, which is "
                 f"{self._pretrained}"
             )
-        noised = self._distillation.draw(latents, prompt, ctx)
+        noised = self._distillation.sample(latents, prompt, ctx)
         return Collected(None if ctx.warming_up else noised, self._compare(noised, ctx) if self.proxy else None)
 
     def _compare(self, noised: Noised, ctx: Context) -> Compared:

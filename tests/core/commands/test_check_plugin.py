@@ -113,7 +113,7 @@ def test_every_component_gets_a_result_with_its_reason(mixed: None) -> None:
         "good": "passed", "bad": "failed", "heavy": "skipped", "demanding": "skipped", "gone": "failed",
         "fine_model": "passed", "odd_model": "failed", "lonely": "skipped", "scaled": "failed",
     }  # fmt: skip
-    assert found["bad"][1].startswith("reward Bad: image 0 alone against in a batch of 4")
+    assert found["bad"][1].startswith("reward Bad: image 0 alone and in a batch of 4")
     assert found["heavy"][1] == "heavy: owner/heavy is not on this disk; set reward.heavy.checkpoint"
     assert found["demanding"][1] == "words has no default; set it with --set reward.demanding.words="
     assert "cannot be imported" in found["gone"][1]

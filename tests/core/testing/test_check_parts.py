@@ -70,7 +70,7 @@ class Square(DDIM):
         (WrongCount, r"stochastic_steps: found \d, expected \d, the steps with std above 0"),
         (WrongWay, "grid: found .* expected the noisiest time first"),
         (Draws, "during a walk the global random generator of torch was used"),
-        (OneStepForAll, "mean of row . alone against in a batch: found a difference"),
+        (OneStepForAll, "mean of row . alone and in a batch: found a difference"),
         (EndsInNoise, "the last step ends .* away from the clean latent it predicts"),
         (Square, "latents of 4 x 8 x 16: raised RuntimeError: The size of tensor a"),
         (Detached, "the mean has no gradient, expected one to the weights of the policy"),

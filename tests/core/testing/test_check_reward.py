@@ -144,8 +144,8 @@ class OneTooMany(Brightness):
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        (LooksAtItsNeighbours, "image 0 alone against in a batch of 4: found a difference of"),
-        (TellsOfItsNeighbours, "the part 'rank' of image [0-9] alone against in a batch of 4: found a difference"),
+        (LooksAtItsNeighbours, "image 0 alone and in a batch of 4: found a difference of"),
+        (TellsOfItsNeighbours, "the part 'rank' of image [0-9] alone and in a batch of 4: found a difference"),
         (LeavesItsBoundsOnWhite, r"found a score of 1, expected it within bounds = \(0.0, 0.99\)"),
         (Restless, "the same call twice: found other scores, expected the same, or deterministic = False"),
         (ForgetsWhatItIs, r"fingerprint\(\): found 'call 2' after two calls, 'call 0' before"),
