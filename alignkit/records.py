@@ -137,7 +137,8 @@ class PolicySettings:
     adapter: str = ""
     """Folder, file or hub id of a LoRA to merge before training; empty: none."""
     prediction: str = ""
-    """Prediction type of the network: "epsilon", "v_prediction", "sample" or "consistency"; empty: as the checkpoint says."""
+    """Type of the network's output: "epsilon", "v_prediction", "sample" or "consistency"; empty: that of the
+    checkpoint."""
     guidance_scale: float | None = None
     """Guidance scale while sampling, 1 for the conditional prediction; None: what suits the model."""
     guidance_embedding: int = 0

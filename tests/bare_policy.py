@@ -16,7 +16,7 @@ from alignkit.records import PolicySettings
 
 
 class BarePolicy(Policy, ABC):
-    """What a formula has in common with other policies: 1000 integer times, pixels as features, weights in a file."""
+    """Base of policies by formula: 1000 integer times, pixels as features, weights in a file."""
 
     image_size = 8
 

@@ -24,7 +24,7 @@ CASES: list[tuple[str, Members, str]] = [
     ("serves_everything", lambda base: {"serves": classmethod(lambda cls, source: True)},
      "serves: found True for an empty folder, expected False"),
     ("noise_first", lambda base: {"times": lambda self: base.times(self).flip(0)},
-     "times: found some that do not ascend, expected the least noise first"),
+     "times: found times that do not ascend, expected the least noise first"),
     ("one_time", lambda base: {"times": lambda self: base.times(self)[-1:]},
      r"times: found shape \(1,\), expected \(T,\) with T > 1"),
     (
@@ -64,7 +64,7 @@ CASES: list[tuple[str, Members, str]] = [
         lambda base: {
             "denoise": lambda self, x, *rest: base.denoise(self, x.add_(1) if not x.requires_grad else x, *rest)
         },
-        "denoise changed what it was given",
+        "denoise changed its arguments",
     ),
     (
         "one_time_for_all",
@@ -85,7 +85,7 @@ CASES: list[tuple[str, Members, str]] = [
     ("reference_with_gradient", lambda base: {"reference": lambda self: self.using(self._initial)},
      "reference: found a prediction with a gradient, expected none"),
     ("reference_to_the_present", lambda base: {"reference": lambda self: torch.no_grad()},
-     "reference within using against the model before training"),
+     "reference within using and the model before training"),
     ("writes_elsewhere", lambda base: {"export": lambda self, folder, weights: folder / "nothing"},
      "export: returned .*, expected a path that it wrote there"),
     (
@@ -106,7 +106,7 @@ def case(message: str) -> Callable[[Members], Members]:
     return add
 
 
-@case("schedule: found sigma / alpha that falls with time, or stays")
+@case("schedule: found a sigma / alpha that does not rise with time")
 def wavering_levels(base: Any) -> dict[str, Any]:
     def schedule(self: Any, t: Tensor) -> tuple[Tensor, Tensor]:
         middle = torch.where((t - 0.5).abs() < 0.021, torch.full_like(t, 0.5), t)
@@ -168,7 +168,7 @@ def features_with_gradient(base: Any) -> dict[str, Any]:
     return {"features": features}
 
 
-@case("features after training against before")
+@case("features before and after training")
 def features_of_the_trained(base: Any) -> dict[str, Any]:
     def features(self: Any, images: Tensor) -> Tensor:
         own: Tensor = base.features(self, images) + self.parameters()[0].detach().sum()
@@ -177,7 +177,7 @@ def features_of_the_trained(base: Any) -> dict[str, Any]:
     return {"features": features}
 
 
-@case("denoise without a guidance scale against guidance_scale")
+@case("denoise without a guidance scale and at guidance_scale")
 def other_default(base: Any) -> dict[str, Any]:
     def denoise(self: Any, x: Tensor, t: Tensor, prompt: Any, guidance_scale: Tensor | None = None) -> Any:
         return base.denoise(self, x, t, prompt, torch.full_like(t, 5.0) if guidance_scale is None else guidance_scale)
@@ -185,7 +185,7 @@ def other_default(base: Any) -> dict[str, Any]:
     return {"denoise": denoise}
 
 
-@case("denoise at guidance scale 4 against the line through 1 and 2")
+@case("denoise at guidance scale 4 and the line through 1 and 2")
 def guidance_of_the_paper(base: Any) -> dict[str, Any]:
     def denoise(self: Any, x: Tensor, t: Tensor, prompt: Any, guidance_scale: Tensor | None = None) -> Any:
         return base.denoise(self, x, t, prompt, None if guidance_scale is None else guidance_scale**2)
@@ -202,7 +202,7 @@ def frozen(base: Any) -> dict[str, Any]:
     return {"denoise": lambda self, x, *rest: denoise(self, x, *rest) + 0.1 * x}
 
 
-@case("the prediction after using against before")
+@case("the prediction before and after using")
 def keeps_weights(base: Any) -> dict[str, Any]:
     @contextmanager
     def using(self: Any, weights: Mapping[str, Tensor]) -> Iterator[None]:
@@ -213,7 +213,7 @@ def keeps_weights(base: Any) -> dict[str, Any]:
     return {"using": using, "reference": lambda self: _reference(self, base)}
 
 
-@case("the prediction after an error within using against before")
+@case("the prediction before and after an error within using")
 def restores_without_errors_alone(base: Any) -> dict[str, Any]:
     @contextmanager
     def using(self: Any, weights: Mapping[str, Tensor]) -> Iterator[None]:
@@ -234,7 +234,7 @@ def _reference(self: Any, base: Any) -> Iterator[None]:
         yield
 
 
-@case("reference before any training against the prediction")
+@case("the prediction with and without reference, before training")
 def reference_to_nothing(base: Any) -> dict[str, Any]:
     @contextmanager
     def reference(self: Any) -> Iterator[None]:

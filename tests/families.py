@@ -120,24 +120,24 @@ def plain(folder: Path, **parts: Any) -> Any:
 
 
 def assert_parity(policy: DiffusersPolicy, sampler: Sampler, pipe: Any, guidance_scale: float, **call: Any) -> None:
-    """`pipe` and the policy draw the same latents, and decode them to the same images."""
+    """Check that `pipe` and the policy sample the same latents, and decode them to the same images."""
     initial = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(7))
     generator = torch.Generator().manual_seed(3)
     noises = [initial, *(torch.randn(initial.shape, generator=generator) for _ in range(sampler.num_steps))]
 
-    def drawn(output_type: str) -> torch.Tensor:
+    def sampled(output_type: str) -> torch.Tensor:
         images: torch.Tensor = pipe(
             TEXTS, num_inference_steps=sampler.num_steps, guidance_scale=guidance_scale, latents=initial.clone(),
             generator=torch.Generator().manual_seed(3), output_type=output_type, height=64, width=64, **call,
         ).images  # fmt: skip
         return images
 
-    expected = drawn("latent")
+    expected = sampled("latent")
     found = sample(policy, sampler, policy.encode(TEXTS), torch.stack(noises, dim=1))
     assert torch.allclose(found, expected, atol=1e-3 * float(expected.abs().max()))
     assert not torch.allclose(found[0], found[1], atol=1e-2 * float(expected.abs().max()))
     with torch.no_grad():
-        assert (policy.decode(found) - drawn("pt")).abs().max() < 5e-3
+        assert (policy.decode(found) - sampled("pt")).abs().max() < 5e-3
 
 
 def lcm_lora(folder: Path, name: str = "sd_1_5") -> Path:

@@ -84,12 +84,12 @@ ACME = """
 
     @hookimpl
     def register_rewards(register):
-        register("acme_red", "acme.parts:Red", "How red an image is")
-        register("acme_blue", "acme.parts:Blue", "How blue an image is")
+        register("acme_red", "acme.parts:Red", "Redness of an image")
+        register("acme_blue", "acme.parts:Blue", "Blueness of an image")
 
     @hookimpl
     def register_samplers(register):
-        register("acme_walk", "acme.parts:Walk", "A walk")
+        register("acme_sampler", "acme.parts:Paced", "A sampler")
         register("acme_jump", "acme.parts:Jump", "A jump")
 
     @hookimpl
@@ -134,7 +134,7 @@ PARTS = '''
         """Acme's plain method (Acme et al. 2026)."""
 
         clip: float = 0.2
-        """How far a step may go,
+        """Largest size of a step,
         in units of the ratio."""
         mode: Literal["hard", "soft"] = "hard"
         """Strictness of the answers."""
@@ -172,7 +172,7 @@ PARTS = '''
 
 
     @dataclass
-    class Walk(Sampler):
+    class Paced(Sampler):
         pace: float = 1.0
 
         def grid(self, policy): ...
@@ -180,7 +180,7 @@ PARTS = '''
 
 
     @dataclass
-    class Jump(Walk):
+    class Jump(Paced):
         height: float = 2.0
 
 
@@ -199,7 +199,7 @@ PARTS = '''
         """Pulls the policy back."""
 
         strength: float = 1.0
-        """How hard it pulls."""
+        """Strength of the pull."""
 
         def loss(self, rows, predictions, ctx): ...
 
@@ -243,7 +243,7 @@ MODELS = """
             path="acme/model",
             teacher="acme/teacher",
             defaults={
-                "sampler": {"name": "acme_walk", "num_steps": 3, "pace": 0.5},
+                "sampler": {"name": "acme_sampler", "num_steps": 3, "pace": 0.5},
                 "reward": [{"name": "acme_blue", "judge": "embedded"}],
                 "train": {"updates": 50, "learning_rate": 1e-3},
                 "regulariser": {"acme_pull": {"strength": 3.0}},

@@ -182,13 +182,12 @@ class _Loader:
 
     def _listed(self, section: str) -> Iterator[Any]:
         """Yield the configs of the plugins in a section that is a list."""
-        twice = "list it once, with the sum of the weights"
-        for entry, name, values in self.layers.listed(section, f"one of this run's {section}s", twice):
+        for entry, name, values in self.layers.listed(section, f"one of this run's {section}s", "add up the weights"):
             if config := self._check_plugin(section, name, values, entry):
                 yield config
 
     def _held_out(self, trained: Mapping[str, RewardConfig]) -> Iterator[dict[str, Any]]:
-        """Yield tables with every field; of a reward that is also trained on the name alone, since its fields are there."""
+        """Yield tables with every field; for a reward that is also trained on, the name alone."""
         section = "evaluate.rewards"
         for entry, name, values in self.layers.listed(section, f"in {section}", "remove one of them"):
             if name in trained and not values:
@@ -198,7 +197,7 @@ class _Loader:
             elif config and config.fields == trained[name].fields:
                 yield {"name": name}
             elif config:
-                text = f"{name} is trained on with other settings, and a run has a reward once; leave the settings out here"
+                text = f"{name} is trained on with other settings, and a run has it once; leave the settings out here"
                 self.layers.problem(section, "name", text, entry)
 
     def _surrogate(self, algorithm: PluginConfig | None) -> Any:
@@ -275,7 +274,7 @@ class _Loader:
         return nearest(key, types) or nearest(f"{section}.{key}", elsewhere.values())
 
     def _resolve(self, section: str, key: str, value: Any) -> Any:
-        """Return a path as absolute: from the folder of the run file if it exists there, else from the working directory."""
+        """Make a path absolute: from the folder of the run file if it exists there, else from the working directory."""
         if f"{section}.{key}" not in PATHS or not value or re.fullmatch(r"[A-Za-z_][\w.]*:\w+|datasets:.+", value):
             return value
         if section == "model" and any(row.kind == "model" for row in self.registry.named(value)):

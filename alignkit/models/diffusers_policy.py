@@ -238,7 +238,7 @@ class DiffusersPolicy(Policy):
         return with_text + diffusion.columns(guidance, x) * (with_text - without)
 
     def _without_text(self, count: int) -> Prompt:
-        """Return the unconditional prompt of guidance: the empty text, or zeros where the pipeline was trained so (SDXL)."""
+        """Return the unconditional prompt: the empty text, or zeros for a pipeline that was trained so (SDXL)."""
         if self._null is None:
             null = self.encode([""])
             if self.pipe.config.get("force_zeros_for_empty_prompt"):

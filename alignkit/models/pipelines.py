@@ -117,7 +117,7 @@ def with_guidance(unet: UNet2DConditionModel, width: int) -> UNet2DConditionMode
     """
     if unet.config.time_cond_proj_dim:
         raise ConfigError(
-            f"model.guidance_embedding: found {width} for a network that already takes the guidance as an input, expected 0"
+            f"model.guidance_embedding: found {width} for a network that takes the guidance already, expected 0"
         )
     wide = UNet2DConditionModel.from_config(unet.config, time_cond_proj_dim=width).to(unet.device, unet.dtype)
     wide.load_state_dict(unet.state_dict(), strict=False)

@@ -88,11 +88,11 @@ def _the_loss_is_a_mean(surrogate: Surrogate, winner: Tensor, loser: Tensor, pro
         whole = surrogate.loss(winner, loser, prompt)
         rows = [torch.tensor([i]) for i in range(len(winner))]
         each = [surrogate.loss(winner[r], loser[r], prompt.select(r)) for r in rows]
-        same(torch.stack(each).mean(), whole, "the loss of all pairs and the mean of the losses of single pairs")
+        same(torch.stack(each).mean(), whole, "the loss of all pairs and the mean over single pairs")
         swapped = surrogate.loss(loser, winner, prompt)
         expect(
             bool(swapped > whole),
-            f"pairs with winner and loser exchanged: found loss {float(swapped):.4g}, expected above {float(whole):.4g}",
+            f"pairs with winner and loser swapped: found loss {float(swapped):.4g}, expected above {float(whole):.4g}",
         )
         all_finite(surrogate.loss(winner, winner, prompt), "the loss of pairs whose latents are equal")
 

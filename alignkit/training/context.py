@@ -106,9 +106,7 @@ class TrainContext(Context):
 
     def _require_rewards(self) -> None:
         if not self._rewards.names:
-            raise PluginError(
-                "the algorithm requests scores although its uses_rewards is False, so the run has no reward; set it to True"
-            )
+            raise PluginError("the algorithm requests scores, but its uses_rewards is False, so the run has no reward")
 
     def differentiable_score(self, latents: Tensor, examples: Sequence[Example], log: bool = False) -> Scores:
         self._require_rewards()

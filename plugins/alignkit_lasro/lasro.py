@@ -75,7 +75,7 @@ class LaSRO(Algorithm[Collected, States]):
     pairs_per_update: int = 64
     """Largest number of pairs in one surrogate update."""
     percentile: float = 0.95
-    """Share of surrogate scores below the level at which the reward term stops to pull (Eq. 13)."""
+    """Share of surrogate scores below the level at which the gradient of the reward term is cut off (Eq. 13)."""
     tracker_decay: float = 0.99
     """Decay of the running mean and percentile of the surrogate's scores (Eq. 12)."""
     gradient_of: Literal["surrogate", "reward"] = "surrogate"
@@ -130,7 +130,7 @@ class LaSRO(Algorithm[Collected, States]):
         states, scored = self.sample(batch, ctx)
         log_rewards(scored, self.own_samples, ctx)
         if self.gradient_of == "surrogate":
-            self._watch(*log_agreement(scored, prompt, self.own_samples, ctx), ctx)
+            self._warn_of_ranking(*log_agreement(scored, prompt, self.own_samples, ctx), ctx)
         return Collected(states if self.states_from == "rollout" else self._noised(batch, ctx), scored, prompt)
 
     def sample(self, batch: Batch, ctx: Context) -> tuple[States, Scored]:
@@ -151,8 +151,8 @@ class LaSRO(Algorithm[Collected, States]):
         x, time = self._distillation.noised(ctx.policy, noised)
         return States(x, torch.zeros_like(time), captions, ctx.policy.denoise(x, time, captions), time)
 
-    def _watch(self, opinionated: bool, correlation: float | None, ctx: Context) -> None:
-        """Warn of a surrogate that ranks no samples, or fresh ones otherwise than the reward does."""
+    def _warn_of_ranking(self, opinionated: bool, correlation: float | None, ctx: Context) -> None:
+        """Warn of a surrogate that ranks no samples, or ranks fresh ones unlike the reward."""
         if not opinionated and not self.surrogate_steps and not ctx.warming_up:
             ctx.warn(
                 "the surrogate gives all samples the same score, so there is nothing to follow, and with "

@@ -26,7 +26,7 @@ class Memory:
         self._size, self._own, self._samples = size, own, samples
 
     def add(self, scored: Scored, texts: list[str]) -> None:
-        """Keep a round with its texts, and let go of the oldest."""
+        """Add a round with its texts, and drop the oldest."""
         scored = scored.to("cpu")
         self.rounds = [*self.rounds, (scored, texts)][-self._size :]
         if self._own < self._samples:
@@ -35,8 +35,8 @@ class Memory:
     def sample(self, choice: PairChoice, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, list[str]]:
         """Return winners (N, *S), losers and their texts of about `size` pairs, the newest round always among them.
 
-        Half of them are of policy and model before training, where there are such: few of those differ in reward, so
-        that among all others they would hardly be seen.
+        Half of them compare the policy with the model before training, if there are such pairs: few of those differ in
+        reward, so they would be rare among all others.
         """
         parts = [self.rounds, self.changes] if self.changes else [self.rounds]
         found = [mixed(rounds, choice, size // len(parts), generator) for rounds in parts]

@@ -1,4 +1,4 @@
-"""The bundles. Each setting is the paper's or its code's, named where it stands; what no source states is left to the
+"""The bundles. Each setting is that of the paper or code named next to it; settings that no source states keep the
 defaults of the method."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 Settings = dict[str, Any]
 
-# Memory alone, with caution: raise them where there is room.
+# These cost memory alone, and are cautious: raise them on large devices.
 _of_512: Settings = {"train": {"rows_per_pass": 8}, "evaluate": {"batch_size": 8}}
 _of_1024: Settings = {"train": {"rows_per_pass": 2}, "evaluate": {"batch_size": 2}}
 
@@ -39,8 +39,8 @@ def _train(learning_rate: float, weight_decay: float = 0.0, **fields: Any) -> Se
 
 
 def _round(prompts: int, rows: int, updates: int = 0, **fields: Any) -> Settings:
-    """Prompts of a round, rows of an update, fields of the method; and a length, over which ten times are saved and
-    measured."""
+    """Return prompts of a round, rows of an update and fields of the method; with `updates`, also the run's length,
+    with ten checkpoints and ten evaluations."""
     tenth: Settings = {}
     if updates:
         tenth = {"train": {"updates": updates, "checkpoint_every": updates // 10}}
@@ -51,21 +51,21 @@ def _round(prompts: int, rows: int, updates: int = 0, **fields: Any) -> Settings
 # Methods
 
 # LaSRO (2411.15247) trains two steps; a model that was distilled by a discriminator has no distillation loss, and is
-# noised again in full so that y depends on the policy through its clean latent alone. Its learning rate is smaller, the
-# paper says; how much is not printed.
+# noised again in full so that y depends on the policy through its clean latent alone. The paper states that the
+# learning rate is smaller then, but not by how much.
 _lasro_lcm = _sampler("lcm", 2)
 _lasro_turbo_loss: Settings = {"regulariser": [], "train": {"learning_rate": 3e-5}}
 _lasro_turbo = _with(_sampler("renoise", 2), _lasro_turbo_loss)
 _vega: Settings = {"surrogate": {"name": "latent_unet", "backbone": "segmind/Segmind-Vega"}}
 # The policy-gradient methods of RLCM (2404.03673, its code for the aesthetic reward): 8 steps, Adam without decay, LoRA
-# of rank 8. Of a round's 8 prompts (on each GPU; how many those were is not said) all is one update: a walk each of 7
-# steps with a likelihood, or a pair of walks. DDPO clips advantages at 10; REBEL clips no gradient.
+# of rank 8. A round of 8 prompts (on each GPU; the number of GPUs is not stated) is one update: for each prompt a
+# trajectory with 7 stochastic steps, or a pair of trajectories. DDPO clips advantages at 10; REBEL clips no gradient.
 _rlcm = _with(
     _sampler("lcm", 8), _train(1e-4, max_grad_norm=5.0), {"model": {"lora_rank": 8}},
     {"evaluate": {"steps": [1, 2, 4, 8]}},
 )  # fmt: skip
 _rlcm_ddpo = _with(_rlcm, _round(8, 8 * 7, updates=1000, samples=1, advantage_clip=10.0))
-# For the size of the file: 4 prompts, all of them an update.
+# For the rewards of file size: 4 prompts, all of them in one update.
 _rlcm_size: Settings = {
     "data": {"batch_size": 4},
     "train": {"rows_per_update": 4 * 7},
@@ -73,10 +73,10 @@ _rlcm_size: Settings = {
 }
 _unclipped: Settings = {"train": {"max_grad_norm": float("inf")}}
 _rlcm_rebel = _with(_rlcm, _round(8, 8, updates=1000, pairs=1), _unclipped)
-# SDPO on consistency models (2411.11727, 4.4) has RLCM's walk and REBEL's rates and batches.
+# SDPO on consistency models (2411.11727, 4.4) has RLCM's sampler and REBEL's rates and batches.
 _rlcm_sdpo = _with(_rlcm, _round(8, 8, pairs=1), _unclipped)
-# SDPO (2411.11727, Table 2 and its code, for the aesthetic reward) trains 50 steps and is read at few; so do the rivals
-# it is compared with. 128 pairs a round, in two updates of each step.
+# SDPO (2411.11727, Table 2 and its code, for the aesthetic reward) trains 50 steps and is evaluated at few, like the
+# methods it is compared with. 128 pairs a round, in two updates of each step.
 _of_50_steps = _with(
     _sampler("ddim", 50, eta=1.0), _train(1e-4, 1e-4), {"model": {"lora_rank": 4}},
     {"evaluate": {"steps": [1, 2, 4, 8, 50]}},
@@ -89,23 +89,23 @@ _sdpo_rewards = {
     "sdpo/hpsv2": _sdpo_of_people,
     "sdpo/pickscore": _train(6e-5, 1e-4),
 }
-# PSO (2410.03190, its code for SDXL-Turbo): 16 pairs a round, 8 an update, each with 3 steps that have a likelihood.
+# PSO (2410.03190, its code for SDXL-Turbo): 16 pairs a round, 8 an update, each with 3 stochastic steps.
 _pso = _with(
     _sampler("euler_ancestral", 4, eta=1.0), _train(1e-5, 1e-6), {"model": {"lora_rank": 32}},
     _round(16, 8 * 3, pairs=1),
 )  # fmt: skip
-# As LaSRO compares with it (2411.15247, appendix D): two steps, of which the first has a likelihood.
+# As in LaSRO's comparison with PSO (2411.15247, appendix D): two steps, of which the first is stochastic.
 _pso_lcm = _with(_pso, _sampler("lcm", 2), _round(16, 8, pairs=1))
-# GORS-LCM (the same) draws two steps.
+# GORS-LCM (the same appendix) samples with two steps.
 _gors_lcm = _sampler("lcm", 2)
 # Latent consistency distillation (diffusers' script for LCM-LoRA).
 _lcd = _with(_train(1e-4, 1e-2), {"model": {"lora_rank": 64}})
-# RG-LCD (2403.11027, its code): the whole UNet, small steps; the proxy's rate is that behind its pre-training.
+# RG-LCD (2403.11027, its code): the whole UNet, small steps; the proxy's rate is the one after its pre-training.
 _rg_lcd = _with(
     _train(1e-6, updates=10_000, rows_per_update=40, ema_decay=0.95, checkpoint_every=1000),
     {"model": {"lora_rank": 0}, "surrogate": {"learning_rate": 3.3e-6, "weight_decay": 0.0}},
 )
-# Its scores are cosines, without the scale that pickscore learned. It follows ImageReward up to 2.
+# RG-LCD's scores are cosines, without the scale that pickscore learned. ImageReward is capped at 2.
 _rg_lcd_rewards: dict[str, Settings] = {
     "rg_lcd/clip_score": {"algorithm": {"beta": 5.0}},
     "rg_lcd/pickscore": {"algorithm": {"beta": 5.0}, "reward": [{"name": "pickscore", "variant": "cosine"}]},
@@ -115,7 +115,7 @@ _rg_lcd_rewards: dict[str, Settings] = {
 # SDXL over 200.
 _dpo = _with(_train(2.05e-5, 1e-2, updates=2000, rows_per_update=2048, warmup=500), {"model": {"lora_rank": 0}})
 _dpo_of_sdxl = _with(_dpo, {"train": {"warmup": 200}})
-# Its launcher for SDXL-Turbo.
+# Diffusion-DPO's launcher for SDXL-Turbo.
 _dpo_turbo: Settings = {"algorithm": {"grid_steps": 4, "zero_terminal_snr": True}}
 
 
@@ -135,10 +135,11 @@ def _lcm_methods(*extra: Settings) -> dict[str, Settings]:
     }
 
 
-def _with_likelihoods(walk: Settings) -> dict[str, Settings]:
-    """For the methods that learn from likelihoods, on a model that is drawn without chance. No source has them there;
-    rates and batches are left to the run."""
-    return dict.fromkeys(("ddpo", "sdpo", "rebel", "d3po", "pso"), walk)
+def _with_likelihoods(sampler: Settings) -> dict[str, Settings]:
+    """Return settings of the methods that learn from likelihoods, for a model whose usual sampler is deterministic.
+
+    They name a stochastic sampler only: no source has rates and batches for these models."""
+    return dict.fromkeys(("ddpo", "sdpo", "rebel", "d3po", "pso"), sampler)
 
 
 # Distilled by a discriminator: epsilon, trailing times, no guidance, no teacher to distil from.
@@ -177,7 +178,7 @@ def sdxl_turbo() -> ModelBundle:
 
 
 def sdxl_lightning() -> ModelBundle:
-    """Its UNets serve one number of steps each; for another, set model.unet and sampler.num_steps."""
+    """Return the bundle of the UNet for 4 steps; for another number set model.unet and sampler.num_steps."""
     unet = {"unet": "ByteDance/SDXL-Lightning/sdxl_lightning_4step_unet.safetensors", **_turbo["model"]}
     four = {"algorithm": {"step_weights": [1.0, 1.0, 1.0, 1.0]}}
     return ModelBundle(
@@ -187,13 +188,13 @@ def sdxl_lightning() -> ModelBundle:
         | {
             "lasro": _with(_sampler("renoise", 4), _lasro_turbo_loss, four, _vega),
             "pso": _pso,
-            # No source has it; the model knows the times of its four steps.
+            # No source has this; the model was trained at the times of its four steps.
             "diffusion_dpo": {"algorithm": {"grid_steps": 4}},
         },
     )
 
 
-# Latent consistency models. diffusers' script for SDXL draws the guidance from 3 on.
+# Latent consistency models. diffusers' script for SDXL samples w from 3, a guidance_scale of 4.
 
 _lcd_of_sdxl = {"lcd": _with(_lcd, {"algorithm": {"guidance_scale_min": 4.0}})}
 
@@ -212,7 +213,7 @@ def sdxl_lcm() -> ModelBundle:
 
 
 def ssd_1b_lcm() -> ModelBundle:
-    """The model of LaSRO's tables, as far as it is published."""
+    """Return the bundle of the model in LaSRO's tables, as far as it is published."""
     return _sdxl_lcm("segmind/SSD-1B", "latent-consistency/lcm-ssd-1b")
 
 
@@ -250,13 +251,15 @@ def _lcm_lora(path: str, adapter: str, memory: Settings, *lasro: Settings) -> Mo
 
 
 def sd_1_5() -> ModelBundle:
-    """As DDPO and D3PO walk it: 50 and 20 steps with noise, guidance_scale 5. DDPO (its code for eight GPUs and the
-    compressibility): 256 walks a round, 64 an update, all steps of each; for the aesthetic reward 128 an update, and a
-    longer memory of each prompt. D3PO (its code): 20 pairs a round, all steps of one an update."""
-    walk = _sampler("ddim", 50, eta=1.0, spacing="leading")
+    """Return the bundle with the samplers of DDPO and D3PO: 50 and 20 stochastic steps, guidance_scale 5.
+
+    DDPO (its code for eight GPUs and compressibility): 256 trajectories a round, 64 an update, all steps of each; for
+    the aesthetic reward 128 an update, and more kept rewards of each prompt. D3PO (its code): 20 pairs a round, an
+    update on all steps of each pair."""
+    sampler = _sampler("ddim", 50, eta=1.0, spacing="leading")
     return ModelBundle(
         path=SD,
-        defaults=_with(_of_512, walk, {"model": {"guidance_scale": 5.0}, "evaluate": {"steps": [20, 50]}}),
+        defaults=_with(_of_512, sampler, {"model": {"guidance_scale": 5.0}, "evaluate": {"steps": [20, 50]}}),
         algorithm_defaults={
             "ddpo": _with(
                 _train(3e-4, 1e-4),
@@ -275,10 +278,10 @@ def sd_1_5() -> ModelBundle:
 
 
 def sdxl() -> ModelBundle:
-    walk = _sampler("euler_ancestral", 30, eta=0.0, spacing="leading")
+    sampler = _sampler("euler_ancestral", 30, eta=0.0, spacing="leading")
     return ModelBundle(
         path=SDXL,
-        defaults=_with(_of_1024, walk, {"model": {"guidance_scale": 5.0}, "evaluate": {"steps": [30]}}),
+        defaults=_with(_of_1024, sampler, {"model": {"guidance_scale": 5.0}, "evaluate": {"steps": [30]}}),
         algorithm_defaults=_with_likelihoods(_sampler("ddim", 50, eta=1.0, spacing="leading"))
         | {"diffusion_dpo": _dpo_of_sdxl},
     )

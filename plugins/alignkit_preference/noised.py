@@ -106,7 +106,7 @@ def metrics(now: Tensor, before: Tensor) -> dict[str, Tensor]:
     gain = margin(now, before)
     return {
         "margin": gain.mean(),
-        # Where nothing has moved yet neither side is preferred.
+        # Equal gains, as before the first update, prefer neither side.
         "implicit_accuracy": ((gain > 0).float() + 0.5 * (gain == 0)).mean(),
         "winner_error": now[:, 0].mean(),
         "loser_error": now[:, 1].mean(),

@@ -210,7 +210,7 @@ def yes_no(tokenizer: Any) -> list[int]:
     ids = [tokenizer(word, add_special_tokens=False).input_ids for word in ("yes", "no")]
     if any(len(some) != 1 or some[0] == tokenizer.unk_token_id for some in ids):
         raise ConfigError(
-            f"attribute_binding: the judge's tokenizer turns yes and no into {ids}, expected one token each"
+            f"attribute_binding: the VQA model's tokenizer turns yes and no into {ids}, expected one token each"
         )
     return [some[0] for some in ids]
 

@@ -56,7 +56,7 @@ class Endpoint:
     key_field: str
     """The field of the reward that names the environment variable with the bearer token."""
     key_env: str
-    """That variable; empty for no token."""
+    """Name of that variable; empty for no token."""
     concurrency: int
     timeout: float
     """Seconds to wait for an answer, and after which a request is not retried."""

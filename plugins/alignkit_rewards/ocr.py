@@ -1,8 +1,8 @@
-"""Text rendering: compare the text that an OCR model reads in the image with the text that the prompt asks for.
+"""Text rendering: compare the text that an OCR model reads in the image with the text that the prompt names.
 
 The text rendering reward of Flow-GRPO (Liu et al., 2505.05470): one minus the edit distance between target text and
 recognised text, relative to the length of the target. The OCR model is GOT-OCR2, which takes a whole image and needs no
-package besides transformers; Flow-GRPO uses PaddleOCR.
+package other than transformers; Flow-GRPO uses PaddleOCR.
 """
 
 from __future__ import annotations

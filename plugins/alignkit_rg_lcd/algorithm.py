@@ -94,8 +94,8 @@ class RGLCD(Algorithm[Collected, Noised]):
     huber_c: float = 1e-3
     """Difference at which the pseudo-Huber distance turns from quadratic to linear."""
     distance: Distance = "huber"
-    """Between prediction and target: pseudo-Huber, as in the LCM paper, or l2, the square, the default of diffusers'
-    script."""
+    """Distance between prediction and target: pseudo-Huber, as in the LCM paper, or l2, the square, the default of
+    diffusers' script."""
 
     def __post_init__(self) -> None:
         for name, low in (("beta", 0), ("proxy_rows", 1), ("pretraining", 0)):

@@ -127,7 +127,7 @@ class LRM(Surrogate):
     def _features(self, latents: Tensor, prompt: Prompt, learning: set[str] | None) -> tuple[Tensor, Tensor]:
         """Return the features of latents and of their texts, (N, E) both; only weights in `learning` get a gradient."""
         if not prompt.text_table:
-            raise ValueError("lrm reads texts, and this prompt holds none: Policy.encode must fill in text_table")
+            raise ValueError("lrm reads texts, and this prompt has none: Policy.encode must fill in text_table")
         used, place = prompt.index.unique(return_inverse=True)
         texts = [prompt.text_table[i] for i in used.tolist()]
         tokens = self._tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids

@@ -29,18 +29,20 @@ _unflipped: dict[str, Any] = {"algorithm": {"flip": False}}
 _often: dict[str, Any] = {"pairs": "random", "replay": 64}
 
 
-def _walk(name: str, num_steps: int, read_at: list[int], **fields: Any) -> dict[str, Any]:
+def _sampler(name: str, num_steps: int, read_at: list[int], **fields: Any) -> dict[str, Any]:
     """Return the settings of the training sampler, and the numbers of steps to evaluate at."""
     return {"sampler": {"name": name, "num_steps": num_steps, **fields}, "evaluate": {"steps": read_at}}
 
 
-def _likelihoods(walk: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _likelihoods(sampler: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the defaults of the methods that train on the likelihood of steps, with this sampler."""
     # The papers use few prompts, which recur. Here a reward is normalised by the four that its prompt gets in a round.
     own = {"min_count": 4}
     # The papers' clip ranges are for latents of 16384 numbers; with 256 numbers the mean varies eight times as much.
     clip = {"algorithm": {"clip_range": 1e-3, **own}}
-    return {"ddpo": walk | clip, "sdpo": walk | clip, "rebel": walk | {"algorithm": own}, "d3po": walk, "pso": walk}
+    clipped = sampler | clip
+    rebel = sampler | {"algorithm": own}
+    return {"ddpo": clipped, "sdpo": clipped, "rebel": rebel, "d3po": sampler, "pso": sampler}
 
 
 def shapes_lcm() -> ModelBundle:
@@ -99,7 +101,7 @@ def shapes_lcm() -> ModelBundle:
             "lcd": {"algorithm": guidance},
             "rg_lcd": rg_lcd,
             "gors_lcm": {"algorithm": guidance},
-            **_likelihoods(_walk("lcm", 4, [1, 2, 4])),
+            **_likelihoods(_sampler("lcm", 4, [1, 2, 4])),
             "diffusion_dpo": _unflipped,
         },
     )
@@ -119,10 +121,10 @@ def shapes_turbo() -> ModelBundle:
             **_data,
         },
         algorithm_defaults={
-            **_likelihoods(_walk("ddim", 8, [1, 2, 4, 8], eta=1.0)),
-            "pso": _walk("euler_ancestral", 4, [1, 2, 4], eta=1.0),
+            **_likelihoods(_sampler("ddim", 8, [1, 2, 4, 8], eta=1.0)),
+            "pso": _sampler("euler_ancestral", 4, [1, 2, 4], eta=1.0),
             "lasro": {
-                **_walk("renoise", 2, [1, 2, 4]),
+                **_sampler("renoise", 2, [1, 2, 4]),
                 "algorithm": _often,
                 "regulariser": [],
                 "train": {"learning_rate": 3e-5},  # as in the bundles of other models that were distilled like this
@@ -142,5 +144,5 @@ def shapes_teacher() -> ModelBundle:
             **_data,
             "evaluate": {**_data["evaluate"], "steps": [25]},
         },
-        algorithm_defaults={**_likelihoods(_walk("ddim", 25, [25], eta=1.0)), "diffusion_dpo": _unflipped},
+        algorithm_defaults={**_likelihoods(_sampler("ddim", 25, [25], eta=1.0)), "diffusion_dpo": _unflipped},
     )

@@ -95,7 +95,7 @@ def test_the_embedding_of_the_guidance_is_that_of_diffusers() -> None:
 
 
 def test_neighbouring_levels_compose() -> None:
-    """Of the DDPM chain: alpha_t / alpha_s is the product over the steps between, so the variances of eta 1 are below
+    """In the DDPM chain alpha_t / alpha_s is the product over the steps between, so the variances of eta 1 are below
     those of the forward process and grow with the length of the step."""
     stds = [float(diffusion.ddim_std(*at(999), *at(t), eta=1.0)) for t in (989, 979, 959, 919)]
     assert all(shorter < longer for shorter, longer in pairwise(stds))

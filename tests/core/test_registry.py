@@ -45,7 +45,7 @@ def test_a_dash_in_a_name_is_an_underscore(acme: Any) -> None:
 
 
 def test_a_name_resolves_to_its_class(acme: Any) -> None:
-    assert issubclass(acme.registry().get("sampler", "acme_walk"), Sampler)
+    assert issubclass(acme.registry().get("sampler", "acme_sampler"), Sampler)
 
 
 @pytest.mark.parametrize(("name", "path"), [("acme_model", "acme/model"), ("acme_bare", "acme/bare")])
@@ -63,7 +63,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_and_the_command_that_lists_
 
 def test_a_name_of_another_kind_is_reported_as_such(acme: Any) -> None:
     with pytest.raises(AlignkitError, match="there is a sampler of this name"):
-        acme.registry().get("reward", "acme_walk")
+        acme.registry().get("reward", "acme_sampler")
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_broken_plugin_is_a_row_with_its_reason_and_the_others_work(acme: Any,
     (row,) = [row for row in registry.components("sampler") if row.broken]
     assert (row.kind, row.name, row.distribution) == ("plugin", "shaky", "shaky")
     assert reason in row.broken and "\n" not in row.broken
-    assert registry.get("sampler", "acme_walk")
+    assert registry.get("sampler", "acme_sampler")
     with pytest.raises(AlignkitError, match=r"plugin shaky of shaky 1\.0 is broken"):
         registry.get("reward", "nothing_like_it")
 

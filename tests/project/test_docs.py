@@ -1,4 +1,4 @@
-"""What the docs say to type can be typed, what they show is as it is, and every link leads somewhere."""
+"""Commands in the docs can be run, listings in them are true, and every link leads somewhere."""
 
 from __future__ import annotations
 

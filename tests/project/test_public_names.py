@@ -32,7 +32,7 @@ SOURCES = dict(sources())
 
 
 def private(source: str) -> list[str]:
-    """What a source imports of alignkit that is not public."""
+    """Yield the imports from alignkit that are not public."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

@@ -31,7 +31,7 @@ def run(*arguments: str) -> Result:
 
 
 class FakeRun:
-    """Stand in for alignkit.runs.run.Run, which other tests cover; count what the command line asks of it."""
+    """Stand in for alignkit.runs.run.Run, which other tests cover; count the calls of the command line."""
 
     folder = Path("runs/first")
     config = SimpleNamespace(

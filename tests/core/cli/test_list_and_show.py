@@ -35,8 +35,8 @@ def test_list_names_the_origin_of_what_alignkit_does_not_bring(acme: Any) -> Non
     assert result.exit_code == 0
     heading, *lines = result.stdout.splitlines()
     assert heading == "samplers"
-    (walk,) = [line for line in lines if "acme_walk" in line]
-    assert re.fullmatch(r"  acme_walk +A walk  \(acme 2\.5\)", walk)
+    (shown,) = [line for line in lines if "acme_sampler" in line]
+    assert re.fullmatch(r"  acme_sampler +A sampler  \(acme 2\.5\)", shown)
     assert not any("alignkit" in line for line in lines) and "acme_red" not in result.stdout
 
 
@@ -74,7 +74,7 @@ def test_list_as_json_is_json(acme: Any) -> None:
 def test_list_shows_a_broken_plugin_with_its_whole_reason(acme: Any) -> None:
     acme.install("shaky", "import a_module_that_is_missing")
     result = run("list")
-    assert result.exit_code == 0 and "acme_walk" in result.stdout
+    assert result.exit_code == 0 and "acme_sampler" in result.stdout
     reason = result.stdout.partition("\nbroken plugins\n")[2]
     assert " ".join(reason.split()) == (
         "shaky ModuleNotFoundError: No module named 'a_module_that_is_missing' (shaky 1.0)"
@@ -120,7 +120,7 @@ def test_show_prints_every_paragraph_of_a_docstring_and_the_whole_doc_of_a_field
 
             pace: float = 1.0
             """Speed of each step. Not in the paper: Acme's own addition, which makes
-            long walks shorter."""
+            long rollouts shorter."""
 
             def grid(self, policy): ...
             def transition(self, policy, x, k, prompt): ...
@@ -129,7 +129,7 @@ def test_show_prints_every_paragraph_of_a_docstring_and_the_whole_doc_of_a_field
     stdout = run("show", "long").stdout
     for part in ("First line.\n", "\nSecond paragraph, of two lines.\n", "\nAdditions, not in the paper: pace.\n"):
         assert part in stdout
-    doc = "Speed of each step. Not in the paper: Acme's own addition, which makes long walks shorter."
+    doc = "Speed of each step. Not in the paper: Acme's own addition, which makes long rollouts shorter."
     assert doc in " ".join(stdout.split())
 
 
@@ -145,8 +145,8 @@ def test_show_knows_models_and_sections(acme: Any) -> None:
 
 
 def test_show_of_an_unknown_name_names_the_nearest(acme: Any) -> None:
-    result = run("show", "acme_wlak")
-    assert result.exit_code == 1 and "did you mean acme_walk?" in result.stderr
+    result = run("show", "acme_smapler")
+    assert result.exit_code == 1 and "did you mean acme_sampler?" in result.stderr
 
 
 def changed(*arguments: str) -> list[str]:
@@ -169,7 +169,7 @@ def test_show_states_the_reward_or_the_algorithms_that_a_setting_is_limited_to(a
         "  train.updates = 70  (default 200)",
         "  train.learning_rate = 0.0005  (default 0.0001; with acme_red as the only reward)",
     ]
-    assert changed("acme_walk", "--model", "acme_model") == [
+    assert changed("acme_sampler", "--model", "acme_model") == [
         "  num_steps = 3  (default 2)", "  pace = 0.5  (default 1.0)",
     ]  # fmt: skip
     assert changed("acme_blue", "--model", "acme_model") == ['  judge = "embedded"  (default "public")']

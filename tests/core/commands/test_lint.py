@@ -86,7 +86,7 @@ def test_lint_reports_broken_and_repeated_prompts(tmp_path: Path) -> None:
     count, findings = lint(file, "attribute_binding")
     assert count == 2
     assert [(f.problem, f.number, f.prompt) for f in findings] == [("broken", 0, ""), ("repeated", 2, "a  red cup")]
-    assert "line 2" in findings[0].why and findings[1].why == "prompt 1 again"
+    assert "line 2" in findings[0].why and findings[1].why == "same text as prompt 1"
 
 
 def test_with_load_words_that_the_reward_does_not_know_are_reported(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_the_command_exits_with_1_where_a_prompt_cannot_be_scored(tmp_path: Path
     clean = run("lint", "attributes", "--reward", "attribute_binding")
     assert clean.exit_code == 0 and clean.stdout == "attributes: 300 prompts, 0 problems\n"
     repeated = run("lint", write(tmp_path / "p.txt", "a red cup", "a red cup"), "--reward", "attribute_binding")
-    assert repeated.exit_code == 0 and "repeated prompt 2: a red cup\n  prompt 1 again\n" in repeated.stdout
+    assert repeated.exit_code == 0 and "repeated prompt 2: a red cup\n  same text as prompt 1\n" in repeated.stdout
     refused = run("lint", "animals", "--reward", "ocr", "--json")
     assert refused.exit_code == 1
     report = json.loads(refused.stdout)
@@ -160,7 +160,7 @@ def test_phrases_are_the_questions_of_the_reward(tmp_path: Path) -> None:
 
 
 def test_a_reward_without_questions_is_an_error_and_a_missing_file_is_not_taken_as_a_prompt() -> None:
-    with pytest.raises(ConfigError, match="reward clip_score: asks no questions; it reads prompts as they are"):
+    with pytest.raises(ConfigError, match="reward clip_score: has no questions to show; it reads prompts as they are"):
         questions("a cat", "clip_score")
     with pytest.raises(ConfigError, match=r"missing\.txt cannot be read"):
         questions("missing.txt", "attribute_binding")

@@ -1,4 +1,4 @@
-"""Which policy class serves a checkpoint."""
+"""The policy class that serves a checkpoint."""
 
 from __future__ import annotations
 

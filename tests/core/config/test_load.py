@@ -1,4 +1,4 @@
-"""Run files: what is a mistake and how it is told, where paths lead, and what is written down."""
+"""Run files: mistakes and their messages, the resolution of paths, and the file that is written."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def problems(load_acme: Any, text: str | None, overrides: dict[str, Any] | None 
 # Mistakes
 
 
-def test_every_mistake_is_told_with_its_file_and_line(load_acme: Any) -> None:
+def test_every_mistake_is_reported_with_its_file_and_line(load_acme: Any) -> None:
     text = """
 [model]
 name = "acme_model"
@@ -148,7 +148,7 @@ def test_mistakes_in_a_regulariser_are_reported_with_their_line_or_the_model(acm
     acme.install(
         "odd",
         "from alignkit import hookimpl\n@hookimpl\ndef register_models(register): register('odd', 'odd.m:ODD', '')",
-        m="from alignkit import ModelBundle as M\nODD = M('odd/odd', defaults={'sampler': {'name': 'acme_walk'},"
+        m="from alignkit import ModelBundle as M\nODD = M('odd/odd', defaults={'sampler': {'name': 'acme_sampler'},"
         "'reward': ['acme_red'], 'regulariser': {'acme_pull': {'strength': 'x'}}})",
     )
     settings = {"model.name": "odd", "algorithm.name": "acme_plain"}
@@ -180,7 +180,7 @@ def test_a_run_file_may_begin_with_a_byte_order_mark(load_acme: Any) -> None:
     assert load_acme('\ufeffseed = 3\n[model]\nname = "acme_model"\n[algorithm]\nname = "acme_plain"\n').seed == 3
 
 
-def test_several_bounds_of_one_section_are_told_together(load_acme: Any) -> None:
+def test_several_bounds_of_one_section_are_reported_together(load_acme: Any) -> None:
     assert len(problems(load_acme, None, MODEL | {"train.updates": -1, "train.ema_decay": 2.0})) == 2
 
 
@@ -190,7 +190,7 @@ def test_several_bounds_of_one_section_are_told_together(load_acme: Any) -> None
         ({"algorithm.name": "acme_stps"}, "algorithm.name: unknown algorithm 'acme_stps'; did you mean acme_steps?"),
         ({"sampler.name": "acme_red"}, "sampler.name: unknown sampler 'acme_red' (there is a reward of this name)"),
         ({"reward": ["acme_rad"]}, "reward.name: unknown reward 'acme_rad'; did you mean acme_red?"),
-        ({"reward": ["acme_red", "acme_red"]}, "reward.name: acme_red is there twice"),
+        ({"reward": ["acme_red", "acme_red"]}, "reward.name: acme_red is listed twice"),
         ({"reward": "acme_red"}, "reward: expected [[reward]] tables, each with a name"),
         ({"reward.acme_red.weight": 1}, "reward.acme_red: not one of this run's rewards (acme_blue)"),
         ({"surrogate.warmup": 1}, "surrogate: algorithm acme_plain uses none"),
@@ -200,7 +200,7 @@ def test_several_bounds_of_one_section_are_told_together(load_acme: Any) -> None
             {"algorithm.name": "ACME_plain2"},
             "algorithm.name: unknown algorithm 'ACME_plain2'; did you mean acme_plain?",
         ),
-        ({"sampler.name": "acme"}, "sampler.name: unknown sampler 'acme'; did you mean acme_walk?"),
+        ({"sampler.name": "acme_s"}, "sampler.name: unknown sampler 'acme_s'; did you mean acme_sampler?"),
         ({"updates": 1}, "updates: expected section.key"),
         ({"train.updates": None}, "train.updates: found None"),
         (
@@ -218,15 +218,18 @@ def test_several_bounds_of_one_section_are_told_together(load_acme: Any) -> None
         ({"evaluate.rewards": [{"name": "acme_red", "weight": 1.0}]}, "evaluate.rewards.weight: unknown key"),
         ({"evaluate.rewards": [{"judge": "x"}]}, "evaluate.rewards: expected a list of names or of tables with a name"),
         ({"evaluate.rewards": "acme_red"}, "evaluate.rewards: expected a list of names or of tables with a name"),
-        ({"evaluate.rewards": ["acme_red", {"name": "acme-red"}]}, "evaluate.rewards.name: acme_red is there twice"),
+        ({"evaluate.rewards": ["acme_red", {"name": "acme-red"}]}, "evaluate.rewards.name: acme_red is listed twice"),
         ({"evaluate.rewards.acme_red.judge": "x"}, "evaluate.rewards.acme_red: not in evaluate.rewards (which is emp"),
         (
             {"evaluate.rewards": [{"name": "acme_blue", "judge": "other"}]},
-            "evaluate.rewards.name: acme_blue is trained on with other settings, and is in a run once; leave",
+            "evaluate.rewards.name: acme_blue is trained on with other settings, and a run has it once; leave",
         ),
         ({"algorithm.pace": 1.0}, "algorithm.pace: unknown key; did you mean sampler.pace?"),
         ({"regulariser": ["acme_pul"]}, "regulariser.name: unknown regulariser 'acme_pul'; did you mean acme_pull?"),
-        ({"regulariser": ["acme_pull", "acme_pull"]}, "regulariser.name: acme_pull is there twice; add the weights up"),
+        (
+            {"regulariser": ["acme_pull", "acme_pull"]},
+            "regulariser.name: acme_pull is listed twice; add up the weights",
+        ),
         ({"regulariser": "acme_pull"}, "regulariser: expected [[regulariser]] tables, each with a name"),
         ({"regulariser.acme_pull.weight": 1}, "regulariser.acme_pull: not one of this run's regularisers (which is"),
         (
@@ -287,7 +290,7 @@ def test_a_held_out_reward_has_fields_as_one_that_is_trained_on(load_acme: Any, 
     assert alike.evaluate.held_out_rewards() == {"acme_blue": {}}
 
 
-def test_mistakes_in_a_held_out_reward_are_told_with_their_line(load_acme: Any) -> None:
+def test_mistakes_in_a_held_out_reward_are_reported_with_their_line(load_acme: Any) -> None:
     end = "evaluate.rewards.judge: found 3, expected string"
     assert problems(load_acme, WATCHING.replace('"mine"', "3"))[0].endswith(f"run.toml:9: {end}")
     assert problems(load_acme, TABLES.replace('"mine"', "3"))[0].endswith(f"run.toml:14: {end}")
@@ -373,10 +376,10 @@ def test_patterns_of_shards_are_resolved_by_their_folder_and_names_of_data_sets_
     assert config.data.images == expected
 
 
-def test_a_model_folder_beside_the_run_file_is_found(load_acme: Any, tmp_path: Path) -> None:
+def test_a_model_folder_next_to_the_run_file_is_found(load_acme: Any, tmp_path: Path) -> None:
     (tmp_path / "mymodel").mkdir()
     (tmp_path / "mymodel" / "model_index.json").write_text("{}", encoding="utf-8")
-    overrides = {"algorithm.name": "acme_plain", "sampler.name": "acme_walk", "reward": ["acme_red"]}
+    overrides = {"algorithm.name": "acme_plain", "sampler.name": "acme_sampler", "reward": ["acme_red"]}
     assert load_acme('[model]\nname = "mymodel"\n', overrides).model.name == str(tmp_path / "mymodel")
 
 
@@ -396,7 +399,7 @@ def test_a_folder_without_a_pipeline_is_refused(load_acme: Any, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["./gone", "/gone/model", "a/b/c"])
-def test_a_model_folder_that_is_not_there_is_told_at_once(load_acme: Any, name: str) -> None:
+def test_a_model_folder_that_is_missing_is_reported_at_once(load_acme: Any, name: str) -> None:
     assert problems(load_acme, None, {"model.name": name}) == [
         f"model.name: there is no folder {name}, and a hub id has the form owner/name"
     ]

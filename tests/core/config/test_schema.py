@@ -18,7 +18,7 @@ from alignkit.errors import ConfigError, PluginError
 
 def test_fields_carry_the_docstrings_beneath_them_and_those_of_their_bases(acme: Any) -> None:
     docs = schema.field_docs(acme.registry().get("algorithm", "acme_steps"))
-    assert docs["clip"] == "How far a step may go, in units of the ratio."
+    assert docs["clip"] == "Largest size of a step, in units of the ratio."
     assert docs["rounds"] == "Rounds of each batch."
 
 
@@ -152,7 +152,7 @@ def test_a_value_out_of_its_range_says_what_was_found_and_expected(value: object
     assert str(caught.value).startswith(message)
 
 
-def test_a_wrong_type_is_told_without_the_range() -> None:
+def test_a_wrong_type_is_reported_without_the_range() -> None:
     with pytest.raises(TypeError, match=r'^found "x", expected integer$'):
         schema.convert("x", Annotated[int, Ge(1)])
 

@@ -1,4 +1,4 @@
-"""Which layer wins: defaults, the model, the run file, overrides."""
+"""Precedence of the layers: defaults, the model, the run file, overrides."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MODEL = {"model.name": "acme_model", "algorithm.name": "acme_plain"}
 def test_the_models_settings_stand_above_the_defaults(load_acme: Any) -> None:
     config = load_acme(None, MODEL)
     assert (config.train.updates, config.train.learning_rate, config.train.rows_per_pass) == (50, 1e-3, 32)
-    assert (config.sampler.name, config.sampler.fields) == ("acme_walk", {"num_steps": 3, "pace": 0.5})
+    assert (config.sampler.name, config.sampler.fields) == ("acme_sampler", {"num_steps": 3, "pace": 0.5})
     assert config.rewards == [RewardConfig("acme_blue", {"judge": "embedded"})]
 
 
@@ -67,7 +67,7 @@ def test_the_surrogate_is_the_algorithms_own_unless_named(load_acme: Any) -> Non
 
 
 def test_a_hub_id_needs_no_registered_model(load_acme: Any) -> None:
-    overrides = {"model.name": "acme/other", "sampler.name": "acme_walk", "reward": ["acme_red"]}
+    overrides = {"model.name": "acme/other", "sampler.name": "acme_sampler", "reward": ["acme_red"]}
     assert load_acme(None, overrides | {"algorithm.name": "acme_plain"}).model.name == "acme/other"
 
 

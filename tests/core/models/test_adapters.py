@@ -1,4 +1,4 @@
-"""Weights beside a pipeline: adapters that are merged, trained or exported, and files that do not fit."""
+"""Weights next to a pipeline: adapters that are merged, trained or exported, and files that do not fit."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_lcm_samples_equal_those_of_plain_diffusers_on_the_same_noise(tiny_lcm: 
         TEXTS, num_inference_steps=num_steps, guidance_scale=3.5, latents=initial, output_type="np",
         generator=torch.Generator().manual_seed(3),
     ).images  # fmt: skip
-    # The scheduler draws one latent a step from the generator, and none at the last.
+    # The scheduler samples one latent a step from the generator, and none at the last.
     generator = torch.Generator().manual_seed(3)
     noises = torch.stack([initial, *(torch.randn(initial.shape, generator=generator) for _ in range(num_steps))], 1)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What was encoded once is found again, to the bit, and only by the encoder that made it."""
+"""Encodings are found again, to the bit, and only by the encoder that made them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_another_encoder_or_another_content_finds_nothing(tmp_path: Path) -> Non
     assert [int(found["x"]) for found in values.values()] == [0, 1, 2] and cache.made == 3
 
 
-def test_without_a_cache_the_texts_that_were_asked_for_last_stay_encoded(
+def test_without_a_cache_the_texts_that_were_used_last_stay_encoded(
     tiny_lcm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = DiffusersPolicy(str(tiny_lcm), trainable=False)
@@ -64,7 +64,7 @@ def test_without_a_cache_the_texts_that_were_asked_for_last_stay_encoded(
     again = policy.encode(["c", "a", "b"])
     assert encoded == ["a", "b", "c"]
     assert torch.equal(first.features, again.select(torch.tensor([1, 2, 0, 1])).features)
-    # Room for three, of which b was asked for last and c first.
+    # Room for three, of which b was used last and c first.
     monkeypatch.setattr(diffusers_policy, "REMEMBERED", 3 * first.features[0].nbytes)
     policy.encode(["d"])
     policy.encode(["b", "a", "d"])
@@ -102,7 +102,7 @@ def test_a_disk_that_refuses_is_one_clear_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_contents_are_told_apart_by_every_value_shape_and_type() -> None:
+def test_contents_are_distinguished_by_every_value_shape_and_type() -> None:
     x = torch.zeros(2, 8)
     different = [x, x.view(8, 2), x.half(), torch.zeros(2, 4, dtype=torch.float64), -x, x + 1e-30, "", "0", "a", "a "]
     assert len({content_of(value) for value in different}) == len(different)
@@ -177,7 +177,7 @@ def test_an_encoding_depends_neither_on_its_neighbours_nor_on_the_precision_arou
             assert torch.equal(policy.encode_images(image[None])[0], latents[i])
 
 
-def test_what_is_drawn_to_be_measured_is_not_kept(tiny_lcm: Path, tmp_path: Path) -> None:
+def test_images_that_are_sampled_for_a_measurement_are_not_kept(tiny_lcm: Path, tmp_path: Path) -> None:
     policy = DiffusersPolicy(str(tiny_lcm), cache=EncoderCache(tmp_path))
     policy.features(images())
     assert policy.cache is not None and policy.cache.size(policy.encoders["images"])[0] == 0

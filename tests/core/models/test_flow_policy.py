@@ -61,7 +61,7 @@ def test_samplers_keep_their_promises_on_float_times_that_end_without_any_image(
     check_sampler(default_registry().get("sampler", name)(num_steps=3, spacing=spacing), policy)
 
 
-def test_a_stochastic_walk_keeps_the_noise_that_the_schedule_states(flow_points: None) -> None:
+def test_a_stochastic_rollout_keeps_the_noise_that_the_schedule_states(flow_points: None) -> None:
     # alpha^2 + sigma^2 is less than 1 here, and the deviation of a step that is right for 1 would add too much noise.
     source = find_bundle("points").path
     policy = find_policy(source).load(source, PolicySettings(lora_rank=0))

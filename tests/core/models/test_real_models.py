@@ -1,4 +1,4 @@
-"""Tiny models of every family that is served: plain diffusers and the policy draw the same from the same noise."""
+"""Tiny models of every family that is served: plain diffusers and the policy sample the same from the same noise."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 @pytest.mark.parametrize("num_steps", [4, 10])
 @pytest.mark.parametrize("name", ["sd_1_5", "sdxl"])
-def test_stable_diffusion_walks_many_steps_with_noise(
+def test_stable_diffusion_samples_with_many_stochastic_steps(
     tiny_family: Any, name: str, num_steps: int, guidance_scale: float
 ) -> None:
     pipe = plain(tiny_family(name))
@@ -128,7 +128,7 @@ def test_lcm_lora_turns_a_plain_pipeline_into_an_lcm(
 
 
 @pytest.mark.parametrize("name", ["sd_1_5", "sd_turbo", "sdxl", "sdxl_turbo"])
-def test_a_preference_on_each_family_is_told_by_the_errors_of_the_plain_unet(tiny_family: Any, name: str) -> None:
+def test_a_preference_on_each_family_follows_from_the_errors_of_the_plain_unet(tiny_family: Any, name: str) -> None:
     policy = DiffusersPolicy(
         str(tiny_family(name)), lora_rank=2, guidance_scale=5.0 if name in ("sd_1_5", "sdxl") else None
     )

@@ -1,4 +1,4 @@
-"""How runs go on after whatever ended them, bit for bit, and that two of them share nothing."""
+"""Runs resume after whatever ended them, bit for bit, and two of them share nothing."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_two_runs_in_one_process_do_not_influence_each_other(tiny_run: MakeRun) 
         list(run.train())
     together = [tiny_run("c"), tiny_run("d", other)]
     for _ in itertools.zip_longest(*(run.train() for run in together)):
-        torch.rand(1)  # nor does it matter what their surroundings draw
+        torch.rand(1)  # nor do random numbers of the surroundings matter
     for one, same in zip(alone, together, strict=True):
         assert_same_but_surroundings(one.folder, same.folder)
 
@@ -116,7 +116,7 @@ FAULTY_REWARDS = """
 
     class Raises(Faulty):
         def fault(self, values):
-            raise RuntimeError("no judge today\\nat all")
+            raise RuntimeError("no server today\\nat all")
 
 
     class Nan(Faulty):
@@ -131,7 +131,7 @@ FAULTY_REWARDS = """
 
 
 @pytest.mark.parametrize(
-    ("reward", "message"), [("raises", "no judge today"), ("nan", "finite"), ("wide", r"shape \(6, 1\)")]
+    ("reward", "message"), [("raises", "no server today"), ("nan", "finite"), ("wide", r"shape \(6, 1\)")]
 )
 def test_a_reward_that_breaks_is_named_in_one_line_and_the_run_is_saved_where_it_stood(
     tiny_run: MakeRun, plugins: Any, reward: str, message: str
@@ -144,7 +144,7 @@ def test_a_reward_that_breaks_is_named_in_one_line_and_the_run_is_saved_where_it
     saved = checkpoint.latest(run.folder / "checkpoints")
     assert saved is not None and saved.name == "000003"
     assert checkpoint.load(saved)["trainer"]["update"] == 3
-    assert f"go on with: alignkit train --resume {run.folder}" in str(caught.value)
+    assert f"resume with: alignkit train --resume {run.folder}" in str(caught.value)
 
 
 @pytest.mark.slow
@@ -169,5 +169,5 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(tiny_run: MakeRun, plugin
     assert not (broken.folder / "pytorch_lora_weights.safetensors").exists()
     steps = [u.step for u in alignkit.load(resume=broken.folder).train()]
     assert steps[0] >= 4 and steps[-1] == 8
-    # Two processes start with different global generators of Python and NumPy; nothing of ours draws from them.
+    # Two processes start with different global generators of Python and NumPy; alignkit uses neither.
     assert_same_but_surroundings(unbroken.folder, broken.folder)

@@ -1,4 +1,4 @@
-"""Runs: what they leave, what they draw and measure, and what they refuse before they begin."""
+"""Runs: the files that they write, the images that they sample, evaluations, and what they refuse at the start."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ VISIBLE = {"train.learning_rate": 0.05, "train.ema_decay": 0.5}
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the one finished run of this module is kept."""
+    """The one finished run of this module."""
     return tmp_path_factory.mktemp("shelf")
 
 
@@ -76,21 +76,21 @@ def test_a_run_leaves_all_that_is_promised(finished: Run) -> None:
     assert finished.config.train.learning_rate == 0.05
 
 
-def test_plain_diffusers_draws_with_the_exported_adapter_what_the_run_draws(finished: Run, tiny_lcm: Path) -> None:
+def test_plain_diffusers_with_the_exported_adapter_samples_as_the_run_does(finished: Run, tiny_lcm: Path) -> None:
     steps, shape = 2, (4, 8, 8)
     noises = seeded_noises(shape, steps, [(0, 0), (0, 1)])
     pipe = DiffusionPipeline.from_pretrained(tiny_lcm, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
-    plain = pixels(draw_plainly(pipe, noises))
+    plain = pixels(sample_plainly(pipe, noises))
     pipe.load_lora_weights(finished.folder)
-    drawn = pixels(draw_plainly(pipe, noises))
+    sampled = pixels(sample_plainly(pipe, noises))
     expected = pixels(finished.sample(TEXTS, steps=steps))
-    assert np.abs(drawn - expected).max() <= 1  # of 255
+    assert np.abs(sampled - expected).max() <= 1  # of 255
     assert np.abs(plain - expected).max() > 1
 
 
-def draw_plainly(pipe: Any, noises: torch.Tensor) -> list[Image.Image]:
-    """Two steps of the pipeline, with the noise that `noises` injects in the place of the scheduler's own draw."""
+def sample_plainly(pipe: Any, noises: torch.Tensor) -> list[Image.Image]:
+    """Two steps of the pipeline, with the noise that `noises` injects in the place of the scheduler's own."""
     step = pipe.scheduler.step
 
     def with_noise(output: torch.Tensor, t: int, x: torch.Tensor, **rest: Any) -> Any:
@@ -103,15 +103,15 @@ def draw_plainly(pipe: Any, noises: torch.Tensor) -> list[Image.Image]:
 
     pipe.scheduler.step = with_noise
     try:
-        drawn: list[Image.Image] = pipe(
+        images: list[Image.Image] = pipe(
             TEXTS, num_inference_steps=2, guidance_scale=8.5, latents=noises[:, 0], output_type="pil"
         ).images
     finally:
         del pipe.scheduler.step
-    return drawn
+    return images
 
 
-def test_a_run_that_has_just_trained_draws_and_measures_as_when_it_is_opened_again(tiny_run: MakeRun) -> None:
+def test_a_run_that_has_just_trained_samples_and_measures_as_when_it_is_opened_again(tiny_run: MakeRun) -> None:
     run = tiny_run(overrides=VISIBLE)
     list(run.train())
     again = alignkit.load(resume=run.folder)
@@ -121,17 +121,17 @@ def test_a_run_that_has_just_trained_draws_and_measures_as_when_it_is_opened_aga
     assert evaluate([run], seen=False) == evaluate([again], seen=False)
 
 
-def test_drawing_does_not_depend_on_the_batch_size_and_counts_images_by_prompt(tiny_run: MakeRun) -> None:
+def test_sampling_does_not_depend_on_the_batch_size_and_counts_images_by_prompt(tiny_run: MakeRun) -> None:
     texts = [*TEXTS, "a black heart"]
     one = pixels(tiny_run(overrides={"evaluate.batch_size": 1}).sample(texts, count=2))
     all_at_once = pixels(tiny_run().sample(texts, count=2))
     assert one.shape == (6, 64, 64, 3) and np.abs(one - all_at_once).max() <= 1
 
 
-def test_evaluation_of_a_finished_run_tells_what_its_training_told(finished: Run) -> None:
-    told = records_of(finished.folder)[-1]["evaluation"]
+def test_evaluation_of_a_finished_run_reports_what_its_training_reported(finished: Run) -> None:
+    reported = records_of(finished.folder)[-1]["evaluation"]
     found = {(r.reward, r.num_steps): (r.before, r.after) for r in evaluate([finished], seen=False)}
-    for row in told:
+    for row in reported:
         expected = (row["before"], row["after"])
         assert found[row["reward"], row["num_steps"]] == pytest.approx(expected, abs=1e-6)
 
@@ -162,7 +162,7 @@ def test_a_run_without_a_name_of_its_own_takes_the_first_that_is_free(
 
 
 def test_a_run_that_cannot_load_leaves_no_folder(tiny_run: MakeRun) -> None:
-    for message in ("no layers", "no layers"):  # the second is not told that there is a run
+    for message in ("no layers", "no layers"):  # the second is not refused because there is a run
         run = tiny_run(overrides={"model.lora_targets": ["nothing"]})
         with pytest.raises(ConfigError, match=message):
             list(run.train())
@@ -177,13 +177,13 @@ def test_tensorboard_gets_settings_and_metrics(tiny_run: MakeRun) -> None:
     rewards = [update.reward for update in run.train()]
     events = found.EventAccumulator(str(run.folder / "alignkit")).Reload()
     warmup = run.config.surrogate.warmup if run.config.surrogate else 0
-    told = {event.step: event.value for event in events.Scalars("reward")}
-    assert [told[warmup + step] for step in (1, 2)] == pytest.approx(rewards)
+    logged = {event.step: event.value for event in events.Scalars("reward")}
+    assert [logged[warmup + step] for step in (1, 2)] == pytest.approx(rewards)
     (settings,) = run.folder.glob("alignkit/*/hparams.yml")
     assert "algorithm.fields.step_weights: '[1.0, 1.0]'" in settings.read_text()
 
 
-def test_a_tracker_that_is_not_installed_is_told_before_weights_load(
+def test_a_tracker_that_is_not_installed_is_reported_before_weights_load(
     tiny_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("alignkit.runs.build.find_spec", lambda name: None)
@@ -242,7 +242,9 @@ NO_REWARD: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("algorithm", NO_REWARD)
-def test_what_asks_no_reward_runs_without_one_and_measures_what_is_named(algorithm: str, tiny_run: MakeRun) -> None:
+def test_a_method_without_rewards_runs_without_one_and_measures_those_that_are_named(
+    algorithm: str, tiny_run: MakeRun
+) -> None:
     settings = {"algorithm.name": algorithm, "reward": [], "train.updates": 2, **NO_REWARD[algorithm]}
     run = tiny_run(overrides=settings)
     assert len(list(run.train())) == 2 and run.config.rewards == []
@@ -256,7 +258,7 @@ def test_what_asks_no_reward_runs_without_one_and_measures_what_is_named(algorit
     assert all(row.held_out for row in named if row.reward == "brightness")
 
 
-def test_what_is_named_for_a_method_that_asks_no_reward_is_measured_and_not_called_trained(tiny_run: MakeRun) -> None:
+def test_rewards_named_for_a_method_that_uses_none_are_measured_and_not_called_trained(tiny_run: MakeRun) -> None:
     run = tiny_run(
         overrides={"algorithm.name": "lcd", "train.updates": 2, "evaluate.rewards": ["jpeg_compressibility"]}
     )
@@ -294,5 +296,5 @@ def test_a_surrogate_can_start_from_that_of_another_run(finished: Run, tiny_run:
 
 
 def test_resuming_what_is_no_run_folder_is_one_clear_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--resume .*gone: no run.toml there"):
+    with pytest.raises(ConfigError, match=r"--resume .*gone: no run.toml here"):
         alignkit.load(resume=tmp_path / "gone")

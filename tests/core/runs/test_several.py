@@ -1,4 +1,4 @@
-"""Whole runs on several rewards: how they end when one fails, and that they go on with the same bits."""
+"""Whole runs on several rewards: how they end when one fails, and that they resume with the same bits."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def same_run(one: Run, other: Run) -> None:
 
 def test_a_server_killed_in_the_middle_costs_nothing(tiny_run: MakeRun, judges: Any) -> None:
     """It dies in the middle of a round: the run is saved as the round began, what was answered is kept, and the resumed
-    run asks for the rest alone and ends as if nothing had been."""
+    run scores the rest alone and ends as if nothing had happened."""
     settings = {**DDPO, "reward": [{"name": "judge"}, {"name": "redness", "weight": 0.3}]}
     unbroken, broken = tiny_run("unbroken", settings), tiny_run("broken", settings)
     list(unbroken.train())
@@ -129,7 +129,7 @@ def test_a_server_killed_in_the_middle_costs_nothing(tiny_run: MakeRun, judges: 
     assert str(caught.value) == (
         "reward 'judge' (plugin judges of judges 1.0) failed after 5 attempts in 0 seconds: "
         "no server at 127.0.0.1:8188 (connection refused); "
-        f"go on with: alignkit train --resume {broken.folder}"
+        f"resume with: alignkit train --resume {broken.folder}"
     )
     saved = checkpoint.latest(broken.folder / "checkpoints")
     assert saved is not None and checkpoint.load(saved)["trainer"]["update"] == len(steps(broken.folder))
@@ -163,7 +163,7 @@ def test_a_server_that_dies_in_an_evaluation_loses_neither_the_update_nor_the_ev
     list(unbroken.train())
     judges.ASKED.clear()
     judges.DOWN_AFTER = 1
-    with pytest.raises(TransientError, match="go on with: alignkit train --resume"):
+    with pytest.raises(TransientError, match="resume with: alignkit train --resume"):
         list(broken.train())
     judges.DOWN_AFTER = None
     list(alignkit.load(resume=broken.folder).train())
@@ -229,7 +229,7 @@ def test_one_image_in_ten_that_is_no_number_ends_the_run_or_is_left_out(tiny_run
     assert alignkit.load(resume=stopped.folder).config.scoring.on_error == "skip"
 
 
-def test_a_resumed_run_takes_how_rewards_are_asked_and_nothing_else(tiny_run: MakeRun, judges: Any) -> None:
+def test_a_resumed_run_takes_settings_of_retries_and_nothing_else(tiny_run: MakeRun, judges: Any) -> None:
     run = tiny_run(overrides={**DDPO, "reward": ["judge"], "train.updates": 1})
     list(run.train())
     written = (run.folder / "run.toml").read_text()
@@ -241,12 +241,14 @@ def test_a_resumed_run_takes_how_rewards_are_asked_and_nothing_else(tiny_run: Ma
     assert (again.scoring.retries, again.scoring.retry_seconds, again.scoring.retry_limit) == (9, 0.5, 60.0)
     assert replace(again, scoring=run.config.scoring) == run.config
     for refused in ({"train.updates": 9}, {**patient, "scoring.combine": "normalised"}, {"scoring.cache": "elsewhere"}):
-        told = r"keeps its own settings; .* but for --set of scoring\.on_error, scoring\.retries, scoring\.retry_limit"
-        with pytest.raises(ConfigError, match=told):
+        message = (
+            r"keeps its own settings; .* except --set of scoring\.on_error, scoring\.retries, scoring\.retry_limit"
+        )
+        with pytest.raises(ConfigError, match=message):
             alignkit.load(resume=run.folder, overrides=refused)
 
 
-def test_a_judge_that_answers_nonsense_is_named_and_the_run_can_go_on(tiny_run: MakeRun, judges: Any) -> None:
+def test_a_reward_that_answers_nonsense_is_named_and_the_run_can_be_resumed(tiny_run: MakeRun, judges: Any) -> None:
     run = tiny_run(overrides={**DDPO, "reward": ["nonsense"]})
     judges.DOWN_AFTER = 5
     with pytest.raises(PluginError, match=r"reward 'nonsense' \(.*\) returned list, expected a tensor") as caught:
@@ -291,7 +293,7 @@ def test_methods_that_take_advantages_take_them_apart(
     assert float((one - both).abs().max()) < 0.1 * float(one.abs().max())
 
 
-def test_a_held_out_reward_that_falls_is_told_live_at_the_end_and_by_evaluate(
+def test_a_held_out_reward_that_falls_is_reported_live_at_the_end_and_by_evaluate(
     tiny_run: MakeRun, judges: Any, brightness: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Brightness is trained on, its negative is held out: whatever is gained by one is lost by the other."""
@@ -361,9 +363,9 @@ def test_a_cache_can_be_shared_between_runs(tiny_run: MakeRun, judges: Any, tmp_
     same_run(first, second)
 
 
-def test_an_error_of_the_run_itself_is_told_with_the_way_on(tiny_run: MakeRun, odd_rewards: None) -> None:
+def test_an_error_of_the_run_itself_states_how_to_resume(tiny_run: MakeRun, odd_rewards: None) -> None:
     with pytest.raises(
         AlignkitError,
-        match=r"from: no image could be scored \(unscored: no reader\);.*go on with: alignkit train --resume",
+        match=r"from: no image could be scored \(unscored: no reader\);.*resume with: alignkit train --resume",
     ):
         list(tiny_run(overrides={**DDPO, "reward": ["unscored"]}).train())

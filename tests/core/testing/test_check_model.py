@@ -1,4 +1,4 @@
-"""A promise that is broken is found, and told in one line; one test a promise: models."""
+"""A broken promise is found, and reported in one line; one test a promise: models."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ BUNDLES = """
     TEACHERLESS = Bundle("a/b", teacher="x")
     WRONG = Bundle("a/b", algorithm_defaults={"ddpo": {"algorithm": {"samples": "two"}}})
     IMAGES = Bundle(HERE, defaults={
-        "sampler": {"name": "lcm"}, "data": {"images": "bundles.models:Drawn"},
+        "sampler": {"name": "lcm"}, "data": {"images": "bundles.models:Photos"},
     })
 
-    class Drawn: ...
+    class Photos: ...
 """
 
 
@@ -38,7 +38,7 @@ BUNDLES = """
         ("lost", "model: '/nowhere/at/all' is no folder and no hub id"),
         ("teacherless", "model: 'x' is no folder and no hub id"),
         ("wrong", 'under ddpo: model wrong: algorithm.samples: found "two", expected integer'),
-        ("images", "data.images: 'bundles.models:Drawn' gives no source at 64 pixels: data.images: bundles"),
+        ("images", "data.images: 'bundles.models:Photos' gives no source at 64 pixels: data.images: bundles"),
     ],
 )
 def test_a_model(plugins: PluginFolder, name: str, message: str) -> None:

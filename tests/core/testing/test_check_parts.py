@@ -1,4 +1,4 @@
-"""A promise that is broken is found, and told in one line; one test a promise: samplers, surrogates and algorithms."""
+"""A broken promise is found, and reported in one line; one test a promise: samplers, surrogates and algorithms."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class WrongWay(DDIM):
         return super().grid(policy).flip(0)
 
 
-class Draws(DDIM):
+class UsesTheGlobalGenerator(DDIM):
     def transition(self, policy: Policy, x: Tensor, k: Tensor, prompt: Prompt) -> Transition:
         step = super().transition(policy, x, k, prompt)
         return replace(step, mean=step.mean + 0.1 * torch.randn_like(step.mean))
@@ -69,7 +69,7 @@ class Square(DDIM):
     [
         (WrongCount, r"stochastic_steps: found \d, expected \d, the steps with std above 0"),
         (WrongWay, "grid: found .* expected the noisiest time first"),
-        (Draws, "during a walk the global random generator of torch was used"),
+        (UsesTheGlobalGenerator, "while sampling the global random generator of torch was used"),
         (OneStepForAll, "mean of row . alone and in a batch: found a difference"),
         (EndsInNoise, "the last step ends .* away from the clean latent it predicts"),
         (Square, "latents of 4 x 8 x 16: raised RuntimeError: The size of tensor a"),
@@ -105,9 +105,9 @@ class Forgets(LatentUNet):
 @pytest.mark.parametrize(
     ("surrogate", "message"),
     [
-        (Sums, "the mean of the losses of single pairs against the loss of all: found a difference"),
+        (Sums, "the loss of all pairs and the mean over single pairs: found a difference"),
         (TurnedRound, "12 steps on the same pairs: loss from"),
-        (Forgets, "scores behind load and load_state_dict of what module"),
+        (Forgets, "scores before and after load and load_state_dict of module"),
     ],
 )
 def test_a_surrogate(surrogate: type[Surrogate], message: str) -> None:
@@ -167,14 +167,14 @@ class YieldsLists(D3PO):
 
 
 @dataclass
-class AsksAllTheSame(D3PO):
+class ScoresAllTheSame(D3PO):
     uses_rewards = False
 
 
 @pytest.mark.parametrize(
     ("algorithm", "message"),
     [
-        (AsksAllTheSame, "the algorithm asks for scores and says uses_rewards = False"),
+        (ScoresAllTheSame, "the algorithm requests scores, but its uses_rewards is False"),
         (SumOverRows, "loss: found .* in one pass and .* in several, expected a mean over rows"),
         (DrawsInTheLoss, "loss used ctx.generator; sample where the rows are made, into the rows"),
         (CollectsGlobally, "in collect the global random generator of torch was used"),

@@ -119,7 +119,7 @@ def test_a_regulariser_that_keeps_its_promises_passes() -> None:
         (NoGradient, "loss: found a gradient to the policy of size 0.0, expected one above 0"),
         (WantsAReward, r"needs: found \['reward'\], expected only images, predictions, teacher"),
         (ForgetsItsPace, r"a run that went on from its checkpoint had other metrics \("),
-        (DarkensImages, "collect changed the batch that it was given, expected it as it was"),
+        (DarkensImages, "collect changed the batch that it was given, expected it unchanged"),
     ],
 )
 def test_a_regulariser(regulariser: type[Small], message: str) -> None:

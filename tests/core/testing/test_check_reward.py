@@ -1,4 +1,4 @@
-"""A promise that is broken is found, and told in one line; one test a promise: rewards."""
+"""A broken promise is found, and reported in one line; one test a promise: rewards."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class LooksAtItsNeighbours(Brightness):
         return brightness(images) - brightness(images).mean().detach()
 
 
-class TellsOfItsNeighbours(Brightness):
+class RanksItsNeighbours(Brightness):
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:  # type: ignore[override]
         values = brightness(images)
         return Scores(values, torch.ones(len(values), dtype=torch.bool), {"rank": values.argsort().argsort().float()})
@@ -145,7 +145,7 @@ class OneTooMany(Brightness):
     ("reward", "message"),
     [
         (LooksAtItsNeighbours, "image 0 alone and in a batch of 4: found a difference of"),
-        (TellsOfItsNeighbours, "the part 'rank' of image [0-9] alone and in a batch of 4: found a difference"),
+        (RanksItsNeighbours, "the part 'rank' of image [0-9] alone and in a batch of 4: found a difference"),
         (LeavesItsBoundsOnWhite, r"found a score of 1, expected it within bounds = \(0.0, 0.99\)"),
         (Restless, "the same call twice: found other scores, expected the same, or deterministic = False"),
         (ForgetsWhatItIs, r"fingerprint\(\): found 'call 2' after two calls, 'call 0' before"),

@@ -1,4 +1,4 @@
-"""A promise that is broken is found, and told in one line; one test a promise: sources of images and pairs."""
+"""A broken promise is found, and reported in one line; one test a promise: sources of images and pairs."""
 
 from __future__ import annotations
 

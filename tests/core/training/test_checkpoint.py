@@ -138,7 +138,7 @@ def newest_step(folder: Path) -> int:
 def test_a_run_killed_while_saving_keeps_its_last_checkpoint(tmp_path: Path) -> None:
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["alignkit.training.checkpoint"])
-    chance = random.Random(0)
+    rng = random.Random(0)
     last, leftovers = -1, 0
     for _ in range(8):
         process = server.Process(target=save_endlessly, args=(tmp_path, last + 1))
@@ -146,7 +146,7 @@ def test_a_run_killed_while_saving_keeps_its_last_checkpoint(tmp_path: Path) -> 
         while newest_step(tmp_path) <= last:
             assert process.is_alive()
             time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.05))
+        time.sleep(rng.uniform(0, 0.05))
         last = newest_step(tmp_path)
         process.kill()
         process.join()
@@ -216,16 +216,16 @@ def test_a_first_save_cut_short_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_every_global_generator_goes_on_where_it_was(tmp_path: Path) -> None:
-    def draw() -> tuple[float, float, float]:
+    def numbers() -> tuple[float, float, float]:
         return torch.rand(()).item(), float(np.random.normal()), random.gauss(0, 1)
 
     before = checkpoint.rng_state()
     try:
-        draw()  # leaves half a pair of normal numbers behind in numpy and in Python
+        numbers()  # numpy and Python then hold half a pair of normal numbers
         path = checkpoint.save(tmp_path, 1, checkpoint.rng_state())
-        expected = [draw() for _ in range(3)]
+        expected = [numbers() for _ in range(3)]
         checkpoint.restore_rng(checkpoint.load(path))
-        assert [draw() for _ in range(3)] == expected
+        assert [numbers() for _ in range(3)] == expected
     finally:
         checkpoint.restore_rng(before)
 

@@ -114,7 +114,7 @@ def test_the_loss_is_the_algorithms_and_the_weighted_terms_however_it_is_split(d
     term = rows.others[0].values.mean() * (1 + trainer.ctx.policy.parameters()[0].square().sum())
     torch.testing.assert_close(total, alone + 0.5 * term)
     torch.testing.assert_close(metrics["counting_loss"], term)
-    # A name that the algorithm has taken is told apart.
+    # A metric whose name the algorithm uses gets the name of the regulariser.
     torch.testing.assert_close(metrics["counting/policy_loss"], rows.others[0].values.mean())
     torch.testing.assert_close(metrics["policy_loss"], alone)
     assert_one_pass_is_several(trainer, rows)

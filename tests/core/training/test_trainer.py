@@ -71,7 +71,7 @@ def test_the_rate_follows_the_schedules_of_transformers(make_trainer: Callable[.
     assert trainer.optimizer.param_groups[0]["lr"] == found[-1]
 
 
-def test_every_update_of_a_round_tells_the_reward_of_its_samples(make_trainer: Callable[..., Trainer]) -> None:
+def test_every_update_of_a_round_reports_the_reward_of_its_samples(make_trainer: Callable[..., Trainer]) -> None:
     assert math.isnan(Update(1, {"loss": 0.0}).reward)
     trainer = make_trainer({"algorithm.policy_steps": 3, "train.updates": 6, "surrogate.warmup": 0})
     rounds = [list(trainer.round()) for _ in range(2)]
@@ -89,7 +89,7 @@ def test_an_update_that_nothing_was_scored_for_has_no_reward(
     assert all(math.isnan(update.reward) for update in trainer.round())
 
 
-def test_pairs_are_read_some_at_a_time_as_they_are_asked_for(
+def test_pairs_are_read_some_at_a_time_as_they_are_used(
     make_trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make_trainer({
@@ -133,7 +133,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_reaches_the_weight
     assert equal(before, trainer.ctx.policy.parameters())
 
 
-def test_the_gradient_norm_is_told_as_it_was_before_clipping(make_trainer: Callable[..., Trainer]) -> None:
+def test_the_gradient_norm_is_reported_as_it_was_before_clipping(make_trainer: Callable[..., Trainer]) -> None:
     norms = []
     for bound in (1e9, 1e-9):
         trainer = make_trainer({"surrogate.warmup": 0, "train.max_grad_norm": bound})

@@ -166,18 +166,18 @@ def test_the_gradient_reaches_the_student_through_its_prediction_alone(tiny_lcm:
     assert not torch.allclose(other, target)
 
 
-def test_levels_guidance_and_noise_are_drawn_over_their_whole_range() -> None:
+def test_levels_guidance_and_noise_are_sampled_over_their_whole_range() -> None:
     generator = torch.Generator().manual_seed(0)
     ctx: Any = SimpleNamespace(
         generator=generator, noise=lambda count: torch.randn(count, 4, 2, 2, generator=generator)
     )
     prompt = Prompt(torch.zeros(1, 1, 1), torch.zeros(4000, dtype=torch.long))
-    drawn = Distillation(guidance_scale_min=3.0, guidance_scale_max=15.0).draw(torch.zeros(4000, 4, 2, 2), prompt, ctx)
-    assert set(drawn.level.tolist()) == set(range(1, 51))  # both ends included
-    assert drawn.level.float().mean().item() == pytest.approx(25.5, abs=1)
-    assert 3 <= float(drawn.guidance_scale.min()) < 3.1 and 14.9 < float(drawn.guidance_scale.max()) <= 15
-    assert float(drawn.guidance_scale.mean()) == pytest.approx(9, abs=0.3)
-    assert float(drawn.noise.std()) == pytest.approx(1, abs=0.02)
+    rows = Distillation(guidance_scale_min=3.0, guidance_scale_max=15.0).sample(torch.zeros(4000, 4, 2, 2), prompt, ctx)
+    assert set(rows.level.tolist()) == set(range(1, 51))  # both ends included
+    assert rows.level.float().mean().item() == pytest.approx(25.5, abs=1)
+    assert 3 <= float(rows.guidance_scale.min()) < 3.1 and 14.9 < float(rows.guidance_scale.max()) <= 15
+    assert float(rows.guidance_scale.mean()) == pytest.approx(9, abs=0.3)
+    assert float(rows.noise.std()) == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize("form", ["embedded", "lora"])

@@ -367,7 +367,7 @@ def test_a_run_that_stops_for_unusable_answers_is_saved_and_resumes_with_the_sam
     server.respond = lambda light, _: (
         logit(light) if len(server.requests) <= half else "I would rather talk about ships"
     )
-    with pytest.raises(AlignkitError, match=r"no usable answer for 2 images in a row.*; go on with: alignkit train"):
+    with pytest.raises(AlignkitError, match=r"no usable answer for 2 images in a row.*; resume with: alignkit train"):
         list(broken.train())
     assert checkpoint.latest(broken.folder / "checkpoints") is not None
     server.respond = lambda light, _: logit(light)

@@ -1,4 +1,4 @@
-"""Each sampler walks as diffusers' scheduler does: the same network, the same noise, the same latents at every step.
+"""Compare each sampler with diffusers' scheduler: the same network, noise and latents at every step.
 
 The network is a fixed function, read as each prediction type in turn. Schedulers of the Euler family hold y = x / alpha
 where a sampler here holds x; their latents are divided by sqrt(1 + s^2) = 1 / alpha before they are compared.
@@ -39,7 +39,7 @@ PROMPT = Prompt(table=torch.zeros(1, 1, 1), index=torch.zeros(2, dtype=torch.lon
 
 
 class FixedPolicy:
-    """What samplers need of a policy."""
+    """The part of a policy that samplers need."""
 
     device = torch.device("cpu")
 
@@ -64,7 +64,7 @@ class FixedPolicy:
         return diffusion.columns(c_skip, x) * x + diffusion.columns(c_out, x) * clean
 
 
-def draws(num_steps: int) -> Tensor:
+def unit_noises(num_steps: int) -> Tensor:
     """(2, K + 1, *S): the initial noise, then what a generator of seed 3 gives step by step."""
     initial = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(7))
     generator = torch.Generator().manual_seed(3)
@@ -72,7 +72,7 @@ def draws(num_steps: int) -> Tensor:
 
 
 def theirs(scheduler: Any, policy: FixedPolicy, noises: Tensor, **step: Any) -> list[Tensor]:
-    """The latents behind each step of diffusers' loop, x = alpha y where the scheduler holds y."""
+    """Return the latents after each step of diffusers' loop, x = alpha y where the scheduler holds y."""
     y = noises[:, 0] * scheduler.init_noise_sigma
     generator, states = torch.Generator().manual_seed(3), []
     for k, t in enumerate(scheduler.timesteps):
@@ -87,7 +87,7 @@ def theirs(scheduler: Any, policy: FixedPolicy, noises: Tensor, **step: Any) -> 
     return states
 
 
-def assert_same_walk(sampler: Sampler, policy: FixedPolicy, expected: list[Tensor], noises: Tensor) -> None:
+def assert_same_trajectory(sampler: Sampler, policy: FixedPolicy, expected: list[Tensor], noises: Tensor) -> None:
     found = run_sampler(policy, sampler, PROMPT, noises).next_states  # type: ignore[arg-type]
     for k, state in enumerate(expected):
         assert torch.allclose(found[:, k], state, atol=1e-4 * float(state.abs().max()), rtol=1e-4), k
@@ -102,10 +102,14 @@ def test_euler_ancestral(num_steps: int, prediction: str, spacing: Any) -> None:
         **BETAS, prediction_type=spoken, timestep_spacing=spacing, steps_offset=1
     )
     scheduler.set_timesteps(num_steps)
-    policy, noises, sampler = FixedPolicy(prediction), draws(num_steps), EulerAncestral(num_steps, spacing=spacing)
+    policy, noises, sampler = (
+        FixedPolicy(prediction),
+        unit_noises(num_steps),
+        EulerAncestral(num_steps, spacing=spacing),
+    )
     begin = scheduler.init_noise_sigma / (1 + scheduler.sigmas[0] ** 2) ** 0.5
     assert sampler.initial_scale(policy) == pytest.approx(float(begin), rel=1e-6)  # type: ignore[arg-type]
-    assert_same_walk(sampler, policy, theirs(scheduler, policy, noises), noises)
+    assert_same_trajectory(sampler, policy, theirs(scheduler, policy, noises), noises)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -114,9 +118,9 @@ def test_euler_ancestral(num_steps: int, prediction: str, spacing: Any) -> None:
 def test_euler_ancestral_with_eta_zero_is_euler(num_steps: int, prediction: str, spacing: Any) -> None:
     scheduler = EulerDiscreteScheduler(**BETAS, prediction_type=prediction, timestep_spacing=spacing, steps_offset=1)
     scheduler.set_timesteps(num_steps)
-    policy, noises = FixedPolicy(prediction), draws(num_steps)
+    policy, noises = FixedPolicy(prediction), unit_noises(num_steps)
     sampler = EulerAncestral(num_steps, eta=0.0, spacing=spacing)
-    assert_same_walk(sampler, policy, theirs(scheduler, policy, noises), noises)
+    assert_same_trajectory(sampler, policy, theirs(scheduler, policy, noises), noises)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -130,9 +134,9 @@ def test_ddim(num_steps: int, spacing: Any, eta: float, prediction: str) -> None
         set_alpha_to_one=False,
     )  # fmt: skip
     scheduler.set_timesteps(num_steps)
-    policy, noises = FixedPolicy(prediction), draws(num_steps)
+    policy, noises = FixedPolicy(prediction), unit_noises(num_steps)
     expected = theirs(scheduler, policy, noises, eta=eta)
-    assert_same_walk(DDIM(num_steps, eta, spacing), policy, expected, noises)
+    assert_same_trajectory(DDIM(num_steps, eta, spacing), policy, expected, noises)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -141,9 +145,9 @@ def test_ddim_takes_the_next_time_from_the_schedule_where_that_is_uneven(num_ste
     # DDIMScheduler subtracts 1000 // K from the time, which misses the next entry where K does not divide 1000.
     scheduler = DDPMScheduler(**BETAS, prediction_type=prediction, clip_sample=False)
     scheduler.set_timesteps(timesteps=DDIM(num_steps).grid(FixedPolicy(prediction)).tolist())  # type: ignore[arg-type]
-    policy, noises = FixedPolicy(prediction), draws(num_steps)
+    policy, noises = FixedPolicy(prediction), unit_noises(num_steps)
     expected = theirs(scheduler, policy, noises)[:-1]  # its last step ends without noise
-    assert_same_walk(DDIM(num_steps, eta=1.0), policy, expected, noises)
+    assert_same_trajectory(DDIM(num_steps, eta=1.0), policy, expected, noises)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -151,8 +155,8 @@ def test_ddim_takes_the_next_time_from_the_schedule_where_that_is_uneven(num_ste
 def test_lcm(num_steps: int, prediction: str) -> None:
     scheduler = LCMScheduler(**BETAS, prediction_type=prediction)
     scheduler.set_timesteps(num_steps)
-    policy, noises = FixedPolicy(prediction, consistency=True), draws(num_steps)
-    assert_same_walk(LCM(num_steps), policy, theirs(scheduler, policy, noises), noises)
+    policy, noises = FixedPolicy(prediction, consistency=True), unit_noises(num_steps)
+    assert_same_trajectory(LCM(num_steps), policy, theirs(scheduler, policy, noises), noises)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -161,9 +165,9 @@ def test_lcm(num_steps: int, prediction: str) -> None:
 def test_renoise_is_lcm_without_the_boundary_on_its_own_times(num_steps: int, prediction: str, spacing: Any) -> None:
     # With the times scaled up that far c_skip is 0 and c_out is 1: the network's own clean latent.
     scheduler = LCMScheduler(**BETAS, prediction_type=prediction, timestep_scaling=1e9, original_inference_steps=1000)
-    sampler, policy, noises = Renoise(num_steps, spacing), FixedPolicy(prediction), draws(num_steps)
+    sampler, policy, noises = Renoise(num_steps, spacing), FixedPolicy(prediction), unit_noises(num_steps)
     scheduler.set_timesteps(timesteps=sampler.grid(policy).tolist())  # type: ignore[arg-type]
-    assert_same_walk(sampler, policy, theirs(scheduler, policy, noises), noises)
+    assert_same_trajectory(sampler, policy, theirs(scheduler, policy, noises), noises)
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading"])

@@ -1,4 +1,4 @@
-"""What holds for every sampler: walks replay, and a row does not depend on the others."""
+"""Promises of every sampler: trajectories replay, and a row does not depend on the others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def policy(tiny_teacher: Path) -> DiffusersPolicy:
 
 @pytest.mark.parametrize("num_steps", [1, 2, 4])
 @pytest.mark.parametrize("kind", SAMPLERS)
-def test_a_walk_that_is_replayed_has_the_same_log_probability(
+def test_a_replayed_trajectory_has_the_same_log_probability(
     policy: DiffusersPolicy, kind: type[Sampler], num_steps: int
 ) -> None:
     sampler = kind(num_steps)
@@ -38,14 +38,14 @@ def test_a_walk_that_is_replayed_has_the_same_log_probability(
     for k in range(num_steps):
         at = torch.full((2,), k)
         with torch.no_grad():
-            drawn = sampler.transition(policy, found.states[:, k], at, prompt)
+            sampled = sampler.transition(policy, found.states[:, k], at, prompt)
         with torch.set_grad_enabled(True):
             step = sampler.transition(policy, found.states[:, k], at, prompt)
         assert torch.equal(step.std, found.std[:, k])
         assert torch.allclose(step.sample(noises[:, k + 1]), found.next_states[:, k], rtol=1e-6, atol=1e-6)
         assert bool(step.mean.isfinite().all()) and bool(step.std.isfinite().all())
         if bool((step.std > 0).all()):
-            stored, replayed = (s.log_prob(found.next_states[:, k]) for s in (drawn, step))
+            stored, replayed = (s.log_prob(found.next_states[:, k]) for s in (sampled, step))
             assert float((replayed - stored).abs().max()) < 1e-6
             expected = -((noises[:, k + 1] ** 2).flatten(1).mean(1)) / 2 - step.std.log() - 0.5 * np.log(2 * np.pi)
             assert torch.allclose(replayed, expected, rtol=1e-3, atol=1e-3)

@@ -53,7 +53,7 @@ NO_LIKELIHOOD = r"sampler: every step of lcm is deterministic with num_steps = 1
 ONE_STEP: dict[str, Any] = {"sampler.num_steps": 1}
 TEACHER = str(WEIGHTS / "shapes_teacher")
 AS_LCM: dict[str, Any] = {"sampler.name": "lcm", "sampler.num_steps": 2, "model.teacher": TEACHER}
-NO_LCM = r"sampler\.name: found lcm, which is for latent consistency models, and shapes_\w+ is none .* take renoise"
+NO_LCM = r"sampler\.name: found lcm, which is for latent consistency models, and shapes_\w+ is none .* use renoise"
 WITH_SETTINGS = [
     *(("shapes_lcm", name, ONE_STEP, NO_LIKELIHOOD) for name in ("ddpo", "sdpo", "rebel", "d3po", "pso")),
     ("shapes_turbo", "ddpo", {"sampler.eta": 0.0}, r"every step of ddim is deterministic .*eta = 0.0.*raise"),

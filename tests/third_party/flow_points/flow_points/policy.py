@@ -108,7 +108,7 @@ class FlowPoints(Policy):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """What the first layers of the network before training make of the centre."""
+        """Return the first layers' output for the centre, by the network before training."""
         points = self.encode_images(images).flatten(1)
         t, text = points.new_full((len(points), 1), float(self.times()[0])), points.new_zeros(len(points), TEXT)
         hidden: Tensor = self._start.hidden(torch.cat([points, t, text], dim=1))
