@@ -84,7 +84,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def _serving(source: str, registry: Registry) -> tuple[dict[str, type[Policy]], list[str]]:
-    """The policies that serve `source` by name, and a message for each that cannot be asked."""
+    """The policies that serve `source` by name, and a message for each that fails."""
     serving: dict[str, type[Policy]] = {}
     broken: list[str] = []
     for row in registry.components("policy"):

@@ -32,9 +32,9 @@ REMEMBERED = 1 << 30
 class DiffusersPolicy(Policy):
     """A text-to-image pipeline with a UNet: Stable Diffusion, SDXL, their latent consistency and turbo forms.
 
-    What differs between them is read from the pipeline: prediction type and noise levels from the scheduler's config,
-    consistency boundary scalings if that is an LCMScheduler, a guidance embedding if the UNet has one, and what stands
-    for the empty prompt from the pipeline's config. `prediction` overrides the scheduler where a LoRA or a distilled
+    Their differences are read from the pipeline: prediction type and noise levels from the scheduler's config,
+    consistency boundary scalings if that is an LCMScheduler, a guidance embedding if the UNet has one, and the features
+    of the empty prompt from the pipeline's config. `prediction` overrides the scheduler where a LoRA or a distilled
     UNet changed what the network predicts.
     """
 

@@ -1,4 +1,4 @@
-"""What a run's config names, built: sampler, algorithm, rewards, prompts, model, surrogate."""
+"""Build the objects that a RunConfig names: sampler, algorithm, rewards, prompts, model, surrogate."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SURROGATE_FILE = "surrogate.safetensors"
 
 
 class Parts:
-    """Builds what `config` names. Nothing is kept: each call builds anew."""
+    """Build the objects that `config` names. Nothing is kept: each call builds a new one."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config

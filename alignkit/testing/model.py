@@ -1,4 +1,4 @@
-"""What holds for every registered model."""
+"""Checks that hold for every registered model."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ T = TypeVar("T")
 def check_model(name: str) -> str:
     """Raise AssertionError, in one line, for the first promise of a registered model (`ModelBundle`) that is not kept.
 
-    Its settings make a run without mistakes under every algorithm (and reward) it has some for, and the file that is
-    written of it says the same. A pipeline on this disk draws an image of one step, and sources of images and pairs
-    that the settings name as "package.module:Class" are checked at its size. Returns what was checked.
+    Its settings make a run without mistakes under every algorithm (and reward) it has some for, and the run file
+    that is written of it loads to the same. A checkpoint on this disk generates an image in one step, and sources of
+    images and pairs that the settings name as "package.module:Class" are checked at its size. Returns a summary of the
+    checks.
     """
     with about(f"model {name}"), errors_only(), torch.random.fork_rng():
         bundle: ModelBundle = default_registry().get("model", name)
@@ -51,7 +52,7 @@ def check_model(name: str) -> str:
         expect(before == (bundle.defaults, bundle.algorithm_defaults), "its settings were changed by loading a run")
         checked = [f"its settings under {', '.join(algorithms)}"]
         if Path(bundle.path).is_dir():
-            checked += _drawn(runs[0])
+            checked += _sampled(runs[0])
         return "; ".join(checked)
 
 
@@ -74,8 +75,8 @@ def _settings(bundle: ModelBundle, name: str, algorithm: str, reward: str = "") 
     return run
 
 
-def _drawn(run: config.RunConfig) -> list[str]:
-    """Load the pipeline, draw with it, and read what it is trained on."""
+def _sampled(run: config.RunConfig) -> list[str]:
+    """Load the model, generate an image, and read a batch of its data."""
     parts = Parts(run)
     policy, sampler = parts.load_policy(), parts.sampler(1)
     size = policy.image_size

@@ -1,4 +1,4 @@
-"""What holds for every sampler."""
+"""Checks that hold for every sampler."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ STEPS = 1, 2, 4
 def check_sampler(sampler: Sampler, policy: Policy | None = None) -> None:
     """Raise AssertionError, in one line, for the first promise of `alignkit.interfaces.Sampler` that is not kept.
 
-    It walks with its own `num_steps` and with 1, 2 and 4 where its fields allow these, through `policy` if that is
-    given, else through an untrained consistency model and an untrained model that predicts the noise; through these it
-    takes a step of wide latents too.
+    It is tried with its own `num_steps` and with 1, 2 and 4 where its fields allow these, on `policy` if that is given,
+    else on an untrained consistency model and an untrained model that predicts the noise. On these two it also takes a
+    step of wide latents.
     """
     samplers = {sampler.num_steps: sampler}
     for num_steps in STEPS:
@@ -47,9 +47,9 @@ def _check(sampler: Sampler, policy: Policy) -> None:
     expect(math.isfinite(scale) and scale > 0, f"initial_scale: found {scale}, expected a number above 0")
     noises = torch.randn((count, num_steps + 1, *policy.latent_shape), generator=torch.Generator().manual_seed(0))
     noises = noises.to(policy.device)
-    with global_rng_untouched("during a walk"), torch.no_grad():
+    with global_rng_untouched("during a rollout"), torch.no_grad():
         first, second = run_sampler(policy, sampler, prompt, noises), run_sampler(policy, sampler, prompt, noises)
-    expect(torch.equal(first.next_states, second.next_states), "the same walk twice: found other latents")
+    expect(torch.equal(first.next_states, second.next_states), "the same rollout twice: found other latents")
     likely = int((first.std > 0).all(0).sum())
     expect(
         likely == sampler.stochastic_steps(),
@@ -62,7 +62,7 @@ def _check(sampler: Sampler, policy: Policy) -> None:
         if bool((step.std > 0).all()):
             noise = (noises[:, k + 1] ** 2).flatten(1).mean(1)
             expected = -noise / 2 - step.std.log() - 0.5 * math.log(2 * math.pi)
-            same(step.log_prob(first.next_states[:, k]), expected, f"log_prob of what step {k} drew", 1e-3, 1e-3)
+            same(step.log_prob(first.next_states[:, k]), expected, f"log_prob of the sample of step {k}", 1e-3, 1e-3)
     drift = float((first.next_states[:, -1] - first.clean[:, -1]).norm() / first.clean[:, -1].norm())
     expect(
         drift < 0.1, f"the last step ends {drift:.0%} away from the clean latent it predicts, expected less than 10 %"
@@ -85,7 +85,7 @@ def _the_grid_leads_down(sampler: Sampler, policy: Policy) -> Tensor:
 
 
 def _transition(sampler: Sampler, policy: Policy, x: Tensor, k: Tensor, prompt: Prompt) -> Transition:
-    """One step, with the shapes it must have, from inputs that it leaves as they are."""
+    """Take one step; check its shapes and that its inputs are unchanged."""
     kept = x.clone(), k.clone(), prompt.index.clone(), prompt.table.clone()
     with torch.no_grad():
         step = sampler.transition(policy, x, k, prompt)
@@ -112,7 +112,7 @@ def _any_size_will_do(sampler: Sampler, policy: Policy) -> None:
 
 
 def _rows_stand_alone(sampler: Sampler, policy: Policy, prompt: Prompt, x: Tensor, num_steps: int) -> None:
-    """Rows of one call may stand at different steps, and in any order."""
+    """Check that rows of one call may be at different steps, in any order."""
     k = torch.arange(len(x), device=x.device).flip(0) % num_steps
     together = _transition(sampler, policy, x, k, prompt)
     for i in range(len(x)):
@@ -125,7 +125,7 @@ def _rows_stand_alone(sampler: Sampler, policy: Policy, prompt: Prompt, x: Tenso
 
 
 def _the_gradient_is_true(sampler: Sampler, policy: Policy, prompt: Prompt, x: Tensor) -> None:
-    """Of the mean, to the weights and to the latent, which methods follow back through a walk."""
+    """Check the gradient of the mean to the weights and to the latent, which methods follow back through a rollout."""
     k = torch.zeros(len(x), dtype=torch.long, device=x.device)
     generator = torch.Generator().manual_seed(1)
     weight, direction = (torch.randn(x.shape, generator=generator).to(x.device) for _ in range(2))

@@ -1,4 +1,4 @@
-"""What holds for every surrogate."""
+"""Checks that hold for every surrogate."""
 
 from __future__ import annotations
 
@@ -120,10 +120,10 @@ def _the_gradient_is_true(surrogate: Surrogate, latents: Tensor, prompt: Prompt,
 def _the_weights_carry_it(
     surrogate: Surrogate, policy: Policy, latents: Tensor, prompt: Prompt, scores: Tensor
 ) -> None:
-    """All that was learned is in the state dict of `module()`, which is what a checkpoint holds."""
+    """Check that all that was learned is in the state dict of `module()`, the part that a checkpoint keeps."""
     state = copy.deepcopy(surrogate.module().state_dict())
     surrogate.load(policy)
     surrogate.module().load_state_dict(state)
     with torch.no_grad():
         again = surrogate.score(latents, prompt)
-    same(again, scores, "scores behind load and load_state_dict of what module().state_dict() gave")
+    same(again, scores, "scores after load and load_state_dict of what module().state_dict() gave")

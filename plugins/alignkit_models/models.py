@@ -1,5 +1,7 @@
-"""The bundles. Each setting is the paper's or its code's, named where it stands; what no source states is left to the
-defaults of the method."""
+"""The bundles. Each setting is the paper's or its code's, and a comment names the source.
+
+Settings that no source states are left to the defaults of the method.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,13 @@ SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 Settings = dict[str, Any]
 
-# Memory alone, with caution: raise them where there is room.
+# Settings of memory alone, chosen cautiously: raise them where there is room.
 _of_512: Settings = {"train": {"rows_per_pass": 8}, "evaluate": {"batch_size": 8}}
 _of_1024: Settings = {"train": {"rows_per_pass": 2}, "evaluate": {"batch_size": 2}}
 
 
 def _with(*layers: Settings) -> Settings:
-    """The sections of all layers; the later win, key by key, and a sampler that is named begins anew."""
+    """Merge the sections of all layers. Later ones win, key by key; a sampler with a name replaces the one before."""
     merged: Settings = {}
     for layer in layers:
         for section, values in layer.items():
@@ -36,8 +38,10 @@ def _train(learning_rate: float, weight_decay: float = 0.0, **fields: Any) -> Se
 
 
 def _round(prompts: int, rows: int, updates: int = 0, **fields: Any) -> Settings:
-    """Prompts of a round, rows of an update, fields of the method; and a length, over which ten times are saved and
-    measured."""
+    """Prompts of a round, rows of an update, fields of the method, and the length of the run.
+
+    With a length, a checkpoint and an evaluation follow after each tenth of it.
+    """
     tenth: Settings = {}
     if updates:
         tenth = {"train": {"updates": updates, "checkpoint_every": updates // 10}}
@@ -47,22 +51,23 @@ def _round(prompts: int, rows: int, updates: int = 0, **fields: Any) -> Settings
 
 # Methods
 
-# LaSRO (2411.15247) trains two steps; a model that was distilled by a discriminator has no distillation loss, and is
-# noised again in full so that y depends on the policy through its clean latent alone. Its learning rate is smaller, the
-# paper says; how much is not printed.
+# LaSRO (2411.15247) trains two steps. A model that was distilled by a discriminator has no distillation loss, and is
+# sampled with full renoising, so that the image depends on the policy through its clean latent alone. The paper states
+# a smaller learning rate for it without the number.
 _lasro_lcm = _sampler("lcm", 2)
 _lasro_turbo_loss: Settings = {"algorithm": {"distillation_weight": 0.0}, "train": {"learning_rate": 3e-5}}
 _lasro_turbo = _with(_sampler("renoise", 2), _lasro_turbo_loss)
 _vega: Settings = {"surrogate": {"name": "latent_unet", "backbone": "segmind/Segmind-Vega"}}
 # The policy-gradient methods of RLCM (2404.03673, its code for the aesthetic reward): 8 steps, Adam without decay, LoRA
-# of rank 8. Of a round's 8 prompts (on each GPU; how many those were is not said) all is one update: a walk each of 7
-# steps with a likelihood, or a pair of walks. DDPO clips advantages at 10; REBEL clips no gradient.
+# of rank 8. A round has 8 prompts on each GPU (the number of GPUs is not stated) and makes one update: of a trajectory
+# for each prompt, with 7 steps that have a likelihood, or of a pair of them. DDPO clips advantages at 10; REBEL
+# does not clip the gradient.
 _rlcm = _with(
     _sampler("lcm", 8), _train(1e-4, max_grad_norm=5.0), {"model": {"lora_rank": 8}},
     {"evaluate": {"steps": [1, 2, 4, 8]}},
 )  # fmt: skip
 _rlcm_ddpo = _with(_rlcm, _round(8, 8 * 7, updates=1000, samples=1, advantage_clip=10.0))
-# For the size of the file: 4 prompts, all of them an update.
+# For the rewards of file size: 4 prompts a round, in one update.
 _rlcm_size: Settings = {
     "data": {"batch_size": 4},
     "train": {"rows_per_update": 4 * 7},
@@ -70,10 +75,10 @@ _rlcm_size: Settings = {
 }
 _unclipped: Settings = {"train": {"max_grad_norm": float("inf")}}
 _rlcm_rebel = _with(_rlcm, _round(8, 8, updates=1000, pairs=1), _unclipped)
-# SDPO on consistency models (2411.11727, 4.4) has RLCM's walk and REBEL's rates and batches.
+# SDPO on consistency models (2411.11727, 4.4) uses RLCM's sampler and REBEL's rates and batches.
 _rlcm_sdpo = _with(_rlcm, _round(8, 8, pairs=1), _unclipped)
-# SDPO (2411.11727, Table 2 and its code, for the aesthetic reward) trains 50 steps and is read at few; so do the rivals
-# it is compared with. 128 pairs a round, in two updates of each step.
+# SDPO (2411.11727, Table 2 and its code, for the aesthetic reward) trains with 50 steps and is evaluated at few, as are
+# the methods that it is compared with. 128 pairs a round, in two updates of each step.
 _of_50_steps = _with(
     _sampler("ddim", 50, eta=1.0), _train(1e-4, 1e-4), {"model": {"lora_rank": 4}},
     {"evaluate": {"steps": [1, 2, 4, 8, 50]}},
@@ -93,16 +98,16 @@ _pso = _with(
 )  # fmt: skip
 # As LaSRO compares with it (2411.15247, appendix D): two steps, of which the first has a likelihood.
 _pso_lcm = _with(_pso, _sampler("lcm", 2), _round(16, 8, pairs=1))
-# GORS-LCM (the same) draws two steps.
+# GORS-LCM (the same) samples with two steps.
 _gors_lcm = _sampler("lcm", 2)
 # Latent consistency distillation (diffusers' script for LCM-LoRA).
 _lcd = _with(_train(1e-4, 1e-2), {"model": {"lora_rank": 64}})
-# RG-LCD (2403.11027, its code): the whole UNet, small steps; the proxy's rate is that behind its pre-training.
+# RG-LCD (2403.11027, its code): the whole UNet, small steps; the proxy's rate is the one after its pre-training.
 _rg_lcd = _with(
     _train(1e-6, updates=10_000, rows_per_update=40, ema_decay=0.95, checkpoint_every=1000),
     {"model": {"lora_rank": 0}, "surrogate": {"learning_rate": 3.3e-6, "weight_decay": 0.0}},
 )
-# Its scores are cosines, without the scale that pickscore learned. It follows ImageReward up to 2.
+# It takes scores as cosines, without the scale that pickscore learned, and follows ImageReward up to 2.
 _rg_lcd_rewards: dict[str, Settings] = {
     "rg_lcd/clip_score": {"algorithm": {"beta": 5.0}},
     "rg_lcd/pickscore": {"algorithm": {"beta": 5.0}, "reward": [{"name": "pickscore", "variant": "cosine"}]},
@@ -132,13 +137,15 @@ def _lcm_methods(*extra: Settings) -> dict[str, Settings]:
     }
 
 
-def _with_likelihoods(walk: Settings) -> dict[str, Settings]:
-    """For the methods that learn from likelihoods, on a model that is drawn without chance. No source has them there;
-    rates and batches are left to the run."""
-    return dict.fromkeys(("ddpo", "sdpo", "rebel", "d3po", "pso"), walk)
+def _with_likelihoods(sampler: Settings) -> dict[str, Settings]:
+    """A stochastic sampler for methods that learn from likelihoods, on a model whose own sampler is deterministic.
+
+    No source trains such a model with them, so rates and batches are left to the run.
+    """
+    return dict.fromkeys(("ddpo", "sdpo", "rebel", "d3po", "pso"), sampler)
 
 
-# Distilled by a discriminator: epsilon, trailing times, no guidance, no teacher to distil from.
+# Models distilled by a discriminator: epsilon, trailing times, no guidance, and no teacher to distil from.
 _turbo: Settings = {"model": {"prediction": "epsilon", "guidance_scale": 1.0}}
 
 
@@ -174,7 +181,7 @@ def sdxl_turbo() -> ModelBundle:
 
 
 def sdxl_lightning() -> ModelBundle:
-    """Its UNets serve one number of steps each; for another, set model.unet and sampler.num_steps."""
+    """SDXL-Lightning. Each UNet is for one number of steps; for another, set model.unet and sampler.num_steps."""
     unet = {"unet": "ByteDance/SDXL-Lightning/sdxl_lightning_4step_unet.safetensors", **_turbo["model"]}
     four = {"algorithm": {"step_weights": [1.0, 1.0, 1.0, 1.0]}}
     return ModelBundle(
@@ -184,13 +191,13 @@ def sdxl_lightning() -> ModelBundle:
         | {
             "lasro": _with(_sampler("renoise", 4), _lasro_turbo_loss, four, _vega),
             "pso": _pso,
-            # No source has it; the model knows the times of its four steps.
+            # From no source: the model is trained at the times of its four steps alone.
             "diffusion_dpo": {"algorithm": {"grid_steps": 4}},
         },
     )
 
 
-# Latent consistency models. diffusers' script for SDXL draws the guidance from 3 on.
+# Latent consistency models. diffusers' script for SDXL samples w of the guidance from 3 on.
 
 _lcd_of_sdxl = {"lcd": _with(_lcd, {"algorithm": {"guidance_scale_min": 4.0}})}
 
@@ -247,13 +254,16 @@ def _lcm_lora(path: str, adapter: str, memory: Settings, *lasro: Settings) -> Mo
 
 
 def sd_1_5() -> ModelBundle:
-    """As DDPO and D3PO walk it: 50 and 20 steps with noise, guidance_scale 5. DDPO (its code for eight GPUs and the
-    compressibility): 256 walks a round, 64 an update, all steps of each; for the aesthetic reward 128 an update, and a
-    longer memory of each prompt. D3PO (its code): 20 pairs a round, all steps of one an update."""
-    walk = _sampler("ddim", 50, eta=1.0, spacing="leading")
+    """Stable Diffusion 1.5 as DDPO and D3PO sample it: 50 and 20 stochastic steps, guidance_scale 5.
+
+    DDPO (its code for eight GPUs and compressibility): 256 trajectories a round, 64 an update, with all their steps;
+    for the aesthetic reward 128 an update, and a longer memory of each prompt. D3PO (its code): 20 pairs a round, all
+    steps of one pair an update.
+    """
+    sampler = _sampler("ddim", 50, eta=1.0, spacing="leading")
     return ModelBundle(
         path=SD,
-        defaults=_with(_of_512, walk, {"model": {"guidance_scale": 5.0}, "evaluate": {"steps": [20, 50]}}),
+        defaults=_with(_of_512, sampler, {"model": {"guidance_scale": 5.0}, "evaluate": {"steps": [20, 50]}}),
         algorithm_defaults={
             "ddpo": _with(
                 _train(3e-4, 1e-4),
@@ -272,10 +282,10 @@ def sd_1_5() -> ModelBundle:
 
 
 def sdxl() -> ModelBundle:
-    walk = _sampler("euler_ancestral", 30, eta=0.0, spacing="leading")
+    sampler = _sampler("euler_ancestral", 30, eta=0.0, spacing="leading")
     return ModelBundle(
         path=SDXL,
-        defaults=_with(_of_1024, walk, {"model": {"guidance_scale": 5.0}, "evaluate": {"steps": [30]}}),
+        defaults=_with(_of_1024, sampler, {"model": {"guidance_scale": 5.0}, "evaluate": {"steps": [30]}}),
         algorithm_defaults=_with_likelihoods(_sampler("ddim", 50, eta=1.0, spacing="leading"))
         | {"diffusion_dpo": _dpo_of_sdxl},
     )

@@ -69,7 +69,7 @@ class Square(DDIM):
     [
         (WrongCount, r"stochastic_steps: found \d, expected \d, the steps with std above 0"),
         (WrongWay, "grid: found .* expected the noisiest time first"),
-        (Draws, "during a walk the global random generator of torch was used"),
+        (Draws, "during a rollout the global random generator of torch was used"),
         (OneStepForAll, "mean of row . alone against in a batch: found a difference"),
         (EndsInNoise, "the last step ends .* away from the clean latent it predicts"),
         (Square, "latents of 4 x 8 x 16: raised RuntimeError: The size of tensor a"),
@@ -107,7 +107,7 @@ class Forgets(LatentUNet):
     [
         (Sums, "the mean of the losses of single pairs against the loss of all: found a difference"),
         (TurnedRound, "12 steps on the same pairs: loss from"),
-        (Forgets, "scores behind load and load_state_dict of what module"),
+        (Forgets, "scores after load and load_state_dict of what module"),
     ],
 )
 def test_a_surrogate(surrogate: type[Surrogate], message: str) -> None:
