@@ -1,4 +1,4 @@
-"""The interfaces that a plugin implements, and the records that pass between them.
+"""The interfaces that a plugin implements.
 
 Letters in shapes: N rows, K sampler steps, S = (C, h, w) one latent, L tokens, D text features, P distinct texts,
 (H, W) pixels. This module imports torch for annotations only, so that listing plugins stays quick.
@@ -108,26 +108,25 @@ class Reward(ABC):
     deterministic: ClassVar[bool] = True
     """Whether the same image and text always get the same score, whatever else is scored and when."""
     slow: ClassVar[bool] = False
-    """Whether an answer takes long, from a server or a large judge. It is then waited for in a thread of its own, one
-    call after another, while the next images are decoded or drawn and other rewards answer."""
+    """Whether a call takes long, to a server or a large VQA model. Calls then run one after another in a thread of
+    their own, while the next images are generated or decoded and other rewards answer."""
     bounds: ClassVar[tuple[float | None, float | None]] = (None, None)
     origin: ClassVar[str] = ""
-    """Whose code messages name where the reward does something wrong; empty stands for the distribution that brings it.
-    """
+    """Owner of the code that messages about a fault of this reward name; empty: the distribution that registers it."""
 
     def check(self, examples: Iterable[Example]) -> None:
-        """Raise ConfigError naming an example that can never be scored. Called before any weight loads, and with fewer
-        of them again, or none, to find the first that is refused."""
+        """Raise ConfigError naming an example that can never be scored. Called before any weight loads, and again with
+        fewer examples, or none, to find the first that is refused."""
         return
 
     def explain(self, example: Example) -> list[str]:
-        """What is asked about an image of this text, a line each; empty where the text is read as it is. Needs no
-        weights. Raises ConfigError as `check`."""
+        """Return the questions that this reward puts about an image of this text; none if it reads the text as it is.
+        Needs no weights. Raises ConfigError as `check`."""
         return []
 
     def tokens(self, example: Example) -> tuple[int, int] | None:
-        """How many tokens of a text are read at most, and how many this one has; asked once it is loaded. None, the
-        default, where the reward cannot tell."""
+        """Return the limit of tokens that are read, and the number in this text; called after `load`. None, the
+        default: unknown."""
         return None
 
     def load(self, device: torch.device) -> None:
@@ -135,16 +134,17 @@ class Reward(ABC):
         return
 
     def fingerprint(self) -> str:
-        """What tells this reward from itself with other settings, weights or versions; asked once it is loaded.
+        """Return a string that changes whenever scores could: settings, weights, versions. Called after `load`.
 
-        Scores of a reward that is deterministic, has no gradient and has a fingerprint are kept and found again. Empty,
-        the default, keeps none: right for what is quicker to compute than to look up, and where one cannot tell.
+        Scores of a deterministic reward without gradient are cached under its fingerprint. Empty, the default, caches
+        none: for rewards that are faster to compute than to look up, or whose state is unknown.
         """
         return ""
 
     def identity(self) -> str:
-        """Who answers, where the settings leave that open (a server may serve something else tomorrow); asked once it
-        is loaded. A run keeps it, and when it is resumed it must be found again. Empty, the default: the settings tell.
+        """Identify the backend when settings alone do not (the model behind a URL); called after `load`.
+
+        It is stored with the run; resuming fails if it changed. Empty, the default: the settings identify it.
         """
         return ""
 
@@ -152,12 +152,12 @@ class Reward(ABC):
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor | Scores:
         """Scores (N,) of images (N, 3, H, W) float32 in [0, 1], as the 8-bit files that would be saved.
 
-        Leaves both as they are. Raises TransientError where asking again may help.
+        Changes neither. Raises TransientError if another call may succeed.
         """
 
 
 class Surrogate(ABC):
-    """A learned, differentiable stand-in for a reward, read off latents."""
+    """A learned, differentiable stand-in for a reward, computed from latents."""
 
     @abstractmethod
     def load(self, policy: Policy) -> None:
@@ -165,15 +165,15 @@ class Surrogate(ABC):
 
     @abstractmethod
     def score(self, latents: Tensor, prompt: Prompt) -> Tensor:
-        """(N, *S) to (N,) float32, with gradient to the latents."""
+        """Score latents (N, *S), (N,) float32, with gradient to the latents."""
 
     @abstractmethod
     def loss(self, winner: Tensor, loser: Tensor, prompt: Prompt) -> Tensor:
-        """Scalar mean over pairs of latents (N, *S) of which the true reward prefers the first."""
+        """Return a scalar mean over pairs of latents (N, *S), of which the true reward prefers the first."""
 
     @abstractmethod
     def module(self) -> torch.nn.Module:
-        """The network: its parameters are trained, its state dict is saved."""
+        """Return the network: its parameters are trained, its state dict is saved."""
 
 
 class Context(ABC):
@@ -246,38 +246,36 @@ R = TypeVar("R", bound=Rows)
 
 
 class Algorithm(ABC, Generic[C, R]):
-    """What to collect (C), the rows to learn from (R), and the loss on them.
+    """A method: the data to collect (C), the rows to learn from (R), and the loss on them.
 
     Subclasses are dataclasses: their fields are the hyper-parameters.
 
     One round of the core is: `collect`, every item of `surrogate_updates` and then of `updates` as one optimizer step
-    each (split into passes for memory), `after_update` behind each step of the policy.
+    each (split into passes for memory), `after_update` after each step of the policy.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Of "surrogate", "teacher", "images", "pairs", "stochastic_steps", "differentiable_reward"; checked by the core.
-
-    What depends on the fields is set on the instance, in `__post_init__`.
-    """
+    """Requirements that the core checks: "surrogate", "teacher", "images", "pairs", "stochastic_steps",
+    "differentiable_reward". What depends on the fields is set on the instance, in `__post_init__`."""
 
     default_surrogate: ClassVar[str] = ""
-    """Name of the surrogate that it takes where none is named."""
+    """Name of the surrogate in a run that names none."""
 
     default_regularisers: ClassVar[Mapping[str, float]] = {}
     """Regularisers, name to weight, of a run that lists none."""
 
     surrogate_type: ClassVar[type] = Surrogate
-    """What its surrogate must be an instance of; checked by the core before any weight loads."""
+    """Class that its surrogate must be an instance of; checked by the core before any weight loads."""
 
     draws: ClassVar[bool] = True
-    """Whether it draws images of prompts; what learns from given images or pairs alone runs without any."""
+    """Whether it generates images of prompts; a method that learns from given images or pairs alone needs no prompts."""
 
     uses_rewards: ClassVar[bool] = True
-    """Whether it learns from rewards. One that does not runs without any; those that are named are only measured."""
+    """Whether it learns from rewards. If not, a run needs none, and those that it lists are held out."""
 
     takes_advantages: ClassVar[bool] = False
-    """Whether it learns from advantages, and takes them by `alignkit.advantage.of_terms`, so that those of several
-    rewards can be taken apart (`scoring.combine = "advantage"`)."""
+    """Whether it learns from advantages and takes them by `alignkit.advantage.of_terms`, so that each of several
+    rewards can have its own (`scoring.combine = "advantage"`)."""
 
     def check(self, sampler: Sampler) -> None:
         """Raise ConfigError if these fields cannot work with this sampler. Called before any weight loads."""
@@ -289,34 +287,34 @@ class Algorithm(ABC, Generic[C, R]):
 
     @abstractmethod
     def collect(self, batch: Batch, ctx: Context) -> C:
-        """What to learn from; called without gradient."""
+        """Collect what a round learns from; called without gradient."""
 
     @abstractmethod
     def updates(self, collected: C, ctx: Context) -> Iterator[R]:
-        """The rows of one policy update after another, `ctx.rows_per_update` each."""
+        """Yield the rows of one policy update after another, `ctx.rows_per_update` each."""
 
     @abstractmethod
     def loss(self, rows: R, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scalar mean over rows, and metrics that are means over rows."""
+        """Return a scalar mean over rows, and metrics that are means over rows."""
 
     def surrogate_updates(self, collected: C, ctx: Context) -> Iterator[Any]:
-        """The rows of one surrogate update after another; none by default."""
+        """Yield the rows of one surrogate update after another; none by default."""
         return iter(())
 
     def surrogate_loss(self, rows: Any, ctx: Context) -> Tensor:
-        """Scalar mean over rows; needed where `surrogate_updates` yields."""
+        """Return a scalar mean over rows; needed if `surrogate_updates` yields."""
         raise NotImplementedError
 
     def after_update(self, ctx: Context) -> None:
-        """Called behind each policy update (averages, counters)."""
+        """Called after each policy update (averages, counters)."""
         return
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: tensors and JSON values, nested in dicts and lists."""
+        """Return what a resumed run needs: tensors and JSON values, nested in dicts and lists."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The reverse of `state_dict`."""
+        """Restore what `state_dict` returned."""
         return
 
 
@@ -377,15 +375,15 @@ class Regulariser(ABC, Generic[C, R]):
 
 @dataclass(frozen=True)
 class ModelBundle:
-    """A named model: where it lives and the run settings that suit it."""
+    """A named model: its checkpoint and the run settings that suit it."""
 
     path: str
     """A hub id or a local diffusers folder."""
     teacher: str | None = None
-    """The same for the model it was distilled from."""
+    """Hub id or folder of the model it was distilled from."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Sections of a run file, for every algorithm. "regulariser" may be a list, as in a run file, or a table from names
     to fields that suit the model wherever a run lists that regulariser."""
     algorithm_defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """The same, by name of the algorithm; these win. Under "algorithm/reward" stands what suits that algorithm where
-    this is the only reward that is trained on, and wins in turn."""
+    """Sections by name of the algorithm, which win over `defaults`. Those under "algorithm/reward" hold for that
+    algorithm where this is the only reward to train on, and win in turn."""

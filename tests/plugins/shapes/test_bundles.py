@@ -49,9 +49,7 @@ WITH_DEFAULTS = {
     ("lcd", "shapes_turbo"): NOT_LCM,
     ("lcd", "shapes_teacher"): NOT_LCM,
 }
-NO_LIKELIHOOD = (
-    r"sampler: every step of lcm is deterministic with num_steps = 1.*likelihood of stochastic steps"
-)
+NO_LIKELIHOOD = r"sampler: every step of lcm is deterministic with num_steps = 1.*likelihood of stochastic steps"
 ONE_STEP: dict[str, Any] = {"sampler.num_steps": 1}
 TEACHER = str(WEIGHTS / "shapes_teacher")
 AS_LCM: dict[str, Any] = {"sampler.name": "lcm", "sampler.num_steps": 2, "model.teacher": TEACHER}
