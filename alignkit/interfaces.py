@@ -255,8 +255,10 @@ class Algorithm(ABC, Generic[C, R]):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Requirements that the core checks: "surrogate", "teacher", "images", "pairs", "stochastic_steps",
-    "differentiable_reward". What depends on the fields is set on the instance, in `__post_init__`."""
+    """Of "surrogate", "teacher", "images", "pairs", "stochastic_steps", "differentiable_reward"; checked by the core.
+
+    What depends on the fields is set on the instance, in `__post_init__`.
+    """
 
     default_surrogate: ClassVar[str] = ""
     """Name of the surrogate in a run that names none."""
@@ -268,10 +270,10 @@ class Algorithm(ABC, Generic[C, R]):
     """Class that its surrogate must be an instance of; checked by the core before any weight loads."""
 
     draws: ClassVar[bool] = True
-    """Whether it generates images of prompts; a method that learns from given images or pairs alone needs no prompts."""
+    """Whether it generates images of prompts; one that learns from given images or pairs alone needs no prompts."""
 
     uses_rewards: ClassVar[bool] = True
-    """Whether it learns from rewards. If not, a run needs none, and those that it lists are held out."""
+    """Whether it learns from rewards. One that does not runs without any; those that are named are only measured."""
 
     takes_advantages: ClassVar[bool] = False
     """Whether it learns from advantages and takes them by `alignkit.advantage.of_terms`, so that each of several
