@@ -1,4 +1,4 @@
-"""What holds for every registered model."""
+"""Promises of every registered model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_model(name: str) -> str:
     """Raise AssertionError, in one line, for the first promise of a registered model (`ModelBundle`) that is not kept.
 
     Its settings make a run without mistakes under every algorithm (and reward) it has some for, and the file that is
-    written of it says the same. A pipeline on this disk draws an image of one step, and sources of images and pairs
+    written of it says the same. A pipeline on this disk generates an image of one step, and sources of images and pairs
     that the settings name as "package.module:Class" are checked at its size. Returns what was checked.
     """
     with about(f"model {name}"), errors_only(), torch.random.fork_rng():
@@ -76,7 +76,7 @@ def _settings(bundle: ModelBundle, name: str, algorithm: str, reward: str = "") 
 
 
 def _drawn(run: config.RunConfig) -> list[str]:
-    """Load the pipeline, draw with it, and read what it is trained on."""
+    """Load the pipeline, generate an image with it, and read its training data."""
     parts = Parts(run)
     policy, sampler = parts.load_policy(), parts.sampler(1)
     size = policy.image_size

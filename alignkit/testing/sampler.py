@@ -1,4 +1,4 @@
-"""What holds for every sampler."""
+"""Promises of every sampler."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS = 1, 2, 4
 def check_sampler(sampler: Sampler, policy: Policy | None = None) -> None:
     """Raise AssertionError, in one line, for the first promise of `alignkit.interfaces.Sampler` that is not kept.
 
-    It walks with its own `num_steps` and with 1, 2 and 4 where its fields allow these, through `policy` if that is
+    It runs its own `num_steps`, and 1, 2 and 4 where its fields allow these, through `policy` if that is
     given, else through an untrained consistency model and an untrained model that predicts the noise; through these it
     takes a step of wide latents too.
     """
@@ -125,7 +125,7 @@ def _rows_stand_alone(sampler: Sampler, policy: Policy, prompt: Prompt, x: Tenso
 
 
 def _the_gradient_is_true(sampler: Sampler, policy: Policy, prompt: Prompt, x: Tensor) -> None:
-    """Of the mean, to the weights and to the latent, which methods follow back through a walk."""
+    """Check the gradient of the mean to the weights and to the latent, which methods follow back through the steps."""
     k = torch.zeros(len(x), dtype=torch.long, device=x.device)
     generator = torch.Generator().manual_seed(1)
     weight, direction = (torch.randn(x.shape, generator=generator).to(x.device) for _ in range(2))

@@ -1,4 +1,4 @@
-"""What holds for every surrogate."""
+"""Promises of every surrogate."""
 
 from __future__ import annotations
 
