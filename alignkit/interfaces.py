@@ -159,7 +159,7 @@ class Reward(ABC):
     def differentiable(self) -> bool:
         """Whether the score has a useful gradient with respect to the pixels.
 
-        A class whose fields decide nothing may set a ClassVar instead, here and for the four flags below.
+        A class whose fields decide nothing may set a ClassVar instead, here and for the four properties below.
         """
         return False
 
