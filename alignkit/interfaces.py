@@ -155,16 +155,34 @@ class Sampler(ABC):
 class Reward(ABC):
     """A number for an image and its text; may be a black box."""
 
-    differentiable: ClassVar[bool] = False
-    """Whether the score has a useful gradient with respect to the pixels."""
-    deterministic: ClassVar[bool] = True
-    """Whether the same image and text always get the same score, whatever else is scored and when."""
-    slow: ClassVar[bool] = False
-    """Whether scoring takes long (a server, a large model). It then runs in a thread of its own, one call after
-    another, while the next images are generated or decoded and other rewards are computed."""
-    bounds: ClassVar[tuple[float | None, float | None]] = (None, None)
-    origin: ClassVar[str] = ""
-    """Name of the code that messages blame for a fault of the reward; empty: the distribution that registers it."""
+    @property
+    def differentiable(self) -> bool:
+        """Whether the score has a useful gradient with respect to the pixels.
+
+        A class whose fields decide nothing may set a ClassVar instead, here and for the four properties below.
+        """
+        return False
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether the same image and text always get the same score, whatever else is scored and when."""
+        return True
+
+    @property
+    def slow(self) -> bool:
+        """Whether scoring takes long (a server, a large model). It then runs in a thread of its own, one call after
+        another, while the next images are generated or decoded and other rewards are computed."""
+        return False
+
+    @property
+    def bounds(self) -> tuple[float | None, float | None]:
+        """The lowest and highest score; None where there is no bound."""
+        return None, None
+
+    @property
+    def origin(self) -> str:
+        """Name of the code that messages blame for a fault of the reward; empty: the distribution that registers it."""
+        return ""
 
     def check(self, examples: Iterable[Example]) -> None:
         """Raise ConfigError naming an example that can never be scored. Called before any weight loads, and again

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from alignkit import Algorithm, Batch, Context, Prompt, Rows, Sampler
+from alignkit.config.schema import check_ranges
 from alignkit.distillation import Distillation, Noised
 from alignkit.rollout import sample_trajectories
 
@@ -46,13 +48,13 @@ class GorsLCM(Algorithm[Chosen, WeightedRows]):
     needs: ClassVar[frozenset[str]] = frozenset({"teacher"})
     default_regularisers: ClassVar[Mapping[str, float]] = {"lcd": 1.0}
 
-    samples: int = 6
+    samples: Annotated[int, Ge(1)] = 6
     """N_s, samples of each prompt, of which the best is kept. With 1 the model distils its own samples."""
     threshold: float | None = None
     """Drop samples with a reward below this, as GORS does; left out: the best is kept whatever its reward."""
     weight: Literal["none", "reward"] = "none"
     """Multiply a sample's loss by its reward, as GORS does; a reward below 0 counts as 0."""
-    ode_steps: int = 50
+    ode_steps: Annotated[int, Ge(1)] = 50
     """Solver steps; must equal what the student's sampler counts as original steps."""
     guidance_scale_min: float = 6.0
     """Smallest guidance scale of the teacher (w + 1 of the LCM paper)."""
@@ -60,8 +62,7 @@ class GorsLCM(Algorithm[Chosen, WeightedRows]):
     """Largest guidance scale of the teacher."""
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ValueError(f"samples: found {self.samples}, expected 1 or more")
+        check_ranges(self)
         self._distillation = Distillation(self.ode_steps, self.guidance_scale_min, self.guidance_scale_max)
 
     def check(self, sampler: Sampler) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import sqrt
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Lt
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -43,28 +44,28 @@ class ExtendedLaSRO(LaSRO):
     Fields marked "Not in the paper" are additions of ours. By default they are off, and this is the paper's method.
     """
 
-    replay: int = 1
+    replay: Annotated[int, Ge(1)] = 1
     """Not in the paper. Rounds of scored samples that are kept for the surrogate. With 1, as in the paper, it sees each
     sample in its own round only; where the true reward is the expensive part of a round, more make more of it."""
     pairs: Literal["extremes", "random"] = "extremes"
     """Not in the paper but for "extremes". The two samples of a group that make a pair: best and worst, or any two
     whose rewards differ."""
-    noise_correlation: float = 0.0
+    noise_correlation: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Not in the paper. Correlation of the noises within a group, 0 for independent ones. Samples from nearly the same
     noises share the layout and differ in what a gradient can change; between independent ones the layout hides it."""
-    reference_samples: int = 0
+    reference_samples: Annotated[int, Ge(0)] = 0
     """Not in the paper. Number of the N_s samples that the model before training generates, from the noises of the
     others. Pairs within one model's samples carry no information about what all of them have in common, so a drift of
     the policy that the surrogate happens to like would never be corrected; samples without the drift correct it."""
-    negatives: int = 0
+    negatives: Annotated[int, Ge(0)] = 0
     """Not in the paper. Samples of other prompts of the batch that the reward also scores under each prompt, and that
     join its group. Samples of one prompt are much alike; what the prompt asks for shows where it is missing altogether.
     """
-    smoothing: float = 0.0
+    smoothing: Annotated[float, Ge(0)] = 0.0
     """Not in the paper. Standard deviation of noise on the latents that the surrogate sees, while it learns and while
     the policy follows it. Its gradient is then that of an average over a neighbourhood, and points less often where no
     image is."""
-    purify: float = 0.0
+    purify: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Not in the paper. Share of the schedule (0 to 1) at whose time the policy's prediction is noised, and from which
     the teacher denoises it, before the surrogate scores it for the policy: diffusion purification (Nie et al., ICML
     2022). The gradient then comes through the teacher, which passes what leads to another image and damps what merely
@@ -73,33 +74,25 @@ class ExtendedLaSRO(LaSRO):
     """Not in the paper. Share of a sample's surrogate score under another prompt of the batch that is subtracted from
     that under its own before the policy follows it; removes the prompt-independent part. A policy first fools a
     surrogate by what scores better under every prompt, since pairs, which share a prompt, say little of it."""
-    gradient_samples: int = 1
+    gradient_samples: Annotated[int, Ge(1)] = 1
     """Not in the paper. Noises, of `smoothing` and `purify`, over which the score that the policy follows is averaged.
     """
     unit_gradients: bool = False
     """Not in the paper. Let every sample pull equally: the gradient by each prediction is scaled to length one, instead
     of the scores being normalised and clipped (Eq. 12 and 13). Scores are log-odds, whose gradient is longest where a
     sample is far off, and there it is least to be trusted."""
-    restart_every: int = 0
+    restart_every: Annotated[int, Ge(0)] = 0
     """Not in the paper. Updates after which the policy goes back to where it began, while the surrogate and its samples
     stay; 0: never. For teaching a surrogate: each policy that follows it shows another way in which it is wrong, and
     the policies are thrown away."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("replay", 1), ("gradient_samples", 1), ("negatives", 0), ("restart_every", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected {least} or more")
-        if not 0 <= self.reference_samples < self.samples:
+        if self.reference_samples >= self.samples:
             raise ValueError(
-                f"reference_samples is {self.reference_samples}, expected 0 to {self.samples - 1}, less than samples"
+                f"reference_samples: found {self.reference_samples}, expected less than samples, which is "
+                f"{self.samples}"
             )
-        if not 0 <= self.noise_correlation < 1:
-            raise ValueError(f"noise_correlation is {self.noise_correlation}, expected at least 0 and less than 1")
-        if not 0 <= self.purify < 1:
-            raise ValueError(f"purify is {self.purify}, expected a share of the schedule: at least 0 and less than 1")
-        if self.smoothing < 0:
-            raise ValueError(f"smoothing is {self.smoothing}, expected 0 or more")
         self._memory = Memory(self.replay, self.own_samples, self.samples)
 
     @property

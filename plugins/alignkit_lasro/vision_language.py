@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -19,6 +20,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
+from alignkit.config.schema import check_ranges
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Policy
 from alignkit.models.quiet import errors_only, no_progress_bars
@@ -36,19 +38,17 @@ class VisionLanguage(PairwiseSurrogate):
     backbone: str = ""
     """A checkpoint to start from, a hub id or folder; its embedding of patches is replaced by a new one. Empty: a new
     network of the sizes below."""
-    width: int = 256
+    width: Annotated[int, Ge(1)] = 256
     """Width of a new network."""
-    layers: int = 6
+    layers: Annotated[int, Ge(1)] = 6
     """Blocks of a new network."""
-    heads: int = 4
+    heads: Annotated[int, Ge(1)] = 4
     """Attention heads of a new network."""
-    patch: int = 0
+    patch: Annotated[int, Ge(0)] = 0
     """Edge of a patch of the latent; 0: a sixteenth of the latent's edge, and at least 1."""
 
     def __post_init__(self) -> None:
-        for name, low in (("width", 1), ("layers", 1), ("heads", 1), ("patch", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}: found {getattr(self, name)}, expected {low} or more")
+        check_ranges(self)
         if self.width % self.heads:
             raise ValueError(f"heads: found {self.heads}, expected a divisor of width, which is {self.width}")
 

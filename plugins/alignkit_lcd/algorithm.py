@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
+from alignkit.config.schema import check_ranges
 from alignkit.distillation import Average, Distance, Distillation, Noised
 from alignkit.interfaces import Algorithm, Context, Sampler
 from alignkit.records import Batch
@@ -41,6 +42,7 @@ class LCD(Algorithm[Noised, Noised]):
     the LCM paper's, for a student whose weights are all trained."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         self._distillation = Distillation(
             self.ode_steps, self.guidance_scale_min, self.guidance_scale_max, self.huber_c, self.distance
         )

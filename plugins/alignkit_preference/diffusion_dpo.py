@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 from torch.nn import functional as F
 
+from alignkit.config.schema import check_ranges
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Algorithm, Context, Sampler
 from alignkit.records import Batch
@@ -37,16 +39,16 @@ class DiffusionDPO(Algorithm[LatentPairs, NoisedPairs]):
     needs: ClassVar[frozenset[str]] = frozenset({"pairs"})
     uses_rewards: ClassVar[bool] = False
 
-    beta: float = 5000.0
+    beta: Annotated[float, Gt(0)] = 5000.0
     """Factor of half the difference of errors (the authors' code; diffusers' script has no half, and 2500). It includes
     the paper's factors beta, T and omega and the number of latent dimensions."""
-    grid_steps: int = 0
+    grid_steps: Annotated[int, Ge(0)] = 0
     """Learn at the times at which the run's sampler takes this many steps: 4 for turbo models. 0: at all times that the
     model was made for, those of its distillation if the sampler is lcm, else the whole schedule."""
     zero_terminal_snr: bool = False
     """Noise the images by a schedule rescaled to end in pure noise, where turbo models begin (as the code does for
     them)."""
-    empty_prompts: float | None = None
+    empty_prompts: Annotated[float, Ge(0), Le(1)] | None = None
     """Share of texts that are replaced by the empty one. Left out: 0.2 (the code) where guidance takes a pass without
     text, else 0."""
     flip: bool = True
@@ -57,16 +59,11 @@ class DiffusionDPO(Algorithm[LatentPairs, NoisedPairs]):
     latent. diffusers' script takes the velocity for models that predict it."""
 
     def __post_init__(self) -> None:
-        if self.beta <= 0:
-            raise ValueError(f"beta is {self.beta}, expected more than 0")
-        if self.grid_steps < 0:
-            raise ValueError(f"grid_steps is {self.grid_steps}, expected 0 or more")
-        if self.empty_prompts is not None and not 0 <= self.empty_prompts <= 1:
-            raise ValueError(f"empty_prompts is {self.empty_prompts}, expected 0 to 1")
+        check_ranges(self)
         if self.zero_terminal_snr and self.space != "noise":
             raise ValueError(
-                f'space is "{self.space}", expected "noise" with zero_terminal_snr: the output is read by the schedule '
-                "of the network, and under another one only the noise can be read so"
+                f'space: found "{self.space}", expected "noise" with zero_terminal_snr: the output is read by the '
+                "schedule of the network, and under another one only the noise can be read so"
             )
 
     def check(self, sampler: Sampler) -> None:

@@ -10,6 +10,7 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
+from alignkit.config.schema import check_ranges
 from alignkit.distillation import Distance, Distillation, Noised
 from alignkit.interfaces import Context, Regulariser, Sampler
 from alignkit.records import Batch, Prediction, Prompt, Rows
@@ -47,6 +48,7 @@ class LatentConsistency(Regulariser[Captioned, Noised]):
     diffusers' script."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         self._distillation = Distillation(
             self.ode_steps, self.guidance_scale_min, self.guidance_scale_max, self.huber_c, self.distance
         )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
+from alignkit.config.schema import check_ranges
 from alignkit.distillation import Average, Distance, Distillation, Noised
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Algorithm, Context, Sampler
@@ -60,49 +62,45 @@ class RGLCD(Algorithm[Collected, Noised]):
     default_surrogate: ClassVar[str] = "lrm"
     surrogate_type: ClassVar[type] = LRM
 
-    beta: float = 1.0
+    beta: Annotated[float, Ge(0)] = 1.0
     """Weight of the reward. The paper has 5 for CLIPScore and PickScore, 1 for ImageReward and HPSv2.1; 0 is plain
     distillation, the control run."""
     proxy: bool = False
     """Follow the latent proxy (surrogate lrm) instead of the reward itself. Rounds of surrogate.warmup are its
     pre-training, with CLIP's loss on captioned images."""
-    pretraining: int | None = None
+    pretraining: Annotated[int, Ge(0)] | None = None
     """Rounds of surrogate.warmup that are the pre-training; in the others the proxy learns from the expert while the
     policy waits. Left out: all of them, and both learn from the first round on, as in the paper."""
     reward_cap: float | None = None
     """Without the proxy: rewards above this have no gradient. The released code has 2 for ImageReward."""
     kl: Direction = "forward"
     """forward: KL(expert || proxy), as the released code; reverse: KL(proxy || expert), as the paper prints."""
-    expert_temperature: float = 0.01
+    expert_temperature: Annotated[float, Gt(0)] = 0.01
     """tau_E: two rewards that differ by it have odds of e to 1. 0.01 suits cosines (CLIP, HPS); take a small one for a
     reward that only ranks two images."""
     real_images: RealImages = "judged"
     """Preference of the expert between a real image and a predicted one. "judged": by their rewards; "never_worse": the
     same, but at least even; "always_best": the real image is better."""
-    proxy_rows: int = 16
+    proxy_rows: Annotated[int, Ge(1)] = 16
     """Rows that the expert scores in a round (three images each) for the proxy to learn from; at most those of the
     update."""
-    target_decay: float = 0.95
+    target_decay: Annotated[float, Ge(0), Lt(1)] = 0.95
     """mu, decay of the average of the student that gives the target of the distillation; 0: the student itself, as for
     LCM-LoRA."""
-    ode_steps: int = 50
+    ode_steps: Annotated[int, Ge(1)] = 50
     """Solver steps; must be what the student's sampler counts as original steps."""
     guidance_scale_min: float = 6.0
     """Smallest guidance scale of the teacher (w + 1 of the LCM paper)."""
     guidance_scale_max: float = 16.0
     """Largest guidance scale of the teacher."""
-    huber_c: float = 1e-3
+    huber_c: Annotated[float, Gt(0)] = 1e-3
     """Difference at which the pseudo-Huber distance turns from quadratic to linear."""
     distance: Distance = "huber"
     """Distance between prediction and target: pseudo-Huber, as in the LCM paper, or l2, the square, the default of
     diffusers' script."""
 
     def __post_init__(self) -> None:
-        for name, low in (("beta", 0), ("proxy_rows", 1), ("pretraining", 0)):
-            if getattr(self, name) is not None and getattr(self, name) < low:
-                raise ValueError(f"{name}: found {getattr(self, name)}, expected {low} or more")
-        if self.expert_temperature <= 0:
-            raise ValueError(f"expert_temperature: found {self.expert_temperature}, expected more than 0")
+        check_ranges(self)
         if self.pretraining is not None and not self.proxy:
             raise ValueError("pretraining: found without proxy; leave it out, or set proxy = true")
         self._distillation = Distillation(

@@ -6,13 +6,16 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.utils import logging
 
+from alignkit.config.schema import check_ranges
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Policy, Surrogate
 from alignkit.models.quiet import no_progress_bars
@@ -56,28 +59,23 @@ class LRM(Surrogate):
     text: str = ""
     """A CLIP to take the text tower from, a hub id or folder; empty: the generator's own text encoder, with a new
     projection that is learned in the pre-training. The paper has OpenCLIP's ViT-H-14, the encoder of its teacher."""
-    width: int = 512
+    width: Annotated[int, Ge(1)] = 512
     """Width of the latent tower. This and the next three are as in the released code, for latents of 64 x 64."""
-    layers: int = 12
+    layers: Annotated[int, Ge(1)] = 12
     """Blocks of the latent tower."""
-    heads: int = 8
+    heads: Annotated[int, Ge(1)] = 8
     """Attention heads of the latent tower."""
-    patch: int = 4
+    patch: Annotated[int, Ge(1)] = 4
     """Edge of a patch of the latent; 64 x 64 latents are 256 patches."""
-    latent_groups: int = 2
+    latent_groups: Annotated[int, Ge(0)] = 2
     """Layers of the latent tower, from the last, that learn after the pre-training; the projection counts as one."""
-    text_groups: int = 5
+    text_groups: Annotated[int, Ge(0)] = 5
     """The same for the text tower."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "layers", "heads", "patch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: found {getattr(self, name)}, expected 1 or more")
+        check_ranges(self)
         if self.width % self.heads:
             raise ValueError(f"heads: found {self.heads}, expected a divisor of width, which is {self.width}")
-        for name in ("latent_groups", "text_groups"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: found {getattr(self, name)}, expected 0 or more")
 
     def load(self, policy: Policy) -> None:
         channels, height, width = policy.latent_shape

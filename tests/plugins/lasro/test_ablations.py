@@ -238,5 +238,5 @@ def test_a_turbo_model_trains(tmp_path: Path) -> None:
 
 
 def test_a_number_of_surrogate_updates_below_0_is_refused() -> None:
-    with pytest.raises(ValueError, match="surrogate_steps is -1, expected 0 or more"):
+    with pytest.raises(ValueError, match="surrogate_steps: found -1, expected 0 or more"):
         LaSRO(surrogate_steps=-1)

@@ -28,7 +28,7 @@ def test_the_fields_decide_what_is_needed() -> None:
     assert ExtendedLaSRO(purify=0.1).needs == {"surrogate", "teacher"}
     assert ExtendedLaSRO(purify=0.1, gradient_of="reward").needs == {"differentiable_reward", "teacher"}
     assert LaSRO(gradient_of="reward", samples=1).samples == 1
-    with pytest.raises(ValueError, match="samples is 1, expected at least 2"):
+    with pytest.raises(ValueError, match="samples: found 1, expected 2 or more"):
         LaSRO(samples=1)
 
 

@@ -146,7 +146,7 @@ def test_it_learns_at_the_times_that_the_model_was_made_for(make: MakeTrainer) -
         assert times(turbo, grid_steps=4) == [249, 499, 749, 999]
     assert times(LCM(2)) == list(range(19, 1000, 20))
     assert times(LCM(2), grid_steps=2) == [499, 999]
-    with pytest.raises(ConfigError, match=r"algorithm\.grid_steps: .*num_steps is 51, expected 1 to"):
+    with pytest.raises(ConfigError, match=r"algorithm\.grid_steps: .*num_steps: found 51, expected 1 to"):
         DiffusionDPO(grid_steps=51).check(LCM(2))
 
 
