@@ -100,9 +100,8 @@ def test_examples_with_one_text_have_a_place_each_and_equal_ones_share_theirs(po
     assert prompt.examples == examples and prompt.texts == [e.text for e in examples]
     assert prompt.text_table == ("a sign", "a cat", "a sign")
     assert torch.equal(prompt.features, policy.encode(prompt.texts).features)
-    assert torch.equal(prompt.features[0], prompt.features[2]) and not torch.equal(
-        prompt.features[0], prompt.features[1]
-    )
+    first, cat, second, *_ = prompt.features
+    assert torch.equal(first, second) and not torch.equal(first, cat)
 
 
 def test_texts_are_encoded_as_examples_without_metadata(policy: DiffusersPolicy) -> None:

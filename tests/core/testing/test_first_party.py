@@ -221,7 +221,6 @@ def test_algorithms_with_what_a_published_model_brings(key: str) -> None:
         ("pso", {"mode": "offline"}),
         ("rg_lcd", {"proxy": True}),
         ("ddpo", {"final_step": "renoise"}),
-        ("lasro", {"gradient_of": "reward"}),
     ],
 )
 def test_other_forms_of_algorithms(name: str, fields: dict[str, Any]) -> None:
