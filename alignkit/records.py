@@ -65,6 +65,11 @@ class Example:
     place: str = field(default="", compare=False, repr=False)
     """Where it was read ("prompts.txt, line 3"), for messages; may be empty."""
 
+    @classmethod
+    def of(cls, given: str | Example) -> Example:
+        """Return an example as it is, and a text as an example without metadata."""
+        return cls(given) if isinstance(given, str) else given
+
 
 @dataclass(frozen=True)
 class Prompt(Rows):
@@ -179,8 +184,8 @@ class Batch:
     examples: Sequence[Example]
     images: Tensor | None = None
     """(M, 3, H, W) in [0, 1]."""
-    captions: Sequence[str] = ()
-    """M texts."""
+    captions: Sequence[Example] = ()
+    """The M captions, each with the metadata of its image."""
     pairs: Iterable[PreferencePairs] = ()
     """All pairs of the round, some at a time: they are read from disk as they are asked for, once."""
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from alignkit.distillation import Average, Distance, Distillation, Noised
 from alignkit.interfaces import Algorithm, Context, Sampler
 from alignkit.records import Batch
+from alignkit.rollout import encode_examples
 
 
 @dataclass
@@ -55,7 +56,7 @@ class LCD(Algorithm[Noised, Noised]):
     def collect(self, batch: Batch, ctx: Context) -> Noised:
         assert batch.images is not None  # needs "images"
         latents = ctx.policy.encode_images(batch.images)
-        return self._distillation.draw(latents, ctx.policy.encode(batch.captions), ctx)
+        return self._distillation.draw(latents, encode_examples(ctx.policy, batch.captions), ctx)
 
     def updates(self, collected: Noised, ctx: Context) -> Iterator[Noised]:
         yield from collected.split(ctx.rows_per_update)

@@ -12,7 +12,8 @@ from torch import Tensor
 from alignkit.distillation import Average, Distance, Distillation, Noised
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Algorithm, Context, Sampler
-from alignkit.records import Batch, Example, Prompt, Rows
+from alignkit.records import Batch, Prompt, Rows
+from alignkit.rollout import encode_examples
 from alignkit_rg_lcd.preference import Direction, RealImages, margins, preference_loss, with_real_images
 from alignkit_rg_lcd.surrogate import LRM
 
@@ -129,7 +130,7 @@ class RGLCD(Algorithm[Collected, Noised]):
 
     def collect(self, batch: Batch, ctx: Context) -> Collected:
         assert batch.images is not None  # needs "images"
-        latents, prompt = ctx.policy.encode_images(batch.images), ctx.policy.encode(batch.captions)
+        latents, prompt = ctx.policy.encode_images(batch.images), encode_examples(ctx.policy, batch.captions)
         if ctx.warming_up and (self.pretraining is None or self._pretrained < self.pretraining):
             self._pretrained += 1
             return Collected(None, Contrast(latents[None], replace(prompt, index=prompt.index[None])))
@@ -144,7 +145,7 @@ class RGLCD(Algorithm[Collected, Noised]):
     def _compare(self, noised: Noised, ctx: Context) -> Compared:
         rows = noised.select(torch.randperm(len(noised), generator=ctx.generator)[: self.proxy_rows])
         prediction, target = self._predict(rows, ctx)
-        examples = [Example(text) for text in rows.prompt.texts]
+        examples = rows.prompt.examples
         student = ctx.score(prediction, examples)  # the reward that the run tells
         real, average = (ctx.score(z, examples, log=False) for z in (rows.latents, target))
         compared = Compared(
@@ -213,7 +214,7 @@ class RGLCD(Algorithm[Collected, Noised]):
         if self.proxy:
             assert ctx.surrogate is not None
             return ctx.surrogate.score(prediction, prompt).mean()
-        scores = ctx.differentiable_score(prediction, [Example(text) for text in prompt.texts], log=True)
+        scores = ctx.differentiable_score(prediction, prompt.examples, log=True)
         values = scores.values.masked_fill(~scores.valid, 0)
         if self.reward_cap is not None:
             values = values.clamp(max=self.reward_cap)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alignkit.distillation import Distillation, pseudo_huber
 from alignkit.errors import ConfigError
-from alignkit.records import Scores
+from alignkit.records import Example, Scores
 from alignkit.runs.run import Run
 from alignkit.testing.losses import assert_one_pass_is_several
 from alignkit.training.trainer import Trainer
@@ -126,7 +126,7 @@ def given(beta: float, cap: float | None = None) -> tuple[RGLCD, Tensor, Tensor,
         return Scores((latents * g).flatten(1).sum(1).masked_fill(~valid, torch.nan), valid)
 
     ctx = SimpleNamespace(differentiable_score=score, log=lambda **metrics: None)
-    rows = SimpleNamespace(prompt=SimpleNamespace(texts=["a"] * 5))
+    rows = SimpleNamespace(prompt=SimpleNamespace(examples=[Example("a")] * 5))
     (expected,) = torch.autograd.grad(pseudo_huber(prediction - target, 1e-3).mean(), prediction)
     loss, _ = method.loss(rows, ctx)  # type: ignore[arg-type]
     (found,) = torch.autograd.grad(loss, prediction)
@@ -229,7 +229,7 @@ def test_the_expert_sees_each_image_under_its_own_caption(make_trainer: MakeTrai
     assert isinstance(rows, Compared) and rows.latents.shape == (5, 3, 4, 8, 8) and len(seen) == 3
     real = ctx.policy.encode_images(batch.images)
     where = [next(i for i in range(6) if torch.allclose(real[i], z, atol=1e-5)) for z in rows.latents[:, 0]]
-    texts = [batch.captions[i] for i in where]
+    texts = [batch.captions[i].text for i in where]
     # The prediction first, which is the reward that the run tells, then the real image and the target.
     for place, (latents, asked) in zip((1, 0, 2), seen, strict=True):
         assert texts == rows.prompt.texts == asked and torch.equal(latents, rows.latents[:, place])
