@@ -125,8 +125,8 @@ class ExtendedLaSRO(LaSRO):
             self._memory.add(collected.scored, [example.text for example in batch.examples])
         return collected
 
-    def _check_contrast(self, examples: Sequence[str | Example]) -> None:
-        texts = [e if isinstance(e, str) else e.text for e in examples]
+    def _check_contrast(self, examples: Sequence[Example]) -> None:
+        texts = [e.text for e in examples]
         if self.contrast and len(set(texts)) < 2:
             alone = len(texts) == 1
             remedy = "raise data.batch_size" if alone else "train on more prompts, or set algorithm.contrast = 0"

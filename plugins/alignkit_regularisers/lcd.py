@@ -14,6 +14,7 @@ from alignkit.config.schema import check_ranges
 from alignkit.distillation import Distance, Distillation, Noised
 from alignkit.interfaces import Context, Regulariser, Sampler
 from alignkit.records import Batch, Prediction, Prompt, Rows
+from alignkit.rollout import encode_examples
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class LatentConsistency(Regulariser[Captioned, Noised]):
 
     def collect(self, batch: Batch, ctx: Context) -> Captioned:
         assert batch.images is not None  # needs "images"
-        return Captioned(ctx.policy.encode_images(batch.images), ctx.policy.encode(batch.captions))
+        return Captioned(ctx.policy.encode_images(batch.images), encode_examples(ctx.policy, batch.captions))
 
     def rows(self, collected: Captioned | None, count: int, ctx: Context) -> Noised:
         assert collected is not None  # `collect` returns it

@@ -161,7 +161,10 @@ class LRM(Surrogate):
         """Return CLIP's loss over N captioned latents; equal captions share their probability."""
         image, text = self._features(latents, prompt, self._pretrained)
         logits = self.scale() * image @ text.T
-        same = (prompt.index[:, None] == prompt.index[None, :]).float()
+        # By text: examples that differ in metadata alone have places of their own in the prompt's tables.
+        number = {name: i for i, name in enumerate(dict.fromkeys(prompt.texts))}
+        place = torch.tensor([number[name] for name in prompt.texts], device=latents.device)
+        same = (place[:, None] == place[None, :]).float()
         target = same / same.sum(1, keepdim=True)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 

@@ -61,7 +61,7 @@ def test_more_rows_than_images_take_the_images_again(make_trainer: MakeTrainer) 
     assert batch.images is not None and len(batch.images) == 5
     rows = term.rows(term.collect(batch, trainer.ctx), 12, trainer.ctx)
     assert torch.equal(rows.latents[:5], rows.latents[5:10]) and torch.equal(rows.latents[:2], rows.latents[10:])
-    assert rows.prompt.texts == [*batch.captions, *batch.captions, *batch.captions[:2]]
+    assert rows.prompt.examples == [*batch.captions, *batch.captions, *batch.captions[:2]]
     assert not torch.equal(rows.noise[:5], rows.noise[5:10])
 
 

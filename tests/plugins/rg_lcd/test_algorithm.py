@@ -229,7 +229,7 @@ def test_the_expert_sees_each_image_under_its_own_caption(make_trainer: MakeTrai
     assert isinstance(rows, Compared) and rows.latents.shape == (5, 3, 4, 8, 8) and len(seen) == 3
     real = ctx.policy.encode_images(batch.images)
     where = [next(i for i in range(6) if torch.allclose(real[i], z, atol=1e-5)) for z in rows.latents[:, 0]]
-    texts = [batch.captions[i] for i in where]
+    texts = [batch.captions[i].text for i in where]
     # The prediction first, for the reward that the run reports, then the real image and the target.
     for place, (latents, scored) in zip((1, 0, 2), seen, strict=True):
         assert texts == rows.prompt.texts == scored and torch.equal(latents, rows.latents[:, place])

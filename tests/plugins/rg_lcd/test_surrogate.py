@@ -15,6 +15,8 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from alignkit.errors import ConfigError
 from alignkit.models.diffusers_policy import DiffusersPolicy
+from alignkit.records import Example
+from alignkit.rollout import encode_examples
 from alignkit_rg_lcd.preference import margins, preference_loss
 from alignkit_rg_lcd.surrogate import LRM
 
@@ -122,6 +124,14 @@ def test_equal_captions_are_not_contrasted(lrm: LRM, policy: DiffusersPolicy) ->
     loss.backward()
     assert loss.item() == pytest.approx(math.log(3), rel=1e-5)
     assert x.grad is not None and float(x.grad.abs().max()) < 1e-5
+
+
+def test_captions_that_differ_in_metadata_alone_count_as_equal(lrm: LRM, policy: DiffusersPolicy) -> None:
+    signs = [Example(TEXTS[0], {"target": "OPEN"}), Example(TEXTS[0], {"target": "EXIT"}), Example(TEXTS[1])]
+    prompt = encode_examples(policy, signs)
+    assert len(prompt.index.unique()) == 3
+    expected = lrm.contrastive_loss(latents(), policy.encode([sign.text for sign in signs]))
+    assert torch.equal(lrm.contrastive_loss(latents(), prompt), expected)
 
 
 def test_the_pair_loss_starts_near_ln_2_and_falls_for_a_better_winner(lrm: LRM, policy: DiffusersPolicy) -> None:
