@@ -241,7 +241,7 @@ class ExtendedLaSRO(LaSRO):
     def _purified(self, clean: Tensor, noise: Tensor, prompt: Prompt, ctx: Context) -> Tensor:
         assert ctx.teacher is not None  # needs "teacher"
         times = ctx.teacher.times()
-        t = times[round(self.purify * len(times))].to(clean.device).expand(len(clean))
+        t = times[int(self.purify * len(times))].to(clean.device).expand(len(clean))
         return ctx.teacher.denoise(add_noise(clean, noise, *ctx.teacher.schedule(t)), t, prompt)
 
     def track(self, states: States, ctx: Context) -> None:
