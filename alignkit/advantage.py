@@ -101,8 +101,8 @@ class Baseline:
     def __init__(self, kind: Literal["prompt", "step_prompt", "batch"], buffer_size: int, min_count: int) -> None:
         if buffer_size < min_count:
             raise ValueError(
-                f"buffer_size is {buffer_size}, expected at least min_count = {min_count}: a prompt would never be "
-                "normalised by its own rewards"
+                f"buffer_size: found {buffer_size}, expected at least min_count, which is {min_count}: a prompt would "
+                "never be normalised by its own rewards"
             )
         self.kind, self.buffer_size, self.min_count = kind, buffer_size, min_count
         self._trackers: list[PromptTracker] = []

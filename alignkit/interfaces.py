@@ -1,4 +1,4 @@
-"""The interfaces that a plugin implements, and the records that pass between them.
+"""The interfaces that a plugin implements.
 
 Letters in shapes: N rows, K sampler steps, S = (C, h, w) one latent, L tokens, D text features, P distinct texts,
 (H, W) pixels. This module imports torch for annotations only, so that listing plugins stays quick.
@@ -155,16 +155,34 @@ class Sampler(ABC):
 class Reward(ABC):
     """A number for an image and its text; may be a black box."""
 
-    differentiable: ClassVar[bool] = False
-    """Whether the score has a useful gradient with respect to the pixels."""
-    deterministic: ClassVar[bool] = True
-    """Whether the same image and text always get the same score, whatever else is scored and when."""
-    slow: ClassVar[bool] = False
-    """Whether scoring takes long (a server, a large model). It then runs in a thread of its own, one call after
-    another, while the next images are generated or decoded and other rewards are computed."""
-    bounds: ClassVar[tuple[float | None, float | None]] = (None, None)
-    origin: ClassVar[str] = ""
-    """Name of the code that messages blame for a fault of the reward; empty: the distribution that registers it."""
+    @property
+    def differentiable(self) -> bool:
+        """Whether the score has a useful gradient with respect to the pixels.
+
+        A class whose fields decide nothing may set a ClassVar instead, here and for the four properties below.
+        """
+        return False
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether the same image and text always get the same score, whatever else is scored and when."""
+        return True
+
+    @property
+    def slow(self) -> bool:
+        """Whether scoring takes long (a server, a large model). It then runs in a thread of its own, one call after
+        another, while the next images are generated or decoded and other rewards are computed."""
+        return False
+
+    @property
+    def bounds(self) -> tuple[float | None, float | None]:
+        """The lowest and highest score; None where there is no bound."""
+        return None, None
+
+    @property
+    def origin(self) -> str:
+        """Name of the code that messages blame for a fault of the reward; empty: the distribution that registers it."""
+        return ""
 
     def check(self, examples: Iterable[Example]) -> None:
         """Raise ConfigError naming an example that can never be scored. Called before any weight loads, and again
@@ -225,7 +243,7 @@ class Surrogate(ABC):
 
     @abstractmethod
     def module(self) -> torch.nn.Module:
-        """The network: its parameters are trained, its state dict is saved."""
+        """Return the network: its parameters are trained, its state dict is saved."""
 
 
 class Context(ABC):
@@ -320,8 +338,8 @@ class Algorithm(ABC, Generic[C, R]):
     prompts."""
 
     takes_advantages: ClassVar[bool] = False
-    """Whether it learns from advantages, and takes them by `alignkit.advantage.of_terms`, so that those of several
-    rewards can be taken apart (`scoring.combine = "advantage"`)."""
+    """Whether it learns from advantages and takes them by `alignkit.advantage.of_terms`, so that each of several
+    rewards can have its own (`scoring.combine = "advantage"`)."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -438,10 +456,10 @@ class ModelBundle:
     path: str
     """A hub id or a local diffusers folder."""
     teacher: str | None = None
-    """The same for the model it was distilled from."""
+    """Hub id or folder of the model it was distilled from."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Sections of a run file, for every algorithm. "regulariser" may be a list, as in a run file, or a table from names
     to fields that suit the model wherever a run lists that regulariser."""
     algorithm_defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """The same, by name of the algorithm; these win. Under "algorithm/reward" stands what suits that algorithm where
-    this is the only reward that is trained on, and wins in turn."""
+    """Sections by name of the algorithm, which win over `defaults`. Those under "algorithm/reward" hold for that
+    algorithm where this is the only reward to train on, and win in turn."""

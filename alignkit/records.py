@@ -65,6 +65,11 @@ class Example:
     place: str = field(default="", compare=False, repr=False)
     """Source location for messages ("prompts.txt, line 3"); may be empty."""
 
+    @classmethod
+    def of(cls, given: str | Example) -> Example:
+        """Return an example as it is, and a text as an example without metadata."""
+        return cls(given) if isinstance(given, str) else given
+
 
 @dataclass(frozen=True)
 class Prompt(Rows):
@@ -180,8 +185,8 @@ class Batch:
     examples: Sequence[Example]
     images: Tensor | None = None
     """(M, 3, H, W) in [0, 1]."""
-    captions: Sequence[str] = ()
-    """M texts."""
+    captions: Sequence[Example] = ()
+    """The M captions, each with the metadata of its image."""
     pairs: Iterable[PreferencePairs] = ()
     """All pairs of the round, a few at a time; each is read from disk once, when it is reached."""
 

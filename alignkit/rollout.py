@@ -48,7 +48,7 @@ def encode_examples(policy: Policy, examples: Sequence[str | Example]) -> Prompt
     distinct: list[Example] = []
     places: dict[str, list[int]] = {}
     index = []
-    for example in (Example(e) if isinstance(e, str) else e for e in examples):
+    for example in map(Example.of, examples):
         known = places.setdefault(example.text, [])
         place = next((i for i in known if distinct[i] == example), len(distinct))
         if place == len(distinct):

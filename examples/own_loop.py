@@ -15,7 +15,7 @@ import torch
 
 import alignkit
 from alignkit import diffusion
-from alignkit.rollout import run_sampler
+from alignkit.rollout import encode_examples, run_sampler
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--updates", type=int, default=50)
@@ -39,10 +39,9 @@ def noise(*shape: int) -> torch.Tensor:
 for update in range(options.updates):
     chosen = torch.randperm(len(examples), generator=generator)[:PROMPTS].tolist()
     repeated = [examples[i] for i in chosen for _ in range(N)]
-    prompt = policy.encode([example.text for example in repeated])
+    prompt = encode_examples(policy, repeated)
     with torch.no_grad():
-        rollout = run_sampler(policy, sampler, prompt, noise(PROMPTS * N, sampler.num_steps + 1))
-        samples = rollout.next_states[:, -1]  # (PROMPTS * N, *S)
+        samples = run_sampler(policy, sampler, prompt, noise(PROMPTS * N, sampler.num_steps + 1)).samples
         scores = rewards.score(policy.decode(samples), repeated, chunk=32)
     groups = scores.values.nan_to_num(nan=-torch.inf).view(PROMPTS, N)
     best = groups.argmax(1).cpu() + torch.arange(PROMPTS) * N

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from alignkit.data.items import Items
 from alignkit.errors import ConfigError
 from alignkit.models.encoder_cache import EncoderCache
+from alignkit.records import Example
 from alignkit.runs.run import Run
 
 
@@ -67,9 +68,9 @@ def prepare(run: Run, console: Console | None = None) -> tuple[list[Prepared], l
             cache.start_count()
             for index in progress.track(range(len(items)), description="images"):
                 if (found := items.read(index)) is not None:
-                    *images, text = found
+                    *images, caption = found
                     policy.encode_images(torch.stack(images))
-                    texts[text] = None
+                    texts[Example.of(caption).text] = None
                     read += len(images)
             done.append(_prepared("images", read, cache))
         cache.start_count()

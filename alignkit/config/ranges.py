@@ -7,7 +7,10 @@ import typing
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any
 
-from annotated_types import Ge, GroupedMetadata, Gt, Le, Lt, MaxLen, MinLen, MultipleOf, Predicate
+from annotated_types import Ge, GroupedMetadata, Gt, IsFinite, Le, Lt, MaxLen, MinLen, MultipleOf, Predicate
+
+Positive = IsFinite[Annotated[float, Gt(0)]]
+NotNegative = IsFinite[Annotated[float, Ge(0)]]
 
 
 def split(hint: Any) -> tuple[Any, list[Any]]:

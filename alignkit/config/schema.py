@@ -93,13 +93,14 @@ def convert(value: Any, hint: Any) -> Any:
 def check_ranges(config: Any) -> None:
     """Raise ValueError, with one line for each field of a dataclass whose value is out of its annotated range.
 
-    Run files are checked before an object is built; this is for objects that Python builds directly.
+    Run files are checked before an object is built; this is for objects that Python builds directly. As there,
+    nan is no number.
     """
     values = {name: (getattr(config, name), hint) for name, hint in field_types(type(config)).items()}
     wrong = [
         f"{name}: found {format_value(value)}, expected {expected}"
         for name, (value, hint) in values.items()
-        if (expected := _expected(value, hint))
+        if (expected := describe(hint) if _is_wrong_nan(value, hint) else _expected(value, hint))
     ]
     if wrong:
         raise ValueError(*wrong)
@@ -149,6 +150,10 @@ def _expected(value: Any, hint: Any) -> str:
     bounds = ranges.words(constraints) or "a finite number"
     finite = all(ranges.holds(c, value) for c in constraints if not isinstance(c, Predicate))
     return f"{bounds}, and finite" if finite and bounds != "a finite number" and abs(value) == math.inf else bounds
+
+
+def _is_wrong_nan(value: Any, hint: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value) and not _fits(value, hint)
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -7,10 +7,8 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, IsFinite, Le, Lt, MinLen
 
+from alignkit.config.ranges import NotNegative, Positive
 from alignkit.config.schema import check_ranges
-
-Positive = IsFinite[Annotated[float, Gt(0)]]
-NotNegative = IsFinite[Annotated[float, Ge(0)]]
 
 
 @dataclass(frozen=True)

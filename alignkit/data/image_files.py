@@ -8,7 +8,7 @@ from __future__ import annotations
 import glob
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,10 @@ class StoredImage:
     """A caption, and the image's bytes: start .. start + length of a file, or the whole file if length is None."""
 
     name: str
+    """File, line or archive member, for messages."""
     caption: str
+    metadata: Mapping[str, Any]
+    """The other keys of the image's record."""
     path: Path
     start: int = 0
     length: int | None = None
@@ -50,7 +53,7 @@ def read_folder(folder: Path, skipped: list[str] | None = None) -> Iterator[Stor
         if not caption:
             leave_out(skipped, KEY, f"{path}: its caption {path.stem}.txt is empty")
             continue
-        yield StoredImage(str(path), caption, path)
+        yield StoredImage(str(path), caption, {}, path)
     imaged = {path.with_suffix("") for path in files}
     for path in found:
         if path.suffix == ".txt" and path.with_suffix("") not in imaged:
@@ -60,20 +63,21 @@ def read_folder(folder: Path, skipped: list[str] | None = None) -> Iterator[Stor
 def read_table(table: Path, column: str = "", skipped: list[str] | None = None) -> Iterator[StoredImage]:
     """Yield the images of a .jsonl table: one JSON object per line with a caption and a path, "image" or "file_name".
 
-    Paths are relative to the table's folder.
+    Paths are relative to the table's folder. Other keys are metadata.
     """
     for where, line in read_lines(table, KEY):
         try:
             record = json_object(line)
-            name = record.get("image", record.get("file_name"))
-            if not isinstance(name, str):
+            path_key = "image" if "image" in record else "file_name"
+            if not isinstance(name := record.get(path_key), str):
                 raise ValueError(f'expected the image\'s path as "image" or "file_name", found {line[:60]!r}')
-            caption = _caption(record, column)
+            caption, metadata = _captioned(record, column)
         except ValueError as error:
             leave_out(skipped, KEY, f"{where}: {error}")
             continue
+        metadata.pop(path_key, None)
         if (table.parent / name).is_file():
-            yield StoredImage(f"{where}: {name}", caption, table.parent / name)
+            yield StoredImage(f"{where}: {name}", caption, metadata, table.parent / name)
         else:
             leave_out(skipped, KEY, f"{where}: there is no file {table.parent / name}")
 
@@ -81,7 +85,8 @@ def read_table(table: Path, column: str = "", skipped: list[str] | None = None) 
 def read_shard(shard: Path, column: str = "", skipped: list[str] | None = None) -> Iterator[StoredImage]:
     """Yield the images of a tar file in WebDataset format: members with one name up to the first dot are one sample.
 
-    The caption is a .txt member, or a key of a .json member. Only headers and captions are read.
+    The caption is a .txt member, or a key of a .json member, whose other keys are metadata. Only headers and these
+    members are read.
     """
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     try:
@@ -111,37 +116,39 @@ def read_shard(shard: Path, column: str = "", skipped: list[str] | None = None) 
                     found = [suffix for suffix in members if suffix in SUFFIXES]
                     if len(found) != 1:
                         raise ValueError(f"expected one image, found {', '.join(members)}")
-                    caption = _member_caption(tar, members, column)
+                    caption, metadata = _described(tar, members, column)
                 except (ValueError, tarfile.TarError, OSError) as error:
                     leave_out(skipped, KEY, f"{shard}, member {key}: {error}")
                     continue
                 image = members[found[0]]
-                yield StoredImage(f"{shard}, member {image.name}", caption, shard, image.offset_data, image.size)
+                name = f"{shard}, member {image.name}"
+                yield StoredImage(name, caption, metadata, shard, image.offset_data, image.size)
     except (tarfile.TarError, OSError) as error:
         leave_out(skipped, KEY, f"{shard} cannot be read as an uncompressed tar file ({error})")
 
 
-def _member_caption(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], column: str) -> str:
-    """Return the caption of one sample. Raises ValueError if there is none."""
+def _described(tar: tarfile.TarFile, members: Mapping[str, tarfile.TarInfo], column: str) -> tuple[str, dict[str, Any]]:
+    """Return the caption and the metadata of one sample. Raises ValueError if there is no caption."""
 
     def content(suffix: str) -> bytes:
         file = tar.extractfile(members[suffix])
         return b"" if file is None else file.read()
 
-    if ".txt" in members and not (column and ".json" in members):
-        return _text(content(".txt").decode("utf-8-sig").strip())
-    if ".json" in members:
-        return _caption(json_object(content(".json")), column)
+    record = json_object(content(".json")) if ".json" in members else None
+    if ".txt" in members and not (column and record is not None):
+        return _text(content(".txt").decode("utf-8-sig").strip()), record or {}
+    if record is not None:
+        return _captioned(record, column)
     raise ValueError(f"expected a caption as .txt or .json, found {', '.join(members)}")
 
 
-def _caption(record: dict[str, Any], column: str) -> str:
-    """Return the caption in `record`. Raises ValueError if it is missing, ambiguous or not a string."""
+def _captioned(record: Mapping[str, Any], column: str) -> tuple[str, dict[str, Any]]:
+    """Return the caption in `record` and its other keys. Raises ValueError if it is missing, ambiguous or no string."""
     try:
-        caption = record[choose_column(list(record), column, CAPTION_KEY, "it")]
+        name = choose_column(list(record), column, CAPTION_KEY, "it")
     except ConfigError as error:
         raise ValueError(str(error)) from error
-    return _text(caption)
+    return _text(record[name]), {key: value for key, value in record.items() if key != name}
 
 
 def _text(caption: Any) -> str:

@@ -16,13 +16,14 @@ from alignkit.data.decode import read_image
 from alignkit.data.image_files import CAPTION_KEY, KEY, StoredImage, read_folder, read_shard, read_table, shards
 from alignkit.data.items import Items
 from alignkit.data.sources import Images, find_class, open_class
-from alignkit.data.text import choose_column
+from alignkit.data.text import choose_column, plain_columns
 from alignkit.errors import ConfigError
+from alignkit.records import Example
 
 EXPECTED = "a folder, a .jsonl or .tar file, datasets:NAME"
 
 
-class ImageSet(Items[tuple[Tensor, str]], Images):
+class ImageSet(Items[tuple[Tensor, Example]], Images):
     """Captioned images, cropped to the middle square and resized to `size` pixels."""
 
     key = KEY
@@ -32,14 +33,14 @@ class ImageSet(Items[tuple[Tensor, str]], Images):
         self.size = size
 
     @abstractmethod
-    def stored(self, index: int) -> tuple[bytes, str]:
+    def stored(self, index: int) -> tuple[bytes, Example]:
         """Return the bytes of an image file, and its caption. Raises OSError or ValueError if either is missing."""
 
-    def load(self, index: int) -> tuple[Tensor, str]:
+    def load(self, index: int) -> tuple[Tensor, Example]:
         data, caption = self.stored(index)
         return read_image(data, self.size), caption
 
-    def batch(self, start: int, size: int, seed: int) -> tuple[Tensor, list[str]]:
+    def batch(self, start: int, size: int, seed: int) -> tuple[Tensor, list[Example]]:
         images, captions = zip(*self.at(start, size, seed), strict=True)
         return torch.stack(images), list(captions)
 
@@ -57,15 +58,19 @@ class ImageFiles(ImageSet):
     def name(self, index: int) -> str:
         return self._images[index].name
 
-    def stored(self, index: int) -> tuple[bytes, str]:
+    def stored(self, index: int) -> tuple[bytes, Example]:
         image = self._images[index]
         with image.path.open("rb") as file:
             file.seek(image.start)
-            return file.read(-1 if image.length is None else image.length), image.caption
+            data = file.read(-1 if image.length is None else image.length)
+        return data, Example(image.caption, image.metadata, image.name)
 
 
 class DatasetImages(ImageSet):
-    """Rows of a data set of the `datasets` library that has one column of images."""
+    """Rows of a data set of the `datasets` library that has one column of images.
+
+    Its other columns of strings, numbers and booleans are metadata.
+    """
 
     def __init__(self, source: str, size: int, column: str = "", skipped: list[str] | None = None) -> None:
         """Open `source`: a folder written by `save_to_disk`, or `datasets:NAME` or `datasets:NAME:SPLIT`."""
@@ -92,7 +97,8 @@ class DatasetImages(ImageSet):
         if len(found) != 1:
             raise ConfigError(f"{KEY}: {source} has {len(found)} columns of images; expected one")
         self._image, self._text = found[0], choose_column(data.column_names, column, CAPTION_KEY, source)
-        self._rows = data.with_format("arrow", columns=[self._image, self._text])  # images as stored, not decoded
+        columns = dict.fromkeys([self._image, self._text, *plain_columns(data.features.arrow_schema)])
+        self._rows = data.with_format("arrow", columns=list(columns))  # images as stored, not decoded
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -100,14 +106,15 @@ class DatasetImages(ImageSet):
     def name(self, index: int) -> str:
         return f"{self._source}, row {index}"
 
-    def stored(self, index: int) -> tuple[bytes, str]:
+    def stored(self, index: int) -> tuple[bytes, Example]:
         (row,) = self._rows[index].to_pylist()
-        image, caption = row[self._image], row[self._text]
+        image, caption = row.pop(self._image), row.pop(self._text)
         if not (isinstance(caption, str) and caption.strip()):
             raise ValueError(f"expected a non-empty string as {self._text}, found {caption!r}")
         if image is None:
             raise ValueError("the image is missing")
-        return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes(), caption
+        data = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+        return data, Example(caption, row, self.name(index))
 
 
 def open_images(source: str, size: int, column: str = "", skipped: list[str] | None = None) -> Images:

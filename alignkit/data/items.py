@@ -36,7 +36,7 @@ class Items(ABC, Generic[T]):
 
     @abstractmethod
     def load(self, index: int) -> T:
-        """Load an item: its images, each (3, H, W) float32 in [0, 1], and its text. Raises one of `UNREADABLE`."""
+        """Load an item: its images, each (3, H, W) float32 in [0, 1], and its caption. Raises one of `UNREADABLE`."""
 
     def read(self, index: int) -> T | None:
         """Load an item, or return None if it cannot be read and unreadable items are skipped."""

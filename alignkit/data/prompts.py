@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.data.prompt_sets import PROMPT_SETS, prompt_file
-from alignkit.data.text import choose_column, json_object, leave_out, read_lines, text_column
+from alignkit.data.text import choose_column, json_object, leave_out, plain_columns, read_lines, text_column
 from alignkit.errors import ConfigError
 from alignkit.records import Example
 from alignkit.registry import nearest
@@ -62,7 +62,7 @@ def read_examples(
 def _read_parquet(path: Path, column: str, key: str) -> tuple[str, list[dict[str, Any]]]:
     """Return the name of the text column, and the rows: the text and every column that can be metadata."""
     try:
-        from pyarrow import ArrowException, parquet, types
+        from pyarrow import ArrowException, parquet
     except ImportError:
         raise ConfigError(f"{key}: {path}: reading .parquet needs pyarrow; pip install 'alignkit[parquet]'") from None
     try:
@@ -70,9 +70,7 @@ def _read_parquet(path: Path, column: str, key: str) -> tuple[str, list[dict[str
         schema = file.schema_arrow
         name = choose_column(schema.names, column, "data.prompt_column", path)
         # Columns of images and lists, which are common in such files, are not read.
-        plain = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
-        kept = [field.name for field in schema if any(is_kind(field.type) for is_kind in plain)]
-        return name, file.read(columns=list(dict.fromkeys([name, *kept]))).to_pylist()
+        return name, file.read(columns=list(dict.fromkeys([name, *plain_columns(schema)]))).to_pylist()
     except (OSError, ArrowException) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"{key}: {path} cannot be read ({reason})") from error

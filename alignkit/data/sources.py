@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from alignkit.errors import ConfigError
-from alignkit.records import PreferencePairs
+from alignkit.records import Example, PreferencePairs
 
 T = TypeVar("T")
 
@@ -19,8 +19,11 @@ class Images(ABC):
     """Captioned images. `[data] images` names files, a data set, or a subclass of this as "package.module:Class"."""
 
     @abstractmethod
-    def batch(self, start: int, size: int, seed: int) -> tuple[Tensor, list[str]]:
-        """Return images (size, 3, H, W) float32 in [0, 1] with captions, from `start` of the stream of `seed`."""
+    def batch(self, start: int, size: int, seed: int) -> tuple[Tensor, Sequence[str | Example]]:
+        """Return images (size, 3, H, W) float32 in [0, 1] with captions, from `start` of the stream of `seed`.
+
+        A caption is a text, or an example if a reward needs to know more about the image.
+        """
 
 
 def find_class(source: str, base: type[T], key: str, expected: str) -> Callable[[int], T]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,14 @@ def text_column(record: Mapping[str, Any], wanted: str, key: str) -> str:
     return choose_column(list(record), wanted or ("text" if "text" in record else ""), key, "it")
 
 
+def plain_columns(schema: Any) -> list[str]:
+    """Return the names of the columns of a pyarrow schema that hold strings, numbers or booleans."""
+    from pyarrow import types
+
+    plain = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
+    return [field.name for field in schema if any(is_kind(field.type) for is_kind in plain)]
+
+
 def read_lines(path: Path, key: str) -> list[tuple[str, str]]:
     """Read the non-empty lines of a text file as (location, line), for example ("p.txt, line 3", "a red car")."""
     try:
@@ -64,4 +73,5 @@ def json_object(text: str | bytes) -> dict[str, Any]:
         raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from error
     if not isinstance(record, dict):
         raise ValueError(f"not a JSON object: found {record!r}")
-    return record
+    # The rows of a table share their few names, which would else be in memory once a row.
+    return {sys.intern(name): value for name, value in record.items()}

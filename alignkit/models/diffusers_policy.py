@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from alignkit import diffusion
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Policy
 from alignkit.models.encoder_cache import content_of, fingerprint, tokenizer_state
+from alignkit.models.modules import exchanged, outputs_of
 from alignkit.models.pipelines import LORA_FILE, is_pipeline, load_pipeline
 from alignkit.records import EncodingCache, PolicySettings, Prompt
 
@@ -195,19 +196,10 @@ class DiffusersPolicy(Policy):
         latents = torch.cat([self._encode_image(image)["latents"] for image in images])  # generated images: no cache
         empty = self._without_text(len(latents))
         t, w = self.times()[:1].expand(len(latents)).to(self.device), torch.zeros(len(latents), device=self.device)
-        kept: list[Tensor] = []
-
-        def keep(_: object, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            kept.append((output if isinstance(output, Tensor) else output[0]).float().mean((2, 3)))
-
         deepest = self.unet.down_blocks[-1] if self.unet.mid_block is None else self.unet.mid_block
-        hook = deepest.register_forward_hook(keep)
-        try:
-            with self.reference():
-                self._predict(latents, t, empty.features, empty.pooled, w)
-        finally:
-            hook.remove()
-        return kept[0]
+        with self.reference(), outputs_of(deepest) as found:
+            self._predict(latents, t, empty.features, empty.pooled, w)
+        return found[0].float().mean((2, 3))
 
     # the network
 
@@ -275,19 +267,8 @@ class DiffusersPolicy(Policy):
     def parameters(self) -> list[torch.nn.Parameter]:
         return [p for p in self.unet.parameters() if p.requires_grad]
 
-    @contextmanager
-    def using(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        own = self.weights()
-        kept = {name: own[name].data for name in weights}
-        try:
-            for name, value in weights.items():
-                own[name].data = value.to(self.device)
-            torch.clear_autocast_cache()  # it holds half-precision copies of parameters and misses changes of `data`
-            yield
-        finally:
-            for name, value in kept.items():
-                own[name].data = value
-            torch.clear_autocast_cache()
+    def using(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        return exchanged(self.weights(), weights)
 
     @contextmanager
     def reference(self) -> Iterator[None]:

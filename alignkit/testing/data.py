@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from alignkit.data.sources import Images, Preferences
+from alignkit.records import Example
 from alignkit.testing.expect import about, expect, global_rng_untouched
 
 COUNT, FAR = 6, 1_000_000
@@ -71,7 +72,7 @@ def _check_stream(read: Read, size: int | None) -> Columns:
     )
     for i in range(COUNT):
         _expect_same(read(i, 1, 0), {name: column[i : i + 1] for name, column in kept.items()}, f"position {i} alone")
-    several = len({caption for caption in kept["captions"]}) > 2
+    several = len({Example.of(caption).text for caption in kept["captions"]}) > 2
     expect(
         not (several and _same(other, kept)),
         "seed 1 gives the items of seed 0 in the same order, expected another order",
@@ -82,9 +83,10 @@ def _check_stream(read: Read, size: int | None) -> Columns:
 def _check_columns(found: Columns, count: int, size: int | None) -> None:
     for name, column in found.items():
         if name == "captions":
-            wrong = [caption for caption in column if not isinstance(caption, str)]
+            kinds, expected = (str | Example, "a string or an Example") if "images" in found else (str, "a string")
+            wrong = [caption for caption in column if not isinstance(caption, kinds)]
             expect(len(column) == count, f"found {len(column)} captions at {count} positions, expected one each")
-            expect(not wrong, f"found {wrong[0] if wrong else None!r} as a caption, expected a string")
+            expect(not wrong, f"found {wrong[0] if wrong else None!r} as a caption, expected {expected}")
             continue
         expect(isinstance(column, Tensor), f"found {type(column).__name__} as {name}, expected a tensor")
         expect(

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTokenizer
 
 Form = Literal["lcm", "teacher", "turbo"]
-"""A latent consistency model whose network takes the guidance; a model that predicts the noise, under guidance; and one
-that predicts it without, on the schedule of SD-Turbo."""
+"""A latent consistency model whose network embeds the guidance; a model that predicts the noise, with guidance; and one
+that predicts the noise without guidance, on the schedule of SD-Turbo."""
 FORMS: tuple[Form, ...] = ("lcm", "teacher")
 """Forms that samplers are tried on."""
 
@@ -34,7 +34,7 @@ PROMPTS = [
     "an orange diamond",
 ]
 ODD_PROMPTS = ["", "ein großer Kürbis 🎃 auf blauem Grund", "a red circle and a blue square, " * 20]
-"""Empty, beyond ASCII, far longer than any text encoder reads."""
+"""An empty prompt, one beyond ASCII, and one far longer than any text encoder reads."""
 
 
 def byte_tokenizer() -> CLIPTokenizer:

@@ -89,7 +89,8 @@ class Trainer:
         start, size = slice_of(self.batches, self.config.train.rows_per_update, rank, processes)
         if self._images is not None:
             images, captions = self._images.batch(start, size, self.config.seed)
-            batch = replace(batch, images=images.to(self.ctx.policy.device), captions=captions)
+            examples = [Example.of(caption) for caption in captions]
+            batch = replace(batch, images=images.to(self.ctx.policy.device), captions=examples)
         return batch if self._pairs is None else replace(batch, pairs=self._some_pairs(self._pairs, start, size))
 
     def _some_pairs(self, pairs: Preferences, start: int, size: int) -> Iterator[PreferencePairs]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
 from alignkit import Algorithm, Batch, Context, Prompt, Rows, Sampler
+from alignkit.config.schema import check_ranges
 from alignkit.distillation import Distillation, Noised
 from alignkit.rollout import sample_trajectories
 
@@ -29,7 +31,8 @@ class Chosen(Rows):
 class WeightedRows(Rows):
     """One policy update: chosen samples, noised, N rows."""
 
-    noised: Noised
+    noised: Noised | None
+    """None where no sample of the round was kept."""
     weight: Tensor
     """(N,) factor of each sample's loss."""
 
@@ -45,13 +48,13 @@ class GorsLCM(Algorithm[Chosen, WeightedRows]):
     needs: ClassVar[frozenset[str]] = frozenset({"teacher"})
     default_regularisers: ClassVar[Mapping[str, float]] = {"lcd": 1.0}
 
-    samples: int = 6
+    samples: Annotated[int, Ge(1)] = 6
     """N_s, samples of each prompt, of which the best is kept. With 1 the model distils its own samples."""
     threshold: float | None = None
     """Drop samples with a reward below this, as GORS does; left out: the best is kept whatever its reward."""
     weight: Literal["none", "reward"] = "none"
     """Multiply a sample's loss by its reward, as GORS does; a reward below 0 counts as 0."""
-    ode_steps: int = 50
+    ode_steps: Annotated[int, Ge(1)] = 50
     """Solver steps; must equal what the student's sampler counts as original steps."""
     guidance_scale_min: float = 6.0
     """Smallest guidance scale of the teacher (w + 1 of the LCM paper)."""
@@ -59,8 +62,7 @@ class GorsLCM(Algorithm[Chosen, WeightedRows]):
     """Largest guidance scale of the teacher."""
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ValueError(f"samples: found {self.samples}, expected 1 or more")
+        check_ranges(self)
         self._distillation = Distillation(self.ode_steps, self.guidance_scale_min, self.guidance_scale_max)
 
     def check(self, sampler: Sampler) -> None:
@@ -82,9 +84,10 @@ class GorsLCM(Algorithm[Chosen, WeightedRows]):
         return Chosen(latents, rewards, prompt.select(rows))
 
     def updates(self, collected: Chosen, ctx: Context) -> Iterator[WeightedRows]:
-        """Yield one update of chosen samples in random order, noised anew."""
+        """Yield one update of chosen samples in random order, noised anew; without any, one for regularisers alone."""
         if not len(collected):
             ctx.warn("in some rounds no sample was kept: none could be scored, or all were below algorithm.threshold")
+            yield WeightedRows(None, torch.zeros(ctx.rows_per_update, device=collected.reward.device))
             return
         chosen = collected.shuffled(ctx.generator)
         chosen = chosen.select(torch.arange(ctx.rows_per_update) % len(chosen))
@@ -93,6 +96,8 @@ class GorsLCM(Algorithm[Chosen, WeightedRows]):
 
     def loss(self, rows: WeightedRows, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
         assert ctx.teacher is not None  # needs "teacher"
+        if rows.noised is None:
+            return rows.weight.new_zeros((), requires_grad=True), {}
         # The mean over rows of all steps, times K, is the sum over steps of the mean at each.
         each = self._distillation.loss(ctx.policy, ctx.teacher, rows.noised)
         loss = ctx.sampler.num_steps * (rows.weight * each).mean()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from alignkit import Algorithm, Batch, Context, Prompt, Rows, Sampler, Transition, diffusion
 from alignkit.advantage import Baseline
+from alignkit.config.schema import check_ranges
 from alignkit.errors import ConfigError
 from alignkit.rollout import Trajectories, choose_steps, sample_trajectories
 
@@ -44,37 +46,30 @@ class DDPO(Algorithm[Steps, Steps]):
     needs: ClassVar[frozenset[str]] = frozenset({"stochastic_steps"})
     takes_advantages: ClassVar[bool] = True
 
-    samples: int = 4
+    samples: Annotated[int, Ge(1)] = 4
     """Trajectories of each prompt in a round."""
     baseline: Literal["prompt", "batch"] = "prompt"
     """Normalise a reward by the last rewards of the same prompt (RLCM), or by those of the round."""
     buffer_size: int = 32
     """Rewards of a prompt that are kept, as in RLCM."""
-    min_count: int = 16
+    min_count: Annotated[int, Ge(1)] = 16
     """Rewards that a prompt needs to be normalised by its own; until then it is by those of the round."""
-    advantage_clip: float = 5.0
+    advantage_clip: Annotated[float, Gt(0)] = 5.0
     """Clamp advantages to this size; RLCM takes 10."""
-    clip_range: float = 1e-4
+    clip_range: Annotated[float, Gt(0)] = 1e-4
     """Distance from 1 at which the likelihood ratio is clipped. It belongs to `reduction` and to the latents' size."""
     reduction: Literal["mean", "sum"] = "mean"
     """The log-probability over latent dimensions. The papers write the sum, their code takes the mean."""
-    inner_epochs: int = 1
+    inner_epochs: Annotated[int, Ge(1)] = 1
     """Passes over the steps of a round."""
-    step_fraction: float = 1.0
+    step_fraction: Annotated[float, Gt(0), Le(1)] = 1.0
     """Share of stochastic steps to learn from, chosen anew for each trajectory."""
     final_step: Literal["drop", "renoise"] = "drop"
     """A deterministic last step: left out, or noised again to its own level as one more action (RLCM's code), which no
     image depends on."""
 
     def __post_init__(self) -> None:
-        for name in ("samples", "inner_epochs", "min_count"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        for name in ("advantage_clip", "clip_range"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected more than 0")
-        if not 0 < self.step_fraction <= 1:
-            raise ValueError(f"step_fraction is {self.step_fraction}, expected more than 0 and at most 1")
+        check_ranges(self)
         self._baseline = Baseline(self.baseline, self.buffer_size, self.min_count)
 
     def check(self, sampler: Sampler) -> None:

@@ -25,10 +25,10 @@ def register_surrogates(register: Register) -> None:
     register(
         "latent_clip",
         "alignkit_lasro.vision_language:LatentCLIP",
-        "A CLIP that sees latents in the place of pixels, all of it trained on pairs",
+        "A CLIP that reads latents instead of pixels, all of it trained on pairs",
     )
     register(
         "latent_blip",
         "alignkit_lasro.vision_language:LatentBLIP",
-        "A BLIP that sees latents in the place of pixels, whose text encoder attends to them",
+        "A BLIP that reads latents instead of pixels, whose text encoder attends to them",
     )

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from math import sqrt
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Lt
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,9 +28,9 @@ class PerturbedStates(States):
     other: Prompt | None = None
     """Another prompt of each row, for `contrast`."""
     blur: Tensor | None = None
-    """(N, M, *S) M noises that are added to the clean latent before it is scored."""
+    """(N, G, *S) added to the clean latent before it is scored; G is `gradient_samples`."""
     noise: Tensor | None = None
-    """(N, M, *S) unit normal, for `purify`."""
+    """(N, G, *S) unit normal, for `purify`."""
 
 
 @dataclass
@@ -43,28 +44,28 @@ class ExtendedLaSRO(LaSRO):
     Fields marked "Not in the paper" are additions of ours. By default they are off, and this is the paper's method.
     """
 
-    replay: int = 1
+    replay: Annotated[int, Ge(1)] = 1
     """Not in the paper. Rounds of scored samples that are kept for the surrogate. With 1, as in the paper, it sees each
     sample in its own round only; where the true reward is the expensive part of a round, more make more of it."""
     pairs: Literal["extremes", "random"] = "extremes"
     """Not in the paper but for "extremes". The two samples of a group that make a pair: best and worst, or any two
     whose rewards differ."""
-    noise_correlation: float = 0.0
+    noise_correlation: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Not in the paper. Correlation of the noises within a group, 0 for independent ones. Samples from nearly the same
     noises share the layout and differ in what a gradient can change; between independent ones the layout hides it."""
-    reference_samples: int = 0
+    reference_samples: Annotated[int, Ge(0)] = 0
     """Not in the paper. Number of the N_s samples that the model before training generates, from the noises of the
     others. Pairs within one model's samples carry no information about what all of them have in common, so a drift of
     the policy that the surrogate happens to like would never be corrected; samples without the drift correct it."""
-    negatives: int = 0
+    negatives: Annotated[int, Ge(0)] = 0
     """Not in the paper. Samples of other prompts of the batch that the reward also scores under each prompt, and that
     join its group. Samples of one prompt are much alike; what the prompt asks for shows where it is missing altogether.
     """
-    smoothing: float = 0.0
+    smoothing: Annotated[float, Ge(0)] = 0.0
     """Not in the paper. Standard deviation of noise on the latents that the surrogate sees, while it learns and while
     the policy follows it. Its gradient is then that of an average over a neighbourhood, and points less often where no
     image is."""
-    purify: float = 0.0
+    purify: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Not in the paper. Share of the schedule (0 to 1) at whose time the policy's prediction is noised, and from which
     the teacher denoises it, before the surrogate scores it for the policy: diffusion purification (Nie et al., ICML
     2022). The gradient then comes through the teacher, which passes what leads to another image and damps what merely
@@ -73,33 +74,25 @@ class ExtendedLaSRO(LaSRO):
     """Not in the paper. Share of a sample's surrogate score under another prompt of the batch that is subtracted from
     that under its own before the policy follows it; removes the prompt-independent part. A policy first fools a
     surrogate by what scores better under every prompt, since pairs, which share a prompt, say little of it."""
-    gradient_samples: int = 1
+    gradient_samples: Annotated[int, Ge(1)] = 1
     """Not in the paper. Noises, of `smoothing` and `purify`, over which the score that the policy follows is averaged.
     """
     unit_gradients: bool = False
     """Not in the paper. Let every sample pull equally: the gradient by each prediction is scaled to length one, instead
     of the scores being normalised and clipped (Eq. 12 and 13). Scores are log-odds, whose gradient is longest where a
     sample is far off, and there it is least to be trusted."""
-    restart_every: int = 0
+    restart_every: Annotated[int, Ge(0)] = 0
     """Not in the paper. Updates after which the policy goes back to where it began, while the surrogate and its samples
     stay; 0: never. For teaching a surrogate: each policy that follows it shows another way in which it is wrong, and
     the policies are thrown away."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("replay", 1), ("gradient_samples", 1), ("negatives", 0), ("restart_every", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected {least} or more")
-        if not 0 <= self.reference_samples < self.samples:
+        if self.reference_samples >= self.samples:
             raise ValueError(
-                f"reference_samples is {self.reference_samples}, expected 0 to {self.samples - 1}, less than samples"
+                f"reference_samples: found {self.reference_samples}, expected less than samples, which is "
+                f"{self.samples}"
             )
-        if not 0 <= self.noise_correlation < 1:
-            raise ValueError(f"noise_correlation is {self.noise_correlation}, expected at least 0 and less than 1")
-        if not 0 <= self.purify < 1:
-            raise ValueError(f"purify is {self.purify}, expected a share of the schedule: at least 0 and less than 1")
-        if self.smoothing < 0:
-            raise ValueError(f"smoothing is {self.smoothing}, expected 0 or more")
         self._memory = Memory(self.replay, self.own_samples, self.samples)
 
     @property
@@ -132,8 +125,8 @@ class ExtendedLaSRO(LaSRO):
             self._memory.add(collected.scored, [example.text for example in batch.examples])
         return collected
 
-    def _check_contrast(self, examples: Sequence[str | Example]) -> None:
-        texts = [e if isinstance(e, str) else e.text for e in examples]
+    def _check_contrast(self, examples: Sequence[Example]) -> None:
+        texts = [e.text for e in examples]
         if self.contrast and len(set(texts)) < 2:
             alone = len(texts) == 1
             remedy = "raise data.batch_size" if alone else "train on more prompts, or set algorithm.contrast = 0"
@@ -226,10 +219,9 @@ class ExtendedLaSRO(LaSRO):
     def rows_of(self, states: States, ctx: Context) -> States:
         if not (self.smoothing or self.purify or self.contrast):
             return states
-        size, count, prompt = len(states), self.gradient_samples, states.prompt
-        blur, noise = (ctx.noise(size * count).unflatten(0, (size, count)) for _ in range(2))
-        shift = torch.randint(1, max(2, len(prompt.table)), (size,), generator=ctx.generator).to(prompt.index.device)
-        other = replace(prompt, index=(prompt.index + shift) % len(prompt.table))
+        size = len(states), self.gradient_samples
+        blur, noise = (ctx.noise(size[0] * size[1]).unflatten(0, size) for _ in range(2))
+        other = other_texts(states.prompt, ctx.generator)
         own = {f.name: getattr(states, f.name) for f in fields(States)}
         return PerturbedStates(**own, other=other, blur=self.smoothing * blur, noise=noise)
 
@@ -249,7 +241,7 @@ class ExtendedLaSRO(LaSRO):
     def _purified(self, clean: Tensor, noise: Tensor, prompt: Prompt, ctx: Context) -> Tensor:
         assert ctx.teacher is not None  # needs "teacher"
         times = ctx.teacher.times()
-        t = times[round(self.purify * len(times))].to(clean.device).expand(len(clean))
+        t = times[int(self.purify * len(times))].to(clean.device).expand(len(clean))
         return ctx.teacher.denoise(add_noise(clean, noise, *ctx.teacher.schedule(t)), t, prompt)
 
     def track(self, states: States, ctx: Context) -> None:
@@ -274,3 +266,16 @@ class ExtendedLaSRO(LaSRO):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._memory.load_state_dict(state["memory"])
         super().load_state_dict(state)
+
+
+def other_texts(prompt: Prompt, generator: torch.Generator) -> Prompt:
+    """Choose for each row another text of the prompt at random; where there is only one, keep it.
+
+    Examples that share a text are no contrast to each other. Of those of another text the first is taken.
+    """
+    texts, device = prompt.text_table, prompt.index.device
+    distinct = list(dict.fromkeys(texts))
+    number = torch.tensor([distinct.index(text) for text in texts], device=device)
+    first = torch.tensor([texts.index(text) for text in distinct], device=device)
+    shift = torch.randint(1, max(2, len(distinct)), (len(prompt),), generator=generator).to(device)
+    return replace(prompt, index=first[(number[prompt.index] + shift) % len(distinct)])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import Ge, Gt, Le, MinLen
 from torch import Tensor
 
 from alignkit import Algorithm, Batch, Context, Prompt, Rows, Sampler
+from alignkit.config.schema import check_ranges
 from alignkit.distillation import Distillation
 from alignkit.errors import ConfigError
 from alignkit.rollout import Trajectories, encode_examples, sample_trajectories
@@ -63,18 +65,18 @@ class LaSRO(Algorithm[Collected, States]):
     default_surrogate: ClassVar[str] = "latent_unet"
     default_regularisers: ClassVar[Mapping[str, float]] = {"lcd": 1.0}
 
-    samples: int = 8
+    samples: Annotated[int, Ge(1)] = 8
     """N_s, initial noises of each prompt. The coarser the reward, the more it takes to find two samples that differ."""
-    step_weights: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    step_weights: Annotated[list[float], MinLen(1)] = field(default_factory=lambda: [1.0, 1.0])
     """c_1, c_2, ...: the weight of the reward term at each sampler step. All zero is the control run."""
-    policy_steps: int = 1
+    policy_steps: Annotated[int, Ge(1)] = 1
     """K_1, policy updates of each round."""
-    surrogate_steps: int = 2
+    surrogate_steps: Annotated[int, Ge(0)] = 2
     """K_2, surrogate updates of each round. With 0 it is not adapted online: it stays as surrogate.init or the warm-up,
     with one update a round, left it."""
-    pairs_per_update: int = 64
+    pairs_per_update: Annotated[int, Ge(1)] = 64
     """Largest number of pairs in one surrogate update."""
-    percentile: float = 0.95
+    percentile: Annotated[float, Gt(0), Le(1)] = 0.95
     """Share of surrogate scores below the level at which the gradient of the reward term is cut off (Eq. 13)."""
     tracker_decay: float = 0.99
     """Decay of the running mean and percentile of the surrogate's scores (Eq. 12)."""
@@ -84,19 +86,14 @@ class LaSRO(Algorithm[Collected, States]):
     states_from: Literal["rollout", "images"] = "rollout"
     """Ablation (b): apply the reward term to the steps of the policy's own trajectories, or, as most methods do, to
     captioned images noised to a random time of the distillation's solver."""
-    ode_steps: int = 50
+    ode_steps: Annotated[int, Ge(1)] = 50
     """Solver steps of the distillation, for states_from = "images"; must be what the model was distilled with."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if self.samples < 2 and self.gradient_of == "surrogate":
-            raise ValueError(f"samples is {self.samples}, expected at least 2: a pair takes two samples of one prompt")
-        for name in ("samples", "policy_steps", "pairs_per_update"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if not 0 < self.percentile <= 1:
-            raise ValueError(f"percentile is {self.percentile}, expected more than 0 and at most 1")
-        if self.surrogate_steps < 0:
-            raise ValueError(f"surrogate_steps is {self.surrogate_steps}, expected 0 or more")
+            raise ValueError(f"samples: found {self.samples}, expected 2 or more: a pair takes two of one prompt")
+        self._distillation = Distillation(self.ode_steps)
         # Noised images belong to no step: each has the mean of the weights, and all share a scale.
         steps, rollout = len(self.step_weights), self.states_from == "rollout"
         self._weights = self.step_weights if rollout else [sum(self.step_weights) / steps]
@@ -145,9 +142,9 @@ class LaSRO(Algorithm[Collected, States]):
     def _noised(self, batch: Batch, ctx: Context) -> States:
         """Noise captioned latents to random times of the distillation's solver."""
         assert batch.images is not None  # needs "images"
-        distillation, captions = Distillation(self.ode_steps), encode_examples(ctx.policy, batch.captions)
-        noised = distillation.sample(ctx.policy.encode_images(batch.images), captions, ctx)
-        x, time = distillation.noised(ctx.policy, noised)
+        captions = encode_examples(ctx.policy, batch.captions)
+        noised = self._distillation.sample(ctx.policy.encode_images(batch.images), captions, ctx)
+        x, time = self._distillation.noised(ctx.policy, noised)
         return States(x, torch.zeros_like(time), captions, ctx.policy.denoise(x, time, captions), time)
 
     def _warn_of_ranking(self, opinionated: bool, correlation: float | None, ctx: Context) -> None:
@@ -211,8 +208,8 @@ class LaSRO(Algorithm[Collected, States]):
     def loss(self, rows: States, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the reward terms of Eq. 11, sum over k of c_k E S(R(x_k, c)); the trainer adds lambda L_lcd."""
         clean = rows.predict(ctx)
-        if not any(self.step_weights):
-            return 0 * clean.mean(), {}
+        if not any(self.step_weights):  # regularisers may use the prediction; on its own it has no gradient
+            return clean.new_zeros((), requires_grad=True), {}
         # The mean over rows of all steps, times K, is the sum over steps of the mean at each.
         weights = clean.new_tensor(self._weights)[rows.step] * len(self.step_weights)
         loss = -(weights * self.pull(clean, rows, ctx)).mean()

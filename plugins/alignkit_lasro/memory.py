@@ -22,7 +22,7 @@ class Memory:
     def __init__(self, size: int, own: int, samples: int) -> None:
         self.rounds: list[tuple[Scored, list[str]]] = []
         self.changes: list[tuple[Scored, list[str]]] = []
-        """The same rounds as pairs: a sample of the policy, and one of the initial model from the same noise."""
+        """Pairs of the same rounds: a sample of the policy and one of the model before training, from one noise."""
         self._size, self._own, self._samples = size, own, samples
 
     def add(self, scored: Scored, texts: list[str]) -> None:

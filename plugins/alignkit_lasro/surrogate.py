@@ -17,7 +17,7 @@ from alignkit.records import Prompt
 
 
 class EncoderWithHead(nn.Module):
-    """Latents (N, *S) and text features to a score (N,)."""
+    """Down and mid blocks of a UNet with a head: latents (N, *S) and text features to a score (N,)."""
 
     def __init__(self, unet: UNet2DConditionModel, spatial: int, image_size: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class EncoderWithHead(nn.Module):
             edge = self.image_size
             ids = torch.tensor([edge, edge, 0, 0, edge, edge], device=latents.device, dtype=latents.dtype)
             added = {"text_embeds": prompt.pooled, "time_ids": ids.expand(len(latents), 6)}
-        # Clean latents are at time 0 of the network's schedule.
+        # Clean latents have time 0 of the network's schedule.
         encoded = self.unet(latents, 0, prompt.features, added_cond_kwargs=added, return_dict=False)[0]
         scores: Tensor = self.head(encoded)[:, 0]
         return scores
@@ -58,7 +58,7 @@ class PairwiseSurrogate(Surrogate):
     _network: Any
 
     def loss(self, winner: Tensor, loser: Tensor, prompt: Prompt) -> Tensor:
-        """Return the mean over pairs of -log sigmoid(R(winner) - R(loser)) (LaSRO, Eq. 10)."""
+        """Return -log sigmoid(R(winner) - R(loser)), the mean over pairs (LaSRO, Eq. 10)."""
         twice = prompt.select(torch.arange(len(winner)).repeat(2))
         better, worse = self.score(torch.cat([winner, loser]), twice).chunk(2)
         return -F.logsigmoid(better - worse).mean()
@@ -72,12 +72,12 @@ class PairwiseSurrogate(Surrogate):
 class LatentUNet(PairwiseSurrogate):
     """Down and mid blocks of a pretrained latent UNet, all trained, and a head of strided convolutions (LaSRO, 5.1).
 
-    The paper takes Segmind-Vega for SDXL-family generators. The backbone must live in the latent space and take the
-    text features of the generator.
+    The paper takes Segmind-Vega for SDXL-family generators. The backbone must have the latent space and the text
+    features of the generator.
     """
 
     backbone: str = ""
-    """A diffusers folder or hub id whose `unet` is used; empty for the generator's own."""
+    """A diffusers folder or hub id to take the `unet` from; empty: the generator's own."""
 
     def load(self, policy: Policy) -> None:
         source = self.backbone or policy.source

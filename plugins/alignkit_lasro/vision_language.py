@@ -1,12 +1,13 @@
-"""The surrogates of LaSRO's ablation (a): a CLIP and a BLIP that see latents in the place of pixels."""
+"""The surrogates of LaSRO's ablation (a): a CLIP and a BLIP that read latents instead of pixels."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -19,6 +20,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
+from alignkit.config.schema import check_ranges
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Policy
 from alignkit.models.quiet import errors_only, no_progress_bars
@@ -26,29 +28,27 @@ from alignkit.records import Prompt
 from alignkit_lasro.surrogate import PairwiseSurrogate
 
 GRID = 16
-"""Patches along an edge, as ViT-L/14 has for 224 pixels."""
+"""Patches along an edge, as many as ViT-L/14 has for 224 pixels."""
 
 
 @dataclass
 class VisionLanguage(PairwiseSurrogate):
-    """Base of both surrogates: a checkpoint or a new network, with a patch embedding for latents."""
+    """The common part of both: a checkpoint or a new network, with a patch embedding for latents."""
 
     backbone: str = ""
-    """A checkpoint to begin with, a hub id or folder; its embedding of patches is replaced by a new one. Empty: a new
+    """A checkpoint to start from, a hub id or folder; its embedding of patches is replaced by a new one. Empty: a new
     network of the sizes below."""
-    width: int = 256
+    width: Annotated[int, Ge(1)] = 256
     """Width of a new network."""
-    layers: int = 6
+    layers: Annotated[int, Ge(1)] = 6
     """Blocks of a new network."""
-    heads: int = 4
+    heads: Annotated[int, Ge(1)] = 4
     """Attention heads of a new network."""
-    patch: int = 0
+    patch: Annotated[int, Ge(0)] = 0
     """Edge of a patch of the latent; 0: a sixteenth of the latent's edge, and at least 1."""
 
     def __post_init__(self) -> None:
-        for name, low in (("width", 1), ("layers", 1), ("heads", 1), ("patch", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}: found {getattr(self, name)}, expected {low} or more")
+        check_ranges(self)
         if self.width % self.heads:
             raise ValueError(f"heads: found {self.heads}, expected a divisor of width, which is {self.width}")
 
@@ -73,20 +73,20 @@ class VisionLanguage(PairwiseSurrogate):
         embeddings.patch_embedding = nn.Conv2d(
             channels, embeddings.embed_dim, patch, stride=patch, bias=embeddings.patch_embedding.bias is not None
         )
-        embeddings.patch_size = patch  # position embeddings are interpolated for it
+        embeddings.patch_size = patch  # the position embeddings are interpolated by it
         self._network = network.float().to(policy.device)
         self._network.requires_grad_(False).eval()
 
     @abstractmethod
     def _pretrained(self, source: str) -> Any:
-        """Load the checkpoint `source`, and set its tokenizer. Raises OSError or ValueError."""
+        """Return the checkpoint `source`, and keep its tokenizer. Raises OSError or ValueError."""
 
     @abstractmethod
     def _new(self, generator: str, edge: int, patch: int) -> Any:
-        """Build a network for latents of this edge that reads the generator's tokens."""
+        """Return a network for latents of this edge that uses the tokenizer of the generator."""
 
     def _whole(self, cls: Any, source: str, new: tuple[str, ...] = ()) -> Any:
-        """Load a checkpoint as the class `cls`; only weights whose names begin with `new` may be missing."""
+        """Return a checkpoint as the class `cls`; only weights with names that begin with `new` may be missing."""
         found, expected = AutoConfig.from_pretrained(source).model_type, cls.config_class.model_type
         if found != expected:
             raise ValueError(f"found a model of type {found}, expected {expected}")
@@ -153,7 +153,7 @@ class LatentBLIP(VisionLanguage):
     """
 
     def _pretrained(self, source: str) -> Any:
-        # A checkpoint for questions has no matching head; here every one gets a new head.
+        # A BLIP for questions has no head for matching; every checkpoint gets a new one here.
         return self._scoring(
             self._whole(BlipForImageTextRetrieval, source, ("itm_head.", "vision_proj.", "text_proj."))
         )
@@ -171,7 +171,7 @@ class LatentBLIP(VisionLanguage):
 
     @staticmethod
     def _scoring(network: Any) -> Any:
-        """Replace the heads for matching and contrast by one for a score, which is 0 before training."""
+        """Replace the heads for matching and contrast by one for a score, 0 before training."""
         network.vision_proj = network.text_proj = nn.Identity()
         network.itm_head = nn.Linear(network.itm_head.in_features, 1)
         nn.init.zeros_(network.itm_head.weight)

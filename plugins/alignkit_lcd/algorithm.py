@@ -9,9 +9,11 @@ from typing import Annotated, Any, ClassVar
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
+from alignkit.config.schema import check_ranges
 from alignkit.distillation import Average, Distance, Distillation, Noised
 from alignkit.interfaces import Algorithm, Context, Sampler
 from alignkit.records import Batch
+from alignkit.rollout import encode_examples
 
 
 @dataclass
@@ -41,6 +43,7 @@ class LCD(Algorithm[Noised, Noised]):
     the LCM paper's, for a student whose weights are all trained."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         self._distillation = Distillation(
             self.ode_steps, self.guidance_scale_min, self.guidance_scale_max, self.huber_c, self.distance
         )
@@ -55,7 +58,7 @@ class LCD(Algorithm[Noised, Noised]):
     def collect(self, batch: Batch, ctx: Context) -> Noised:
         assert batch.images is not None  # needs "images"
         latents = ctx.policy.encode_images(batch.images)
-        return self._distillation.sample(latents, ctx.policy.encode(batch.captions), ctx)
+        return self._distillation.sample(latents, encode_examples(ctx.policy, batch.captions), ctx)
 
     def updates(self, collected: Noised, ctx: Context) -> Iterator[Noised]:
         yield from collected.split(ctx.rows_per_update)

@@ -142,7 +142,7 @@ def _with_likelihoods(sampler: Settings) -> dict[str, Settings]:
     return dict.fromkeys(("ddpo", "sdpo", "rebel", "d3po", "pso"), sampler)
 
 
-# Distilled by a discriminator: epsilon, trailing times, no guidance, no teacher to distil from.
+# Models distilled by a discriminator: epsilon, trailing times, no guidance, and no teacher to distil from.
 _turbo: Settings = {"model": {"prediction": "epsilon", "guidance_scale": 1.0}}
 
 

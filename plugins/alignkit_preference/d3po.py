@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 from torch.nn import functional as F
 
 from alignkit import Algorithm, Batch, Context
+from alignkit.config.schema import check_ranges
 from alignkit_preference.trajectory_pairs import Pairs, collect_pairs, log_prob, winners_first
 
 
@@ -23,28 +25,22 @@ class D3PO(Algorithm[Pairs, Pairs]):
 
     needs: ClassVar[frozenset[str]] = frozenset({"stochastic_steps"})
 
-    pairs: int = 2
+    pairs: Annotated[int, Ge(1)] = 2
     """Pairs of trajectories of each prompt in a round."""
-    beta: float = 0.1
+    beta: Annotated[float, Gt(0)] = 0.1
     """Factor of the log-ratios (D3PO's code)."""
-    clip_range: float = 0.1
+    clip_range: Annotated[float, Gt(0), Lt(1)] = 0.1
     """Distance from 1 at which likelihood ratios are clipped (D3PO's code; 0.2 before a correction by its authors)."""
     shared_noise: bool = True
     """Start both trajectories of a pair from the same initial noise, as in D3PO's code."""
     reduction: Literal["mean", "sum"] = "mean"
     """The log-probability over latent dimensions. The paper writes the sum, its code takes the mean; `beta` and
     `clip_range` belong to that."""
-    inner_epochs: int = 1
+    inner_epochs: Annotated[int, Ge(1)] = 1
     """Passes over the steps of a round."""
 
     def __post_init__(self) -> None:
-        for name in ("pairs", "inner_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.beta <= 0:
-            raise ValueError(f"beta is {self.beta}, expected more than 0")
-        if not 0 < self.clip_range < 1:
-            raise ValueError(f"clip_range is {self.clip_range}, expected more than 0 and less than 1")
+        check_ranges(self)
 
     def collect(self, batch: Batch, ctx: Context) -> Pairs:
         """Sample pairs, and take every step as a row, the better trajectory first."""

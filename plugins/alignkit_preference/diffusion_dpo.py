@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 from torch.nn import functional as F
 
+from alignkit.config.schema import check_ranges
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Algorithm, Context, Sampler
 from alignkit.records import Batch
@@ -27,63 +29,57 @@ from alignkit_preference.noised import (
 
 @dataclass
 class DiffusionDPO(Algorithm[LatentPairs, NoisedPairs]):
-    """Diffusion-DPO (Wallace et al. 2023, arXiv 2311.12908, Eq. 14), as its authors' code has it.
+    """Diffusion-DPO (Wallace et al. 2023, arXiv 2311.12908, Eq. 14), as in its authors' code.
 
-    Of two images of a text one is preferred. Both get the same noise, and the model learns to predict it better for
-    the preferred image and worse for the other, relative to the model before training. It learns from given pairs: it
-    samples no images and uses no reward, except in evaluations.
+    Of two images of a text one is preferred. Both get the same noise, and the model learns to predict it better in the
+    preferred one and worse in the other, each relative to the model before training. It learns from given pairs: no
+    image is generated and no reward is computed, except to measure the result.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"pairs"})
     uses_rewards: ClassVar[bool] = False
 
-    beta: float = 5000.0
-    """Factor of half the difference of errors (the authors' code; diffusers' script has 2500 and no half). It includes
+    beta: Annotated[float, Gt(0)] = 5000.0
+    """Factor of half the difference of errors (the authors' code; diffusers' script has no half, and 2500). It includes
     the paper's factors beta, T and omega and the number of latent dimensions."""
-    grid_steps: int = 0
-    """Learn at the times of the run's sampler with this number of steps: 4 for turbo models. 0: at all times that the
+    grid_steps: Annotated[int, Ge(0)] = 0
+    """Learn at the times at which the run's sampler takes this many steps: 4 for turbo models. 0: at all times that the
     model was made for, those of its distillation if the sampler is lcm, else the whole schedule."""
     zero_terminal_snr: bool = False
-    """Noise the images by a schedule rescaled to end in pure noise, where turbo models begin (the code does for
-    those)."""
-    empty_prompts: float | None = None
-    """Share of texts that are left out. Left out: 0.2 (the code) where guidance takes a pass without text, else 0."""
+    """Noise the images by a schedule rescaled to end in pure noise, where turbo models begin (as the code does for
+    them)."""
+    empty_prompts: Annotated[float, Ge(0), Le(1)] | None = None
+    """Share of texts that are replaced by the empty one. Left out: 0.2 (the code) where guidance takes a pass without
+    text, else 0."""
     flip: bool = True
     """Mirror each image, those of a pair independently, every second time (the code). Wrong where texts say left
     and right."""
     space: Space = "noise"
-    """Quantity whose error is measured: the noise (paper), whatever the network predicts, or velocity or clean latent.
-    diffusers' script takes the velocity for models that predict it."""
+    """Space of the errors: that of the noise (paper), whatever the network predicts, of the velocity or of the clean
+    latent. diffusers' script takes the velocity for models that predict it."""
 
     def __post_init__(self) -> None:
-        if self.beta <= 0:
-            raise ValueError(f"beta is {self.beta}, expected more than 0")
-        if self.grid_steps < 0:
-            raise ValueError(f"grid_steps is {self.grid_steps}, expected 0 or more")
-        if self.empty_prompts is not None and not 0 <= self.empty_prompts <= 1:
-            raise ValueError(f"empty_prompts is {self.empty_prompts}, expected 0 to 1")
+        check_ranges(self)
         if self.zero_terminal_snr and self.space != "noise":
             raise ValueError(
-                f'space is "{self.space}", expected "noise" with zero_terminal_snr: the output is read by the schedule '
-                "of the network, and under another one only the noise can be read so"
+                f'space: found "{self.space}", expected "noise" with zero_terminal_snr: the output is read by the '
+                "schedule of the network, and under another one only the noise can be read so"
             )
 
     def check(self, sampler: Sampler) -> None:
         try:
             self._on_grid(sampler)
         except ValueError as error:
-            raise ConfigError(
-                f"algorithm.grid_steps: the sampler does not allow this number of steps: {error}"
-            ) from error
+            raise ConfigError(f"algorithm.grid_steps: the sampler has no grid of so many steps: {error}") from error
 
     def _on_grid(self, sampler: Sampler) -> Sampler | None:
-        """Return the sampler whose times are trained; None for the whole schedule."""
+        """Return the sampler with the times to learn at; None for the whole schedule."""
         if self.grid_steps:
             return replace(sampler, num_steps=self.grid_steps)
         return replace(sampler, num_steps=steps) if (steps := sampler.distilled_steps()) else None
 
     def times(self, ctx: Context) -> Tensor:
-        """Return the times (K,) that are trained."""
+        """Return the times to learn at, (K,)."""
         sampler = self._on_grid(ctx.sampler)
         return ctx.policy.times() if sampler is None else sampler.grid(ctx.policy)
 
@@ -94,12 +90,12 @@ class DiffusionDPO(Algorithm[LatentPairs, NoisedPairs]):
         alpha = (rescaled(ctx.policy, times) if self.zero_terminal_snr else ctx.policy.schedule(times))[0]
         if bool((alpha == 0).all()):
             raise ConfigError(
-                f"algorithm.grid_steps: found {self.grid_steps}, expected more: at the only time that is trained "
-                "both images are the same pure noise"
+                f"algorithm.grid_steps: found {self.grid_steps}, expected more: at the only time to learn at, "
+                "both images are the same noise"
             )
         if not self.zero_terminal_snr and bool((alpha == 0).any()):
             ctx.warn(
-                "at the first of algorithm.grid_steps the input is pure noise, so its prediction teaches nothing; set "
+                "at the first of algorithm.grid_steps the input is pure noise, which leaves nothing to learn; set "
                 'algorithm.space = "velocity" to learn there too'
             )
 
@@ -109,7 +105,7 @@ class DiffusionDPO(Algorithm[LatentPairs, NoisedPairs]):
         return encode_pairs(batch.pairs, ctx, self.flip, share)
 
     def updates(self, collected: LatentPairs, ctx: Context) -> Iterator[NoisedPairs]:
-        """Yield one update, on all pairs of the round."""
+        """Yield one update on all pairs of the round."""
         yield noised(collected, self.times(ctx), ctx)
 
     def loss(self, rows: NoisedPairs, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:

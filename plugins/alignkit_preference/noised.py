@@ -29,7 +29,7 @@ class LatentPairs(Rows):
 
 @dataclass(frozen=True)
 class NoisedPairs(Rows):
-    """Pairs with the random numbers of one update, the same for both members."""
+    """Pairs with the noise and the time of one update, the same for both members."""
 
     pairs: LatentPairs
     noise: Tensor
@@ -41,7 +41,10 @@ class NoisedPairs(Rows):
 def encode_pairs(
     pairs: Iterable[PreferencePairs], ctx: Context, flip: bool = False, empty_prompts: float = 0.0
 ) -> LatentPairs:
-    """Encode pairs. With `flip` each image is mirrored with probability 1/2; a share of the texts is left out."""
+    """Encode pairs of images. With `flip` each image is mirrored with probability 1/2.
+
+    A share `empty_prompts` of the texts is replaced by the empty one.
+    """
     winners: list[Tensor] = []
     losers: list[Tensor] = []
     texts: list[str] = []
@@ -56,23 +59,23 @@ def encode_pairs(
 
 
 def noised(pairs: LatentPairs, times: Tensor, ctx: Context) -> NoisedPairs:
-    """Sample one of `times` (K,) and one noise for each pair. Its members share them and differ by the image alone."""
+    """Choose one of `times` (K,) and one noise for each pair; both members share them, so only the images differ."""
     chosen = torch.randint(len(times), (len(pairs),), generator=ctx.generator)
     return NoisedPairs(pairs, ctx.noise(len(pairs)), times[chosen].to(pairs.winner.device))
 
 
 def errors(rows: NoisedPairs, policy: Policy, space: Space = "noise", zero_terminal_snr: bool = False) -> Tensor:
-    """Return the mean squared errors (N, 2), over latent dimensions, of predictions from noised pairs, winner first.
+    """Return the policy's mean squared errors on the noised pairs, over latent dimensions, (N, 2), the winner's first.
 
-    In the space of noise it is the error of the noise that the prediction implies, the same for every prediction type:
-    (alpha / sigma)^2 times that of the clean latent. The error of the velocity is 1 / sigma^2 times that.
+    In the space of noise it is the error of the noise that the prediction implies, and so the same for every prediction
+    type: (alpha / sigma)^2 times that of the clean latent. The error of the velocity is 1 / sigma^2 times that.
     """
     count = len(rows)
     clean, noise, t = torch.cat([rows.pairs.winner, rows.pairs.loser]), rows.noise.repeat(2, 1, 1, 1), rows.t.repeat(2)
     prompt = rows.pairs.prompt.select(torch.arange(count).repeat(2))
-    alpha, sigma = policy.schedule(t)  # the network's own, which convert its output
+    alpha, sigma = policy.schedule(t)  # the schedule by which the output is converted
     x = diffusion.add_noise(clean, noise, *(rescaled(policy, t) if zero_terminal_snr else (alpha, sigma)))
-    # The conditional prediction, or the one at the guidance that the network was distilled for.
+    # The conditional prediction, or that at the one guidance scale for which the network was distilled.
     predicted = policy.denoise(x, t, prompt, None if policy.guidance_embedded else torch.ones_like(alpha))
     if space == "noise":
         difference = diffusion.to_noise(predicted, x, alpha, sigma) - noise
@@ -93,13 +96,13 @@ def rescaled(policy: Policy, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def margin(now: Tensor, before: Tensor) -> Tensor:
-    """Return by how much more the winner's error fell than the loser's, (N,); errors (N, 2) now and before training."""
+    """Return how much more the winner's error fell than the loser's, (N,), of errors (N, 2) now and before."""
     gained = before - now
     return gained[:, 0] - gained[:, 1]
 
 
 def metrics(now: Tensor, before: Tensor) -> dict[str, Tensor]:
-    """Return metrics: errors, their changes since before training, and how often the winner's error fell more."""
+    """Return the metrics of both methods: errors, their change by training, and how often the winner gained more."""
     gain = margin(now, before)
     return {
         "margin": gain.mean(),

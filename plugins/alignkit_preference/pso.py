@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 from torch.nn import functional as F
 
 from alignkit import Algorithm, Batch, Context, Rows
+from alignkit.config.schema import check_ranges
 from alignkit_preference.d3po import step_preference
 from alignkit_preference.noised import LatentPairs, NoisedPairs, encode_pairs, errors, margin, metrics, noised
 from alignkit_preference.trajectory_pairs import Pairs, collect_pairs, winners_first
@@ -27,34 +29,26 @@ class PSO(Algorithm[Pairs | LatentPairs, Rows]):
 
     mode: Literal["online", "offline"] = "online"
     """Sample pairs and compare them by the reward, or take given ones from [data] pairs."""
-    beta: float | None = None
+    beta: Annotated[float, Gt(0)] | None = None
     """Factor of the preference; left out: 50 online, 5 offline (the authors' code)."""
-    pairs: int = 1
+    pairs: Annotated[int, Ge(1)] = 1
     """Online: pairs of trajectories of each text in a round."""
-    clip_range: float = 0.1
+    clip_range: Annotated[float, Gt(0), Lt(1)] = 0.1
     """Online: distance from 1 at which likelihood ratios are clipped (the code)."""
     reduction: Literal["mean", "sum"] = "mean"
     """Online: the log-probability over latent dimensions; the code takes the mean."""
     shared_noise: bool = False
     """Online: start both trajectories of a pair from the same noise. The code does not, whatever its comment says."""
-    inner_epochs: int = 1
+    inner_epochs: Annotated[int, Ge(1)] = 1
     """Passes over the pairs of a round."""
     objective: Literal["sigmoid", "hinge"] = "sigmoid"
     """Offline: the preference relative to the model before training, or, without that model, a margin of 1 / beta
     between the errors (the code's second loss)."""
-    prior_weight: float = 0.5
+    prior_weight: Annotated[float, Ge(0)] = 0.5
     """Offline: weight of the loser's error, which keeps what the model samples by itself (the code)."""
 
     def __post_init__(self) -> None:
-        for name in ("pairs", "inner_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.beta is not None and self.beta <= 0:
-            raise ValueError(f"beta is {self.beta}, expected more than 0")
-        if not 0 < self.clip_range < 1:
-            raise ValueError(f"clip_range is {self.clip_range}, expected more than 0 and less than 1")
-        if self.prior_weight < 0:
-            raise ValueError(f"prior_weight is {self.prior_weight}, expected 0 or more")
+        check_ranges(self)
         self._beta = self.beta if self.beta is not None else {"online": 50.0, "offline": 5.0}[self.mode]
 
     @property

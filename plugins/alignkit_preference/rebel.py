@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import Ge, Gt
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from alignkit import Algorithm, Batch, Context, Rows
 from alignkit.advantage import Baseline
+from alignkit.config.schema import check_ranges
 from alignkit_preference.trajectory_pairs import Pairs, collect_pairs, log_prob
 
 
@@ -37,27 +39,23 @@ class REBEL(Algorithm[WeightedPairs, WeightedPairs]):
     needs: ClassVar[frozenset[str]] = frozenset({"stochastic_steps"})
     takes_advantages: ClassVar[bool] = True
 
-    pairs: int = 2
+    pairs: Annotated[int, Ge(1)] = 2
     """Pairs of trajectories of each prompt in a round."""
-    scale: float = 1.0
+    scale: Annotated[float, Gt(0)] = 1.0
     """Factor of the difference of log-likelihood ratios (the code's `rebel_lr`; the paper divides by eta)."""
     baseline: Literal["prompt", "batch"] = "prompt"
     """Normalise a reward by the last rewards of the same prompt, or by those of the round."""
     buffer_size: int = 32
     """Rewards of a prompt that are kept."""
-    min_count: int = 16
+    min_count: Annotated[int, Ge(1)] = 16
     """Rewards that a prompt needs to be normalised by its own; until then it is by those of the round."""
     reduction: Literal["mean", "sum"] = "mean"
     """The log-probability over latent dimensions. The papers write the sum, their code takes the mean."""
-    inner_epochs: int = 1
+    inner_epochs: Annotated[int, Ge(1)] = 1
     """Passes over the pairs of a round."""
 
     def __post_init__(self) -> None:
-        for name in ("pairs", "min_count", "inner_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.scale <= 0:
-            raise ValueError(f"scale is {self.scale}, expected more than 0")
+        check_ranges(self)
         self._baseline = Baseline(self.baseline, self.buffer_size, self.min_count)
 
     def collect(self, batch: Batch, ctx: Context) -> WeightedPairs:

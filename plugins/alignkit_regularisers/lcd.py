@@ -10,9 +10,11 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
+from alignkit.config.schema import check_ranges
 from alignkit.distillation import Distance, Distillation, Noised
 from alignkit.interfaces import Context, Regulariser, Sampler
 from alignkit.records import Batch, Prediction, Prompt, Rows
+from alignkit.rollout import encode_examples
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class LatentConsistency(Regulariser[Captioned, Noised]):
     diffusers' script."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         self._distillation = Distillation(
             self.ode_steps, self.guidance_scale_min, self.guidance_scale_max, self.huber_c, self.distance
         )
@@ -56,7 +59,7 @@ class LatentConsistency(Regulariser[Captioned, Noised]):
 
     def collect(self, batch: Batch, ctx: Context) -> Captioned:
         assert batch.images is not None  # needs "images"
-        return Captioned(ctx.policy.encode_images(batch.images), ctx.policy.encode(batch.captions))
+        return Captioned(ctx.policy.encode_images(batch.images), encode_examples(ctx.policy, batch.captions))
 
     def rows(self, collected: Captioned | None, count: int, ctx: Context) -> Noised:
         assert collected is not None  # `collect` returns it

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 from torch.nn import Parameter
 
+from alignkit.config.schema import check_ranges
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Reward
 from alignkit.records import Example, Scores
@@ -64,24 +66,26 @@ class AttributeBinding(Reward):
     the phrases is T2I-CompBench's score."""
     precision: Precision = "fp32"
     """Precision of the VQA model: auto is bf16 on CUDA and fp32 elsewhere. Its last layer is always float32."""
-    questions_per_pass: int = 256
+    questions_per_pass: Annotated[int, Ge(1)] = 256
     """Questions answered in one forward pass. More needs more memory."""
 
     bounds: ClassVar[tuple[float | None, float | None]] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if self.mode not in get_args(Mode):
             raise ConfigError(f"attribute_binding: mode is {self.mode!r}, expected one of {', '.join(get_args(Mode))}")
         if self.questions not in get_args(QuestionForm):
             expected = ", ".join(get_args(QuestionForm))
             raise ConfigError(f"attribute_binding: questions is {self.questions!r}, expected one of {expected}")
         check_precision("attribute_binding", self.precision)
-        if self.questions_per_pass < 1:
-            raise ConfigError(f"attribute_binding: questions_per_pass is {self.questions_per_pass}, expected 1 or more")
-        self.differentiable = self.mode != "hard"  # type: ignore[misc]  # the mode decides, not the class
         self._model: Any = None
         self._tokenizer: Any = None
         self._choice: list[int] = []
+
+    @property
+    def differentiable(self) -> bool:
+        return self.mode != "hard"
 
     def check(self, examples: Iterable[Example]) -> None:
         check_local("attribute_binding", "judge", self.judge)

@@ -128,7 +128,10 @@ def bertscore(candidate: Embedded, reference: Embedded) -> tuple[Tensor, Tensor,
 
 
 class Comparison:
-    """BERTScore of captions against prompts, set up from the fields of a reward. Raises ConfigError for bad values."""
+    """BERTScore of captions against prompts, set up from the fields of a reward, whose ranges the reward checks.
+
+    Raises ConfigError for other bad values.
+    """
 
     def __init__(
         self, reward: str, encoder: str, layer: int, measure: str, reference: str, baseline: float, precision: Precision
@@ -136,12 +139,8 @@ class Comparison:
         check_precision(reward, precision)
         if measure not in get_args(Measure):
             raise ConfigError(f"{reward}: measure is {measure!r}, expected one of {', '.join(get_args(Measure))}")
-        if layer < 1:
-            raise ConfigError(f"{reward}: layer is {layer}, expected 1 or more")
         if "{}" not in reference:
             raise ConfigError(f"{reward}: reference is {reference!r}, expected a text with {{}} for the prompt")
-        if not baseline < 1:
-            raise ConfigError(f"{reward}: baseline is {baseline}, expected less than 1")
         self.reward, self.source, self.layer, self.measure = reward, encoder, layer, measure
         self.reference, self.baseline, self.precision = reference, baseline, precision
         self._encoder: TextEncoder | None = None

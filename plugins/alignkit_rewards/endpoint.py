@@ -47,7 +47,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Address of a server and the limits on requests to it. Raises ConfigError for bad values."""
+    """Address of a server and the limits on requests to it. Raises ConfigError for a bad URL or variable."""
 
     reward: str
     """The reward's name, for messages."""
@@ -75,11 +75,6 @@ class Endpoint:
             raise ConfigError(
                 f"{self.reward}: {self.key_field} is not the name of an environment variable, such as HOUSE_TOKEN"
             )
-        for field, least in (("concurrency", 1), ("retries", 0)):
-            if getattr(self, field) < least:
-                raise ConfigError(f"{self.reward}: {field} is {getattr(self, field)}, expected {least} or more")
-        if not 0 < self.timeout < float("inf"):
-            raise ConfigError(f"{self.reward}: timeout is {self.timeout}, expected a number of seconds above 0")
 
     def key(self) -> str:
         """Return the bearer token; empty for none. It is only in the environment, never in a run's files."""

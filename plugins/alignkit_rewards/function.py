@@ -37,12 +37,23 @@ class Function(Reward):
     """Whether the function waits for something else, such as a server, and should run in a thread of its own."""
 
     def __post_init__(self) -> None:
-        # These depend on the fields, not on the class.
-        self.differentiable = self.gradient  # type: ignore[misc]
-        self.deterministic = self.repeats  # type: ignore[misc]
-        self.slow = self.waits  # type: ignore[misc]
-        self.origin = self.target  # type: ignore[misc]
         self._function: Any = None
+
+    @property
+    def differentiable(self) -> bool:
+        return self.gradient
+
+    @property
+    def deterministic(self) -> bool:
+        return self.repeats
+
+    @property
+    def slow(self) -> bool:
+        return self.waits
+
+    @property
+    def origin(self) -> str:
+        return self.target
 
     def check(self, examples: Iterable[Example]) -> None:
         self.load(torch.device("cpu"))

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import Ge, Le
 from safetensors.torch import load_file
 from torch import Tensor
 
+from alignkit.config.schema import check_ranges
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Reward
 from alignkit.records import Example, Scores
@@ -56,16 +58,15 @@ class ImageReward(Reward):
     """Precision of the backbone: auto is bf16 on CUDA and fp32 elsewhere. The head is always float32."""
     normalized: bool = True
     """Whether to subtract the mean and divide by the standard deviation, as the authors do. SDPO reports raw values."""
-    max_tokens: int = 35
+    max_tokens: Annotated[int, Ge(3), Le(512)] = 35
     """Tokens of the prompt that are read, including [CLS] and [SEP]; 35 as published."""
 
     differentiable: ClassVar[bool] = True
     name: ClassVar[str] = "image_reward"
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         check_precision(self.name, self.precision)
-        if not 3 <= self.max_tokens <= 512:
-            raise ConfigError(f"image_reward: max_tokens is {self.max_tokens}, expected 3 to 512")
         self._model: Any = None
         self._tokenizer: Any = None
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from annotated_types import Ge, Le
 from PIL import Image
 from torch import Tensor
 
+from alignkit.config.schema import check_ranges
 from alignkit.data.decode import to_uint8
-from alignkit.errors import ConfigError
 from alignkit.interfaces import Reward
 from alignkit.records import Example
 
@@ -21,15 +22,14 @@ from alignkit.records import Example
 class JpegIncompressibility(Reward):
     """Size of the image as a JPEG file in kilobytes (1000 bytes): more detail scores higher. No gradient."""
 
-    quality: int = 95
-    """JPEG quality, 1 to 100; colours are stored at half resolution, Pillow's default."""
+    quality: Annotated[int, Ge(1), Le(100)] = 95
+    """JPEG quality; colours are stored at half resolution, Pillow's default."""
 
     bounds: ClassVar[tuple[float | None, float | None]] = (0.0, None)
     name: ClassVar[str] = "jpeg_incompressibility"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.quality <= 100:
-            raise ConfigError(f"{self.name}: quality is {self.quality}, expected 1 to 100")
+        check_ranges(self)
 
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
         levels = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()

@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
+from alignkit.config.schema import check_ranges
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Reward
 from alignkit.records import Example, Scores
@@ -53,7 +55,7 @@ class Ocr(Reward):
 
     checkpoint: str = "stepfun-ai/GOT-OCR-2.0-hf"
     """Hub id or local folder of a GotOcr2ForConditionalGeneration, with its tokenizer."""
-    max_new_tokens: int = 128
+    max_new_tokens: Annotated[int, Ge(1)] = 128
     """Tokens read per image; further text is not read."""
     precision: Precision = "auto"
     """Precision of the network: auto is bf16 on CUDA and fp32 elsewhere."""
@@ -62,9 +64,8 @@ class Ocr(Reward):
     name: ClassVar[str] = "ocr"
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         check_precision(self.name, self.precision)
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"ocr: max_new_tokens is {self.max_new_tokens}, expected 1 or more")
         self._model: Any = None
 
     def check(self, examples: Iterable[Example]) -> None:

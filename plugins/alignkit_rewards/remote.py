@@ -7,11 +7,14 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
+from alignkit.config.ranges import Positive
+from alignkit.config.schema import check_ranges
 from alignkit.errors import ConfigError, PluginError
 from alignkit.interfaces import Reward
 from alignkit.records import Example, Scores
@@ -33,27 +36,35 @@ class Remote(Reward):
     begins. Scores are cached only if this is set and the served reward has a fingerprint of its own."""
     token_env: str = TOKEN
     """The environment variable with the server's token; nothing is sent if it is not set."""
-    images_per_request: int = 16
+    images_per_request: Annotated[int, Ge(1)] = 16
     """Images per request."""
-    concurrency: int = 2
+    concurrency: Annotated[int, Ge(1)] = 2
     """Requests in flight at once: one is scored while another is transferred."""
-    timeout: float = 120.0
+    timeout: Positive = 120.0
     """Seconds to wait for an answer, and after which a request is not retried."""
-    retries: int = 2
+    retries: Annotated[int, Ge(0)] = 2
     """Further tries of one request, with increasing waits; then the whole batch is retried as set in `[scoring]`
     (retries, retry_limit) before the run stops."""
 
-    deterministic: ClassVar[bool] = False  # `load` sets it from what is served
     slow: ClassVar[bool] = True
     name: ClassVar[str] = "remote"
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         self._endpoint = Endpoint(
             self.name, self.url, "token_env", self.token_env, self.concurrency, self.timeout, self.retries
         )
-        if self.images_per_request < 1:
-            raise ConfigError(f"remote: images_per_request is {self.images_per_request}, expected 1 or more")
         self._spec: dict[str, Any] = {}
+
+    @property
+    def deterministic(self) -> bool:
+        # Without `serves`, the server may serve another reward next time under the same settings.
+        return bool(self.serves) and self._spec.get("deterministic") is True
+
+    @property
+    def bounds(self) -> tuple[float | None, float | None]:
+        low, high = self._spec.get("bounds", (None, None))
+        return low, high
 
     def check(self, examples: Iterable[Example]) -> None:
         """Let the server check the prompts. This also detects a missing server before any weights load."""
@@ -74,10 +85,6 @@ class Remote(Reward):
     def load(self, device: torch.device) -> None:
         with self._endpoint.connect() as connection:
             self._identify(connection)
-        low, high = self._spec["bounds"]
-        self.bounds = (low, high)  # type: ignore[misc]  # depends on what is served, not on the class
-        # Without `serves`, the server may serve another reward next time under the same settings.
-        self.deterministic = bool(self.serves) and self._spec["deterministic"] is True  # type: ignore[misc]
 
     def identity(self) -> str:
         spec = self._spec

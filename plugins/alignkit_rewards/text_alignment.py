@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
+from annotated_types import Ge, Lt
 from torch import Tensor
 
+from alignkit.config.schema import check_ranges
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Reward
 from alignkit.records import Example, Scores
@@ -53,21 +55,21 @@ class TextAlignment(Reward):
     """Hub id or local folder of a Florence2ForConditionalGeneration, with its tokenizer."""
     task: Task = "detailed_caption"
     """Level of detail of the caption."""
-    resolution: int = 768
+    resolution: Annotated[int, Ge(1)] = 768
     """Side in pixels of the square image given to the captioner; 768 as in its training. Less is faster."""
-    num_beams: int = 3
+    num_beams: Annotated[int, Ge(1)] = 3
     """Beams of the beam search; 1 is greedy decoding and fastest."""
-    max_new_tokens: int = 256
+    max_new_tokens: Annotated[int, Ge(1)] = 256
     """Maximum number of tokens of a caption."""
     encoder: str = "FacebookAI/roberta-large"
     """Hub id or local folder of BERTScore's language model: RoBERTa, BERT or DeBERTa."""
-    layer: int = 17
+    layer: Annotated[int, Ge(1)] = 17
     """Layer whose output is compared; 17 is BERTScore's choice for roberta-large."""
     measure: Measure = "f1"
     """f1, precision (is the content of the caption in the prompt?) or recall (the reverse; DDPO)."""
     reference: str = "{}"
     """Text that the caption is compared with; {} stands for the prompt. DDPO: "The image contains {}"."""
-    baseline: float = 0.0
+    baseline: Annotated[float, Lt(1)] = 0.0
     """b of (score - b) / (1 - b), which spreads the values; BERTScore's is 0.83122575 for the f1 of roberta-large."""
     precision: Precision = "auto"
     """Precision of both networks: auto is bf16 on CUDA and fp32 elsewhere. Tokens are compared in float32."""
@@ -76,11 +78,9 @@ class TextAlignment(Reward):
     name: ClassVar[str] = "text_alignment"
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if self.task not in get_args(Task):
             raise ConfigError(f"text_alignment: task is {self.task!r}, expected one of {', '.join(get_args(Task))}")
-        for field in ("resolution", "num_beams", "max_new_tokens"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"text_alignment: {field} is {getattr(self, field)}, expected 1 or more")
         self._comparison = Comparison(
             self.name, self.encoder, self.layer, self.measure, self.reference, self.baseline, self.precision
         )

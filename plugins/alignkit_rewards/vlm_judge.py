@@ -11,11 +11,14 @@ import base64
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
+from annotated_types import Ge, Lt
 from torch import Tensor
 
+from alignkit.config.ranges import Positive
+from alignkit.config.schema import check_ranges
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.interfaces import Reward
 from alignkit.records import Example, Scores
@@ -81,13 +84,13 @@ class VlmJudge(Reward):
     """Request of mode caption; it does not include the prompt."""
     encoder: str = "FacebookAI/roberta-large"
     """Mode caption: hub id or local folder of BERTScore's language model, as in text_alignment; it runs locally."""
-    layer: int = 17
+    layer: Annotated[int, Ge(1)] = 17
     """Mode caption: layer whose output is compared."""
     measure: Measure = "f1"
     """Mode caption: f1, precision (is the content of the caption in the prompt?) or recall (the reverse; DDPO)."""
     reference: str = "{}"
     """Mode caption: text that the caption is compared with; {} stands for the prompt. DDPO: "The image contains {}"."""
-    baseline: float = 0.0
+    baseline: Annotated[float, Lt(1)] = 0.0
     """Mode caption: b of (score - b) / (1 - b), which spreads the values."""
     precision: Precision = "auto"
     """Mode caption: precision of the encoder; auto is bf16 on CUDA and fp32 elsewhere."""
@@ -97,14 +100,14 @@ class VlmJudge(Reward):
     """Extra keys of each request, such as {chat_template_kwargs = {enable_thinking = false}}; they take precedence."""
     key_env: str = "ALIGNKIT_JUDGE_KEY"
     """The environment variable with the endpoint's key; nothing is sent if it is not set."""
-    concurrency: int = 8
+    concurrency: Annotated[int, Ge(1)] = 8
     """Images scored at once."""
-    timeout: float = 60.0
+    timeout: Positive = 60.0
     """Seconds to wait for an answer, and after which a request is not retried."""
-    retries: int = 2
+    retries: Annotated[int, Ge(0)] = 2
     """Further tries of one request, with increasing waits; then the whole batch is retried as set in `[scoring]`
     (retries, retry_limit) before the run stops."""
-    give_up_after: int = 16
+    give_up_after: Annotated[int, Ge(1)] = 16
     """Stop the run after this many images in a row without an answer that can be parsed."""
 
     deterministic: ClassVar[bool] = False  # batching changes the last digits, and the served model may change
@@ -112,6 +115,7 @@ class VlmJudge(Reward):
     name: ClassVar[str] = "vlm_judge"
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if self.mode not in get_args(Mode):
             raise ConfigError(f"vlm_judge: mode is {self.mode!r}, expected one of {', '.join(get_args(Mode))}")
         if "{}" not in self.question:
@@ -123,10 +127,6 @@ class VlmJudge(Reward):
             )
         if self.scale[0] >= self.scale[1]:
             raise ConfigError(f"vlm_judge: scale is {list(self.scale)}, expected a lower and a higher number")
-        if self.give_up_after < 1:
-            raise ConfigError(f"vlm_judge: give_up_after is {self.give_up_after}, expected 1 or more")
-        low, high = None if self.mode == "caption" else 0.0, 10.0 if self.mode == "viescore" else 1.0
-        self.bounds = (low, high)  # type: ignore[misc]  # depends on the mode
         self._comparison = Comparison(
             self.name, self.encoder, self.layer, self.measure, self.reference, self.baseline, self.precision
         )
@@ -135,6 +135,10 @@ class VlmJudge(Reward):
         )
         self._unusable = 0
         """Images in a row without a usable answer."""
+
+    @property
+    def bounds(self) -> tuple[float | None, float | None]:
+        return None if self.mode == "caption" else 0.0, 10.0 if self.mode == "viescore" else 1.0
 
     def check(self, examples: Iterable[Example]) -> None:
         """Compare `model` with the endpoint's list of models, if it has one, before any weights load."""

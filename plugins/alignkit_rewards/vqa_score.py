@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
+from alignkit.config.schema import check_ranges
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Reward
 from alignkit.records import Example
@@ -46,7 +48,7 @@ class VqaScore(Reward):
     """The question; {} stands for the prompt. The default is the paper's wording, for every model."""
     answer: str = "Yes"
     """The answer whose probability is the score; a single token."""
-    max_pixels: int = 12_845_056
+    max_pixels: Annotated[int, Ge(56 * 56)] = 12_845_056
     """Larger images are shrunk to this many pixels; the published limit. Less needs less memory."""
     precision: Precision = "auto"
     """Precision of the network: auto is bf16 on CUDA and fp32 elsewhere. The last layer is always float32."""
@@ -56,11 +58,10 @@ class VqaScore(Reward):
     name: ClassVar[str] = "vqa_score"
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         check_precision(self.name, self.precision)
         if "{}" not in self.question:
             raise ConfigError(f"vqa_score: question is {self.question!r}, expected a text with {{}} for the prompt")
-        if self.max_pixels < 56 * 56:
-            raise ConfigError(f"vqa_score: max_pixels is {self.max_pixels}, expected {56 * 56} or more")
         self._model: Any = None
         self._tokenizer: Any = None
 

@@ -20,5 +20,5 @@ def register_surrogates(register: Register) -> None:
     register(
         "lrm",
         "alignkit_rg_lcd.surrogate:LRM",
-        "Latent proxy reward model: a CLIP that sees latents in the place of pixels",
+        "Latent proxy reward model: a CLIP that reads latents instead of pixels",
     )

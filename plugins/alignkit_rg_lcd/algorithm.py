@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
+from alignkit.config.schema import check_ranges
 from alignkit.distillation import Average, Distance, Distillation, Noised
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Algorithm, Context, Sampler
-from alignkit.records import Batch, Example, Prompt, Rows
+from alignkit.records import Batch, Prompt, Rows
+from alignkit.rollout import encode_examples
 from alignkit_rg_lcd.preference import Direction, RealImages, margins, preference_loss, with_real_images
 from alignkit_rg_lcd.surrogate import LRM
 
 
 @dataclass(frozen=True)
 class Contrast(Rows):
-    """Batches of captioned latents, whose rows are contrasted within a batch. N batches of M."""
+    """Batches of captioned latents, contrasted with each other within a batch. N batches of M."""
 
     latents: Tensor
     """(N, M, *S)."""
@@ -29,7 +32,7 @@ class Contrast(Rows):
 
 @dataclass(frozen=True)
 class Compared(Rows):
-    """Three latents for each caption, and their rewards by the expert."""
+    """Three latents of each caption with the rewards of the expert, N rows."""
 
     latents: Tensor
     """(N, 3, *S) of the real image, the student's prediction and the target (z_0, z_1, z_2)."""
@@ -40,7 +43,7 @@ class Compared(Rows):
 
 @dataclass(frozen=True)
 class Collected:
-    """One round: rows for the policy and for the proxy; None for one that does not learn in it."""
+    """One round: rows for the policy and rows for the proxy, None for the one that does not learn from it."""
 
     noised: Noised | None
     lesson: Contrast | Compared | None
@@ -59,53 +62,47 @@ class RGLCD(Algorithm[Collected, Noised]):
     default_surrogate: ClassVar[str] = "lrm"
     surrogate_type: ClassVar[type] = LRM
 
-    beta: float = 1.0
+    beta: Annotated[float, Ge(0)] = 1.0
     """Weight of the reward. The paper has 5 for CLIPScore and PickScore, 1 for ImageReward and HPSv2.1; 0 is plain
     distillation, the control run."""
     proxy: bool = False
-    """Follow the latent proxy (surrogate lrm) in the place of the reward itself. Rounds of surrogate.warmup are its
+    """Follow the latent proxy (surrogate lrm) instead of the reward itself. Rounds of surrogate.warmup are its
     pre-training, with CLIP's loss on captioned images."""
-    pretraining: int | None = None
-    """Rounds of surrogate.warmup that are the pre-training; in the others the expert teaches the proxy while the policy
-    waits. Left out: all of them, and both learn from the first round on, as in the paper."""
+    pretraining: Annotated[int, Ge(0)] | None = None
+    """Rounds of surrogate.warmup that are the pre-training; in the others the proxy learns from the expert while the
+    policy waits. Left out: all of them, and both learn from the first round on, as in the paper."""
     reward_cap: float | None = None
-    """Rewards above this have no gradient; without the proxy only. The released code has 2 for ImageReward."""
+    """Without the proxy: rewards above this have no gradient. The released code has 2 for ImageReward."""
     kl: Direction = "forward"
     """forward: KL(expert || proxy), as the released code; reverse: KL(proxy || expert), as the paper prints."""
-    expert_temperature: float = 0.01
-    """tau_E: rewards that differ by this much mean odds of e to 1. 0.01 suits cosines (CLIP, HPS); choose a small one
-    for a reward that only states which of two images is better."""
+    expert_temperature: Annotated[float, Gt(0)] = 0.01
+    """tau_E: two rewards that differ by it have odds of e to 1. 0.01 suits cosines (CLIP, HPS); take a small one for a
+    reward that only ranks two images."""
     real_images: RealImages = "judged"
-    """Preference of a real image over a predicted one. "judged": by the expert's scores; "never_worse": at least even
-    odds; "always_best": always the real one."""
-    proxy_rows: int = 16
-    """Rows that the expert scores in a round (three images each) and the proxy learns from; at most those of the
+    """Preference of the expert between a real image and a predicted one. "judged": by their rewards; "never_worse": the
+    same, but at least even; "always_best": the real image is better."""
+    proxy_rows: Annotated[int, Ge(1)] = 16
+    """Rows that the expert scores in a round (three images each) for the proxy to learn from; at most those of the
     update."""
-    target_decay: float = 0.95
-    """mu, decay of the average of the student that gives the distillation's target; 0: the student itself, as for
+    target_decay: Annotated[float, Ge(0), Lt(1)] = 0.95
+    """mu, decay of the average of the student that gives the target of the distillation; 0: the student itself, as for
     LCM-LoRA."""
-    ode_steps: int = 50
+    ode_steps: Annotated[int, Ge(1)] = 50
     """Solver steps; must be what the student's sampler counts as original steps."""
     guidance_scale_min: float = 6.0
     """Smallest guidance scale of the teacher (w + 1 of the LCM paper)."""
     guidance_scale_max: float = 16.0
     """Largest guidance scale of the teacher."""
-    huber_c: float = 1e-3
+    huber_c: Annotated[float, Gt(0)] = 1e-3
     """Difference at which the pseudo-Huber distance turns from quadratic to linear."""
     distance: Distance = "huber"
     """Distance between prediction and target: pseudo-Huber, as in the LCM paper, or l2, the square, the default of
     diffusers' script."""
 
     def __post_init__(self) -> None:
-        for name, low in (("beta", 0), ("proxy_rows", 1), ("pretraining", 0)):
-            if getattr(self, name) is not None and getattr(self, name) < low:
-                raise ValueError(f"{name}: found {getattr(self, name)}, expected {low} or more")
-        if self.expert_temperature <= 0:
-            raise ValueError(f"expert_temperature: found {self.expert_temperature}, expected more than 0")
+        check_ranges(self)
         if self.pretraining is not None and not self.proxy:
-            raise ValueError(
-                f"pretraining: found {self.pretraining} with proxy = false; expected none, or proxy = true"
-            )
+            raise ValueError("pretraining: found without proxy; leave it out, or set proxy = true")
         self._distillation = Distillation(
             self.ode_steps, self.guidance_scale_min, self.guidance_scale_max, self.huber_c, self.distance
         )
@@ -127,11 +124,11 @@ class RGLCD(Algorithm[Collected, Noised]):
     def setup(self, ctx: Context) -> None:
         self._target.start(ctx.policy)
 
-    # collect: captioned latents, noised; with the proxy, the expert's rewards of some of them
+    # collect: captioned latents, noised; with the proxy, rewards of some of them
 
     def collect(self, batch: Batch, ctx: Context) -> Collected:
         assert batch.images is not None  # needs "images"
-        latents, prompt = ctx.policy.encode_images(batch.images), ctx.policy.encode(batch.captions)
+        latents, prompt = ctx.policy.encode_images(batch.images), encode_examples(ctx.policy, batch.captions)
         if ctx.warming_up and (self.pretraining is None or self._pretrained < self.pretraining):
             self._pretrained += 1
             return Collected(None, Contrast(latents[None], replace(prompt, index=prompt.index[None])))
@@ -146,8 +143,8 @@ class RGLCD(Algorithm[Collected, Noised]):
     def _compare(self, noised: Noised, ctx: Context) -> Compared:
         rows = noised.select(torch.randperm(len(noised), generator=ctx.generator)[: self.proxy_rows])
         prediction, target = self._predict(rows, ctx)
-        examples = [Example(text) for text in rows.prompt.texts]
-        student = ctx.score(prediction, examples)  # logged as the reward of the run
+        examples = rows.prompt.examples
+        student = ctx.score(prediction, examples)  # the reward that the run reports
         real, average = (ctx.score(z, examples, log=False) for z in (rows.latents, target))
         compared = Compared(
             torch.stack([rows.latents, prediction, target], dim=1),
@@ -158,7 +155,7 @@ class RGLCD(Algorithm[Collected, Noised]):
         return compared
 
     def _measure(self, rows: Compared, ctx: Context) -> None:
-        """Log how the proxy ranks latents that it has not learned from yet."""
+        """Log how the proxy ranks latents that it has not learned from."""
         assert isinstance(ctx.surrogate, LRM)
         proxy = ctx.surrogate.score(rows.latents.flatten(0, 1), _thrice(rows.prompt)).view_as(rows.expert)
         found, expected = margins(proxy), margins(rows.expert)
@@ -181,7 +178,7 @@ class RGLCD(Algorithm[Collected, Noised]):
         lrm = ctx.surrogate
         assert isinstance(lrm, LRM)
         if isinstance(rows, Contrast):
-            # A batch is one row, so that captions are contrasted with all others of it, however rows are split.
+            # A batch is one row: a caption is contrasted with all others of it, however rows are split for memory.
             losses = [
                 lrm.contrastive_loss(latents, replace(rows.prompt, index=index))
                 for latents, index in zip(rows.latents, rows.prompt.index, strict=True)
@@ -198,7 +195,7 @@ class RGLCD(Algorithm[Collected, Noised]):
             yield from collected.noised.split(ctx.rows_per_update)
 
     def _predict(self, rows: Noised, ctx: Context) -> tuple[Tensor, Tensor]:
-        """Return the student's prediction and its target, (N, *S) both."""
+        """Return the prediction of the student and that of its target, (N, *S) both."""
         assert ctx.teacher is not None  # needs "teacher"
         return self._distillation.predictions(ctx.policy, ctx.teacher, rows, self._target.weights)
 
@@ -211,11 +208,11 @@ class RGLCD(Algorithm[Collected, Noised]):
         return distillation + reward_loss, {"distillation_loss": distillation, "reward_loss": reward_loss}
 
     def _reward(self, prediction: Tensor, prompt: Prompt, ctx: Context) -> Tensor:
-        """Return J of Eq. 10, the mean over rows; an image that cannot be scored adds 0."""
+        """Return J of Eq. 10, the mean over rows; an image that cannot be scored counts as 0 and has no gradient."""
         if self.proxy:
             assert ctx.surrogate is not None
             return ctx.surrogate.score(prediction, prompt).mean()
-        scores = ctx.differentiable_score(prediction, [Example(text) for text in prompt.texts], log=True)
+        scores = ctx.differentiable_score(prediction, prompt.examples, log=True)
         values = scores.values.masked_fill(~scores.valid, 0)
         if self.reward_cap is not None:
             values = values.clamp(max=self.reward_cap)

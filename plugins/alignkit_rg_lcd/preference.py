@@ -1,4 +1,4 @@
-"""Preferences between the three latents of one row, as log-odds, and the divergence of two models' preferences."""
+"""Preferences between the three latents of one row, as log-odds, and the divergence of two reward models in them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn.functional import logsigmoid
 PAIRS = ((0, 1), (0, 2), (1, 2))
 """Pairs of the real latent, the student's prediction and the target (z_0, z_1 and z_2)."""
 CERTAIN = 100.0
-"""Log-odds of a preference that is beyond doubt."""
+"""Log-odds of a certain preference."""
 
 Direction = Literal["forward", "reverse"]
 RealImages = Literal["judged", "never_worse", "always_best"]
@@ -23,7 +23,7 @@ def margins(scores: Tensor) -> Tensor:
 
 
 def with_real_images(odds: Tensor, real: RealImages) -> Tensor:
-    """Return the expert's log-odds (N, 3) over `PAIRS`, changed for real images as `real` says; NaN stays."""
+    """Return the expert's log-odds (N, 3) over `PAIRS`, those of real images changed as `real` states; NaN stays."""
     if real == "judged":
         return odds
     against_real = odds[:, :2].clamp(min=0) if real == "never_worse" else odds[:, :2] * 0 + CERTAIN
@@ -33,9 +33,9 @@ def with_real_images(odds: Tensor, real: RealImages) -> Tensor:
 
 
 def divergence(proxy: Tensor, expert: Tensor, direction: Direction) -> Tensor:
-    """Return KL between the preferences P of the proxy and Q of the expert, given as log-odds; element by element.
+    """Return the KL divergence between the preferences P of the proxy and Q of the expert, element by element.
 
-    "forward" is KL(Q || P), as in the released code; "reverse" is KL(P || Q), as in Eq. 12.
+    Both are log-odds. "forward" is KL(Q || P), as in the released code; "reverse" is KL(P || Q), as in Eq. 12.
     """
     of, to = (expert, proxy) if direction == "forward" else (proxy, expert)
     win = of.sigmoid() * (logsigmoid(of) - logsigmoid(to))
@@ -44,7 +44,7 @@ def divergence(proxy: Tensor, expert: Tensor, direction: Direction) -> Tensor:
 
 
 def preference_loss(proxy: Tensor, expert: Tensor, direction: Direction) -> Tensor:
-    """Return L_RM (Eq. 12): the sum over pairs, the mean over rows, of log-odds (N, 3). A pair with NaN adds 0."""
+    """Return L_RM (Eq. 12) of log-odds (N, 3): the sum over pairs, the mean over rows. A pair with NaN counts as 0."""
     known = expert.isfinite()
     apart = divergence(proxy, expert.masked_fill(~known, 0), direction)
     return apart.masked_fill(~known, 0).sum(1).mean()

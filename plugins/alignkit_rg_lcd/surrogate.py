@@ -6,21 +6,24 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.utils import logging
 
+from alignkit.config.schema import check_ranges
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Policy, Surrogate
 from alignkit.models.quiet import no_progress_bars
 from alignkit.records import Prompt
 
 
-class LatentCLIP(nn.Module):
-    """Latents (N, *S) and token ids (P, L) to features of unit length, (N, E) and (P, E)."""
+class TwoTowers(nn.Module):
+    """A tower for latents (N, *S) and one for token ids (P, L); features (N, E) and (P, E) have unit length."""
 
     def __init__(self, text: CLIPTextModelWithProjection, latent: CLIPVisionModelWithProjection) -> None:
         super().__init__()
@@ -32,7 +35,7 @@ class LatentCLIP(nn.Module):
         return F.normalize(image.float(), dim=1), F.normalize(text.float(), dim=1)
 
     def groups(self) -> tuple[list[list[nn.Module]], list[list[nn.Module]]]:
-        """Return the layers of both towers from the last to the first, grouped as open_clip does for freezing.
+        """Return the layers of latent and text tower, the last first, grouped as open_clip freezes them.
 
         The projection is a group, the last block with the norm after it another, each further block one more.
         """
@@ -54,30 +57,25 @@ class LRM(Surrogate):
     """
 
     text: str = ""
-    """A CLIP whose text tower is used, a hub id or folder; empty: the generator's own text encoder, with a new
-    projection that is learned in the pre-training. The paper has OpenCLIP's ViT-H-14, which is that of its teacher."""
-    width: int = 512
-    """Width of the latent tower. This and the next three are those of the released code, for latents of 64 x 64."""
-    layers: int = 12
+    """A CLIP to take the text tower from, a hub id or folder; empty: the generator's own text encoder, with a new
+    projection that is learned in the pre-training. The paper has OpenCLIP's ViT-H-14, the encoder of its teacher."""
+    width: Annotated[int, Ge(1)] = 512
+    """Width of the latent tower. This and the next three are as in the released code, for latents of 64 x 64."""
+    layers: Annotated[int, Ge(1)] = 12
     """Blocks of the latent tower."""
-    heads: int = 8
+    heads: Annotated[int, Ge(1)] = 8
     """Attention heads of the latent tower."""
-    patch: int = 4
+    patch: Annotated[int, Ge(1)] = 4
     """Edge of a patch of the latent; 64 x 64 latents are 256 patches."""
-    latent_groups: int = 2
+    latent_groups: Annotated[int, Ge(0)] = 2
     """Layers of the latent tower, from the last, that learn after the pre-training; the projection counts as one."""
-    text_groups: int = 5
+    text_groups: Annotated[int, Ge(0)] = 5
     """The same for the text tower."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "layers", "heads", "patch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: found {getattr(self, name)}, expected 1 or more")
+        check_ranges(self)
         if self.width % self.heads:
             raise ValueError(f"heads: found {self.heads}, expected a divisor of width, which is {self.width}")
-        for name in ("latent_groups", "text_groups"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: found {getattr(self, name)}, expected 0 or more")
 
     def load(self, policy: Policy) -> None:
         channels, height, width = policy.latent_shape
@@ -94,16 +92,16 @@ class LRM(Surrogate):
                 image_size=height, patch_size=self.patch, hidden_act="gelu",
             )
         )  # fmt: skip
-        self._network = LatentCLIP(text, latent).to(policy.device)
+        self._network = TwoTowers(text, latent).to(policy.device)
         self._network.requires_grad_(False).eval()
         (latent_groups, text_groups), projection = self._network.groups(), text.text_projection
-        # CLIP's pre-training is the latent tower's; a text tower that was trained already stays as it is.
+        # CLIP's pre-training is for the latent tower; a text tower that was trained already stays as it is.
         self._pretrained = self._names([latent, *([projection] if new else [])])
         finetuned = latent_groups[: self.latent_groups] + text_groups[: self.text_groups]
         self._finetuned = self._names([module for group in finetuned for module in group])
 
     def _text_tower(self, generator: str) -> tuple[CLIPTextModelWithProjection, bool]:
-        """Load the text tower and set the tokenizer; return the tower, and whether its projection is new."""
+        """Return the text tower, and whether its projection is new. Keeps the tokenizer."""
         source, folders = self.text or generator, ("", "") if self.text else ("tokenizer", "text_encoder")
         try:
             with no_progress_bars(), _silently():
@@ -125,7 +123,7 @@ class LRM(Surrogate):
         return {name for name, p in self._network.named_parameters() if id(p) in chosen}
 
     def _features(self, latents: Tensor, prompt: Prompt, learning: set[str] | None) -> tuple[Tensor, Tensor]:
-        """Return features of the latents and of their texts, (N, E) both; weights not in `learning` get no gradient."""
+        """Return the features of latents and of their texts, (N, E) both; only weights in `learning` get a gradient."""
         if not prompt.text_table:
             raise ValueError("lrm reads texts, and this prompt has none: Policy.encode must fill in text_table")
         used, place = prompt.index.unique(return_inverse=True)
@@ -140,30 +138,33 @@ class LRM(Surrogate):
         return image, text[place]
 
     def scale(self) -> Tensor:
-        """1 / tau_L, learned; CLIP keeps it below 100."""
+        """Return 1 / tau_L, which is learned; CLIP keeps it below 100."""
         return self._network.log_scale.clamp(max=math.log(100)).exp()
 
     def score(self, latents: Tensor, prompt: Prompt) -> Tensor:
-        """Return the cosine (N,), without the temperature, which the policy follows."""
+        """Return the cosine (N,), without the temperature, as the generator follows it."""
         image, text = self._features(latents, prompt, None)
         return (image * text).sum(1)
 
     def finetuning_score(self, latents: Tensor, prompt: Prompt) -> Tensor:
-        """Return `score` with gradient to the last layers alone."""
+        """Return `score`, with gradient into the last layers alone."""
         image, text = self._features(latents, prompt, self._finetuned)
         return (image * text).sum(1)
 
     def loss(self, winner: Tensor, loser: Tensor, prompt: Prompt) -> Tensor:
-        """Return the mean -log probability of the winner at temperature tau_L, for methods that train with pairs."""
+        """Return -log of the winner's probability at temperature tau_L, for methods that train it on pairs."""
         twice = prompt.select(torch.arange(len(winner)).repeat(2))
         better, worse = self.finetuning_score(torch.cat([winner, loser]), twice).chunk(2)
         return -F.logsigmoid(self.scale() * (better - worse)).mean()
 
     def contrastive_loss(self, latents: Tensor, prompt: Prompt) -> Tensor:
-        """Return CLIP's loss among N captioned latents; captions that occur more than once share their probability."""
+        """Return CLIP's loss over N captioned latents; equal captions share their probability."""
         image, text = self._features(latents, prompt, self._pretrained)
         logits = self.scale() * image @ text.T
-        same = (prompt.index[:, None] == prompt.index[None, :]).float()
+        # By text: examples that differ in metadata alone have places of their own in the prompt's tables.
+        number = {name: i for i, name in enumerate(dict.fromkeys(prompt.texts))}
+        place = torch.tensor([number[name] for name in prompt.texts], device=latents.device)
+        same = (place[:, None] == place[None, :]).float()
         target = same / same.sum(1, keepdim=True)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
@@ -173,7 +174,7 @@ class LRM(Surrogate):
 
 @contextmanager
 def _silently() -> Iterator[None]:
-    """Hide the report on missing and unexpected weights of a checkpoint; both are expected here."""
+    """Silence the report on missing and unused weights of a checkpoint: both are expected here."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from alignkit import diffusion
+from alignkit.config.schema import check_ranges
 from alignkit.interfaces import Policy, Sampler
 from alignkit.records import Prompt, Transition
-from alignkit_samplers.schedule import Spacing, check_spaced, spaced_times
+from alignkit_samplers.schedule import Spacing, check_spacing, spaced_times
 
 
 @dataclass
@@ -21,16 +24,15 @@ class DDIM(Sampler):
     With eta = 1 it keeps a standard deviation, of about .029 for Stable Diffusion, and therefore a likelihood.
     """
 
-    eta: float = 1.0
+    eta: Annotated[float, Ge(0), Le(1)] = 1.0
     """0 is deterministic, 1 the DDPM posterior."""
     spacing: Spacing = "trailing"
     """Distribution of the times: "trailing" begins at pure noise, as distilled models do; "leading" is what Stable
     Diffusion's own pipelines and the policy-gradient papers use with many steps."""
 
     def __post_init__(self) -> None:
-        check_spaced(self.num_steps, self.spacing)
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta is {self.eta}, expected 0 to 1")
+        check_ranges(self)
+        check_spacing(self.spacing)
 
     def grid(self, policy: Policy) -> Tensor:
         return spaced_times(policy, self.num_steps, self.spacing)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from annotated_types import Ge, Le
 from torch import Tensor
 
 from alignkit import diffusion
+from alignkit.config.schema import check_ranges
 from alignkit.interfaces import Policy, Sampler
 from alignkit.records import Prompt, Transition
-from alignkit_samplers.schedule import Spacing, check_spaced, next_level, spaced_times
+from alignkit_samplers.schedule import Spacing, check_spacing, next_level, spaced_times
 
 
 @dataclass
@@ -25,16 +28,15 @@ class EulerAncestral(Sampler):
     the end, which here is the clean prediction and deterministic, and at the beginning, see `initial_scale`.
     """
 
-    eta: float = 1.0
+    eta: Annotated[float, Ge(0), Le(1)] = 1.0
     """Share of the ancestral noise: 1 is Euler ancestral, 0 Euler's method, deterministic at every step (SD-Turbo's
     and SDXL-Lightning's)."""
     spacing: Spacing = "trailing"
     """Distribution of the times: "trailing" begins at pure noise, "leading" ends near the least."""
 
     def __post_init__(self) -> None:
-        check_spaced(self.num_steps, self.spacing)
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta is {self.eta}, expected 0 to 1")
+        check_ranges(self)
+        check_spacing(self.spacing)
 
     def grid(self, policy: Policy) -> Tensor:
         return spaced_times(policy, self.num_steps, self.spacing)

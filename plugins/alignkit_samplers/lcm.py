@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
+from annotated_types import Ge
 from torch import Tensor
 
+from alignkit.config.schema import check_ranges
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Policy, Sampler
 from alignkit.records import Prompt, Transition
@@ -25,14 +27,15 @@ class LCM(Sampler):
 
     consistency: ClassVar[bool] = True
 
-    original_steps: int = 50
+    original_steps: Annotated[int, Ge(1)] = 50
     """Solver steps of the distillation. Must be what the checkpoint was distilled with."""
 
     def __post_init__(self) -> None:
-        if self.original_steps < 1:
-            raise ValueError(f"original_steps is {self.original_steps}, expected 1 or more")
-        if not 1 <= self.num_steps <= self.original_steps:
-            raise ValueError(f"num_steps is {self.num_steps}, expected 1 to original_steps = {self.original_steps}")
+        check_ranges(self)
+        if self.num_steps > self.original_steps:
+            raise ValueError(
+                f"num_steps: found {self.num_steps}, expected 1 to original_steps, which is {self.original_steps}"
+            )
 
     def grid(self, policy: Policy) -> Tensor:
         times = policy.times()

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from alignkit import diffusion
+from alignkit.config.schema import check_ranges
 from alignkit.interfaces import Policy, Sampler
 from alignkit.records import Prompt, Transition
-from alignkit_samplers.schedule import Spacing, check_spaced, next_level, spaced_times
+from alignkit_samplers.schedule import Spacing, check_spacing, next_level, spaced_times
 
 
 @dataclass
@@ -26,7 +27,8 @@ class Renoise(Sampler):
     """Distribution of the times: "trailing" begins at pure noise, "leading" ends near the least."""
 
     def __post_init__(self) -> None:
-        check_spaced(self.num_steps, self.spacing)
+        check_ranges(self)
+        check_spacing(self.spacing)
 
     def grid(self, policy: Policy) -> Tensor:
         return spaced_times(policy, self.num_steps, self.spacing)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -33,12 +33,10 @@ def spaced_times(policy: Policy, num_steps: int, spacing: Spacing) -> Tensor:
     return times[torch.from_numpy(places.astype(np.int64))]
 
 
-def check_spaced(num_steps: int, spacing: str) -> None:
-    """Raise ValueError for fields that make no schedule."""
-    if num_steps < 1:
-        raise ValueError(f"num_steps is {num_steps}, expected 1 or more")
-    if spacing not in ("trailing", "leading"):
-        raise ValueError(f"spacing is {spacing!r}, expected trailing or leading")
+def check_spacing(spacing: str) -> None:
+    """Raise ValueError for any other spacing than "trailing" and "leading"."""
+    if spacing not in get_args(Spacing):
+        raise ValueError(f'spacing: found "{spacing}", expected "trailing" or "leading"')
 
 
 def next_level(policy: Policy, grid: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from alignkit import Algorithm, Batch, Context, Prompt, Rows, Sampler
 from alignkit.advantage import Baseline
+from alignkit.config.schema import check_ranges
 from alignkit.errors import ConfigError
 from alignkit.rollout import Trajectories, choose_steps, sample_trajectories
 from alignkit_sdpo.dense import by_interpolation, by_similarity, discounted_returns, queried_steps
@@ -48,7 +50,7 @@ class SDPO(Algorithm[PairedSteps, PairedSteps]):
     needs: ClassVar[frozenset[str]] = frozenset({"stochastic_steps"})
     takes_advantages: ClassVar[bool] = True
 
-    pairs: int = 2
+    pairs: Annotated[int, Ge(1)] = 2
     """Pairs of trajectories of each prompt in a round. The paper samples 128 pairs a round for its 45 prompts."""
     queries: Literal["three", "two", "one", "all"] = "three"
     """Steps whose predictions are scored: first, anchor and last; first and last; last, copied to all; or every one.
@@ -58,21 +60,21 @@ class SDPO(Algorithm[PairedSteps, PairedSteps]):
     between: Literal["similarity", "interpolation"] = "similarity"
     """The reward of a step without a query: the mean weighted by likeness of latents (Eq. 11), or on a straight line
     between its neighbours."""
-    discount: float = 0.99
+    discount: Annotated[float, Ge(0), Le(1)] = 0.99
     """gamma of Eq. 13; 0 takes each step's own reward alone."""
     baseline: Literal["step_prompt", "prompt", "batch"] = "step_prompt"
     """Normalise a return by the last of the same prompt and step, of the same prompt, or by all of the round."""
     buffer_size: int = 32
     """Returns that are kept for each prompt and step."""
-    min_count: int = 16
+    min_count: Annotated[int, Ge(1)] = 16
     """Returns that a prompt needs at a step to be normalised by its own; until then it is by the round's."""
-    advantage_clip: float = 5.0
+    advantage_clip: Annotated[float, Gt(0)] = 5.0
     """Clamp advantages to this size."""
-    decay: float = 0.99
+    decay: Annotated[float, Gt(0)] = 0.99
     """lambda of Eq. 14: step i, from 0, weighs lambda^i / log_ratio_scale. Above 1 late steps weigh more."""
-    log_ratio_scale: float = 1.0
+    log_ratio_scale: Annotated[float, Gt(0)] = 1.0
     """eta of Eq. 14."""
-    clip_range: float = 1e-4
+    clip_range: Annotated[float, Ge(0)] = 1e-4
     """epsilon of Eq. 15, the size at which a log-ratio is clipped; it belongs to `reduction` and to the latents' size.
     0 does not clip."""
     reduction: Literal["mean", "sum"] = "mean"
@@ -80,24 +82,13 @@ class SDPO(Algorithm[PairedSteps, PairedSteps]):
     order: Literal["shuffled", "in_order", "accumulated"] = "shuffled"
     """The content of an update: a random step of each pair (Eq. 16); the same step of all pairs, first to last;
     or all steps of its pairs at once."""
-    step_fraction: float = 1.0
+    step_fraction: Annotated[float, Gt(0), Le(1)] = 1.0
     """Share of stochastic steps to learn from, chosen anew for each pair."""
-    inner_epochs: int = 1
+    inner_epochs: Annotated[int, Ge(1)] = 1
     """Passes over the steps of a round."""
 
     def __post_init__(self) -> None:
-        for name in ("pairs", "min_count", "inner_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        for name in ("advantage_clip", "decay", "log_ratio_scale"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected more than 0")
-        if not 0 <= self.discount <= 1:
-            raise ValueError(f"discount is {self.discount}, expected 0 to 1")
-        if self.clip_range < 0:
-            raise ValueError(f"clip_range is {self.clip_range}, expected 0 or more")
-        if not 0 < self.step_fraction <= 1:
-            raise ValueError(f"step_fraction is {self.step_fraction}, expected more than 0 and at most 1")
+        check_ranges(self)
         self._baseline = Baseline(self.baseline, self.buffer_size, self.min_count)
 
     def check(self, sampler: Sampler) -> None:

@@ -1,4 +1,4 @@
-"""A reward for every step of a trajectory from few queries, and the return from each step on, as pure functions.
+"""Dense rewards of a trajectory from few queries, and the returns of its steps, as pure functions.
 
 N trajectories of K steps, Q of them queried. `clean` (N, K, *S) holds the clean latent that is predicted at each step;
 `step` (N, Q) the queried steps, ascending, and `rewards` (N, Q) their rewards, NaN where an image could not be scored.
@@ -11,20 +11,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ALL_BELOW = {"three": 5, "two": 3, "one": 2}
-"""With fewer steps than this every step is queried. At four, three queries would save one and cost a bias."""
+"""Number of steps below which every step is queried. At four, three queries would save one and cost a bias."""
 SMALLEST = 1e-8
 """Added to every similarity, so that a step that resembles no queried step gets their plain mean."""
 
 
 def similarity(clean: Tensor, step: Tensor) -> Tensor:
-    """Return the cosine between each predicted clean latent and that of `step` (N,), (N, K) float32 (SDPO, Eq. 9)."""
+    """Return the cosine of each predicted clean latent with that of step `step` (N,), (N, K) float32 (SDPO, Eq. 9)."""
     latents = clean.float().flatten(2)
     at = latents[torch.arange(len(latents), device=latents.device), step]
     return F.cosine_similarity(latents, at[:, None], dim=2)
 
 
 def adaptive_anchor(clean: Tensor) -> Tensor:
-    """Return the inner step (N,) that is least like the first and the last (SDPO, Eq. 10). Needs K of 3 or more."""
+    """Return the step (N,) between the ends that is least like the first and the last (SDPO, Eq. 10).
+
+    Raises ValueError with fewer than 3 steps.
+    """
     count, num_steps = clean.shape[:2]
     if num_steps < 3:
         raise ValueError(f"adaptive_anchor: found {num_steps} steps, expected at least 3: it lies between the ends")
@@ -34,7 +37,7 @@ def adaptive_anchor(clean: Tensor) -> Tensor:
 
 
 def queried_steps(clean: Tensor, queries: str, anchor: str, generator: torch.Generator) -> Tensor:
-    """Choose the steps whose predictions are scored, ascending, (N, Q).
+    """Choose the steps with predictions to score, ascending, (N, Q).
 
     `queries` is "three" (first, anchor, last), "two" (first and last), "one" (last) or "all"; `anchor` "adaptive",
     "random" or "fixed", which is the middle step.
@@ -57,7 +60,7 @@ def queried_steps(clean: Tensor, queries: str, anchor: str, generator: torch.Gen
 
 
 def by_similarity(clean: Tensor, step: Tensor, rewards: Tensor) -> Tensor:
-    """Return the mean of the queried rewards, weighted by similarity to the queried steps, (N, K) (SDPO, Eq. 11).
+    """Return the mean of the queried rewards, weighted by likeness to the queried steps, (N, K) (SDPO, Eq. 11).
 
     Queried steps keep their own rewards. A negative cosine counts as 0.
     """

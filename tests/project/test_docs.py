@@ -248,7 +248,7 @@ def test_the_data_of_the_docs_can_be_read(tmp_path: Path) -> None:
     for number in (1, 2):
         Image.new("RGB", (8, 8)).save(tmp_path / "drawings" / f"{number:04d}.png")
     _, captions = open_images(str(tmp_path / "images.jsonl"), 8).batch(0, 2, seed=0)
-    assert sorted(captions) == ["a blue square", "a red circle"]
+    assert {Example.of(caption).text for caption in captions} == {"a blue square", "a red circle"}
     assert open_pairs(str(tmp_path / "pairs.jsonl"), 8).batch(0, 1, seed=0).captions == ("a red circle",)
 
 

@@ -1,8 +1,8 @@
 """The losses against what the authors' code computes, on the same tensors.
 
 That code is written down here a second time, by what it does and with its own order of operations: samples and steps
-one by one, probabilities where ours has log-odds, its conventions of sign. Where it does something else than its paper
-says, or than it means to, the difference is shown. LaSRO and GORS-LCM have no published code.
+one by one, probabilities where ours has log-odds, its conventions of sign. Where it differs from its paper or from its
+own intention, the difference is shown. LaSRO and GORS-LCM have no published code.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from alignkit import diffusion
 from alignkit.advantage import PromptTracker
 from alignkit.distillation import pseudo_huber
 from alignkit.records import Transition
-from alignkit_baselines import d3po
 from alignkit_ddpo.algorithm import clipped
-from alignkit_preference import diffusion_dpo, pso
+from alignkit_preference import d3po, diffusion_dpo, pso
 from alignkit_preference.rebel import squares
 from alignkit_rg_lcd.preference import margins, preference_loss
 from alignkit_sdpo.algorithm import pair_loss
@@ -98,7 +97,7 @@ def test_sdpo() -> None:
 
 
 def test_the_dense_rewards_of_sdpo() -> None:
-    """The anchor is sought among all steps there, and between the ends in the paper and here."""
+    """Its code takes the anchor from all steps; the paper and ours take it from those between the ends."""
     clean, scored = normal(COUNT, 10, 4, 4, 4), normal(COUNT, 10, seed=1)
     step = queried_steps(clean, "three", "adaptive", torch.Generator())
     found = by_similarity(clean, step, scored.gather(1, step).float())
@@ -206,9 +205,9 @@ def test_rg_lcd() -> None:
         published += float(F.kl_div(p, q, reduction="batchmean"))
         paper += float(F.kl_div(q.log(), p.exp(), reduction="batchmean"))
     # Ours has the real image first.
-    ours, experts = (scores[:, [2, 0, 1]] for scores in (scale * proxy, expert_scale * expert))
+    ours, expected = (scores[:, [2, 0, 1]] for scores in (scale * proxy, expert_scale * expert))
     for direction, value in (("forward", published), ("reverse", paper)):
-        assert float(preference_loss(margins(ours), margins(experts), direction)) == pytest.approx(value)
+        assert float(preference_loss(margins(ours), margins(expected), direction)) == pytest.approx(value)
     # Eq. 12 has the divergence the other way round than the code.
     assert abs(published - paper) > 0.1
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import inf, isfinite
+from dataclasses import dataclass, make_dataclass
+from math import inf, isfinite, nan
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -176,6 +176,13 @@ def test_an_object_that_python_builds_is_held_to_its_ranges_on_request() -> None
     with pytest.raises(ValueError, match=r"^updates: found -1, expected 0 or more$"):
         TrainConfig(updates=-1)
     assert not isfinite(TrainConfig(max_grad_norm=inf).max_grad_norm)
+
+
+def test_nan_is_out_of_every_range() -> None:
+    for rate in (Positive, Annotated[float, Gt(0)] | None, float):
+        with pytest.raises(ValueError, match=r"^rate: found nan, expected number"):
+            schema.check_ranges(make_dataclass("Rated", [("rate", rate)])(nan))
+    schema.check_ranges(make_dataclass("Anything", [("value", Any)])(nan))
 
 
 def test_a_range_is_shown_with_the_field() -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from alignkit.data.images import check_images, open_images
 from alignkit.errors import AlignkitError, ConfigError
+from alignkit.records import Example
 from image_fixtures import COLOURS, EXPECTED, dataset, png, seen, write_shard
 
 
@@ -88,7 +89,8 @@ def test_an_image_that_cannot_be_read_is_refused_or_replaced_by_the_next(folder:
     assert "\n" not in str(caught.value)
     skipped: list[str] = []
     images = open_images(str(folder), 4, skipped=skipped)
-    expected = ["image c" if caption == "image b" else caption for caption in whole]
+    expected = [Example("image c") if caption == Example("image b") else caption for caption in whole]
+    assert Example("image b") in whole
     assert images.batch(0, 30, seed=0)[1] == expected
     assert len(skipped) == 1 and "b.png" in skipped[0]
     for start in (3, 17):  # whatever was read before

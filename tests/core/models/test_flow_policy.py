@@ -12,6 +12,7 @@ import torch
 
 import alignkit
 from alignkit.commands.check_plugin import check_plugin
+from alignkit.commands.prepare import prepare
 from alignkit.config.bundles import find_bundle, find_policy
 from alignkit.errors import ConfigError
 from alignkit.records import PolicySettings
@@ -141,3 +142,9 @@ def test_a_consistency_sampler_is_refused_once_it_is_loaded(run: Callable[..., a
 def test_the_policy_of_the_plugin_is_checked_when_frozen_too(flow_points: None) -> None:
     source = find_bundle("points").path
     check_policy(find_policy(source).load(source, PolicySettings(trainable=False)))
+
+
+def test_preparing_a_model_that_caches_nothing_says_so(run: Callable[..., alignkit.Run], tmp_path: Path) -> None:
+    prepared, notes = prepare(run("ddpo", **{"data.cache": str(tmp_path / "cache")}))
+    assert [(one.what, one.read, one.encoded, one.entries) for one in prepared] == [("texts", 5, 0, 0)]
+    assert notes == ["data.cache: the model points keeps nothing there, so nothing was prepared"]

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from torch import Tensor
 
-from alignkit.records import PreferencePairs
+from alignkit.records import Example, PreferencePairs
 from alignkit.testing import (
     check_images,
     check_pairs,
 )
 from alignkit.testing.world import TinyImages, TinyPairs
 
-Batch = tuple[Tensor, list[str]]
+Batch = tuple[Tensor, Sequence[str | Example]]
 
 
 class CountsCalls(TinyImages):
@@ -90,7 +91,7 @@ class Doubles(TinyImages):
         (LooksAtTheBatch, r"(from the third position on|position \d alone): found other items"),
         (Levels, r"found images from .* to 2.., expected values in \[0, 1\]"),
         (ForgetsACaption, "found 5 captions at 6 positions, expected one each"),
-        (NoCaption, "found None as a caption, expected a string"),
+        (NoCaption, "found None as a caption, expected a string or an Example"),
         (OneOrder, "seed 1 gives the items of seed 0 in the same order, expected another order"),
         (Ends, "raised IndexError"),
         (HandsOutItsOwn, "the same positions a second time"),
@@ -107,6 +108,29 @@ def test_a_source_of_images_of_another_size() -> None:
         check_images(TinyImages(), 32)  # type: ignore[arg-type]
 
 
+class Signs(TinyImages):
+    """One text for all images; what differs is their metadata."""
+
+    def batch(self, start: int, size: int, seed: int) -> Batch:
+        images, captions = super().batch(start, size, seed)
+        return images, [Example("a sign", {"target": f"{seed} {caption}"}) for caption in captions]
+
+
+class ForgetsItsMetadata(Signs):
+    calls = 0
+
+    def batch(self, start: int, size: int, seed: int) -> Batch:
+        self.calls += 1
+        images, captions = super().batch(start, size, seed)
+        return images, captions if self.calls == 1 else ["a sign"] * len(captions)
+
+
+def test_a_caption_may_be_an_example_whose_metadata_belongs_to_its_position() -> None:
+    check_images(Signs(), 64)  # type: ignore[arg-type]
+    with pytest.raises(AssertionError, match="the same positions a second time: found other items"):
+        check_images(ForgetsItsMetadata(), 64)  # type: ignore[arg-type]
+
+
 class PrefersNothing(TinyPairs):
     def batch(self, start: int, size: int, seed: int) -> PreferencePairs:
         pairs = super().batch(start, size, seed)
@@ -119,6 +143,12 @@ class UnequalPairs(TinyPairs):
         return replace(pairs, losers=pairs.losers[..., :32])
 
 
+class CaptionsAsExamples(TinyPairs):
+    def batch(self, start: int, size: int, seed: int) -> PreferencePairs:
+        pairs = super().batch(start, size, seed)
+        return replace(pairs, captions=[Example(caption) for caption in pairs.captions])  # type: ignore[misc]
+
+
 class NotesAsText(TinyPairs):
     notes = "two were left out"
 
@@ -128,6 +158,7 @@ class NotesAsText(TinyPairs):
     [
         (PrefersNothing, "at position 0 winner and loser are the same image"),
         (UnequalPairs, r"found winners \(6, 3, 64, 64\) and losers \(6, 3, 64, 32\), expected equal shapes"),
+        (CaptionsAsExamples, r"found Example\(.*\) as a caption, expected a string$"),
         (NotesAsText, "notes: found 'two were left out', expected a list of lines"),
     ],
 )

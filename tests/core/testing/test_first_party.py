@@ -1,4 +1,4 @@
-"""Everything that ships with alignkit passes the checks that plugin authors are handed."""
+"""Everything that ships with alignkit passes the checks of `alignkit.testing` for plugins."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from alignkit_lasro.algorithm import LaSRO
 from PIL import Image
 
 import alignkit
@@ -33,6 +32,7 @@ from alignkit.testing import (
 )
 from alignkit.testing.algorithm import tiny_trainer
 from alignkit.testing.world import Form, TinyImages, TinyPairs
+from alignkit_lasro.lasro import LaSRO
 from alignkit_models import MODELS
 from alignkit_rewards.attribute_binding import Mode, QuestionForm
 from alignkit_shapes.models import WEIGHTS
@@ -70,10 +70,12 @@ ELSEWHERE = {
     "vlm_judge": "test_vlm_judge.py",
     "vqa_score": "test_vqa_score.py",
 }
-"""Rewards whose small checkpoint or server is made with their other tests, and checked there."""
-DISTILLED = {"gors_lcm", "lasro", "lcd", "rg_lcd"}
-"""Methods with the loss of latent consistency distillation, which no other sampler has."""
-PAIRINGS: list[tuple[Form, str]] = [("lcm", "lcm"), ("teacher", "ddim")]
+"""Rewards that are checked in another file, where their small checkpoint or server is made."""
+DISTILLED = {"gors_lcm", "lcd", "rg_lcd"}
+"""Methods that are latent consistency distillation, which is for the sampler lcm alone."""
+FEW_STEPS = {"lasro"}
+"""Methods that refuse a sampler of many steps."""
+SAMPLED: list[tuple[Form, str]] = [("lcm", "lcm"), ("teacher", "ddim")]
 EMBEDDED: dict[str, Form] = {"shapes_lcm": "lcm", "shapes_turbo": "turbo", "shapes_teacher": "teacher"}
 
 
@@ -90,7 +92,7 @@ def test_samplers(name: str) -> None:
     check_sampler(get("sampler", name))
 
 
-def test_deterministic_ddim() -> None:
+def test_ddim_without_randomness() -> None:
     check_sampler(get("sampler", "ddim", eta=0.0))
 
 
@@ -99,11 +101,11 @@ def test_surrogates(name: str) -> None:
     check_surrogate(get("surrogate", name, **SURROGATES.get(name, {})))
 
 
-@pytest.mark.parametrize(("form", "sampler_name"), PAIRINGS)
+@pytest.mark.parametrize(("form", "steps"), SAMPLED)
 @pytest.mark.parametrize("name", names("regulariser"))
-def test_regularisers(name: str, form: Form, sampler_name: str) -> None:
-    sampler = get("sampler", sampler_name, num_steps=2)
-    if name == "lcd" and sampler_name != "lcm":
+def test_regularisers(name: str, form: Form, steps: str) -> None:
+    sampler = get("sampler", steps, num_steps=2)
+    if name == "lcd" and steps != "lcm":
         with pytest.raises(ConfigError, match=r"sampler\.name: found DDIM, expected lcm"):
             check_regulariser(get("regulariser", name), sampler, form=form)
     else:
@@ -142,11 +144,11 @@ def test_sources_that_the_checks_themselves_use() -> None:
     check_pairs(TinyPairs(), 64)  # type: ignore[arg-type]
 
 
-def trained(name: str, form: Form, sampler_name: str, **fields: Any) -> None:
+def trained(name: str, form: Form, steps: str, **fields: Any) -> None:
     algorithm: Algorithm[Any, Any] = get("algorithm", name, **fields)
-    sampler = get("sampler", sampler_name, num_steps=2)
+    sampler = get("sampler", steps, num_steps=2)
     reason = refusal(algorithm, sampler)
-    assert bool(reason) == (name in DISTILLED and sampler_name != "lcm" and not fields), reason
+    assert bool(reason) == (name in DISTILLED and steps != "lcm" and not fields), reason
     if reason:
         assert "\n" not in reason and "expected" in reason
         return
@@ -154,10 +156,10 @@ def trained(name: str, form: Form, sampler_name: str, **fields: Any) -> None:
     check_algorithm(algorithm, sampler, form=form, surrogate=surrogate)
 
 
-@pytest.mark.parametrize(("form", "sampler_name"), PAIRINGS)
+@pytest.mark.parametrize(("form", "steps"), SAMPLED)
 @pytest.mark.parametrize("name", names("algorithm"))
-def test_algorithms(name: str, form: Form, sampler_name: str) -> None:
-    trained(name, form, sampler_name)
+def test_algorithms(name: str, form: Form, steps: str) -> None:
+    trained(name, form, steps)
 
 
 @pytest.mark.slow
@@ -166,12 +168,12 @@ def test_algorithms(name: str, form: Form, sampler_name: str) -> None:
 def test_algorithms_with_what_an_embedded_model_brings(name: str, model: str) -> None:
     run = alignkit.load(None, {"model.name": model, "algorithm.name": name})
     algorithm, sampler, surrogate = run.algorithm(), run.sampler(), run.config.surrogate
-    if reason := refusal(algorithm, sampler):  # tests/plugins/shapes/test_bundles.py knows which those are, and why
-        assert name in DISTILLED and model != "shapes_lcm", reason
+    if reason := refusal(algorithm, sampler):  # tests/plugins/shapes/test_bundles.py lists them with the reasons
+        assert name in DISTILLED | FEW_STEPS and model != "shapes_lcm", reason
         return
     if name == "lasro":
         algorithm = replace(algorithm, contrast=0.0)  # which takes two texts in a batch
-    # Its long rollouts are tried at three steps.
+    # Samplers of many steps are tried at three.
     check_algorithm(
         algorithm, replace(sampler, num_steps=min(3, sampler.num_steps)), form=EMBEDDED[model],
         surrogate=get("surrogate", surrogate.name, **surrogate.fields) if surrogate else None,
@@ -179,7 +181,7 @@ def test_algorithms_with_what_an_embedded_model_brings(name: str, model: str) ->
 
 
 def published() -> dict[str, tuple[Form, Algorithm[Any, Any], Sampler]]:
-    """The settings of alignkit_models for the methods, each once, by "model-method"."""
+    """Return the settings of the models of alignkit_models for the methods, each once, by "model-method"."""
     found: dict[str, tuple[Form, Algorithm[Any, Any], Sampler]] = {}
     for model, name in itertools.product(MODELS, names("algorithm")):
         settings = {
@@ -190,12 +192,12 @@ def published() -> dict[str, tuple[Form, Algorithm[Any, Any], Sampler]]:
         }
         run = alignkit.load(None, settings)
         algorithm, sampler = run.algorithm(), run.sampler()
-        # Rollouts of many steps are tried at three.
+        # Samplers of many steps are tried at three.
         short = replace(sampler, num_steps=min(3, sampler.num_steps))
         form: Form = "lcm" if sampler.consistency else "teacher" if model in ("sd_1_5", "sdxl") else "turbo"
-        # These are listed in tests/plugins/models/test_models.py, with the reason.
+        # tests/plugins/models/test_models.py lists them with the reasons.
         if refusal(algorithm, sampler):
-            assert name in DISTILLED and form != "lcm", (model, name)
+            assert name in DISTILLED | FEW_STEPS and form != "lcm", (model, name)
         elif (form, algorithm, short) not in found.values():
             found[f"{model}-{name}"] = form, algorithm, short
     return found
@@ -218,19 +220,19 @@ def test_algorithms_with_what_a_published_model_brings(key: str) -> None:
     [
         ("pso", {"mode": "offline"}),
         ("rg_lcd", {"proxy": True}),
-        ("ddpo", {"final_step": "renoise", "distillation_weight": 0.1}),
+        ("ddpo", {"final_step": "renoise"}),
     ],
 )
 def test_other_forms_of_algorithms(name: str, fields: dict[str, Any]) -> None:
     trained(name, "lcm", "lcm", **fields)
 
 
-@pytest.mark.parametrize(("form", "sampler_name"), PAIRINGS)
+@pytest.mark.parametrize(("form", "steps"), SAMPLED)
 @pytest.mark.parametrize("name", names("algorithm"))
-def test_a_round_moves_what_is_trained_and_nothing_else(name: str, form: Form, sampler_name: str) -> None:
-    algorithm, sampler = get("algorithm", name), get("sampler", sampler_name, num_steps=2)
+def test_a_round_moves_what_is_trained_and_nothing_else(name: str, form: Form, steps: str) -> None:
+    algorithm, sampler = get("algorithm", name), get("sampler", steps, num_steps=2)
     if reason := refusal(algorithm, sampler):
-        assert name in DISTILLED and sampler_name != "lcm", reason
+        assert name in DISTILLED and steps != "lcm", reason
         return
     torch.manual_seed(0)
     trainer = tiny_trainer(algorithm, sampler, form=form)

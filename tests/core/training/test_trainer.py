@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler
 
+from alignkit.data.sources import Images
 from alignkit.data.stream import Stream
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.interfaces import Reward
@@ -32,6 +33,19 @@ def test_batches_follow_the_stream_of_the_seed(make_trainer: Callable[..., Train
         found += [e.text for e in batch.examples]
         assert batch.images is not None and len(batch.images) == len(batch.captions) == 4
     assert found == [trainer._examples[i].text for i in Stream(5, 3).indices(0, 8)]
+
+
+@pytest.mark.parametrize("caption", ["a sign", Example("a sign", {"target": "OPEN"})])
+def test_a_caption_reaches_the_batch_as_an_example_with_the_metadata_of_its_image(
+    make_trainer: Callable[..., Trainer], caption: str | Example
+) -> None:
+    class Signs(Images):
+        def batch(self, start: int, size: int, seed: int) -> tuple[Tensor, Sequence[str | Example]]:
+            return torch.zeros(size, 3, 64, 64), [caption] * size
+
+    trainer = make_trainer()
+    trainer._images = Signs()
+    assert trainer.batch().captions == [Example("a sign", {} if isinstance(caption, str) else {"target": "OPEN"})] * 4
 
 
 def test_rounds_warm_the_surrogate_up_before_the_policy_learns(make_trainer: Callable[..., Trainer]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,13 +14,21 @@ from alignkit import diffusion
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.records import Prompt
 from alignkit.runs.run import Run
+from alignkit.testing import check_algorithm
 from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint
 from alignkit.testing.losses import assert_one_pass_is_several
 from alignkit.training.trainer import Trainer
 from alignkit_ddpo.algorithm import DDPO, Steps, clipped
 from alignkit_samplers.ddim import DDIM
 from alignkit_samplers.lcm import LCM
-from method_checks import assert_the_true_reward_rises, collect, gradient, number, updates
+from method_checks import (
+    assert_the_true_reward_rises,
+    collect,
+    gradient,
+    number,
+    updates,
+    whole_updates,
+)
 
 MakeTrainer = Callable[..., Trainer]
 SETTINGS = {"algorithm.name": "ddpo", "algorithm.samples": 2, "sampler.num_steps": 3}
@@ -111,14 +119,14 @@ def test_at_the_first_update_the_gradient_is_that_of_the_weighted_log_likelihood
 
 
 def test_every_stochastic_step_is_a_row_and_the_deterministic_last_one_is_none(make: MakeTrainer) -> None:
-    assert sorted(collect(make()).steps.k.tolist()) == [0] * 4 + [1] * 4
-    assert sorted(collect(make({"sampler.num_steps": 2})).steps.k.tolist()) == [0] * 4
-    assert sorted(collect(make(ddim=True)).steps.k.tolist()) == [0] * 4 + [1] * 4 + [2] * 4
+    assert sorted(collect(make()).k.tolist()) == [0] * 4 + [1] * 4
+    assert sorted(collect(make({"sampler.num_steps": 2})).k.tolist()) == [0] * 4
+    assert sorted(collect(make(ddim=True)).k.tolist()) == [0] * 4 + [1] * 4 + [2] * 4
 
 
 def test_the_advantage_of_a_step_is_that_of_the_image_it_led_to(make: MakeTrainer) -> None:
     trainer = make({"sampler.num_steps": 2, "algorithm.baseline": "batch"})
-    steps, ctx = collect(trainer).steps, trainer.ctx
+    steps, ctx = collect(trainer), trainer.ctx
     with torch.no_grad():
         last = ctx.sampler.transition(ctx.policy, steps.x_next, steps.k + 1, steps.prompt)
         brightness = ctx.policy.decode(last.clean).mean((1, 2, 3))
@@ -127,9 +135,9 @@ def test_the_advantage_of_a_step_is_that_of_the_image_it_led_to(make: MakeTraine
     assert steps.prompt.index.tolist() == [0, 0, 1, 1]
 
 
-def test_the_same_prompt_is_measured_by_its_own_rewards_once_it_has_enough(make: MakeTrainer) -> None:
+def test_a_prompt_is_normalised_by_its_own_rewards_once_it_has_enough(make: MakeTrainer) -> None:
     trainer = make({"algorithm.min_count": 2, "sampler.num_steps": 2})
-    advantage = collect(trainer).steps.advantage
+    advantage = collect(trainer).advantage
     assert advantage.view(2, 2).mean(1).tolist() == pytest.approx([0, 0], abs=1e-5)
     assert trainer.ctx.take_metrics()["own_statistics"] == 1
 
@@ -137,7 +145,7 @@ def test_the_same_prompt_is_measured_by_its_own_rewards_once_it_has_enough(make:
 def test_a_last_step_that_is_noised_again_is_one_more_action_which_replays(make: MakeTrainer) -> None:
     trainer = make({"algorithm.final_step": "renoise", "train.rows_per_update": 12})
     collected, ctx = collect(trainer), trainer.ctx
-    assert sorted(collected.steps.k.tolist()) == [0] * 4 + [1] * 4 + [2] * 4
+    assert sorted(collected.k.tolist()) == [0] * 4 + [1] * 4 + [2] * 4
     (rows,) = updates(trainer, collected)
     assert number(trainer.algorithm.loss(rows, ctx)[1]["log_ratio_size"]) == 0
     last = rows.select((rows.k == 2).nonzero()[:, 0])
@@ -150,8 +158,7 @@ def test_a_last_step_that_is_noised_again_is_one_more_action_which_replays(make:
 
 def test_the_renoised_last_step_changes_no_image_and_no_other_row(make: MakeTrainer) -> None:
     dropped, renoised = (
-        collect(make({"algorithm.baseline": "batch", "algorithm.final_step": final})).steps
-        for final in ("drop", "renoise")
+        collect(make({"algorithm.baseline": "batch", "algorithm.final_step": final})) for final in ("drop", "renoise")
     )
     others = renoised.select((renoised.k < 2).nonzero()[:, 0])
     assert sorted(others.advantage.tolist()) == sorted(dropped.advantage.tolist())
@@ -198,13 +205,13 @@ def test_after_an_update_the_ratios_of_the_next_are_no_longer_one(make: MakeTrai
     assert second.metrics["clip_fraction"] > 0
 
 
-def test_a_share_of_the_steps_is_drawn_for_each_walk(make: MakeTrainer) -> None:
+def test_a_share_of_the_steps_is_chosen_anew_for_each_trajectory(make: MakeTrainer) -> None:
     settings = {"algorithm.step_fraction": 0.5, "algorithm.samples": 8, "sampler.num_steps": 5}
-    steps = collect(make(settings)).steps
+    steps = collect(make(settings))
     assert len(steps) == 16 * 2
     chosen = [tuple(sorted(pair)) for pair in steps.k.view(16, 2).tolist()]
     assert all(a != b for a, b in chosen) and len(set(chosen)) > 1
-    assert len(collect(make(settings | {"algorithm.step_fraction": 0.01})).steps) == 16
+    assert len(collect(make(settings | {"algorithm.step_fraction": 0.01}))) == 16
 
 
 def test_one_pass_of_all_rows_has_the_gradient_of_several_passes(make: MakeTrainer) -> None:
@@ -215,38 +222,48 @@ def test_one_pass_of_all_rows_has_the_gradient_of_several_passes(make: MakeTrain
 
 def test_the_sum_over_latent_dimensions_is_an_option(make: MakeTrainer) -> None:
     trainer = make()
-    steps, ctx = collect(trainer).steps, trainer.ctx
+    steps, ctx = collect(trainer), trainer.ctx
     with torch.no_grad():
         mean, total = (DDPO(reduction=r).log_prob(steps, ctx) for r in ("mean", "sum"))
     assert torch.allclose(total, 256 * mean, rtol=1e-5)
 
 
-def test_a_reward_that_tells_nothing_apart_moves_nothing_and_what_it_cannot_score_is_left_out(
+def test_a_constant_reward_moves_nothing_and_what_cannot_be_scored_is_left_out(
     make: MakeTrainer, odd_rewards: None
 ) -> None:
     trainer = make({"reward": ["constant"], "train.rows_per_update": 8})
     (rows,) = updates(trainer)
     assert rows.advantage.tolist() == [0] * 8
     assert float(gradient(trainer, trainer.algorithm.loss(rows, trainer.ctx)[0]).abs().max()) == 0
-    steps = collect(make({"reward": ["every_second"], "algorithm.baseline": "batch"})).steps
+    steps = collect(make({"reward": ["every_second"], "algorithm.baseline": "batch"}))
     assert len(steps) == 4 and steps.prompt.index.tolist() == [0, 0, 1, 1]
     assert steps.advantage.abs().tolist() == pytest.approx([1] * 4, abs=1e-4)  # of two
     nothing = make({"reward": ["unscored"]})
-    told = r"10 rounds in a row gave algorithm ddpo nothing to learn from: no image could be scored \(unscored: "
-    with pytest.raises(AlignkitError, match=told):
+    message = r"10 rounds in a row gave algorithm ddpo nothing to learn from: no image could be scored \(unscored: "
+    with pytest.raises(AlignkitError, match=message):
         for _ in range(10):
             assert list(nothing.round()) == []
 
 
-def test_distillation_beside_the_policy_gradient_is_an_option(make: MakeTrainer) -> None:
+def test_distillation_next_to_the_policy_gradient_is_an_option(make: MakeTrainer) -> None:
     assert DDPO().needs == {"stochastic_steps"}
-    assert DDPO(distillation_weight=1.0).needs == {"stochastic_steps", "teacher", "images"}
-    trainer = make({"algorithm.distillation_weight": 2.0, "train.rows_per_update": 8})
-    (rows,) = updates(trainer)
-    assert rows.noised is not None and len(rows.noised) == 8
-    loss, metrics = trainer.algorithm.loss(rows, trainer.ctx)
+    for without in ({}, {"regulariser": [{"name": "lcd", "weight": 0.0}]}):
+        plain = make(without)
+        assert plain.ctx.teacher is None and plain.batch().images is None
+    trainer = make({"regulariser": [{"name": "lcd", "weight": 2.0}], "train.rows_per_update": 8})
+    assert trainer.ctx.teacher is not None
+    (rows,) = whole_updates(trainer)
+    (noised,) = rows.others
+    assert noised is not None and len(noised) == len(rows) == 8
+    loss, metrics = trainer.loss(rows)
     assert number(loss) == pytest.approx(number(metrics["policy_loss"] + 2 * metrics["distillation_loss"]), rel=1e-5)
     assert number(metrics["distillation_loss"]) > 0
+    assert_one_pass_is_several(trainer, rows)
+
+
+@pytest.mark.parametrize("baseline", ["prompt", "batch"])
+def test_with_either_baseline_it_keeps_the_promises_of_an_algorithm(baseline: Literal["prompt", "batch"]) -> None:
+    check_algorithm(DDPO(samples=2, baseline=baseline, min_count=2))
 
 
 def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(make: MakeTrainer, tmp_path: Path) -> None:

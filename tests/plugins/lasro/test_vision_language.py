@@ -1,4 +1,4 @@
-"""The surrogates that are a CLIP or a BLIP on latents: what they compute, what they begin with, what they refuse."""
+"""The surrogates that are a CLIP or a BLIP on latents: their scores, their initial weights, their refusals."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_what_makes_no_surrogate_is_refused(policy: DiffusersPolicy, clip: Path,
         LatentBLIP(layers=0)
 
 
-def test_a_prompt_without_texts_is_told_as_such(policy: DiffusersPolicy) -> None:
+def test_a_prompt_without_texts_is_refused(policy: DiffusersPolicy) -> None:
     surrogate, prompt = loaded(LatentCLIP(**SMALL), policy), policy.encode(TEXTS)
     with pytest.raises(ValueError, match="text_table"):
         surrogate.score(latents(), Prompt(prompt.table, prompt.index))

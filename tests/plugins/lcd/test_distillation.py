@@ -28,8 +28,8 @@ from alignkit.rollout import sample
 from alignkit.runs.run import Run
 from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint
 from alignkit.training.trainer import Trainer
-from alignkit_lasro.additions import ExtendedLaSRO as LaSRO
 from alignkit_lcd.algorithm import LCD
+from alignkit_regularisers.lcd import LatentConsistency
 from alignkit_samplers.ddim import DDIM
 from alignkit_samplers.lcm import LCM
 from bare_policy import BarePolicy
@@ -226,9 +226,9 @@ def test_the_square_is_an_option_and_the_mean_over_elements_either_way() -> None
 def test_settings_that_make_no_solver_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="target_decay"):
         LCD(target_decay=1.0)
-    for method in (LCD, LaSRO):
+    for kind in (LCD, LatentConsistency):
         with pytest.raises(ValueError, match=r"ode_steps|guidance_scale_min"):
-            method(**fields)
+            kind(**fields)
 
 
 @pytest.mark.parametrize("ode_steps", [30, 2000])

@@ -34,7 +34,7 @@ def prompts(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("model", "algorithm"), PAIRS)
-def test_what_a_bundle_says_for_a_method_is_accepted_by_it(prompts: Path, model: str, algorithm: str) -> None:
+def test_the_settings_of_a_bundle_for_a_method_are_accepted_by_it(prompts: Path, model: str, algorithm: str) -> None:
     made = run(prompts, model, algorithm)
     made.algorithm().check(made.sampler())
     for steps in made.config.evaluate.steps:
@@ -100,7 +100,7 @@ def test_the_settings_of_a_method_survive_their_own_run_file(
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_bundle_resolves_to_a_run_file_that_says_the_same_again(prompts: Path, tmp_path: Path, model: str) -> None:
+def test_a_bundle_resolves_to_a_run_file_that_loads_as_the_same_run(prompts: Path, tmp_path: Path, model: str) -> None:
     config = run(prompts, model, "lcd").config
     file = tmp_path / "run.toml"
     file.write_text(to_toml(config), encoding="utf-8")
@@ -110,7 +110,7 @@ def test_a_bundle_resolves_to_a_run_file_that_says_the_same_again(prompts: Path,
 def test_the_settings_of_the_papers_arrive(prompts: Path) -> None:
     turbo = run(prompts, "sd_turbo")
     assert turbo.config.sampler.name == "renoise" and turbo.sampler().num_steps == 2
-    assert turbo.config.algorithm.fields["distillation_weight"] == 0 and "teacher" not in turbo.algorithm().needs
+    assert not turbo.config.regularisers and "teacher" not in turbo.algorithm().needs
     assert run(prompts, "sd_turbo", "lcd").config.sampler.fields["eta"] == 0
     lightning = run(prompts, "sdxl_lightning")
     assert lightning.config.model.unet.startswith("ByteDance/SDXL-Lightning/")
@@ -130,7 +130,7 @@ def test_the_settings_of_the_papers_arrive(prompts: Path) -> None:
     assert run(prompts, "sdxl", "diffusion_dpo").config.train.warmup == 200
     assert (rlcm.sampler.fields["num_steps"], rlcm.model.guidance_scale, rlcm.model.lora_rank) == (8, 8, 8)
     assert rlcm.algorithm.fields["advantage_clip"] == 10 and rlcm.train.max_grad_norm == 5
-    # All of a round is one update: trajectories with seven stochastic steps, or pairs.
+    # All of a round is one update: trajectories of seven steps with a likelihood, or pairs.
     assert rlcm.train.rows_per_update == rlcm.data.batch_size * rlcm.algorithm.fields["samples"] * 7
     assert rebel.train.rows_per_update == rebel.data.batch_size * rebel.algorithm.fields["pairs"]
     assert rebel.train.max_grad_norm == float("inf")
@@ -148,7 +148,7 @@ def test_the_settings_of_the_papers_arrive(prompts: Path) -> None:
     assert lora.model.adapter == "latent-consistency/lcm-lora-sdxl" and lora.model.guidance_scale == 1
 
 
-def test_what_the_user_says_wins_over_the_bundle(prompts: Path) -> None:
+def test_the_settings_of_the_user_win_over_those_of_the_bundle(prompts: Path) -> None:
     changes = {"sampler.num_steps": 1, "algorithm.step_weights": [1.0], "train.rows_per_pass": 3}
     made = run(prompts, "ssd_1b_lcm", **changes)
     assert made.sampler().num_steps == 1 and made.config.train.rows_per_pass == 3
@@ -164,11 +164,11 @@ def test_the_hub_id_of_a_whole_pipeline_brings_the_settings_of_its_name(model: s
     assert find_bundle("owner/another").defaults == {}
 
 
-def test_a_model_that_is_only_sampled_from_has_its_own_sampler_and_not_that_of_the_default_algorithm() -> None:
+def test_a_model_that_only_generates_has_its_own_sampler_and_not_that_of_the_default_algorithm() -> None:
     changes = {"reward": ["pixel_check"], "data.prompts": "none.txt"}
     assert load(None, {"model.name": "sd_turbo", **changes}).sampler.name == "renoise"  # lasro's
-    sampler = open_run("sd_turbo", changes).config.sampler
-    assert sampler.name == "euler_ancestral" and sampler.fields["eta"] == 0 and sampler.fields["num_steps"] == 4
+    own = open_run("sd_turbo", changes).config.sampler
+    assert own.name == "euler_ancestral" and own.fields["eta"] == 0 and own.fields["num_steps"] == 4
     assert open_run("sd_turbo", {**changes, "sampler.name": "ddim"}).config.sampler.fields["eta"] == 1
     assert open_run("sd_turbo", {**changes, "algorithm.name": "lasro"}).config.sampler.name == "renoise"
 

@@ -1,4 +1,4 @@
-"""Diffusion-DPO: golden values, what it is measured against, where its gradient goes, and that it learns."""
+"""Diffusion-DPO: golden values, its reference, its gradient, and that it learns."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_one_pass_of_all_rows_has_the_gradient_of_several_passes(make: MakeTrain
     rows = update_rows(trainer)
     with torch.no_grad():
         for parameter in trainer.ctx.policy.parameters():
-            parameter.add_(0.01)  # so that the pairs differ in what they ask for
+            parameter.add_(0.01)  # so that the losses of the pairs differ
     found = []
     for size in (8, 3, 1):
         trainer.config = replace(trainer.config, train=replace(trainer.config.train, rows_per_pass=size))
@@ -146,7 +146,7 @@ def test_it_learns_at_the_times_that_the_model_was_made_for(make: MakeTrainer) -
         assert times(turbo, grid_steps=4) == [249, 499, 749, 999]
     assert times(LCM(2)) == list(range(19, 1000, 20))
     assert times(LCM(2), grid_steps=2) == [499, 999]
-    with pytest.raises(ConfigError, match=r"algorithm\.grid_steps: .*num_steps is 51, expected 1 to"):
+    with pytest.raises(ConfigError, match=r"algorithm\.grid_steps: .*num_steps: found 51, expected 1 to"):
         DiffusionDPO(grid_steps=51).check(LCM(2))
 
 
@@ -172,15 +172,14 @@ def test_texts_are_left_out_where_guidance_takes_a_pass_without(make: MakeTraine
         ("pso", {"algorithm.mode": "offline"}, False),
     ],
 )
-def test_images_are_mirrored_where_the_method_says_so(
+def test_images_are_mirrored_by_diffusion_dpo_unless_it_is_switched_off(
     make: MakeTrainer, method: str, settings: dict[str, Any], mirrored: bool
 ) -> None:
     trainer = make(method, settings)
     trainer.ctx.policy.encode_images = lambda images: images  # type: ignore[method-assign]
     ramp = torch.linspace(0, 1, 4).expand(40, 3, 4, 4)
     batch = Batch([], pairs=[PreferencePairs(ramp, ramp, ["a"] * 40)])
-    collected = trainer.algorithm.collect(batch, trainer.ctx)
-    pairs = collected.given if method == "pso" else collected
+    pairs = trainer.algorithm.collect(batch, trainer.ctx)
     for member in (pairs.winner, pairs.loser):
         assert (10 < int((member[:, 0, 0, 0] == 1).sum()) < 30) == mirrored
         assert torch.equal(member, ramp) == (not mirrored)
@@ -196,9 +195,9 @@ def test_settings_that_cannot_learn_are_refused(fields: dict[str, Any]) -> None:
         DiffusionDPO(**fields)
 
 
-def test_pure_noise_alone_teaches_nothing_and_is_refused(make: MakeTrainer) -> None:
+def test_pure_noise_alone_has_no_gradient_and_is_refused(make: MakeTrainer) -> None:
     fields = {"algorithm.grid_steps": 1, "algorithm.zero_terminal_snr": True}
-    with pytest.raises(ConfigError, match=r"^algorithm\.grid_steps: found 1, expected more: at the one time"):
+    with pytest.raises(ConfigError, match=r"^algorithm\.grid_steps: found 1, expected more: at the only time"):
         make("diffusion_dpo", fields)
     # Of two times the last one is pure noise, which has no part in the gradient.
     trainer = make("diffusion_dpo", {**fields, "algorithm.grid_steps": 2})
@@ -211,7 +210,7 @@ def test_pure_noise_alone_teaches_nothing_and_is_refused(make: MakeTrainer) -> N
 
 
 @pytest.mark.parametrize("ddim", [False, True])
-def test_the_preferred_side_becomes_more_likely_beside_the_other(make: MakeTrainer, seen: Any, ddim: bool) -> None:
+def test_the_preferred_side_becomes_more_likely_than_the_other(make: MakeTrainer, seen: Any, ddim: bool) -> None:
     trainer = make("diffusion_dpo", {
         "algorithm.beta": 20.0, "algorithm.flip": False, "model.lora_rank": 8, "train.updates": 25,
         "train.learning_rate": 1e-2,

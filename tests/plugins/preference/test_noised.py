@@ -111,16 +111,16 @@ def test_margin_is_blind_to_what_both_members_share_and_turns_with_them() -> Non
 def test_each_pair_has_one_time_of_those_given_and_one_noise(make: MakeTrainer) -> None:
     trainer = make("diffusion_dpo")
     latents = encode_pairs(trainer.batch().pairs, trainer.ctx)
-    drawn = noised(latents, torch.tensor([7, 11]), trainer.ctx)
-    assert set(drawn.t.tolist()) == {7, 11} and drawn.noise.shape == latents.winner.shape
-    assert len({tuple(x.flatten().tolist()) for x in drawn.noise}) == 8
-    same = replace(drawn, pairs=replace(latents, loser=latents.winner))
+    once = noised(latents, torch.tensor([7, 11]), trainer.ctx)
+    assert set(once.t.tolist()) == {7, 11} and once.noise.shape == latents.winner.shape
+    assert len({tuple(x.flatten().tolist()) for x in once.noise}) == 8
+    same = replace(once, pairs=replace(latents, loser=latents.winner))
     with torch.no_grad():
         found = errors(same, trainer.ctx.policy)
     assert torch.allclose(found[:, 0], found[:, 1], rtol=1e-3)
 
 
-def test_images_are_mirrored_each_by_its_own_chance_and_texts_left_out_as_often_as_asked(make: MakeTrainer) -> None:
+def test_each_image_is_mirrored_at_random_and_texts_are_left_out_as_often_as_configured(make: MakeTrainer) -> None:
     ctx = make("diffusion_dpo").ctx
     ctx.policy.encode_images = lambda images: images  # type: ignore[method-assign]
     ramp = torch.linspace(0, 1, 4).expand(200, 3, 4, 4)

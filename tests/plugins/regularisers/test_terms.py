@@ -61,7 +61,7 @@ def test_more_rows_than_images_take_the_images_again(make_trainer: MakeTrainer) 
     assert batch.images is not None and len(batch.images) == 5
     rows = term.rows(term.collect(batch, trainer.ctx), 12, trainer.ctx)
     assert torch.equal(rows.latents[:5], rows.latents[5:10]) and torch.equal(rows.latents[:2], rows.latents[10:])
-    assert rows.prompt.texts == [*batch.captions, *batch.captions, *batch.captions[:2]]
+    assert rows.prompt.examples == [*batch.captions, *batch.captions, *batch.captions[:2]]
     assert not torch.equal(rows.noise[:5], rows.noise[5:10])
 
 
@@ -163,8 +163,8 @@ def test_a_weight_of_0_is_as_if_the_regulariser_were_not_there(tiny_run: Callabl
 
 
 def test_the_settings_of_the_distillation_term_have_bounds() -> None:
-    with pytest.raises(ValueError, match="ode_steps: found 7, expected a divisor of 1000"):
-        LatentConsistency(ode_steps=7)
+    with pytest.raises(ValueError, match="ode_steps: found 0, expected "):
+        LatentConsistency(ode_steps=0)
     with pytest.raises(ValueError, match=r"guidance_scale_min: found 9.0, expected at most guidance_scale_max"):
         LatentConsistency(guidance_scale_min=9.0, guidance_scale_max=3.0)
 

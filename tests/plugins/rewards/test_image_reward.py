@@ -179,5 +179,5 @@ def test_a_folder_of_another_model_is_refused(clip_folder: str) -> None:
 
 @pytest.mark.parametrize("max_tokens", [2, 513])
 def test_a_limit_out_of_range_is_refused(max_tokens: int) -> None:
-    with pytest.raises(ConfigError, match=f"image_reward: max_tokens is {max_tokens}, expected 3 to 512"):
+    with pytest.raises(ValueError, match=f"^max_tokens: found {max_tokens}, expected at least 3 and at most 512$"):
         ImageReward(max_tokens=max_tokens)

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from alignkit.errors import ConfigError
 from alignkit.interfaces import Reward
 from alignkit.records import Example
 from alignkit_rewards.jpeg import JpegCompressibility, JpegIncompressibility
@@ -41,5 +40,5 @@ def test_noise_is_larger_than_a_plain_image() -> None:
 
 
 def test_a_quality_out_of_range_is_refused() -> None:
-    with pytest.raises(ConfigError, match="jpeg_compressibility: quality is 0, expected 1 to 100"):
+    with pytest.raises(ValueError, match=r"^quality: found 0, expected at least 1 and at most 100$"):
         JpegCompressibility(quality=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -191,6 +192,9 @@ def test_scores_are_cached_only_for_a_deterministic_reward_with_serves_set_and_a
         def fingerprint(self) -> str:
             return "odd 1"
 
+    class Stochastic(Fingerprinted):
+        deterministic = False
+
     with serving(Odd()) as server:
         remote = client(server, serves=servers.MARK)
         assert remote.deterministic and not remote.fingerprint()
@@ -199,7 +203,7 @@ def test_scores_are_cached_only_for_a_deterministic_reward_with_serves_set_and_a
         assert not client(server).deterministic and not client(server).fingerprint()
         assert client(server, serves=servers.MARK).deterministic
         assert client(server, serves=servers.MARK).fingerprint() == f"remote {servers.MARK}"
-        server.reward.deterministic = False  # type: ignore[misc]
+    with serving(Stochastic()) as server:
         assert not client(server, serves=servers.MARK).deterministic
 
 
@@ -307,13 +311,24 @@ def test_the_token_comes_from_the_environment_and_is_never_shown(
         ("url", "file:///etc/passwd", "url is"),
         ("url", "http://me:hunter2@localhost", "url contains a user name or password"),
         ("token_env", "sk-123", "token_env is not the name of an environment variable"),
-        ("images_per_request", 0, "images_per_request is 0, expected 1 or more"),
-        ("concurrency", 0, "concurrency is 0, expected 1 or more"),
-        ("retries", -1, "retries is -1, expected 0 or more"),
-        ("timeout", 0.0, "timeout is 0.0, expected a number of seconds above 0"),
     ],
 )
 def test_an_invalid_field_is_refused(field: str, value: object, message: str) -> None:
     with pytest.raises(ConfigError, match=f"remote: {message}") as caught:
         Remote(**{field: value})  # type: ignore[arg-type]
     assert "hunter2" not in str(caught.value) and "sk-123" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("images_per_request", 0, "images_per_request: found 0, expected 1 or more"),
+        ("concurrency", 0, "concurrency: found 0, expected 1 or more"),
+        ("retries", -1, "retries: found -1, expected 0 or more"),
+        ("timeout", 0.0, "timeout: found 0.0, expected more than 0"),
+        ("timeout", math.inf, "timeout: found inf, expected more than 0, and finite"),
+    ],
+)
+def test_a_field_out_of_range_is_refused(field: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        Remote(**{field: value})  # type: ignore[arg-type]

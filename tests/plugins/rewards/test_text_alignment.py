@@ -188,11 +188,19 @@ def test_half_precision_keeps_the_comparison_in_float32(load: Any, images: Tenso
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("task", "poem"), ("measure", "f2"), ("resolution", 0), ("num_beams", 0), ("max_new_tokens", 0), ("layer", 0),
-     ("reference", "the prompt"), ("baseline", 1.0), ("precision", "int8")],
-)  # fmt: skip
-def test_a_field_out_of_range_is_refused(field: str, value: object) -> None:
+    [("task", "poem"), ("measure", "f2"), ("reference", "the prompt"), ("precision", "int8")],
+)
+def test_an_invalid_field_is_refused(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"text_alignment: {field} is {value!r}, expected"):
+        TextAlignment(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("resolution", 0), ("num_beams", 0), ("max_new_tokens", 0), ("layer", 0), ("baseline", 1.0)],
+)
+def test_a_field_out_of_range_is_refused(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"^{field}: found {value}, expected"):
         TextAlignment(**{field: value})  # type: ignore[arg-type]
 
 
@@ -206,4 +214,4 @@ def test_a_missing_folder_or_another_model_is_refused(load: Any, encoder: str, t
 
 def test_it_is_registered_as_a_reward_without_a_gradient() -> None:
     cls = default_registry().get("reward", "text_alignment")
-    assert cls is TextAlignment and not cls.differentiable
+    assert cls is TextAlignment and not TextAlignment().differentiable

@@ -314,20 +314,30 @@ def test_an_unknown_model_is_reported_before_weights_load(
         ("mode", "maybe", "mode is 'maybe', expected one of yes_no, rubric, viescore, caption"),
         ("measure", "bleu", "measure is 'bleu', expected one of f1, precision, recall"),
         ("reference", "an image", "reference is 'an image', expected a text with {} for the prompt"),
-        ("layer", 0, "layer is 0, expected 1 or more"),
-        ("baseline", 1.0, "baseline is 1.0, expected less than 1"),
         ("question", "Is it nice?", "question is 'Is it nice\\?', expected a text with {} for the prompt"),
         ("criteria", {}, "criteria are empty"),
         ("criteria", {"reasoning": "x"}, "criteria are 'reasoning'"),
         ("criteria", {"two words": "x"}, "criteria are 'two words'"),
         ("scale", (5, 1), r"scale is \[5, 1\], expected a lower and a higher number"),
-        ("give_up_after", 0, "give_up_after is 0, expected 1 or more"),
         ("url", "ws://x", "url is 'ws://x'"),
-        ("concurrency", 0, "concurrency is 0"),
     ],
 )
 def test_an_invalid_field_is_refused(field: str, value: object, message: str) -> None:
     with pytest.raises(ConfigError, match=f"vlm_judge: {message}"):
+        VlmJudge(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("layer", 0, "layer: found 0, expected 1 or more"),
+        ("baseline", 1.0, "baseline: found 1.0, expected less than 1"),
+        ("give_up_after", 0, "give_up_after: found 0, expected 1 or more"),
+        ("concurrency", 0, "concurrency: found 0, expected 1 or more"),
+    ],
+)
+def test_a_field_out_of_range_is_refused(field: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
         VlmJudge(**{field: value})  # type: ignore[arg-type]
 
 

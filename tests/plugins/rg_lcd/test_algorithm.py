@@ -1,4 +1,4 @@
-"""RG-LCD: what it refuses, its loss beside plain distillation, and who learns from what."""
+"""RG-LCD: its refusals, its loss compared with plain distillation, and the updates of policy and proxy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alignkit.distillation import Distillation, pseudo_huber
 from alignkit.errors import ConfigError
-from alignkit.records import Scores
+from alignkit.records import Example, Scores
 from alignkit.runs.run import Run
 from alignkit.testing.losses import assert_one_pass_is_several
 from alignkit.training.trainer import Trainer
@@ -89,7 +89,7 @@ def test_a_surrogate_of_another_kind_is_refused(tiny_run: MakeRun) -> None:
         {"proxy": True, "pretraining": -1},
         {"expert_temperature": 0.0},
         {"target_decay": 1.0},
-        {"ode_steps": 30},
+        {"ode_steps": 0},
     ],
 )
 def test_settings_that_cannot_learn_are_refused(fields: Mapping[str, Any]) -> None:
@@ -126,7 +126,7 @@ def given(beta: float, cap: float | None = None) -> tuple[RGLCD, Tensor, Tensor,
         return Scores((latents * g).flatten(1).sum(1).masked_fill(~valid, torch.nan), valid)
 
     ctx = SimpleNamespace(differentiable_score=score, log=lambda **metrics: None)
-    rows = SimpleNamespace(prompt=SimpleNamespace(texts=["a"] * 5))
+    rows = SimpleNamespace(prompt=SimpleNamespace(examples=[Example("a")] * 5))
     (expected,) = torch.autograd.grad(pseudo_huber(prediction - target, 1e-3).mean(), prediction)
     loss, _ = method.loss(rows, ctx)  # type: ignore[arg-type]
     (found,) = torch.autograd.grad(loss, prediction)
@@ -229,10 +229,10 @@ def test_the_expert_sees_each_image_under_its_own_caption(make_trainer: MakeTrai
     assert isinstance(rows, Compared) and rows.latents.shape == (5, 3, 4, 8, 8) and len(seen) == 3
     real = ctx.policy.encode_images(batch.images)
     where = [next(i for i in range(6) if torch.allclose(real[i], z, atol=1e-5)) for z in rows.latents[:, 0]]
-    texts = [batch.captions[i] for i in where]
-    # The prediction first, which is the reward that the run tells, then the real image and the target.
-    for place, (latents, asked) in zip((1, 0, 2), seen, strict=True):
-        assert texts == rows.prompt.texts == asked and torch.equal(latents, rows.latents[:, place])
+    texts = [batch.captions[i].text for i in where]
+    # The prediction first, for the reward that the run reports, then the real image and the target.
+    for place, (latents, scored) in zip((1, 0, 2), seen, strict=True):
+        assert texts == rows.prompt.texts == scored and torch.equal(latents, rows.latents[:, place])
     for place in range(3):
         expected = ctx.policy.decode(rows.latents[:, place]).mean((1, 2, 3))
         assert torch.allclose(rows.expert[:, place], expected, atol=3e-3)  # of 8-bit images
@@ -292,7 +292,7 @@ def test_the_warm_up_is_the_pre_training_and_one_batch_however_it_is_split(make_
     assert not trainer.warming_up and isinstance(collect(trainer).lesson, Compared)
 
 
-def test_behind_the_pre_training_the_expert_may_teach_while_the_policy_waits(
+def test_after_the_pre_training_the_proxy_may_learn_from_the_expert_while_the_policy_waits(
     make_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     settings = {**PROXY, "surrogate.warmup": 3, "algorithm.pretraining": 1}

@@ -54,7 +54,7 @@ def test_the_loss_sums_over_pairs_and_is_a_mean_over_rows_in_any_order(direction
     assert torch.allclose(preference_loss(proxy[order], expert[order], direction), loss, atol=1e-6)
 
 
-def test_a_pair_of_which_one_image_could_not_be_scored_teaches_nothing() -> None:
+def test_a_pair_with_an_image_that_could_not_be_scored_has_no_gradient() -> None:
     rewards = torch.tensor([[0.5, math.nan, 0.1], [0.1, 0.2, 0.3]])
     proxy = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
     loss = preference_loss(proxy, margins(rewards), "forward")
@@ -74,6 +74,6 @@ def test_a_real_image_may_be_held_to_be_no_worse_or_better_than_what_was_predict
     odds = torch.tensor([[-1.0, 2.0, -3.0], [math.nan, -2.0, 1.0]])
     assert with_real_images(odds, "judged") is odds
     even, best = with_real_images(odds, "never_worse"), with_real_images(odds, "always_best")
-    assert even[0].tolist() == [0.0, 2.0, -3.0] and best[0, 2] == -3.0  # what was predicted is judged as before
+    assert even[0].tolist() == [0.0, 2.0, -3.0] and best[0, 2] == -3.0  # predictions are compared as before
     assert best[0, :2].sigmoid().tolist() == [1.0, 1.0] and even[0, :1].sigmoid().tolist() == [0.5]
     assert bool(even[1, 0].isnan()) and bool(best[1, 0].isnan())

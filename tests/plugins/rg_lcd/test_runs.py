@@ -54,7 +54,7 @@ TOY = {
 
 
 def rise(trainer: Trainer) -> float:
-    """How far a run raises its reward in walks from the same noise; the image is read off the latent."""
+    """Return by how much a run raises its reward on samples from the same noise; images are read off the latents."""
     ctx = trainer.ctx
     toy_images(trainer)
     noises = torch.randn(8, 3, *ctx.policy.latent_shape, generator=torch.Generator().manual_seed(7))

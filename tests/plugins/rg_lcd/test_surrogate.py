@@ -15,6 +15,8 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from alignkit.errors import ConfigError
 from alignkit.models.diffusers_policy import DiffusersPolicy
+from alignkit.records import Example
+from alignkit.rollout import encode_examples
 from alignkit_rg_lcd.preference import margins, preference_loss
 from alignkit_rg_lcd.surrogate import LRM
 
@@ -98,7 +100,7 @@ def test_how_many_layers_learn_is_chosen_for_each_tower(policy: DiffusersPolicy)
     assert frozen and all("embedding" in n or "pre_layrnorm" in n for n in frozen)
 
 
-def test_the_pre_training_teaches_the_latent_tower_and_leaves_the_text_tower_as_it_is(
+def test_the_pre_training_trains_the_latent_tower_and_leaves_the_text_tower_as_it_is(
     lrm: LRM, policy: DiffusersPolicy
 ) -> None:
     changed = learned(lrm, lambda: lrm.contrastive_loss(latents(), policy.encode(TEXTS)))
@@ -115,13 +117,21 @@ def test_the_contrastive_loss_is_that_of_clip(lrm: LRM, policy: DiffusersPolicy)
     assert torch.allclose(lrm.contrastive_loss(latents(), prompt), expected, rtol=1e-4)
 
 
-def test_equal_captions_are_not_told_apart(lrm: LRM, policy: DiffusersPolicy) -> None:
-    """With one caption alone nothing can be told, and nothing is to be learned."""
+def test_equal_captions_are_not_contrasted(lrm: LRM, policy: DiffusersPolicy) -> None:
+    """Among equal captions none can be recognised, so the loss has no gradient."""
     prompt, x = policy.encode(TEXTS[:1] * 3), latents()[:1].repeat(3, 1, 1, 1).requires_grad_()
     loss = lrm.contrastive_loss(x, prompt)
     loss.backward()
     assert loss.item() == pytest.approx(math.log(3), rel=1e-5)
     assert x.grad is not None and float(x.grad.abs().max()) < 1e-5
+
+
+def test_captions_that_differ_in_metadata_alone_count_as_equal(lrm: LRM, policy: DiffusersPolicy) -> None:
+    signs = [Example(TEXTS[0], {"target": "OPEN"}), Example(TEXTS[0], {"target": "EXIT"}), Example(TEXTS[1])]
+    prompt = encode_examples(policy, signs)
+    assert len(prompt.index.unique()) == 3
+    expected = lrm.contrastive_loss(latents(), policy.encode([sign.text for sign in signs]))
+    assert torch.equal(lrm.contrastive_loss(latents(), prompt), expected)
 
 
 def test_the_pair_loss_starts_near_ln_2_and_falls_for_a_better_winner(lrm: LRM, policy: DiffusersPolicy) -> None:
@@ -196,6 +206,6 @@ def test_what_makes_no_proxy_is_refused(policy: DiffusersPolicy, tmp_path: Path)
             LRM(**{"width": 16, **fields})
 
 
-def test_a_prompt_without_texts_is_told_as_such(lrm: LRM, policy: DiffusersPolicy) -> None:
+def test_a_prompt_without_texts_is_refused(lrm: LRM, policy: DiffusersPolicy) -> None:
     with pytest.raises(ValueError, match="text_table"):
         lrm.score(latents(), replace(policy.encode(TEXTS), text_table=()))

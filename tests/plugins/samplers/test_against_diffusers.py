@@ -1,4 +1,4 @@
-"""Each sampler steps as diffusers' scheduler does: the same network, the same noise, the same latents at every step.
+"""Compare each sampler with diffusers' scheduler: the same network, noise and latents at every step.
 
 The network is a fixed function, read as each prediction type in turn. Schedulers of the Euler family hold y = x / alpha
 where a sampler here holds x; their latents are divided by sqrt(1 + s^2) = 1 / alpha before they are compared.

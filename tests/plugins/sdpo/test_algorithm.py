@@ -1,4 +1,4 @@
-"""SDPO: its paired walks, what a return is measured by, what cannot be learned from, and that it learns."""
+"""SDPO: its paired trajectories, its advantages, what it cannot learn from, and that it learns."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from method_checks import assert_the_true_reward_rises, collect, gradient, toy_i
 MakeTrainer = Callable[..., Trainer]
 
 
-def walks_of(rows: PairedSteps) -> list[tuple[int, int]]:
+def steps_of(rows: PairedSteps) -> list[tuple[int, int]]:
     return list(zip(rows.pair.tolist(), rows.k.tolist(), strict=True))
 
 
-# the walks
+# the trajectories
 
 
 @pytest.mark.parametrize("ddim", [False, True])
-def test_both_walks_of_a_pair_start_from_the_same_noise_under_the_same_text_and_then_part(
+def test_both_trajectories_of_a_pair_start_from_the_same_noise_under_the_same_text_and_then_part(
     make: MakeTrainer, ddim: bool
 ) -> None:
     trainer = make(ddim=ddim)
@@ -43,7 +43,7 @@ def test_both_walks_of_a_pair_start_from_the_same_noise_under_the_same_text_and_
     assert not torch.isclose(first.x_next[:, 0], first.x_next[:, 1]).all((1, 2, 3)).any()
     assert torch.equal(later.x, first.x_next)
     assert len(first.x[:, 0].unique(dim=0)) == 4 and first.prompt.index.tolist() == [0, 0, 1, 1]
-    # What was drawn replays: the row's text, step and state are those of the walk.
+    # The latents can be computed again: the row's text, step and state are those of the trajectory.
     with torch.no_grad():
         at = trainer.ctx.sampler.transition(
             trainer.ctx.policy, first.x.flatten(0, 1), first.k.repeat_interleave(2),
@@ -73,33 +73,33 @@ def test_a_round_scores_the_clean_predictions_of_these_steps_under_their_texts(
     make: MakeTrainer, fields: dict[str, Any], queries: list[int | None]
 ) -> None:
     trainer = make(fields | {"sampler.num_steps": 6, "algorithm.pairs": 1})
-    asked: list[Any] = []
+    calls: list[Any] = []
     score = trainer.ctx.score
 
     def spy(latents: Tensor, examples: Any) -> Any:
-        asked.extend([latents, list(examples)])
+        calls.extend([latents, list(examples)])
         return score(latents, examples)
 
     trainer.ctx.score = spy  # type: ignore[method-assign]
     batch = trainer.batch()
     with torch.no_grad():
         steps = trainer.algorithm.collect(batch, trainer.ctx)
-        latents, examples = asked
+        latents, examples = calls
         each = len(queries)
-        # The examples themselves: what a reward knows about a text goes with it.
+        # The examples themselves, with their metadata.
         expected = [e for e in batch.examples for _ in range(2 * each)]
         assert len(examples) == len(expected) and all(a is b for a, b in zip(examples, expected, strict=True))
         assert trainer.ctx.take_images() == len(latents) == 2 * 2 * each
-        # The predictions of the steps that are rows, asked of the network again.
+        # The predictions of the steps that are rows, computed again.
         ctx, prompt = trainer.ctx, steps.prompt
         clean = [
             ctx.sampler.transition(ctx.policy, steps.x[:, m], steps.k, prompt).clean.view(2, 5, -1) for m in (0, 1)
         ]
-    walks = torch.stack(clean, dim=1).flatten(0, 1)
+    trajectories = torch.stack(clean, dim=1).flatten(0, 1)
     for n in range(4):
         for q, k in enumerate(queries):
             found = latents.view(4, each, -1)[n, q]
-            close = [i for i in range(5) if torch.allclose(found, walks[n, i], rtol=1e-3, atol=1e-2)]
+            close = [i for i in range(5) if torch.allclose(found, trajectories[n, i], rtol=1e-3, atol=1e-2)]
             assert close == [] if k == 5 else k in close or (k is None and close and close[0] in range(1, 5))
     metrics = trainer.ctx.take_metrics()
     assert "reward/step6" in metrics and ("reward/step1" in metrics) == (each > 1)
@@ -108,7 +108,7 @@ def test_a_round_scores_the_clean_predictions_of_these_steps_under_their_texts(
 # returns and advantages
 
 
-def test_the_advantage_of_a_step_is_its_discounted_return_measured_by_the_returns_of_that_step(
+def test_the_advantage_of_a_step_is_its_discounted_return_relative_to_the_returns_of_that_step(
     make: MakeTrainer,
 ) -> None:
     trainer = make({"algorithm.discount": 0.5})
@@ -118,7 +118,7 @@ def test_the_advantage_of_a_step_is_its_discounted_return_measured_by_the_return
     rewards = []
     with torch.no_grad():
         for k in range(3):
-            # The last step is deterministic and no row: its state is what the step before it drew.
+            # The last step is deterministic and no row: its state is the latent that the step before it sampled.
             at = steps.select((steps.k == min(k, 1)).nonzero()[:, 0])
             x = (at.x if k < 2 else at.x_next).flatten(0, 1)
             clean = ctx.sampler.transition(ctx.policy, x, torch.full((8,), k), prompt).clean
@@ -130,7 +130,7 @@ def test_the_advantage_of_a_step_is_its_discounted_return_measured_by_the_return
         assert torch.allclose(found, expected, atol=0.05)
 
 
-def test_with_enough_returns_each_prompt_and_step_is_measured_by_its_own(make: MakeTrainer) -> None:
+def test_with_enough_returns_each_prompt_and_step_is_normalised_by_its_own(make: MakeTrainer) -> None:
     trainer = make({"algorithm.min_count": 4}, ddim=True)
     toy_images(trainer)
     steps = collect(trainer)
@@ -143,7 +143,7 @@ def test_with_enough_returns_each_prompt_and_step_is_measured_by_its_own(make: M
 
 
 @pytest.mark.parametrize("baseline", ["prompt", "batch"])
-def test_measured_by_the_prompt_or_by_the_round_the_steps_are_taken_together(make: MakeTrainer, baseline: str) -> None:
+def test_with_the_baseline_prompt_or_batch_all_steps_are_normalised_together(make: MakeTrainer, baseline: str) -> None:
     trainer = make({"algorithm.min_count": 4, "algorithm.baseline": baseline}, ddim=True)
     toy_images(trainer)
     steps = collect(trainer)
@@ -158,7 +158,7 @@ def test_measured_by_the_prompt_or_by_the_round_the_steps_are_taken_together(mak
 # what cannot be scored, what cannot be learned from
 
 
-def test_a_reward_that_tells_nothing_apart_moves_nothing_and_what_rests_on_no_score_is_left_out(
+def test_a_constant_reward_moves_nothing_and_steps_without_a_score_are_left_out(
     make: MakeTrainer, odd_rewards: None
 ) -> None:
     trainer = make({"reward": ["constant"]})
@@ -168,8 +168,8 @@ def test_a_reward_that_tells_nothing_apart_moves_nothing_and_what_rests_on_no_sc
     trainer = make({"reward": ["all_but_first"]})
     steps = collect(trainer)
     found = updates(trainer, steps)
-    # The first prediction of the first walk: its return is unknown, those behind it are not.
-    assert sorted(row for rows in found for row in walks_of(rows)) == [(p, k) for p in range(4) for k in (0, 1)][1:]
+    # The first prediction of the first trajectory: its return is unknown, those after it are not.
+    assert sorted(row for rows in found for row in steps_of(rows)) == [(p, k) for p in range(4) for k in (0, 1)][1:]
     assert all(bool(rows.advantage.isfinite().all()) for rows in found)
     trainer = make({"reward": ["unscored"]})
     assert updates(trainer) == []
@@ -192,7 +192,7 @@ def test_without_a_stochastic_step_a_run_is_refused_before_weights_load(
         ({}, LCM(2), ""),
     ],
 )
-def test_a_pair_whose_walks_never_differ_where_they_are_compared_is_refused(
+def test_a_pair_whose_trajectories_never_differ_where_they_are_compared_is_refused(
     fields: dict[str, Any], sampler: Sampler, message: str
 ) -> None:
     assert re.match(message, refusal(SDPO(**fields), sampler)) if message else not refusal(SDPO(**fields), sampler)

@@ -1,4 +1,4 @@
-"""SDPO: golden values of its loss, and what an update holds."""
+"""SDPO: golden values of its loss, and the rows of its updates."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def method(trainer: Trainer) -> SDPO:
     return trainer.algorithm
 
 
-def walks_of(rows: PairedSteps) -> list[tuple[int, int]]:
+def steps_of(rows: PairedSteps) -> list[tuple[int, int]]:
     return list(zip(rows.pair.tolist(), rows.k.tolist(), strict=True))
 
 
@@ -47,7 +47,7 @@ def test_without_a_clip_range_only_the_free_difference_counts() -> None:
     assert found.tolist() == pytest.approx([1.0, 9.0])
 
 
-def test_swapping_the_walks_of_a_pair_changes_nothing() -> None:
+def test_swapping_the_trajectories_of_a_pair_changes_nothing() -> None:
     generator = torch.Generator().manual_seed(0)
     log_ratio, advantage = 2e-4 * torch.randn(50, 2, generator=generator), torch.randn(50, 2, generator=generator)
     weight = torch.rand(50, generator=generator)
@@ -101,17 +101,17 @@ def test_one_pass_of_all_rows_has_the_gradient_of_several_passes_and_the_mean_of
 # the updates
 
 
-def test_an_update_holds_one_step_of_each_pair_drawn_for_each_and_a_round_holds_all_once(make: MakeTrainer) -> None:
+def test_an_update_holds_one_random_step_of_each_pair_and_a_round_holds_all_once(make: MakeTrainer) -> None:
     trainer = make({"sampler.num_steps": 4, "train.rows_per_update": 8, "algorithm.pairs": 4}, ddim=True)
     collected = collect(trainer)
     found = updates(trainer, collected)
     assert [len(rows) for rows in found] == [8] * 4
     assert all(sorted(rows.pair.tolist()) == list(range(8)) for rows in found)
     assert any(len(set(rows.k.tolist())) > 1 for rows in found)
-    assert sorted(row for rows in found for row in walks_of(rows)) == [(p, k) for p in range(8) for k in range(4)]
+    assert sorted(row for rows in found for row in steps_of(rows)) == [(p, k) for p in range(8) for k in range(4)]
     # All that belongs to a step travels with it.
     for rows in found:
-        for row, (pair, k) in enumerate(walks_of(rows)):
+        for row, (pair, k) in enumerate(steps_of(rows)):
             there = collected.select(((collected.pair == pair) & (collected.k == k)).nonzero()[:, 0])
             assert torch.equal(rows.x_next[row], there.x_next[0])
             assert torch.equal(rows.advantage[row], there.advantage[0])
@@ -136,20 +136,20 @@ def test_in_order_an_update_holds_one_step_of_all_pairs_and_accumulated_all_step
     collected = collect(trainer)
     assert [rows.k.tolist() for rows in updates(trainer, collected)] == [[k] * 2 for k in (0, 0, 1, 1, 2, 2)]
     method(trainer).order = "accumulated"
-    found = [sorted(walks_of(rows)) for rows in updates(trainer, collected)]
+    found = [sorted(steps_of(rows)) for rows in updates(trainer, collected)]
     assert [len(rows) for rows in found] == [6, 6]
     assert sorted(found[0] + found[1]) == [(p, k) for p in range(4) for k in range(3)]
     assert all(len({p for p, _ in rows}) == 2 for rows in found)
 
 
-def test_a_share_of_the_steps_is_drawn_for_each_pair(make: MakeTrainer) -> None:
+def test_a_share_of_the_steps_is_chosen_anew_for_each_pair(make: MakeTrainer) -> None:
     settings = {"algorithm.step_fraction": 0.5, "algorithm.pairs": 4, "sampler.num_steps": 5}
     trainer = make(settings)
     steps = collect(trainer)
     chosen = [tuple(pair) for pair in steps.k.view(8, 2).tolist()]
     assert all(a < b for a, b in chosen) and len(set(chosen)) > 1
-    found = [row for rows in updates(trainer, steps) for row in walks_of(rows)]
-    assert sorted(found) == sorted(walks_of(steps)) and len(set(found)) == 16
+    found = [row for rows in updates(trainer, steps) for row in steps_of(rows)]
+    assert sorted(found) == sorted(steps_of(steps)) and len(set(found)) == 16
     assert len(collect(make(settings | {"algorithm.step_fraction": 0.01}))) == 8
 
 
@@ -157,7 +157,7 @@ def test_inner_epochs_go_over_the_same_steps_in_another_order_with_the_same_old_
     trainer = make({"algorithm.inner_epochs": 2, "algorithm.pairs": 4})
     found = updates(trainer)
     half = len(found) // 2
-    rows = [[row for part in p for row in walks_of(part)] for p in (found[:half], found[half:])]
+    rows = [[row for part in p for row in steps_of(part)] for p in (found[:half], found[half:])]
     assert sorted(rows[0]) == sorted(rows[1]) and rows[0] != rows[1]
     old = [{tuple(v) for part in p for v in part.old_log_prob.tolist()} for p in (found[:half], found[half:])]  # type: ignore[union-attr]
     assert old[0] == old[1] and (0.0, 0.0) not in old[0]

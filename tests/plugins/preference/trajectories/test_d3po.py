@@ -1,4 +1,4 @@
-"""D3PO: golden values, which walk is preferred, what it is measured against, and that it learns."""
+"""D3PO: golden values, the preferred trajectory, its reference, and that it learns."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_reference_stays_what_it_was_when_the_model_moves(make: MakeTrainer,
     assert metrics["log_ratio_size"].item() > 1e-3
 
 
-def test_the_better_walk_comes_first_at_every_stochastic_step(make: MakeTrainer) -> None:
+def test_the_better_trajectory_comes_first_at_every_stochastic_step(make: MakeTrainer) -> None:
     trainer = make("d3po", {"algorithm.pairs": 3})
     rows = collect(trainer)
     assert len(rows) == 6 * 2 and rows.x.shape[1:3] == (2, 1) and rows.k.flatten().tolist() == [0, 1] * 6
@@ -82,10 +82,10 @@ def test_the_better_walk_comes_first_at_every_stochastic_step(make: MakeTrainer)
     assert bool((better > worse - 1e-4).all()) and float((better - worse).mean()) > 2e-4  # of 8-bit images
 
 
-def test_which_walk_of_a_pair_was_drawn_first_changes_nothing(make: MakeTrainer) -> None:
+def test_the_order_in_which_the_trajectories_of_a_pair_were_sampled_changes_nothing(make: MakeTrainer) -> None:
     trainer = make("d3po", {"algorithm.pairs": 3})
     with torch.no_grad():
-        pairs = collect_pairs(trainer.batch(), 3, True, trainer.ctx)
+        pairs, _ = collect_pairs(trainer.batch(), 3, True, trainer.ctx)
     swapped = pairs.swapped(torch.ones(len(pairs), dtype=torch.bool))
     assert not torch.equal(swapped.rewards, pairs.rewards)
     one, other = (winners_first(p, trainer.ctx) for p in (pairs, swapped))

@@ -22,7 +22,7 @@ MakeTrainer = Callable[..., Trainer]
 
 
 def test_the_loss_is_golden_for_each_pair() -> None:
-    ratios = torch.tensor([[[0.01, -0.02], [0.0, 0.01]], [[0.03, 0.0], [-0.01, 0.02]]])  # pair, walk, step
+    ratios = torch.tensor([[[0.01, -0.02], [0.0, 0.01]], [[0.03, 0.0], [-0.01, 0.02]]])  # pair, trajectory, step
     advantages = torch.tensor([[0.5, 0.0], [0.0, 0.2]])
     assert squares(ratios.sum(2), advantages, 1.0).tolist() == pytest.approx([0.2704, 0.0484])
     assert float(squares(ratios.sum(2), advantages, 1.0).mean()) == pytest.approx(0.1594)
@@ -70,7 +70,7 @@ def test_the_graph_of_one_step_is_held_at_a_time(make: MakeTrainer) -> None:
     loss, _ = trainer.algorithm.loss(rows, trainer.ctx)
     found = gradient(trainer, loss)
     hook.remove()
-    assert seen == [2 * 4] * 2 * 2  # of three steps two have chance in them
+    assert seen == [2 * 4] * 2 * 2  # of three steps two are stochastic
     assert rows.old_log_prob is not None
     added = log_prob(rows.pairs, trainer.ctx).sum(2) - rows.old_log_prob
     expected = gradient(trainer, squares(added, rows.advantages, 1.0).mean())

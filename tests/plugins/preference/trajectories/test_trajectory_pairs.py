@@ -1,4 +1,4 @@
-"""Pairs of walks: one prompt, one reward each, and the steps that have a likelihood."""
+"""Pairs of trajectories: one prompt, one reward each, and the steps that have a likelihood."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from alignkit_preference.trajectory_pairs import Pairs, collect_pairs, log_prob
 MakeTrainer = Callable[..., Trainer]
 
 
-def drawn(trainer: Trainer, pairs: int = 2, shared_noise: bool = False) -> Pairs:
+def sampled(trainer: Trainer, pairs: int = 2, shared_noise: bool = False) -> Pairs:
     with torch.no_grad():
-        return collect_pairs(trainer.batch(), pairs, shared_noise, trainer.ctx)
+        found, scores = collect_pairs(trainer.batch(), pairs, shared_noise, trainer.ctx)
+    # The two of a pair are consecutive in the scores.
+    assert bool(scores.valid.all()) and torch.equal(found.rewards, scores.values.view(-1, 2))
+    return found
 
 
-def test_a_pair_is_two_walks_of_one_prompt_with_the_rewards_of_their_images(make: MakeTrainer) -> None:
+def test_a_pair_is_two_trajectories_of_one_prompt_with_the_rewards_of_their_images(make: MakeTrainer) -> None:
     trainer = make("rebel")
-    pairs, ctx = drawn(trainer), trainer.ctx
+    pairs, ctx = sampled(trainer), trainer.ctx
     assert pairs.x.shape == pairs.x_next.shape == (4, 2, 2, 4, 8, 8) and pairs.k.tolist() == [[0, 1]] * 4
     assert pairs.prompt.index.tolist() == [0, 0, 1, 1]
     assert torch.equal(pairs.x[:, :, 1], pairs.x_next[:, :, 0])
@@ -35,10 +38,10 @@ def test_a_pair_is_two_walks_of_one_prompt_with_the_rewards_of_their_images(make
         assert torch.allclose(pairs.rewards[:, member], brightness, atol=3e-3)  # of 8-bit images
 
 
-def test_the_two_walks_start_from_one_noise_where_they_should_and_part_at_once(make: MakeTrainer) -> None:
+def test_two_trajectories_start_from_one_noise_where_they_should_and_part_at_once(make: MakeTrainer) -> None:
     trainer = make("rebel")
     for shared in (True, False):
-        pairs = drawn(trainer, shared_noise=shared)
+        pairs = sampled(trainer, shared_noise=shared)
         assert torch.equal(pairs.x[:, 0, 0], pairs.x[:, 1, 0]) == shared
         assert not torch.equal(pairs.x[:, 0, 1], pairs.x[:, 1, 1])
         assert len({tuple(x.flatten().tolist()) for x in pairs.x[:, 0, 0]}) == 4
@@ -47,7 +50,7 @@ def test_the_two_walks_start_from_one_noise_where_they_should_and_part_at_once(m
 @pytest.mark.parametrize("ddim", [False, True])
 def test_the_log_probability_of_each_step_is_that_of_the_step_alone(make: MakeTrainer, ddim: bool) -> None:
     trainer = make("rebel", ddim=ddim)
-    pairs, ctx = drawn(trainer), trainer.ctx
+    pairs, ctx = sampled(trainer), trainer.ctx
     steps = 3 if ddim else 2
     with torch.no_grad():
         together = log_prob(pairs, ctx)
@@ -62,8 +65,8 @@ def test_the_log_probability_of_each_step_is_that_of_the_step_alone(make: MakeTr
     assert torch.allclose(summed, 256 * together, rtol=1e-4)
 
 
-def test_swapping_exchanges_walks_and_rewards_in_the_rows_named(make: MakeTrainer) -> None:
-    pairs = drawn(make("rebel"))
+def test_swapping_exchanges_trajectories_and_rewards_in_the_rows_named(make: MakeTrainer) -> None:
+    pairs = sampled(make("rebel"))
     where = torch.tensor([True, False, True, False])
     found = pairs.swapped(where)
     for row, swapped in enumerate(where.tolist()):

@@ -28,7 +28,7 @@ def points() -> ModelBundle:
             "lasro": {
                 "sampler": {"name": "renoise", "num_steps": 2},
                 "surrogate": {"name": "point_scorer"},
-                "algorithm": {"distillation_weight": 0.0},
+                "regulariser": [],
             }
         },
     )

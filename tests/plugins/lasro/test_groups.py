@@ -1,4 +1,4 @@
-"""Which samples make a pair, and how well scores rank them."""
+"""The best and the worst sample of a group, and how well scores rank a group."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from alignkit_lasro.pairs import Scored, drawn, extremes, mixed, rank_correlation
+from alignkit_lasro.groups import extremes, rank_correlation
+from alignkit_lasro.memory import random_pairs
 
 NAN = float("nan")
 
@@ -22,7 +23,7 @@ def test_the_extremes_of_a_group_are_its_best_and_worst_and_the_first_of_equals(
     assert best.tolist() == [1, 0, 1] and worst.tolist() == [0, 1, 0] and labelled.tolist() == [True] * 3
 
 
-@pytest.mark.parametrize("choose", [extremes, lambda rewards: drawn(rewards, generator())])
+@pytest.mark.parametrize("choose", [extremes, lambda rewards: random_pairs(rewards, generator())])
 def test_a_tied_group_gives_no_pair(choose: object) -> None:
     assert callable(choose)
     _, _, labelled = choose(torch.tensor([[0.5, 0.5, 0.5], [0.0, 0.0, 0.0]]))
@@ -35,41 +36,8 @@ def test_extremes_leave_out_what_could_not_be_scored() -> None:
     assert labelled.tolist() == [True, False, False] and (int(best[0]), int(worst[0])) == (2, 1)
 
 
-def test_drawn_pairs_have_the_better_sample_first_and_none_without_a_score() -> None:
-    rewards = torch.rand(200, 5, generator=generator(1))
-    rewards[torch.rand(200, 5, generator=generator(2)) < 0.3] = NAN
-    rows, kept = torch.arange(200), 0
-    for seed in range(20):
-        better, worse, labelled = drawn(rewards, generator(seed))
-        first, second = rewards[rows, better][labelled], rewards[rows, worse][labelled]
-        assert bool((first > second).all())
-        kept += int(labelled.sum())
-    assert 0.35 * 4000 < kept < 0.65 * 4000  # .7 squared is .49
-
-
-def test_every_two_samples_of_a_group_are_drawn_about_equally_often() -> None:
-    rewards = torch.arange(4.0).repeat(12000, 1)
-    better, worse, labelled = drawn(rewards, generator())
-    assert bool(labelled.all())
-    counts = torch.bincount(better * 4 + worse, minlength=16)
-    assert (counts > 0).sum() == 6
-    assert bool((counts[counts > 0] - 2000).abs().max() < 200)
-
-
 def correlation(scores: Tensor, rewards: Tensor) -> float:
     return float(rank_correlation(scores, rewards))
-
-
-@pytest.mark.parametrize(("rounds", "found"), [(1, 64), (2, 48), (9, 64)])
-def test_no_more_pairs_are_mixed_than_asked_for(rounds: int, found: int) -> None:
-    chance = torch.Generator().manual_seed(0)
-    groups = 500
-    scored = Scored(
-        torch.randn(groups, 2, 1, generator=chance), torch.rand(groups, 2, generator=chance),
-        torch.arange(groups), torch.zeros(groups, dtype=torch.long),
-    )  # fmt: skip
-    winners, losers, texts = mixed([(scored, [str(i) for i in range(groups)])] * rounds, "extremes", 64, chance)
-    assert len(winners) == len(losers) == len(texts) == found
 
 
 def test_the_rank_correlation_is_that_of_scipy_with_ties() -> None:
