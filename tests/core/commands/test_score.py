@@ -117,7 +117,7 @@ def test_scores_before_an_unreadable_file_are_printed(folder: Callable[..., Path
         assert [line.split()[1][-6:] for line in result.stdout.splitlines()[1:]] == ["00.png", "01.png", "02.png"]
 
 
-def judged(url: str, *more: str) -> list[str]:
+def arguments(url: str, *more: str) -> list[str]:
     settings = {"url": f'"{url}"', "model": "judge", "mode": "rubric", "retries": 0}
     assignments = [f"reward.vlm_judge.{key}={value}" for key, value in settings.items()]
     return [word for one in [*assignments, "scoring.retries=0", *more] for word in ("--set", one)]
@@ -126,7 +126,7 @@ def judged(url: str, *more: str) -> list[str]:
 def test_vlm_judge_scores_several_images_at_once_and_its_parts_are_columns(folder: Callable[..., Path]) -> None:
     endpoint = Endpoint(lambda *_: '{"alignment": 4, "quality": 5}', slow=0.1)
     with running(endpoint):
-        result = command("vlm_judge", folder(8, 8, 8, 8), *judged(endpoint.url))
+        result = command("vlm_judge", folder(8, 8, 8, 8), *arguments(endpoint.url))
     assert result.exit_code == 0 and endpoint.most_at_once > 1
     heading, *lines = result.stdout.splitlines()
     assert heading.split() == ["score", "alignment", "quality", "image", "prompt"]
@@ -136,7 +136,7 @@ def test_vlm_judge_scores_several_images_at_once_and_its_parts_are_columns(folde
 def test_scores_before_a_server_failed_are_printed(folder: Callable[..., Path]) -> None:
     endpoint = Endpoint(lambda *_: '{"alignment": 4, "quality": 5}' if len(endpoint.requests) <= 2 else (503, "gone"))
     with running(endpoint):
-        result = command("vlm_judge", folder(8, 8, 8), *judged(endpoint.url, "evaluate.batch_size=2"), "--json")
+        result = command("vlm_judge", folder(8, 8, 8), *arguments(endpoint.url, "evaluate.batch_size=2"), "--json")
     assert result.exit_code == 1 and "reward 'vlm_judge'" in result.stderr and "gone" in result.stderr
     assert names(json.loads(result.stdout)) == ["00.png", "01.png"]
 
@@ -144,7 +144,7 @@ def test_scores_before_a_server_failed_are_printed(folder: Callable[..., Path]) 
 def test_images_that_all_could_not_be_scored_are_an_error_with_the_reason(folder: Callable[..., Path]) -> None:
     endpoint = Endpoint(lambda *_: "It is lovely.")
     with running(endpoint):
-        result = command("vlm_judge", path := folder(8, 8), *judged(endpoint.url))
+        result = command("vlm_judge", path := folder(8, 8), *arguments(endpoint.url))
     assert result.exit_code == 1
     assert (
         result.stderr

@@ -29,40 +29,40 @@ from run_fixtures import assert_same_but_surroundings, metrics
 
 MakeRun = Callable[..., Run]
 
-JUDGES = """
+BACKENDS = """
     from alignkit import hookimpl
 
     @hookimpl
     def register_rewards(register):
-        register("judge", "judges.rewards:Judge", "A slow judge behind a server that can be switched off")
-        register("redness", "judges.rewards:Redness", "How much red there is")
-        register("darkness", "judges.rewards:Darkness", "Minus the mean of all pixels")
-        register("hundredth", "judges.rewards:Hundredth", "NaN for one image in ten, by its content")
-        register("nonsense", "judges.rewards:Nonsense", "Answers what is no answer once it is down")
+        register("backend", "backends.rewards:Backend", "A slow reward on a server that can be switched off")
+        register("redness", "backends.rewards:Redness", "Mean of red minus the others")
+        register("darkness", "backends.rewards:Darkness", "Minus the mean of all pixels")
+        register("hundredth", "backends.rewards:Hundredth", "NaN for one image in ten, by its content")
+        register("nonsense", "backends.rewards:Nonsense", "Answers what is no answer once it is down")
 """
 
-JUDGE_CLASSES = """
+BACKEND_CLASSES = """
     import torch
     from alignkit.errors import TransientError
     from alignkit.interfaces import Reward
     from alignkit.records import Scores
 
-    ASKED = []
+    SCORED = []
     "The texts of all calls that were answered."
     DOWN_AFTER = None
     "How many calls are answered before the server is gone; None: all."
 
 
-    class Judge(Reward):
+    class Backend(Reward):
         slow = True
 
         def fingerprint(self):
-            return "judge 1"
+            return "backend 1"
 
         def __call__(self, images, examples):
-            if DOWN_AFTER is not None and len(ASKED) >= DOWN_AFTER:
+            if DOWN_AFTER is not None and len(SCORED) >= DOWN_AFTER:
                 raise TransientError("no server at 127.0.0.1:8188 (connection refused)")
-            ASKED.append([e.text for e in examples])
+            SCORED.append([e.text for e in examples])
             return images.mean((1, 2, 3)) * 8 // 1e-3 / 1e3
 
 
@@ -82,9 +82,9 @@ JUDGE_CLASSES = """
             return torch.where((values * 1e4).long() % 10 == 0, torch.nan, values)
 
 
-    class Nonsense(Judge):
+    class Nonsense(Backend):
         def __call__(self, images, examples):
-            if DOWN_AFTER is None or len(ASKED) < DOWN_AFTER:
+            if DOWN_AFTER is None or len(SCORED) < DOWN_AFTER:
                 return super().__call__(images, examples)
             return ["As a language model I would rather not say"] * len(images)
 """
@@ -97,12 +97,12 @@ DDPO = {
 
 
 @pytest.fixture
-def judges(plugins: PluginFolder) -> Any:
+def backends(plugins: PluginFolder) -> Any:
     """The module of these rewards, which can switch the server off."""
-    plugins.install("judges", JUDGES, rewards=JUDGE_CLASSES)
-    import judges.rewards
+    plugins.install("backends", BACKENDS, rewards=BACKEND_CLASSES)
+    import backends.rewards
 
-    return judges.rewards
+    return backends.rewards
 
 
 def steps(folder: Path) -> list[Mapping[str, Any]]:
@@ -113,67 +113,67 @@ def same_run(one: Run, other: Run) -> None:
     assert_same_but_surroundings(one.folder, other.folder)
 
 
-def test_a_server_killed_in_the_middle_costs_nothing(tiny_run: MakeRun, judges: Any) -> None:
+def test_a_server_killed_in_the_middle_costs_nothing(tiny_run: MakeRun, backends: Any) -> None:
     """It dies in the middle of a round: the run is saved as the round began, what was answered is kept, and the resumed
     run scores the rest alone and ends as if nothing had happened."""
-    settings = {**DDPO, "reward": [{"name": "judge"}, {"name": "redness", "weight": 0.3}]}
+    settings = {**DDPO, "reward": [{"name": "backend"}, {"name": "redness", "weight": 0.3}]}
     unbroken, broken = tiny_run("unbroken", settings), tiny_run("broken", settings)
     list(unbroken.train())
-    once = list(judges.ASKED)
+    once = list(backends.SCORED)
     each = len(once) // 3
     assert each >= 3
-    judges.ASKED.clear()
-    judges.DOWN_AFTER = each + each - 1
+    backends.SCORED.clear()
+    backends.DOWN_AFTER = each + each - 1
     with pytest.raises(TransientError) as caught:
         list(broken.train())
     assert str(caught.value) == (
-        "reward 'judge' (plugin judges of judges 1.0) failed after 5 attempts in 0 seconds: "
+        "reward 'backend' (plugin backends of backends 1.0) failed after 5 attempts in 0 seconds: "
         "no server at 127.0.0.1:8188 (connection refused); "
         f"resume with: alignkit train --resume {broken.folder}"
     )
     saved = checkpoint.latest(broken.folder / "checkpoints")
     assert saved is not None and checkpoint.load(saved)["trainer"]["update"] == len(steps(broken.folder))
-    judges.DOWN_AFTER = None
+    backends.DOWN_AFTER = None
     result = CliRunner().invoke(app, ["train", "--resume", str(broken.folder), "--quiet"])
     assert result.exit_code == 0, result.output
-    assert once == judges.ASKED
+    assert once == backends.SCORED
     same_run(unbroken, broken)
 
 
 def test_a_server_that_is_away_for_a_moment_is_not_even_noticed(
-    tiny_run: MakeRun, judges: Any, monkeypatch: pytest.MonkeyPatch
+    tiny_run: MakeRun, backends: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unbroken, broken = (tiny_run(name, {**DDPO, "reward": ["judge"]}) for name in ("unbroken", "broken"))
+    unbroken, broken = (tiny_run(name, {**DDPO, "reward": ["backend"]}) for name in ("unbroken", "broken"))
     list(unbroken.train())
-    judges.ASKED.clear()
-    judges.DOWN_AFTER = 4
-    monkeypatch.setattr("alignkit.rewards.checked.wait", lambda closed, seconds: setattr(judges, "DOWN_AFTER", None))
+    backends.SCORED.clear()
+    backends.DOWN_AFTER = 4
+    monkeypatch.setattr("alignkit.rewards.checked.wait", lambda closed, seconds: setattr(backends, "DOWN_AFTER", None))
     list(broken.train())
     same_run(unbroken, broken)
 
 
 def test_a_server_that_dies_in_an_evaluation_loses_neither_the_update_nor_the_evaluation(
-    tiny_run: MakeRun, judges: Any, tmp_path: Path
+    tiny_run: MakeRun, backends: Any, tmp_path: Path
 ) -> None:
     settings = {
-        **DDPO, "reward": ["redness"], "evaluate.rewards": ["judge"], "evaluate.prompts": str(tmp_path / "prompts.txt"),
-        "evaluate.every": 1, "evaluate.steps": [2], "algorithm.baseline": "batch",
+        **DDPO, "reward": ["redness"], "evaluate.rewards": ["backend"],
+        "evaluate.prompts": str(tmp_path / "prompts.txt"), "evaluate.every": 1, "evaluate.steps": [2], "algorithm.baseline": "batch",
     }  # fmt: skip
     unbroken, broken = tiny_run("unbroken", settings), tiny_run("broken", settings)
     list(unbroken.train())
-    judges.ASKED.clear()
-    judges.DOWN_AFTER = 1
+    backends.SCORED.clear()
+    backends.DOWN_AFTER = 1
     with pytest.raises(TransientError, match="resume with: alignkit train --resume"):
         list(broken.train())
-    judges.DOWN_AFTER = None
+    backends.DOWN_AFTER = None
     list(alignkit.load(resume=broken.folder).train())
     same_run(unbroken, broken)
     assert [r["verdict"] for r in metrics(broken.folder) if "verdict" in r]
 
 
-def test_threads_change_no_bit(tiny_run: MakeRun, judges: Any, tmp_path: Path) -> None:
+def test_threads_change_no_bit(tiny_run: MakeRun, backends: Any, tmp_path: Path) -> None:
     """With a surrogate, replay and evaluation, on policy as ever."""
-    settings = {"reward": ["judge", "redness"], "train.updates": 2, "evaluate.rewards": ["darkness"]}
+    settings = {"reward": ["backend", "redness"], "train.updates": 2, "evaluate.rewards": ["darkness"]}
     runs = [tiny_run(str(overlap), {**settings, "scoring.overlap": overlap}) for overlap in (True, False)]
     for run in runs:
         list(run.train())
@@ -190,14 +190,14 @@ def test_threads_change_no_bit(tiny_run: MakeRun, judges: Any, tmp_path: Path) -
     ids=["normalised", "advantage", "floor"],
 )
 def test_a_stopped_run_on_several_rewards_ends_with_the_same_bits(
-    tiny_run: MakeRun, judges: Any, brightness: None, scoring: dict[str, Any]
+    tiny_run: MakeRun, backends: Any, brightness: None, scoring: dict[str, Any]
 ) -> None:
     settings = {**DDPO, "reward": ["brightness", {"name": "redness", "weight": 0.2}], **scoring}
     assert_a_stopped_run_ends_with_the_same_bits(tiny_run, settings)
 
 
 def test_metrics_hold_each_reward_its_floor_and_its_multiplier(
-    tiny_run: MakeRun, judges: Any, brightness: None
+    tiny_run: MakeRun, backends: Any, brightness: None
 ) -> None:
     settings = {**DDPO, "reward": ["brightness", {"name": "redness", "weight": 0.2, "at_least": 0.5}]}
     run = tiny_run(overrides={**settings, "scoring.combine": "normalised"})
@@ -209,7 +209,7 @@ def test_metrics_hold_each_reward_its_floor_and_its_multiplier(
     assert later["reward/redness/floor"] == 0.5 and later["reward/redness/multiplier"] > 0
 
 
-def test_one_image_in_ten_that_is_no_number_ends_the_run_or_is_left_out(tiny_run: MakeRun, judges: Any) -> None:
+def test_one_image_in_ten_that_is_no_number_ends_the_run_or_is_left_out(tiny_run: MakeRun, backends: Any) -> None:
     settings = {**DDPO, "reward": ["hundredth"], "train.updates": 12}
     stopped = tiny_run("stopped", settings)
     with pytest.raises(PluginError, match=r"'hundredth' .* returned nan for image \d+, '.*scoring\.on_error=skip"):
@@ -229,8 +229,8 @@ def test_one_image_in_ten_that_is_no_number_ends_the_run_or_is_left_out(tiny_run
     assert alignkit.load(resume=stopped.folder).config.scoring.on_error == "skip"
 
 
-def test_a_resumed_run_takes_settings_of_retries_and_nothing_else(tiny_run: MakeRun, judges: Any) -> None:
-    run = tiny_run(overrides={**DDPO, "reward": ["judge"], "train.updates": 1})
+def test_a_resumed_run_takes_settings_of_retries_and_nothing_else(tiny_run: MakeRun, backends: Any) -> None:
+    run = tiny_run(overrides={**DDPO, "reward": ["backend"], "train.updates": 1})
     list(run.train())
     written = (run.folder / "run.toml").read_text()
     patient = {"scoring.retries": 9, "scoring.retry_seconds": 0.5, "scoring.retry_limit": 60.0}
@@ -248,19 +248,19 @@ def test_a_resumed_run_takes_settings_of_retries_and_nothing_else(tiny_run: Make
             alignkit.load(resume=run.folder, overrides=refused)
 
 
-def test_a_reward_that_answers_nonsense_is_named_and_the_run_can_be_resumed(tiny_run: MakeRun, judges: Any) -> None:
+def test_a_reward_that_answers_nonsense_is_named_and_the_run_can_be_resumed(tiny_run: MakeRun, backends: Any) -> None:
     run = tiny_run(overrides={**DDPO, "reward": ["nonsense"]})
-    judges.DOWN_AFTER = 5
+    backends.DOWN_AFTER = 5
     with pytest.raises(PluginError, match=r"reward 'nonsense' \(.*\) returned list, expected a tensor") as caught:
         list(run.train())
     assert "\n" not in str(caught.value) and "--resume" in str(caught.value)
     done = [r["step"] for r in steps(run.folder)]
-    judges.DOWN_AFTER = None
+    backends.DOWN_AFTER = None
     list(alignkit.load(resume=run.folder).train())
     assert 0 < len(done) < 3 and [r["step"] for r in metrics(run.folder) if "loss" in r] == [1, 2, 3]
 
 
-def test_advantages_apart_need_a_method_that_takes_them(tiny_run: MakeRun, judges: Any) -> None:
+def test_advantages_apart_need_a_method_that_takes_them(tiny_run: MakeRun, backends: Any) -> None:
     settings = {"reward": ["redness", "darkness"], "scoring.combine": "advantage"}
     with pytest.raises(ConfigError, match="algorithm lasro learns from rewards, not from advantages"):
         tiny_run(overrides=settings).check()
@@ -269,7 +269,7 @@ def test_advantages_apart_need_a_method_that_takes_them(tiny_run: MakeRun, judge
 
 @pytest.mark.parametrize("algorithm", ["ddpo", "rebel", "sdpo"])
 def test_methods_that_take_advantages_take_them_apart(
-    make_trainer: Any, judges: Any, brightness: None, algorithm: str
+    make_trainer: Any, backends: Any, brightness: None, algorithm: str
 ) -> None:
     """With equal rewards under two names the advantages are those of one, whatever their scale."""
     overrides = {
@@ -288,13 +288,13 @@ def test_methods_that_take_advantages_take_them_apart(
         return found.advantages if algorithm == "rebel" else found.advantage
 
     one = advantages(["brightness"], {})
-    both = advantages(["brightness", {"name": "judge", "weight": 100.0}], {"scoring.combine": "advantage"})
+    both = advantages(["brightness", {"name": "backend", "weight": 100.0}], {"scoring.combine": "advantage"})
     assert one.shape == both.shape
     assert float((one - both).abs().max()) < 0.1 * float(one.abs().max())
 
 
 def test_a_held_out_reward_that_falls_is_reported_live_at_the_end_and_by_evaluate(
-    tiny_run: MakeRun, judges: Any, brightness: None, monkeypatch: pytest.MonkeyPatch
+    tiny_run: MakeRun, backends: Any, brightness: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Brightness is trained on, its negative is held out: whatever is gained by one is lost by the other."""
 
@@ -318,7 +318,7 @@ def test_a_held_out_reward_that_falls_is_reported_live_at_the_end_and_by_evaluat
     assert {row["reward"]: row["held_out"] for row in rows} == {"reward": False, "brightness": False, "darkness": True}
 
 
-def test_a_floor_is_a_number_or_the_start(tiny_run: MakeRun, judges: Any) -> None:
+def test_a_floor_is_a_number_or_the_start(tiny_run: MakeRun, backends: Any) -> None:
     with pytest.raises(ConfigError, match=r'reward\.at_least: found "begin", expected number or "start"'):
         tiny_run(overrides={"reward": ["darkness", {"name": "redness", "at_least": "begin"}]})
     run = tiny_run(overrides={"reward": ["darkness", "redness"], "reward.redness.at_least": -1})
@@ -338,28 +338,28 @@ def test_a_held_out_reward_is_built_with_its_fields(tiny_run: MakeRun) -> None:
 
 
 def test_what_is_only_held_out_decides_nothing(tiny_run: MakeRun, odd_rewards: None, brightness: None) -> None:
-    plain, watching = (
+    plain, measuring = (
         tiny_run("plain", {"train.updates": 1}),
-        tiny_run("watching", {"train.updates": 1, "evaluate.rewards": ["unscored"]}),
+        tiny_run("held_out", {"train.updates": 1, "evaluate.rewards": ["unscored"]}),
     )
-    for run in (plain, watching):
+    for run in (plain, measuring):
         list(run.train())
-    files = [next(run.folder.glob("*.safetensors")).read_bytes() for run in (plain, watching)]
+    files = [next(run.folder.glob("*.safetensors")).read_bytes() for run in (plain, measuring)]
     assert files[0] == files[1]
     totals = [
         [row for r in metrics(run.folder) if "evaluation" in r for row in r["evaluation"] if row["reward"] == "reward"]
-        for run in (plain, watching)
+        for run in (plain, measuring)
     ]
     assert json.dumps(totals[0]) == json.dumps(totals[1])
 
 
-def test_a_cache_can_be_shared_between_runs(tiny_run: MakeRun, judges: Any, tmp_path: Path) -> None:
-    settings = {**DDPO, "reward": ["judge"], "scoring.cache": str(tmp_path / "all.sqlite")}
+def test_a_cache_can_be_shared_between_runs(tiny_run: MakeRun, backends: Any, tmp_path: Path) -> None:
+    settings = {**DDPO, "reward": ["backend"], "scoring.cache": str(tmp_path / "all.sqlite")}
     first, second = tiny_run("first", settings), tiny_run("second", settings)
     list(first.train())
-    asked = len(judges.ASKED)
+    scored = len(backends.SCORED)
     list(second.train())
-    assert len(judges.ASKED) == asked > 0 and not (second.folder / "scores.sqlite").exists()
+    assert len(backends.SCORED) == scored > 0 and not (second.folder / "scores.sqlite").exists()
     same_run(first, second)
 
 
