@@ -157,7 +157,8 @@ def test_a_server_that_dies_in_an_evaluation_loses_neither_the_update_nor_the_ev
 ) -> None:
     settings = {
         **DDPO, "reward": ["redness"], "evaluate.rewards": ["backend"],
-        "evaluate.prompts": str(tmp_path / "prompts.txt"), "evaluate.every": 1, "evaluate.steps": [2], "algorithm.baseline": "batch",
+        "evaluate.prompts": str(tmp_path / "prompts.txt"), "evaluate.every": 1, "evaluate.steps": [2],
+        "algorithm.baseline": "batch",
     }  # fmt: skip
     unbroken, broken = tiny_run("unbroken", settings), tiny_run("broken", settings)
     list(unbroken.train())
