@@ -36,7 +36,9 @@ class Trajectories(Rows):
         """Return the steps (M,) that have a likelihood. Raises PluginError if none has, whatever `sampler` promised."""
         steps = (self.std[0] > 0).nonzero()[:, 0]
         if not len(steps):
-            raise PluginError(f"sampler {type(sampler).__name__}: stochastic_steps is wrong; every step had std 0")
+            raise PluginError(
+                f"sampler {type(sampler).__name__}: every step had std 0, expected {sampler.stochastic_steps()} above 0"
+            )
         return steps
 
 

@@ -71,7 +71,7 @@ class TrainContext(Context):
     ) -> Scores:
         self._require_rewards()
         if wrong := [row for row, _ in others if row not in range(len(latents))]:
-            raise IndexError(f"others: row {wrong[0]} of {len(latents)} latents")
+            raise IndexError(f"others: found row {wrong[0]}, expected less than {len(latents)}, the number of latents")
         questions = [*enumerate(examples), *others]
         groups = _grouped([row for row, _ in questions], len(latents), self._chunk)
         found = self._scored_together(self._images(latents, questions, groups))
@@ -106,7 +106,9 @@ class TrainContext(Context):
 
     def _require_rewards(self) -> None:
         if not self._rewards.names:
-            raise PluginError("the algorithm requests scores, but its uses_rewards is False, so the run has no reward")
+            raise PluginError(
+                "the algorithm requests scores, but its uses_rewards is False, so the run has no reward; set it to True"
+            )
 
     def differentiable_score(self, latents: Tensor, examples: Sequence[Example], log: bool = False) -> Scores:
         self._require_rewards()

@@ -246,7 +246,7 @@ class Trainer:
         state = checkpoint.load(path)
         found, expected = self.accelerator.num_processes, len(state["ranks"])
         if found != expected:
-            raise ConfigError(f"{path}: saved by {expected} processes, resumed by {found}; start as many as then")
+            raise ConfigError(f"{path}: saved by {expected} processes, resumed by {found}; resume with {expected}")
         self.load_state_dict(state["trainer"])
         own = state["ranks"][self.accelerator.process_index]
         self.load_rank_state(own["trainer"])

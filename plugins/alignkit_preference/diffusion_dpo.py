@@ -62,8 +62,8 @@ class DiffusionDPO(Algorithm[LatentPairs, NoisedPairs]):
         check_ranges(self)
         if self.zero_terminal_snr and self.space != "noise":
             raise ValueError(
-                f'space: found "{self.space}", expected "noise" with zero_terminal_snr: the output is read by the '
-                "schedule of the network, and under another one only the noise can be read so"
+                f'space: found "{self.space}", expected "noise" with zero_terminal_snr: images are then noised '
+                "by another schedule than the network's, under which only its prediction of the noise is valid"
             )
 
     def check(self, sampler: Sampler) -> None:

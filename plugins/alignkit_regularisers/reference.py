@@ -30,8 +30,8 @@ class ReferenceDistance(Regulariser[None, Rows]):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if not predictions:
             ctx.warn(
-                "regulariser reference: the algorithm's loss made no prediction with gradient in some updates, so "
-                "there was nothing to hold to the model before training"
+                "regulariser reference: the algorithm's loss made no prediction with gradient in some updates, where "
+                "this regulariser had no effect"
             )
             return torch.zeros((), device=ctx.policy.device), {}
         with ctx.policy.reference():

@@ -167,7 +167,7 @@ def test_a_checkpoint_of_another_number_of_processes_is_refused(
     assert trainer.restore(tmp_path / "000000") == {"lines": 3}
     state = checkpoint.load(tmp_path / "000000")
     checkpoint.save(tmp_path, 1, state | {"ranks": state["ranks"] * 2})
-    with pytest.raises(ConfigError, match="000001: saved by 2 processes, resumed by 1; start as many as then"):
+    with pytest.raises(ConfigError, match="000001: saved by 2 processes, resumed by 1; resume with 2"):
         trainer.restore(tmp_path / "000001")
 
 
@@ -210,7 +210,7 @@ def test_other_questions_about_images_decode_nothing_again_and_are_not_logged(
     torch.testing.assert_close(together.parts["weighed"], together.values)
     assert together.valid.all() and len(set(together.values.tolist())) > 5
     assert ctx.take_metrics() == pytest.approx(logged)
-    with pytest.raises(IndexError, match="others: row 5 of 5 latents"):
+    with pytest.raises(IndexError, match="others: found row 5, expected less than 5, the number of latents"):
         ctx.score(latents, own, others=[(5, a)])
 
 
