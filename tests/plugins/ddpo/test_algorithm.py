@@ -67,7 +67,8 @@ def test_at_a_consistency_step_the_gradient_has_its_closed_form(
         c_skip, c_out = (c.double().view(-1, 1, 1, 1) for c in diffusion.boundary_scalings(t))
         return c_skip * x + c_out * diffusion.to_clean("epsilon", eps, x, *schedule(t))
 
-    ctx: Any = SimpleNamespace(policy=SimpleNamespace(schedule=schedule, denoise=denoise), sampler=LCM(num_steps))
+    policy = SimpleNamespace(times=lambda: torch.arange(1000), schedule=schedule, denoise=denoise)
+    ctx: Any = SimpleNamespace(policy=policy, sampler=LCM(num_steps))
     prompt = Prompt(torch.zeros(1, 1, 1), torch.zeros(1, dtype=torch.long))
     rows = Steps(x, x_next, torch.zeros(1, dtype=torch.long), prompt, torch.ones(1))
     step, log_prob = DDPO().transition(rows, ctx), DDPO().log_prob(rows, ctx)

@@ -136,9 +136,9 @@ def test_states_are_captioned_images_noised_to_times_of_the_solver(make_trainer:
     noise = (states.x - alpha * policy.encode_images(batch.images)) / sigma
     assert float(noise.mean()) == pytest.approx(0, abs=0.02) and float(noise.std()) == pytest.approx(1, abs=0.02)
     with torch.no_grad():
-        expected = policy.denoise(states.x, states.time, policy.encode(batch.captions))
+        expected = policy.denoise(states.x, states.time, policy.encode([c.text for c in batch.captions]))
     assert torch.allclose(states.clean, expected, rtol=1e-4, atol=1e-4)
-    assert states.prompt.texts == list(batch.captions)
+    assert states.prompt.examples == list(batch.captions)
     # The surrogate learns from trajectories as ever.
     assert collected.scored.latents.shape[:2] == (4, 3) and len(trainer.algorithm._memory.rounds) == 1  # type: ignore[attr-defined]
 
@@ -167,7 +167,7 @@ def test_noised_images_weigh_as_much_as_all_steps_together(make_trainer: MakeTra
 def test_a_contrast_takes_two_captions(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer({**OF_IMAGES, "algorithm.contrast": 1.0})
     batch = trainer.batch()
-    trainer.batch = lambda: replace(batch, captions=["one"] * len(batch.captions))  # type: ignore[method-assign]
+    trainer.batch = lambda: replace(batch, captions=[Example("one")] * len(batch.captions))  # type: ignore[method-assign]
     with pytest.raises(ConfigError, match=r"algorithm\.contrast: found one text in the batch, 'one'"):
         collect(trainer)
 

@@ -68,7 +68,7 @@ def test_a_contrast_without_another_prompt_is_refused(make_trainer: MakeTrainer)
     ):
         collect(trainer)
     with pytest.raises(ConfigError, match="train on more prompts"):
-        trainer.algorithm._check_contrast(["a red circle"] * 3)  # type: ignore[attr-defined]
+        trainer.algorithm._check_contrast([Example("a red circle")] * 3)  # type: ignore[attr-defined]
 
 
 def test_examples_that_share_a_text_are_no_contrast_to_each_other(make_trainer: MakeTrainer) -> None:
