@@ -234,6 +234,6 @@ def test_a_baseline_comes_back_from_a_checkpoint_and_goes_on_as_before(tmp_path:
 
 
 def test_a_baseline_that_would_never_use_the_rewards_of_a_prompt_is_refused() -> None:
-    with pytest.raises(ValueError, match="buffer_size is 3, expected at least min_count = 4"):
+    with pytest.raises(ValueError, match="buffer_size: found 3, expected at least min_count, which is 4"):
         Baseline("prompt", 3, 4)
     assert Baseline("prompt", 4, 4).buffer_size == 4
