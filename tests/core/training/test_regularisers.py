@@ -93,9 +93,6 @@ def ddpo(make_trainer: MakeTrainer) -> Callable[..., Trainer]:
 
 def test_a_round_collects_once_and_every_update_has_as_many_rows_as_the_algorithm(ddpo: Any) -> None:
     trainer = ddpo(("counting", 0.5, Counting()))
-    with torch.no_grad():
-        batch = trainer.batch()
-        trainer.regularisers.collect(batch, trainer.ctx)
     updates = list(trainer._updates(collect(trainer)))
     assert Counting.seen == [("collect", 3), *[("rows", 3)] * len(updates)] and len(updates) == 2
     for rows in updates:
