@@ -92,7 +92,7 @@ class Distillation:
         times = policy.times()
         if len(times) % self.ode_steps:
             raise ConfigError(
-                f"algorithm.ode_steps: found {self.ode_steps}, expected a divisor of {len(times)}, the number of times "
+                f"ode_steps: found {self.ode_steps}, expected a divisor of {len(times)}, the number of times "
                 "of the model"
             )
         stride = len(times) // self.ode_steps

@@ -95,7 +95,7 @@ class Policy(ABC):
     def features(self, images: Tensor) -> Tensor:
         """Features (N, D) float32 of images (N, 3, image_size, image_size) in [0, 1], without gradient.
 
-        They come from the model before training, so that the drift of a run is measured by a network that stands still.
+        They come from the model before training, so that the drift of a run is always measured with the same network.
         """
 
     @abstractmethod

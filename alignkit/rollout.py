@@ -52,7 +52,7 @@ def encode_examples(policy: Policy, examples: Sequence[str | Example]) -> Prompt
     index = []
     for example in map(Example.of, examples):
         known = places.setdefault(example.text, [])
-        place = next((i for i in known if distinct[i] == example), len(distinct))
+        place = next((i for i in known if _equal(distinct[i], example)), len(distinct))
         if place == len(distinct):
             distinct.append(example)
             known.append(place)
@@ -60,6 +60,14 @@ def encode_examples(policy: Policy, examples: Sequence[str | Example]) -> Prompt
     encoded = policy.encode([example.text for example in distinct])
     tables = replace(encoded, table=encoded.features, pooled_table=encoded.pooled, text_table=tuple(encoded.texts))
     return replace(tables, index=torch.tensor(index, device=encoded.index.device), example_table=tuple(distinct))
+
+
+def _equal(one: Example, other: Example) -> bool:
+    """Compare two examples; different objects whose metadata cannot be compared (arrays) are unequal."""
+    try:
+        return one is other or bool(one == other)
+    except ValueError:
+        return False
 
 
 def run_sampler(policy: Policy, sampler: Sampler, prompt: Prompt, noises: Tensor) -> Trajectories:

@@ -55,13 +55,16 @@ def changes(registry: Registry, row: Component, bundle: ModelBundle) -> list[dic
     algorithms (for an algorithm: the only reward) that the setting is limited to, and is empty where it always holds.
     """
     places: dict[tuple[bool, str, str, str | None], list[str]] = {}
+    changed: set[tuple[str, str, str]] = set()
     for place, algorithm, tree in _layers(row, bundle):
         for section, name, key, value in _settings(tree, _names(registry, algorithm, bundle, tree)):
             own = section == row.kind and name == row.name
             if (own and key == "name") or not (own or row.kind == "algorithm"):
                 continue
             default = _default(registry, bundle, section, name, key)
-            if (text := format_value(value)) != default:
+            # A more specific layer may set a changed field back to its default.
+            if (text := format_value(value)) != default or (section, name, key) in changed:
+                changed.add((section, name, key))
                 single = isinstance(tree[section], Mapping) and key in tree[section]
                 path = [key] if own else [section, key] if single else [section, name, key]
                 places.setdefault((not own, ".".join(filter(None, path)), text, default), []).append(place)

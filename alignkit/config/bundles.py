@@ -79,7 +79,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     try:
         parts = json.loads(index.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model: {index} is no index of a diffusers pipeline ({error})") from error
+        raise ConfigError(f"model: {index} is not a readable pipeline index ({error})") from error
     return parts if isinstance(parts, dict) else {}
 
 

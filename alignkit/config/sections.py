@@ -42,7 +42,8 @@ class ModelConfig(Section):
     """Rank of the LoRA adapter; 0 trains all weights."""
     guidance_embedding: int = 0
     """Width of an input for the guidance that the network is given (256 in published models), for distilling a model of
-    many steps into a latent consistency model; takes prediction = "consistency" and lora_rank = 0. 0: as it is."""
+    many steps into a latent consistency model; takes prediction = "consistency" and lora_rank = 0.
+    0: leave the network unchanged."""
     lora_targets: list[str] = field(default_factory=list)
     """Names of the layers to adapt, as peft understands them; empty: the attention projections."""
     guidance_scale: IsFinite[float] | None = None
@@ -145,7 +146,7 @@ class SurrogateConfig(PluginConfig):
     """A learned stand-in for the reward, and its training."""
 
     init: str = ""
-    """A run folder or a .safetensors file to start from; empty: as the plugin begins."""
+    """A run folder or a .safetensors file to start from; empty: the plugin's own initialisation."""
     warmup: Annotated[int, Ge(0)] = 0
     """Rounds that train the surrogate alone, before the first update of the policy."""
     learning_rate: Positive = 1e-4

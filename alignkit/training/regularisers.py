@@ -40,7 +40,7 @@ class UpdateRows:
 
 
 class Regularisers:
-    """Terms that are added to the loss of the algorithm; without any, every method is free of cost."""
+    """Terms that are added to the loss of the algorithm; with no members this adds no cost."""
 
     def __init__(self, members: Sequence[Weighed] = ()) -> None:
         self._members = list(members)

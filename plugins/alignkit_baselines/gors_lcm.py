@@ -68,6 +68,9 @@ class GorsLCM(Algorithm[Chosen, WeightedRows]):
     def check(self, sampler: Sampler) -> None:
         self._distillation.check(sampler)
 
+    def setup(self, ctx: Context) -> None:
+        self._distillation.times(ctx.policy)  # raises ConfigError before the first evaluation
+
     def collect(self, batch: Batch, ctx: Context) -> Chosen:
         """Sample, score the prediction of every step, and keep each prompt's best."""
         trajectories = sample_trajectories(batch.examples, ctx, self.samples)

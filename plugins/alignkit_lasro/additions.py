@@ -63,8 +63,8 @@ class ExtendedLaSRO(LaSRO):
     """
     smoothing: Annotated[float, Ge(0)] = 0.0
     """Not in the paper. Standard deviation of noise on the latents that the surrogate sees, while it learns and while
-    the policy follows it. Its gradient is then that of an average over a neighbourhood, and points less often where no
-    image is."""
+    the policy follows it. Its gradient is then that of an average over a neighbourhood, and points away from real
+    images less often."""
     purify: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Not in the paper. Share of the schedule (0 to 1) at whose time the policy's prediction is noised, and from which
     the teacher denoises it, before the surrogate scores it for the policy: diffusion purification (Nie et al., ICML

@@ -148,7 +148,7 @@ class LaSRO(Algorithm[Collected, States]):
         return States(x, torch.zeros_like(time), captions, ctx.policy.denoise(x, time, captions), time)
 
     def _warn_of_ranking(self, opinionated: bool, correlation: float | None, ctx: Context) -> None:
-        """Warn of a surrogate that ranks no samples, or ranks fresh ones unlike the reward."""
+        """Warn if the surrogate scores all samples alike, or ranks new samples unlike the reward."""
         if not opinionated and not self.surrogate_steps and not ctx.warming_up:
             ctx.warn(
                 "the surrogate gives all samples the same score, so there is nothing to follow, and with "

@@ -53,6 +53,7 @@ class LCD(Algorithm[Noised, Noised]):
         self._distillation.check(sampler)
 
     def setup(self, ctx: Context) -> None:
+        self._distillation.times(ctx.policy)  # raises ConfigError before the first evaluation
         self._target.start(ctx.policy)
 
     def collect(self, batch: Batch, ctx: Context) -> Noised:

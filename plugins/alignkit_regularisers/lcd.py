@@ -55,7 +55,10 @@ class LatentConsistency(Regulariser[Captioned, Noised]):
         )
 
     def check(self, sampler: Sampler) -> None:
-        self._distillation.check(sampler, "regulariser")
+        self._distillation.check(sampler, "regulariser.lcd")
+
+    def setup(self, ctx: Context) -> None:
+        self._distillation.times(ctx.policy)  # raises ConfigError before the first evaluation
 
     def collect(self, batch: Batch, ctx: Context) -> Captioned:
         assert batch.images is not None  # needs "images"

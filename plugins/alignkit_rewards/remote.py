@@ -176,7 +176,7 @@ class Remote(Reward):
     ) -> dict[str, Any]:
         """Send one request and return the JSON object of the answer.
 
-        Raises PluginError if the reward failed, and ConfigError if the server is not an `alignkit serve` of this
+        Raises PluginError if the reward failed, and ConfigError if the server is not served by `alignkit serve` of this
         protocol or refuses the request (because it serves another reward, for instance).
         """
         answer = connection.request(method, path, None if body is None else {"protocol": PROTOCOL, **body})
@@ -184,7 +184,7 @@ class Remote(Reward):
             raise PluginError(f"remote: the reward at {self.url} failed: {answer.reason}")
         if not isinstance(answer.body, dict) or "protocol" not in answer.body:
             status = f" (status {answer.status}: {answer.reason})" if answer.status != 200 else ""
-            raise ConfigError(f"remote: {self.url}{path} is not an `alignkit serve`{status}; correct the url")
+            raise ConfigError(f"remote: {self.url}{path} is not served by `alignkit serve`{status}; correct the url")
         if answer.body["protocol"] != PROTOCOL:
             raise ConfigError(
                 f"remote: {self.url} uses protocol {answer.body['protocol']}, this alignkit uses {PROTOCOL}; install "

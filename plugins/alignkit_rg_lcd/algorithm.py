@@ -122,6 +122,7 @@ class RGLCD(Algorithm[Collected, Noised]):
         self._distillation.check(sampler)
 
     def setup(self, ctx: Context) -> None:
+        self._distillation.times(ctx.policy)  # raises ConfigError before the first evaluation
         self._target.start(ctx.policy)
 
     # collect: captioned latents, noised; with the proxy, rewards of some of them

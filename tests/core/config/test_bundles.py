@@ -67,7 +67,7 @@ def test_a_checkpoint_that_no_policy_serves_is_one_line(tmp_path: Path, name: st
 
 def test_an_index_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"^model: .*model_index\.json is no index of a diffusers pipeline") as caught:
+    with pytest.raises(ConfigError, match=r"^model: .*model_index\.json is not a readable pipeline index") as caught:
         find_policy(str(tmp_path))
     assert "\n" not in str(caught.value)
 

@@ -445,8 +445,16 @@ def test_the_resolved_file_writes_what_was_left_at_its_default(load_acme: Any) -
         ("data.broken", "skip", 'data.on_error, "raise" or "skip"'),
         ("scoring.broken", "skip", 'scoring.on_error, "raise" or "skip"'),
         ("model.guidance", 2.0, "model.guidance_scale, whose value is one more"),
-        ("algorithm.w_min", 2.0, "algorithm.guidance_scale_min, whose value is one more"),
-        ("algorithm.w_max", 2.0, "algorithm.guidance_scale_max, whose value is one more"),
+        (
+            "algorithm.w_min",
+            2.0,
+            "guidance_scale_min, under regulariser.lcd for lasro, ddpo and pso, whose value",
+        ),
+        (
+            "algorithm.w_max",
+            2.0,
+            "guidance_scale_max, under regulariser.lcd for lasro, ddpo and pso, whose value",
+        ),
     ],
 )
 def test_a_key_of_an_earlier_version_is_refused_with_the_new_one(key: str, value: object, now: str) -> None:

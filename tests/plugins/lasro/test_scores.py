@@ -28,13 +28,16 @@ def opinionated(ctx: Context) -> None:
         ctx.surrogate.module().head[-1].weight.normal_(generator=torch.Generator().manual_seed(0))  # type: ignore[union-attr, index, operator]
 
 
-def test_the_surrogate_scores_the_noised_prediction_as_the_teacher_denoises_it(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer({**ALONE, "algorithm.purify": 0.4})
+@pytest.mark.parametrize(("share", "time"), [(0.4, 400), (0.9999, 999)])
+def test_the_surrogate_scores_the_noised_prediction_as_the_teacher_denoises_it(
+    make_trainer: MakeTrainer, share: float, time: int
+) -> None:
+    trainer = make_trainer({**ALONE, "algorithm.purify": share})
     ctx = trainer.ctx
     assert ctx.teacher is not None and ctx.surrogate is not None
     opinionated(ctx)
     (rows,) = updates(trainer)
-    t = torch.full((len(rows),), 400)
+    t = torch.full((len(rows),), time)
     with torch.no_grad():
         noised = add_noise(rows.clean, rows.noise[:, 0], *ctx.teacher.schedule(t))
         expected = ctx.surrogate.score(ctx.teacher.denoise(noised, t, rows.prompt), rows.prompt)

@@ -138,7 +138,7 @@ def test_a_stopped_run_with_both_ends_with_the_same_bits(tiny_run: Callable[...,
             r"^model\.teacher: missing; regulariser lcd needs the model that .* was distilled from$",
         ),
         ({"data.images": ""}, r"^data\.images: missing; regulariser lcd needs captioned images$"),
-        ({"regulariser.lcd.ode_steps": 25}, r"^regulariser\.ode_steps: found 25, expected 50"),
+        ({"regulariser.lcd.ode_steps": 25}, r"^regulariser\.lcd\.ode_steps: found 25, expected 50"),
         ({"sampler.name": "ddim", "sampler.eta": 1.0}, r"^sampler\.name: found DDIM, expected lcm: only a latent"),
     ],
 )

@@ -216,7 +216,7 @@ def test_a_server_of_another_protocol_is_refused(monkeypatch: pytest.MonkeyPatch
 
 def test_a_server_that_is_not_alignkit_serve_is_reported() -> None:
     endpoint = servers.Endpoint(lambda *_: "")
-    message = r"/spec is not an `alignkit serve` \(status 404: Not Found\); correct the url"
+    message = r"/spec is not served by `alignkit serve` \(status 404: Not Found\); correct the url"
     with servers.running(endpoint), pytest.raises(ConfigError, match=message):
         Remote(url=endpoint.url).check([])
 
