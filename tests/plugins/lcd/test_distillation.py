@@ -233,7 +233,7 @@ def test_settings_that_make_no_solver_are_refused(fields: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("ode_steps", [30, 2000])
 def test_solver_steps_that_do_not_divide_the_times_of_the_model_are_refused(ode_steps: int) -> None:
-    with pytest.raises(ConfigError, match=rf"algorithm.ode_steps: found {ode_steps}, expected a divisor of 1000"):
+    with pytest.raises(ConfigError, match=rf"^ode_steps: found {ode_steps}, expected a divisor of 1000"):
         Distillation(ode_steps).times(Analytic())
 
 
