@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from alignkit_lasro.groups import Scored, extremes
+from alignkit.groups import Scored, extremes
 
 PairChoice = Literal["extremes", "random"]
 

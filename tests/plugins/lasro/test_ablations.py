@@ -19,11 +19,12 @@ from alignkit.config.toml import parse_assignment
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Reward
 from alignkit.records import Example
+from alignkit.rollout import States
 from alignkit.runs.run import Run
 from alignkit.testing import check_algorithm
 from alignkit.training.trainer import Trainer
 from alignkit_lasro.additions import ExtendedLaSRO
-from alignkit_lasro.lasro import LaSRO, States
+from alignkit_lasro.lasro import LaSRO
 from alignkit_samplers.renoise import Renoise
 from method_checks import (
     collect,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alignkit import Context, Prompt, Rows
+from alignkit.interfaces import Context
+from alignkit.records import Prompt, Rows
 
 
 @dataclass(frozen=True)
