@@ -248,10 +248,10 @@ class ExtendedLaSRO(LaSRO):
         if not self.unit_gradients:
             super().track(states, ctx)
 
-    def pull(self, clean: Tensor, rows: States, ctx: Context) -> Tensor:
+    def pull(self, clean: Tensor, rows: States, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
         if not self.unit_gradients:
             return super().pull(clean, rows, ctx)
-        return (clean * self.direction(clean, rows, ctx)).flatten(1).sum(1)
+        return (clean * self.direction(clean, rows, ctx)).flatten(1).sum(1), {}
 
     @torch.enable_grad()
     def direction(self, clean: Tensor, rows: States, ctx: Context) -> Tensor:

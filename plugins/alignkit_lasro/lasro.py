@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from annotated_types import Ge, Gt, Le, MinLen
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from torch import Tensor
 
 from alignkit import Algorithm, Batch, Context, Prompt, Sampler
@@ -17,9 +17,32 @@ from alignkit.errors import ConfigError
 from alignkit.groups import Pairs, Scored, extremes, log_agreement, log_rewards
 from alignkit.rollout import States, encode_examples, sample_trajectories, states_of
 
-MIN_SPREAD = {"surrogate": 0.05, "reward": 1e-6}
-"""Smallest distance of percentile and mean that scores are divided by (ours). A surrogate's scores are log-odds of
-winning a pair, and where these are so close they carry no signal yet; a reward has whatever scale it has."""
+MIN_SPREAD = 1e-6
+"""Smallest distance of percentile and mean that scores are divided by: a guard against 0 alone."""
+
+
+@dataclass
+class Tracker:
+    """Running mean of a score and of its upper percentile (Eq. 12), corrected for its start as Adam's averages are.
+
+    Without the correction the first round would weigh as much as all later ones together for a long time.
+    """
+
+    mean: float = 0.0
+    level: float = 0.0
+    weight: float = 0.0
+    """Sum of the weights of all rounds so far; 0 before the first."""
+
+    def see(self, mean: float, level: float, decay: float) -> None:
+        """Add the mean and the percentile of a round."""
+        self.mean = decay * self.mean + (1 - decay) * mean
+        self.level = decay * self.level + (1 - decay) * level
+        self.weight = decay * self.weight + (1 - decay)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Mean and percentile; (0, 1) before the first round."""
+        return (self.mean / self.weight, self.level / self.weight) if self.weight else (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -37,28 +60,34 @@ class LaSRO(Algorithm[Collected, States]):
 
     A surrogate learns from pairs of samples which of them the true reward prefers (Eq. 10); the policy follows the
     surrogate's gradient at every step of its sampler, normalised and clipped (Eq. 12 and 13), together with a latent
-    consistency distillation term (Eq. 11): the regulariser `lcd`, whose weight is lambda. The paper does not print all
-    of its numbers; each default below says where it comes from.
+    consistency distillation term (Eq. 11): the regulariser `lcd`, whose weight is lambda. "Not known" marks a number
+    that the paper does not print; the default is then ours.
     """
 
     default_surrogate: ClassVar[str] = "latent_unet"
     default_regularisers: ClassVar[Mapping[str, float]] = {"lcd": 1.0}
 
-    samples: Annotated[int, Ge(1)] = 8
-    """N_s, initial noises of each prompt. The coarser the reward, the more it takes to find two samples that differ."""
+    samples: Annotated[int, Ge(1)] = 4
+    """N_s, initial noises of each prompt; not known. The coarser the reward, the more it takes to find two samples that
+    differ: 6 or more where it is a share of yes/no answers."""
     step_weights: Annotated[list[float], MinLen(1)] = field(default_factory=lambda: [1.0, 1.0])
-    """c_1, c_2, ...: the weight of the reward term at each sampler step. All zero is the control run."""
+    """c_1, c_2, ...: the weight of the reward term at each sampler step; not known. All zero is the control run."""
     policy_steps: Annotated[int, Ge(1)] = 1
-    """K_1, policy updates of each round."""
-    surrogate_steps: Annotated[int, Ge(0)] = 2
-    """K_2, surrogate updates of each round. With 0 it is not adapted online: it stays as surrogate.init or the warm-up,
-    with one update a round, left it."""
+    """K_1, policy updates of each round; not known."""
+    fresh_samples: bool = False
+    """Sample new trajectories for each of the K_1 updates, as Algorithm 2 does, instead of following those that were
+    scored."""
+    surrogate_steps: Annotated[int, Ge(0)] = 1
+    """K_2, surrogate updates of each round; not known, and the more the coarser the reward. With 0 it is not adapted
+    online: it stays as surrogate.init or the warm-up, with one update a round, left it."""
     pairs_per_update: Annotated[int, Ge(1)] = 64
-    """Largest number of pairs in one surrogate update."""
+    """Largest number of pairs in one surrogate update; not known."""
     percentile: Annotated[float, Gt(0), Le(1)] = 0.95
-    """Share of surrogate scores below the level at which the gradient of the reward term is cut off (Eq. 13)."""
-    tracker_decay: float = 0.99
-    """Decay of the running mean and percentile of the surrogate's scores (Eq. 12)."""
+    """Share of surrogate scores below the level at which the gradient of the reward term is cut off (Eq. 13); not
+    known."""
+    tracker_decay: Annotated[float, Ge(0), Lt(1)] = 0.9
+    """Decay of the running mean and percentile of the surrogate's scores (Eq. 12), corrected for their start; not
+    known. The surrogate's scores spread while it learns, so a long memory would cut off far more than it should."""
     gradient_of: Literal["surrogate", "reward"] = "surrogate"
     """Ablation (e): follow the gradient of the surrogate, or of the reward itself, through the decoder; the latter
     takes a differentiable reward and no surrogate."""
@@ -76,8 +105,7 @@ class LaSRO(Algorithm[Collected, States]):
         # Noised images belong to no step: each has the mean of the weights, and all share a scale.
         steps, rollout = len(self.step_weights), self.states_from == "rollout"
         self._weights = self.step_weights if rollout else [sum(self.step_weights) / steps]
-        self._mean: list[float | None] = [None] * len(self._weights)
-        self._level: list[float | None] = [None] * len(self._weights)
+        self._trackers = [Tracker() for _ in self._weights]
         self._agreement: float | None = None
 
     @property
@@ -106,7 +134,10 @@ class LaSRO(Algorithm[Collected, States]):
         log_rewards(scored, self.own_samples, ctx)
         if self.gradient_of == "surrogate":
             self._warn_of_ranking(*log_agreement(scored, prompt, self.own_samples, ctx), ctx)
-        return Collected(states if self.states_from == "rollout" else self._noised(batch, ctx), scored, prompt)
+        states = states if self.states_from == "rollout" else self._noised(batch, ctx)
+        if ctx.warming_up:
+            self.track(states, ctx)
+        return Collected(states, scored, prompt)
 
     def sample(self, batch: Batch, ctx: Context) -> tuple[States, Scored]:
         """Sample N_s trajectories of each prompt and score the predicted clean latent of every step."""
@@ -173,12 +204,22 @@ class LaSRO(Algorithm[Collected, States]):
     # Eq. 11 to 13: the policy follows the surrogate
 
     def updates(self, collected: Collected, ctx: Context) -> Iterator[States]:
-        """Update the trackers, then yield the states of each of K_1 updates, those of the round in random order."""
-        if any(self.step_weights):
-            self.track(collected.states, ctx)
-        for _ in range(self.policy_steps):
-            states = collected.states.shuffled(ctx.generator)
-            yield self.rows_of(states.select(torch.arange(ctx.rows_per_update) % len(states)), ctx)
+        """Yield the states of each of K_1 updates, in random order; the trackers see states before an update does."""
+        states, fresh = collected.states, self.fresh_samples and self.states_from == "rollout"
+        for number in range(self.policy_steps):
+            if fresh:
+                states = self._fresh(collected.prompt, ctx)
+            if any(self.step_weights) and (fresh or number == 0):
+                self.track(states, ctx)
+            chosen = states.shuffled(ctx.generator).select(torch.arange(ctx.rows_per_update) % len(states))
+            yield self.rows_of(chosen, ctx)
+
+    @torch.no_grad()
+    def _fresh(self, prompt: Prompt, ctx: Context) -> States:
+        """Sample as many new trajectories as an update has rows for."""
+        wanted = -(-ctx.rows_per_update // ctx.sampler.num_steps)
+        examples = list(prompt.examples)
+        return states_of(sample_trajectories((examples * -(-wanted // len(examples)))[:wanted], ctx))
 
     def rows_of(self, states: States, ctx: Context) -> States:
         """Return the rows of an update; additions attach their random numbers here."""
@@ -191,13 +232,15 @@ class LaSRO(Algorithm[Collected, States]):
             return clean.new_zeros((), requires_grad=True), {}
         # The mean over rows of all steps, times K, is the sum over steps of the mean at each.
         weights = clean.new_tensor(self._weights)[rows.step] * len(self.step_weights)
-        loss = -(weights * self.pull(clean, rows, ctx)).mean()
-        return loss, {"reward_loss": loss}
+        pull, metrics = self.pull(clean, rows, ctx)
+        loss = -(weights * pull).mean()
+        return loss, {"reward_loss": loss, **metrics}
 
-    def pull(self, clean: Tensor, rows: States, ctx: Context) -> Tensor:
-        """Return -S(R) of predictions (N, *S), (N,) (Eq. 13); 0 where the reward cannot score an image."""
+    def pull(self, clean: Tensor, rows: States, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return -S(R) of predictions (N, *S), (N,) (Eq. 13), and metrics; 0 where the reward cannot score an image."""
         pull = self.normalised(self.score(clean, rows, ctx), rows.step)
-        return pull.masked_fill(pull.isnan(), 0) if self.gradient_of == "reward" else pull
+        pull = pull.masked_fill(pull.isnan(), 0) if self.gradient_of == "reward" else pull
+        return pull, {"clipped": (pull >= 1).float().mean()}
 
     def score(self, clean: Tensor, rows: States, ctx: Context) -> Tensor:
         """Score predictions (N, *S) by the surrogate, or by the reward (ablation (e)), (N,).
@@ -226,22 +269,18 @@ class LaSRO(Algorithm[Collected, States]):
             at = at[~at.isnan()]
             if not len(at):
                 continue
-            mean, level = float(at.mean()), float(at.quantile(self.percentile))
-            before, top, decay = self._mean[k], self._level[k], self.tracker_decay
-            self._mean[k] = mean if before is None else decay * before + (1 - decay) * mean
-            self._level[k] = level if top is None else decay * top + (1 - decay) * level
+            self._trackers[k].see(float(at.mean()), float(at.quantile(self.percentile)), self.tracker_decay)
 
     def normalised(self, scores: Tensor, step: Tensor) -> Tensor:
         """Return (R - mean) / (percentile - mean), clipped at 1 from above and not from below (Eq. 12 and 13), (N,)."""
-        mean = scores.new_tensor([m or 0.0 for m in self._mean])[step]
-        level = scores.new_tensor([m or 0.0 for m in self._level])[step]
-        return ((scores - mean) / (level - mean).clamp(min=MIN_SPREAD[self.gradient_of])).clamp(max=1)
+        mean, level = scores.new_tensor([tracker.bounds for tracker in self._trackers])[step].unbind(1)
+        return ((scores - mean) / (level - mean).clamp(min=MIN_SPREAD)).clamp(max=1)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"mean": list(self._mean), "level": list(self._level), "agreement": self._agreement}
+        return {"trackers": [asdict(tracker) for tracker in self._trackers], "agreement": self._agreement}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._mean, self._level, self._agreement = list(state["mean"]), list(state["level"]), state["agreement"]
+        self._trackers, self._agreement = [Tracker(**saved) for saved in state["trackers"]], state["agreement"]
 
 
 def scored_groups(steps: list[tuple[Tensor, Tensor]]) -> Scored:
