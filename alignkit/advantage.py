@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from alignkit.interfaces import Context
-from alignkit.records import Scores
+from alignkit.records import Example, Scores
 
 
 def standardised(rewards: Tensor, others: Tensor, eps: float) -> Tensor:
@@ -48,20 +48,21 @@ def of_terms(scores: Scores, ctx: Context, relative: Callable[[Tensor, str], Ten
 class PromptTracker:
     """Advantages relative to earlier rewards of the same prompt: the mean and standard deviation of its last `size`.
 
-    A prompt with fewer than `min_count` rewards is normalised by the batch.
+    A prompt is an example: two that share a text and differ in metadata are kept apart. A prompt with fewer than
+    `min_count` rewards is normalised by the batch.
     """
 
     def __init__(self, size: int, min_count: int) -> None:
         self.size, self.min_count = size, min_count
         self._seen: dict[int, deque[float]] = {}
 
-    def advantages(self, texts: Sequence[str], rewards: Tensor, ctx: Context, name: str = "") -> Tensor:
-        """Remember the rewards (N,) of N texts, NaN where a sample could not be scored, then normalise them.
+    def advantages(self, examples: Sequence[str | Example], rewards: Tensor, ctx: Context, name: str = "") -> Tensor:
+        """Remember the rewards (N,) of N examples, or texts, NaN where one could not be scored, then normalise them.
 
         Those of one `name` are kept apart from others, so that several rewards can share a tracker.
         Logs `own_statistics`, the share of samples that were normalised by their own prompt.
         """
-        keys = torch.tensor([_key(f"{name}\0{text}" if name else text) for text in texts], device=rewards.device)
+        keys = torch.tensor([_key(Example.of(example), name) for example in examples], device=rewards.device)
         batch = ctx.gather(rewards)
         for key, reward in zip(ctx.gather(keys).tolist(), batch.tolist(), strict=True):
             if reward == reward:
@@ -110,7 +111,7 @@ class Baseline:
     def advantages(
         self,
         scores: Scores,
-        texts: Sequence[str],
+        examples: Sequence[str | Example],
         ctx: Context,
         returns: Callable[[Tensor], Tensor] = lambda rewards: rewards,
     ) -> Tensor:
@@ -126,11 +127,11 @@ class Baseline:
                 return over_batch(values.flatten(), ctx).view_as(values)
             if self.kind == "prompt":  # one tracker sees the returns of all steps
                 (tracker,) = self._tracked(1, scale=steps)
-                each = [text for text in texts for _ in range(steps)]
+                each = [example for example in examples for _ in range(steps)]
                 return tracker.advantages(each, values.flatten(), ctx, name).view_as(values)
             trackers = self._tracked(steps)
             columns = values.view(len(values), steps).unbind(1)
-            found = [t.advantages(texts, c, ctx, name) for t, c in zip(trackers, columns, strict=True)]
+            found = [t.advantages(examples, c, ctx, name) for t, c in zip(trackers, columns, strict=True)]
             return torch.stack(found, dim=1).view_as(values)
 
         return of_terms(scores, ctx, relative)
@@ -152,6 +153,20 @@ class Baseline:
             tracker.load_state_dict(saved)
 
 
-def _key(text: str) -> int:
-    """Hash a text to a number that is the same in every process and every run."""
+def _key(example: Example, name: str) -> int:
+    """Hash an example to a number that is the same in every process and every run."""
+    text = f"{name}\0{example.text}" if name else example.text
+    if example.metadata:
+        text += f"\0\0{_written(example.metadata)}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
+
+
+def _written(value: Any) -> str:
+    """Write metadata as a text that is equal for equal values. Of an object that is no plain data, its type alone."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(sorted(f"{_written(key)}:{_written(item)}" for key, item in value.items())) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(_written, value)) + "]"
+    if hasattr(value, "tolist"):  # an array or a tensor
+        return _written(value.tolist())
+    return repr(value) if value is None or isinstance(value, bool | int | float | str) else type(value).__name__

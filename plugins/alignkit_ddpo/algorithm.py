@@ -84,7 +84,7 @@ class DDPO(Algorithm[Steps, Steps]):
         """Sample trajectories, score their images, and take every stochastic step as a row."""
         trajectories = sample_trajectories(batch.examples, ctx, self.samples)
         scores = ctx.score(trajectories.samples, trajectories.prompt.examples)
-        advantage = self._baseline.advantages(scores, trajectories.prompt.texts, ctx)
+        advantage = self._baseline.advantages(scores, trajectories.prompt.examples, ctx)
         x_next, stochastic = self._actions(trajectories, ctx)
         k = choose_steps(stochastic, len(trajectories), self.step_fraction, ctx.generator)
         row, k = torch.arange(len(k), device=k.device).repeat_interleave(k.shape[1]), k.flatten()

@@ -60,8 +60,8 @@ class REBEL(Algorithm[WeightedPairs, WeightedPairs]):
 
     def collect(self, batch: Batch, ctx: Context) -> WeightedPairs:
         pairs, scores = collect_pairs(batch, self.pairs, shared_noise=False, ctx=ctx)
-        texts = [text for text in pairs.prompt.texts for _ in range(2)]
-        advantages = self._baseline.advantages(scores, texts, ctx).view(-1, 2)
+        examples = [example for example in pairs.prompt.examples for _ in range(2)]
+        advantages = self._baseline.advantages(scores, examples, ctx).view(-1, 2)
         return WeightedPairs(pairs, advantages).select((~advantages.isnan().any(1)).nonzero()[:, 0])
 
     def updates(self, collected: WeightedPairs, ctx: Context) -> Iterator[WeightedPairs]:

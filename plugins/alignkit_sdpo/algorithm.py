@@ -130,7 +130,7 @@ class SDPO(Algorithm[PairedSteps, PairedSteps]):
                 dense = by_interpolation(num_steps, step, queried)
             return discounted_returns(dense, self.discount)
 
-        return self._baseline.advantages(scores, trajectories.prompt.texts, ctx, returns)
+        return self._baseline.advantages(scores, examples, ctx, returns)
 
     def _paired(self, trajectories: Trajectories, advantage: Tensor, ctx: Context) -> PairedSteps:
         """Make a row of every stochastic step of each pair, or of a random share of them."""

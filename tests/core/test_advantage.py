@@ -7,12 +7,13 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from alignkit.advantage import Baseline, PromptTracker, of_terms, over_batch, standardised
-from alignkit.records import Scores
+from alignkit.records import Example, Scores
 from alignkit.training.checkpoint import load, save
 
 
@@ -37,6 +38,36 @@ def test_texts_that_begin_alike_are_kept_apart_however_long_they_are() -> None:
     rewards = torch.tensor([1.0, 3.0, 10.0, 30.0])
     found = tracker.advantages([long, long, long + "a blue one", long + "a blue one"], rewards, context())
     assert found.tolist() == pytest.approx([-1, 1, -1, 1], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"target": "OPEN"}, {"target": "EXIT"}),
+        ({"target": "OPEN"}, {}),
+        ({"boxes": [[0, 1], [2, 3]]}, {"boxes": [[0, 1], [2, 4]]}),
+        ({"mask": np.zeros((40, 40))}, {"mask": np.eye(40)}),  # can be neither hashed nor compared
+        ({"mask": torch.zeros(2), 3: {"a"}}, {"mask": torch.ones(2), 3: {"a"}}),
+    ],
+)
+def test_examples_of_one_text_and_other_metadata_are_kept_apart(one: dict[Any, Any], other: dict[Any, Any]) -> None:
+    tracker, rewards = PromptTracker(4, 2), torch.tensor([1.0, 3.0, 10.0, 30.0])
+    rows = [Example("a sign", metadata) for metadata in (one, copy.deepcopy(one), other, other)]
+    assert tracker.advantages(rows, rewards, context()).tolist() == pytest.approx([-1, 1, -1, 1], abs=1e-5)
+
+
+def test_the_order_of_metadata_does_not_matter_and_a_text_is_an_example_without_any() -> None:
+    tracker = PromptTracker(4, 2)
+    rows = [Example("a", {"x": 1, "y": 2}), Example("a", {"y": 2, "x": 1}), "a", Example("a", place="line 3")]
+    found = tracker.advantages(rows, torch.tensor([1.0, 3.0, 10.0, 30.0]), context())
+    assert found.tolist() == pytest.approx([-1, 1, -1, 1], abs=1e-5)
+
+
+def test_the_key_of_an_example_is_the_same_in_every_process_also_for_objects_at_other_addresses() -> None:
+    trackers = PromptTracker(4, 2), PromptTracker(4, 2)
+    for tracker in trackers:
+        tracker.advantages([Example("a", {"of": object(), "target": "OPEN"})], torch.tensor([1.0]), context())
+    assert trackers[0].state_dict() == trackers[1].state_dict()
 
 
 def test_a_tracker_forgets_all_but_the_last_rewards_of_a_prompt() -> None:
