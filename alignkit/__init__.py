@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignkit.hookspecs import Register, hookimpl
 from alignkit.interfaces import Algorithm, Context, ModelBundle, Policy, Regulariser, Reward, Sampler, Surrogate
-from alignkit.records import Batch, Example, PolicySettings, Prediction, Prompt, Rows, Scores, Transition
+from alignkit.records import Batch, Example, PolicyFacts, PolicySettings, Prediction, Prompt, Rows, Scores, Transition
 
 if TYPE_CHECKING:
     from alignkit.commands.evaluate import evaluate
@@ -32,6 +32,7 @@ __all__ = [
     "Example",
     "ModelBundle",
     "Policy",
+    "PolicyFacts",
     "PolicySettings",
     "Prediction",
     "Prompt",

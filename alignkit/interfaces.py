@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar
 
 from annotated_types import Ge
 
-from alignkit.records import Batch, Example, PolicySettings, Prediction, Prompt, Rows, Scores, Transition
+from alignkit.records import Batch, Example, PolicyFacts, PolicySettings, Prediction, Prompt, Rows, Scores, Transition
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +51,15 @@ class Policy(ABC):
 
         False for a folder that is missing or in another format. A hub id is not looked up.
         """
+
+    @classmethod
+    def facts(cls, source: str, settings: PolicySettings) -> PolicyFacts:
+        """Return what is known of the policy that `load` would build; by default nothing.
+
+        Called before anything loads, for a source that is served. Cheap: reads an index or a config at most, and looks
+        up no hub id. Raises ConfigError for settings that `load` would refuse, as far as this shows without weights.
+        """
+        return PolicyFacts()
 
     @classmethod
     @abstractmethod
@@ -129,6 +138,10 @@ class Sampler(ABC):
 
     num_steps: Annotated[int, Ge(1)] = 2
     """Network passes for one image."""
+
+    def check(self, facts: PolicyFacts) -> None:
+        """Raise ConfigError if these fields cannot work with such a policy. Called before any weight loads."""
+        return
 
     @abstractmethod
     def grid(self, policy: Policy) -> Tensor:
@@ -353,8 +366,9 @@ class Algorithm(ABC, Generic[C, R]):
         A class whose fields decide nothing may set a ClassVar instead."""
         return True
 
-    def check(self, sampler: Sampler) -> None:
-        """Raise ConfigError if these fields cannot work with this sampler. Called before any weight loads."""
+    def check(self, sampler: Sampler, facts: PolicyFacts) -> None:
+        """Raise ConfigError if these fields cannot work with this sampler and such a policy. Called before any weight
+        loads, and again when more is known of the policy."""
         return
 
     def setup(self, ctx: Context) -> None:
@@ -408,8 +422,9 @@ class Regulariser(ABC, Generic[C, R]):
     """Requirements that the core checks: "teacher", "images", "predictions". With "predictions", `loss` receives what
     the policy predicted, with gradient, while the algorithm computed its own loss."""
 
-    def check(self, sampler: Sampler) -> None:
-        """Raise ConfigError if these fields cannot work with this sampler. Called before any weight loads."""
+    def check(self, sampler: Sampler, facts: PolicyFacts) -> None:
+        """Raise ConfigError if these fields cannot work with this sampler and such a policy. Called before any weight
+        loads, and again when more is known of the policy."""
         return
 
     def setup(self, ctx: Context) -> None:

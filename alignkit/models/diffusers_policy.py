@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from diffusers import DDPMScheduler, LCMScheduler
+from diffusers import LCMScheduler
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 
@@ -19,8 +19,15 @@ from alignkit.errors import ConfigError
 from alignkit.interfaces import Policy
 from alignkit.models.encoder_cache import content_of, fingerprint, tokenizer_state
 from alignkit.models.modules import exchanged, outputs_of
-from alignkit.models.pipelines import LORA_FILE, is_pipeline, load_pipeline
-from alignkit.records import EncodingCache, PolicySettings, Prompt
+from alignkit.models.pipelines import (
+    LORA_FILE,
+    is_pipeline,
+    load_pipeline,
+    locate_weights,
+    noise_levels,
+    scheduler_of,
+)
+from alignkit.records import EncodingCache, PolicyFacts, PolicySettings, Prompt
 
 V = TypeVar("V", str, Tensor)
 
@@ -74,7 +81,7 @@ class DiffusersPolicy(Policy):
                 encoder.requires_grad_(False).eval()
         config = self.pipe.scheduler.config
         self._prediction: str = config.prediction_type if prediction in ("", "consistency") else prediction
-        self._alphas = DDPMScheduler.from_config(config).alphas_cumprod.to(self.device)
+        self._alphas = noise_levels(config).to(self.device)
         is_lcm = isinstance(self.pipe.scheduler, LCMScheduler)
         self.consistency = prediction == "consistency" or (not prediction and is_lcm)
         self._scaling: float | None = config.get("timestep_scaling", 10.0) if self.consistency else None
@@ -107,6 +114,20 @@ class DiffusersPolicy(Policy):
             return is_pipeline(source)
         except ConfigError:  # an index that cannot be read
             return False
+
+    @classmethod
+    def facts(cls, source: str, settings: PolicySettings) -> PolicyFacts:
+        """Read the pipeline's scheduler; of a hub id no more is known than the settings say."""
+        for key, weights in (("model.unet", settings.unet), ("model.adapter", settings.adapter)):
+            if weights:
+                locate_weights(key, weights)
+        scheduler, config = scheduler_of(source)
+        is_lcm = scheduler == "LCMScheduler" if scheduler else None
+        return PolicyFacts(
+            consistency=settings.prediction == "consistency" if settings.prediction else is_lcm,
+            num_times=len(noise_levels(config)) if config else None,
+            defaults={"sampler": {"name": "lcm"}} if is_lcm else {},
+        )
 
     @classmethod
     def load(cls, source: str, settings: PolicySettings) -> DiffusersPolicy:

@@ -17,7 +17,7 @@ from rich.console import Console
 from alignkit.errors import AlignkitError
 from alignkit.evaluation.measure import Measurement, compare, measure
 from alignkit.rewards.combine import Combination
-from alignkit.runs.build import Parts
+from alignkit.runs.build import Parts, facts_of
 from alignkit.runs.folder import export
 from alignkit.runs.report import Report
 from alignkit.training.context import TrainContext
@@ -51,6 +51,7 @@ class Loop:
         parts, config, accelerator = self.parts, self.config, self.accelerator
         algorithm = parts.algorithm()
         policy = parts.load_policy(accelerator.device)
+        parts.check_methods(facts_of(policy))
         teacher = parts.load_teacher(accelerator.device)
         surrogate = parts.load_surrogate(policy)
         scoring = parts.scoring(self.folder / SCORES, lambda message: ctx.warn(message))

@@ -63,7 +63,7 @@ def open_run(source: str | Path, overrides: Mapping[str, Any] | None = None) -> 
         return Run(load_config(folder / "run.toml", overrides), folder=folder)
     if folder.is_dir() and not is_checkpoint(folder):
         raise ConfigError(
-            f"{folder}: contains neither run.toml nor model_index.json; expected a run folder or a diffusers pipeline"
+            f"{folder}: contains neither run.toml nor a checkpoint that a policy serves (`alignkit list policies`)"
         )
     chosen = dict(overrides or {})
     if not {"sampler.name", "algorithm.name"} & chosen.keys():

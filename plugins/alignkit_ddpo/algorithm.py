@@ -10,7 +10,7 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from alignkit import Algorithm, Batch, Context, Prompt, Rows, Sampler, Transition, diffusion
+from alignkit import Algorithm, Batch, Context, PolicyFacts, Prompt, Rows, Sampler, Transition, diffusion
 from alignkit.advantage import Baseline
 from alignkit.config.schema import check_ranges
 from alignkit.errors import ConfigError
@@ -72,7 +72,7 @@ class DDPO(Algorithm[Steps, Steps]):
         check_ranges(self)
         self._baseline = Baseline(self.baseline, self.buffer_size, self.min_count)
 
-    def check(self, sampler: Sampler) -> None:
+    def check(self, sampler: Sampler, facts: PolicyFacts) -> None:
         if self.final_step == "renoise" and sampler.stochastic_steps() != sampler.num_steps - 1:
             raise ConfigError(
                 f'algorithm.final_step: found "renoise" for a sampler with {sampler.stochastic_steps()} stochastic '

@@ -10,7 +10,7 @@ import torch
 from annotated_types import Ge, Gt, Le, MinLen
 from torch import Tensor
 
-from alignkit import Algorithm, Batch, Context, Prompt, Rows, Sampler
+from alignkit import Algorithm, Batch, Context, PolicyFacts, Prompt, Rows, Sampler
 from alignkit.config.schema import check_ranges
 from alignkit.distillation import Distillation
 from alignkit.errors import ConfigError
@@ -106,7 +106,9 @@ class LaSRO(Algorithm[Collected, States]):
         needed = {"surrogate" if self.gradient_of == "surrogate" else "differentiable_reward"}
         return frozenset(needed | ({"images"} if self.states_from == "images" else set()))
 
-    def check(self, sampler: Sampler) -> None:
+    def check(self, sampler: Sampler, facts: PolicyFacts) -> None:
+        if self.states_from == "images" and facts.num_times is not None:
+            self._distillation.check_steps(facts.num_times, "algorithm.ode_steps")
         if sampler.num_steps != len(self.step_weights):
             weights = ",".join(["1.0"] * sampler.num_steps)
             raise ConfigError(

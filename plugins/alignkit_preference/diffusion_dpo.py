@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from alignkit.config.schema import check_ranges
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Algorithm, Context, Sampler
-from alignkit.records import Batch
+from alignkit.records import Batch, PolicyFacts
 from alignkit_preference.noised import (
     LatentPairs,
     NoisedPairs,
@@ -66,7 +66,7 @@ class DiffusionDPO(Algorithm[LatentPairs, NoisedPairs]):
                 "by another schedule than the network's, under which only its prediction of the noise is valid"
             )
 
-    def check(self, sampler: Sampler) -> None:
+    def check(self, sampler: Sampler, facts: PolicyFacts) -> None:
         try:
             self._on_grid(sampler)
         except ValueError as error:

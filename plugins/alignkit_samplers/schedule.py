@@ -22,15 +22,20 @@ def spaced_times(policy: Policy, num_steps: int, spacing: Spacing) -> Tensor:
     least noise. Raises ConfigError for as many steps as there are times, or more.
     """
     times = policy.times()
-    if num_steps >= len(times):
-        raise ConfigError(
-            f"sampler.num_steps: found {num_steps}, expected 1 to {len(times) - 1}; the model has {len(times)} times"
-        )
+    check_steps(num_steps, len(times))
     if spacing == "leading":
         return times[torch.arange(num_steps - 1, -1, -1) * (len(times) // num_steps) + 1]
     # In NumPy, as diffusers does: torch rounds ties such as 937.5 another way.
     places = np.arange(len(times), 0, -len(times) / num_steps).round()[:num_steps] - 1
     return times[torch.from_numpy(places.astype(np.int64))]
+
+
+def check_steps(num_steps: int, num_times: int | None) -> None:
+    """Raise ConfigError for as many steps as the model has times, or more; None: their number is not known yet."""
+    if num_times is not None and num_steps >= num_times:
+        raise ConfigError(
+            f"sampler.num_steps: found {num_steps}, expected 1 to {num_times - 1}; the model has {num_times} times"
+        )
 
 
 def check_spacing(spacing: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from alignkit import Algorithm, Batch, Context, Prompt, Rows, Sampler
+from alignkit import Algorithm, Batch, Context, PolicyFacts, Prompt, Rows, Sampler
 from alignkit.advantage import Baseline
 from alignkit.config.schema import check_ranges
 from alignkit.errors import ConfigError
@@ -91,7 +91,7 @@ class SDPO(Algorithm[PairedSteps, PairedSteps]):
         check_ranges(self)
         self._baseline = Baseline(self.baseline, self.buffer_size, self.min_count)
 
-    def check(self, sampler: Sampler) -> None:
+    def check(self, sampler: Sampler, facts: PolicyFacts) -> None:
         # Both trajectories of a pair have the first noise, and so the first prediction, in common.
         if sampler.num_steps == 1:
             raise ConfigError(

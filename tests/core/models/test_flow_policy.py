@@ -15,6 +15,7 @@ from alignkit.commands.check_plugin import check_plugin
 from alignkit.commands.prepare import prepare
 from alignkit.config.bundles import find_bundle, find_policy
 from alignkit.errors import ConfigError
+from alignkit.interfaces import Policy
 from alignkit.records import PolicySettings
 from alignkit.registry import default_registry
 from alignkit.rollout import sample_images
@@ -108,8 +109,9 @@ def test_a_resumed_run_goes_on_with_it(run: Callable[..., alignkit.Run]) -> None
 
 def test_a_folder_with_its_checkpoint_is_a_model_without_a_name(run: Callable[..., alignkit.Run]) -> None:
     source = find_bundle("points").path
+    assert find_bundle(source).defaults == {"sampler": {"name": "ddim", "num_steps": 10, "eta": 0.0}}
     own = {"model.name": source, "model.lora_rank": 0, "reward": ["rightness"]}
-    plain = run("ddpo", **own, **{"sampler.name": "ddim", "sampler.eta": 1.0})
+    plain = run("ddpo", **own, **{"sampler.eta": 1.0, "sampler.num_steps": 2})
     plain.check()
     assert type(plain.load_policy()).__name__ == "FlowPoints"
     assert [image.size for image in alignkit.runs.run.open_run(source, {"model.lora_rank": 0}).sample(["here"])] == [
@@ -122,7 +124,9 @@ def test_a_folder_with_its_checkpoint_is_a_model_without_a_name(run: Callable[..
     [
         ({"model.lora_rank": 4}, r"^model\.lora_rank: found 4, expected 0; flow_points has no adapters$"),
         ({"model.prediction": "epsilon"}, r"^model\.prediction: found 'epsilon', expected none for flow_points$"),
-        ({"model.policy": "diffusers"}, r"^model: the folder .* holds no diffusers pipeline"),
+        ({"model.unet": "owner/unet"}, r"^model\.unet: found 'owner/unet', expected none for flow_points$"),
+        ({"sampler.name": "lcm"}, r"^sampler\.name: found lcm, which is for latent consistency models, and points is"),
+        ({"model.policy": "diffusers"}, r"^model: .* .* holds no diffusers pipeline"),
         ({"sampler.name": "renoise", "sampler.num_steps": 50}, r"^sampler\.num_steps: found 50, expected 1 to 49"),
         ({"model.policy": "flow"}, r"^unknown policy 'flow'; did you mean flow_points\?"),
     ],
@@ -131,12 +135,25 @@ def test_settings_that_it_cannot_follow_are_one_line(
     run: Callable[..., alignkit.Run], overrides: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(alignkit.errors.AlignkitError, match=message):
-        list(run("ddpo", **overrides).train())
+        run("ddpo", **overrides).check()
 
 
-def test_a_consistency_sampler_is_refused_once_it_is_loaded(run: Callable[..., alignkit.Run]) -> None:
-    with pytest.raises(ConfigError, match=r"sampler\.name: found lcm, which is for latent consistency models"):
-        list(run("ddpo", **{"sampler.name": "lcm", "sampler.num_steps": 2}).train())
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"sampler.name": "lcm", "sampler.num_steps": 2}, r"sampler\.name: found lcm, which is for latent consistency"),
+        ({"sampler.num_steps": 50}, r"sampler\.num_steps: found 50, expected 1 to 49"),
+    ],
+)
+def test_what_a_policy_does_not_say_before_is_refused_once_it_is_loaded(
+    run: Callable[..., alignkit.Run], monkeypatch: pytest.MonkeyPatch, overrides: dict[str, Any], message: str
+) -> None:
+    policy = find_policy(find_bundle("points").path)
+    monkeypatch.setattr(policy, "facts", Policy.facts)
+    silent = run("ddpo", **overrides)
+    silent.check()
+    with pytest.raises(ConfigError, match=message):
+        list(silent.train())
 
 
 def test_the_policy_of_the_plugin_is_checked_when_frozen_too(flow_points: None) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import alignkit
 from alignkit.commands.evaluate import evaluate
 from alignkit.errors import AlignkitError, ConfigError
+from alignkit.models.diffusers_policy import DiffusersPolicy
 from alignkit.rollout import seeded_noises
 from alignkit.runs.loop import Loop
 from alignkit.runs.run import Run, open_run
@@ -298,3 +299,36 @@ def test_a_surrogate_can_start_from_that_of_another_run(finished: Run, tiny_run:
 def test_resuming_what_is_no_run_folder_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--resume .*gone: no run.toml here"):
         alignkit.load(resume=tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"sampler.original_steps": 2000},
+            r"sampler\.original_steps: found 2000, expected 1 to 1000, the number of",
+        ),
+        (
+            {"sampler.original_steps": 30, "regulariser": [{"name": "lcd", "ode_steps": 30}]},
+            r"regulariser\.lcd\.ode_steps: found 30, expected a divisor of 1000, the number of times of the model",
+        ),
+        (
+            {"algorithm.name": "lcd", "sampler.original_steps": 30, "algorithm.ode_steps": 30},
+            r"algorithm\.ode_steps: found 30, expected a divisor of 1000",
+        ),
+        (
+            {"algorithm.states_from": "images", "algorithm.ode_steps": 30, "regulariser": []},
+            r"algorithm\.ode_steps: found 30, expected a divisor of 1000",
+        ),
+        (
+            {"sampler.name": "renoise", "sampler.num_steps": 2, "evaluate.steps": [1000], "regulariser": []},
+            r"sampler\.num_steps: found 1000, expected 1 to 999",
+        ),
+    ],
+)
+def test_steps_that_do_not_fit_the_times_of_the_model_are_found_before_weights_load(
+    tiny_run: MakeRun, monkeypatch: pytest.MonkeyPatch, overrides: dict[str, Any], message: str
+) -> None:
+    monkeypatch.delattr(DiffusersPolicy, "load")
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        tiny_run(overrides=overrides).check()

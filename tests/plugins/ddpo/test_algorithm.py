@@ -12,7 +12,7 @@ import torch
 
 from alignkit import diffusion
 from alignkit.errors import AlignkitError, ConfigError
-from alignkit.records import Prompt
+from alignkit.records import PolicyFacts, Prompt
 from alignkit.runs.run import Run
 from alignkit.testing import check_algorithm
 from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint
@@ -169,9 +169,9 @@ def test_the_renoised_last_step_changes_no_image_and_no_other_row(make: MakeTrai
 @pytest.mark.parametrize("sampler", [DDIM(3), DDIM(3, eta=0.0)])
 def test_only_a_sampler_whose_last_step_alone_is_deterministic_can_be_noised_again(sampler: DDIM) -> None:
     with pytest.raises(ConfigError, match=r"algorithm\.final_step: found \"renoise\""):
-        DDPO(final_step="renoise").check(sampler)
-    DDPO(final_step="renoise").check(LCM(2))
-    DDPO().check(sampler)
+        DDPO(final_step="renoise").check(sampler, PolicyFacts())
+    DDPO(final_step="renoise").check(LCM(2), PolicyFacts())
+    DDPO().check(sampler, PolicyFacts())
 
 
 @pytest.mark.parametrize(

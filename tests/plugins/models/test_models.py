@@ -11,6 +11,7 @@ import pytest
 
 from alignkit.config.bundles import find_bundle
 from alignkit.config.load import load, to_toml
+from alignkit.records import PolicyFacts
 from alignkit.registry import default_registry
 from alignkit.runs.build import Parts
 from alignkit.runs.run import open_run
@@ -36,7 +37,7 @@ def prompts(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("model", "algorithm"), PAIRS)
 def test_the_settings_of_a_bundle_for_a_method_are_accepted_by_it(prompts: Path, model: str, algorithm: str) -> None:
     made = run(prompts, model, algorithm)
-    made.algorithm().check(made.sampler())
+    made.algorithm().check(made.sampler(), PolicyFacts())
     for steps in made.config.evaluate.steps:
         made.sampler(steps)
 
