@@ -418,9 +418,12 @@ class Regulariser(ABC, Generic[C, R]):
     `after_update`. During the warm-up of a surrogate it calls none of them.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-    """Requirements that the core checks: "teacher", "images", "predictions". With "predictions", `loss` receives what
-    the policy predicted, with gradient, while the algorithm computed its own loss."""
+    @property
+    def needs(self) -> frozenset[str]:
+        """The needs of these fields, checked by the core: some of "teacher", "images", "predictions". With
+        "predictions", `loss` receives what the policy predicted, with gradient, while the algorithm computed its own
+        loss. A class whose fields decide nothing may set a ClassVar instead."""
+        return frozenset()
 
     def check(self, sampler: Sampler, facts: PolicyFacts) -> None:
         """Raise ConfigError if these fields cannot work with this sampler and such a policy. Called before any weight

@@ -28,7 +28,7 @@ def print_table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
 
 
 def print_components(rows: Sequence[Component]) -> None:
-    """Print a heading for each kind and a line for each component, cut to the width of the terminal.
+    """Print a heading for each kind and each component with its line of help, wrapped to the width of the terminal.
 
     The distribution is printed unless it is alignkit. Plugins that cannot be used come last, with the full reason.
     """
@@ -44,10 +44,12 @@ def print_components(rows: Sequence[Component]) -> None:
         width = max(len(row.name) for row in group)
         for row in group:
             origin = "" if row.distribution == "alignkit" else f"  ({row.distribution} {row.version})".rstrip()
-            about = Text(" ".join(row.help.split()))
-            about.truncate(max(console.width - width - 4 - len(origin), 8), overflow="ellipsis")
-            line = Text.assemble("  ", (f"{row.name:<{width}}", "cyan"), "  ", about, (origin, "dim"))
-            console.print(line, soft_wrap=True)
+            about = Text.assemble(" ".join(row.help.split()), (origin, "dim"))
+            name = row.name
+            for line in about.wrap(console, max(console.width - width - 4, 8)):
+                line.rstrip()
+                console.print(Text.assemble("  ", (f"{name:<{width}}", "cyan"), "  ", line), soft_wrap=True)
+                name = ""
     if len(working) < len(rows):
         console.print(Text("broken plugins", "bold red"))
     for row in rows:
