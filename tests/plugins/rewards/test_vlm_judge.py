@@ -334,6 +334,9 @@ def test_an_invalid_field_is_refused(field: str, value: object, message: str) ->
         ("baseline", 1.0, "baseline: found 1.0, expected less than 1"),
         ("give_up_after", 0, "give_up_after: found 0, expected 1 or more"),
         ("concurrency", 0, "concurrency: found 0, expected 1 or more"),
+        ("timeout", 0.0, "timeout: found 0.0, expected more than 0"),
+        ("timeout", math.inf, "timeout: found inf, expected more than 0, and finite"),
+        ("retries", -1, "retries: found -1, expected 0 or more"),
     ],
 )
 def test_a_field_out_of_range_is_refused(field: str, value: object, message: str) -> None:
