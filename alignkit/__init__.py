@@ -21,6 +21,7 @@ from alignkit.records import Batch, Example, PolicyFacts, PolicySettings, Predic
 
 if TYPE_CHECKING:
     from alignkit.commands.evaluate import evaluate
+    from alignkit.config.schema import check_ranges
     from alignkit.rewards.functions import reward
     from alignkit.runs.run import Run, load
     from alignkit.training.trainer import Update
@@ -47,6 +48,7 @@ __all__ = [
     "Transition",
     "Update",
     "__version__",
+    "check_ranges",
     "evaluate",
     "hookimpl",
     "load",
@@ -57,11 +59,13 @@ __version__ = "0.1.0"
 _LAZY = {
     "Run": "alignkit.runs.run",
     "Update": "alignkit.training.trainer",
+    "check_ranges": "alignkit.config.schema",
     "evaluate": "alignkit.commands.evaluate",
     "load": "alignkit.runs.run",
     "reward": "alignkit.rewards.functions",
 }
-"""Names whose modules import torch, which plugins and the command line must not wait for."""
+"""Names whose modules are imported when they are used: most of them import torch, which plugins and the command line
+must not wait for."""
 
 
 def __getattr__(name: str) -> Any:

@@ -10,8 +10,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from alignkit import Algorithm, Batch, Context, PolicyFacts, Prompt, Rows, Sampler
-from alignkit.config.schema import check_ranges
+from alignkit import Algorithm, Batch, Context, PolicyFacts, Prompt, Rows, Sampler, check_ranges
 from alignkit.distillation import Distillation, Noised
 from alignkit.rollout import sample_trajectories
 

@@ -10,9 +10,8 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from alignkit import Algorithm, Batch, Context, PolicyFacts, Prompt, Rows, Sampler, Transition, diffusion
+from alignkit import Algorithm, Batch, Context, PolicyFacts, Prompt, Rows, Sampler, Transition, check_ranges, diffusion
 from alignkit.advantage import Baseline
-from alignkit.config.schema import check_ranges
 from alignkit.errors import ConfigError
 from alignkit.rollout import Trajectories, choose_steps, sample_trajectories
 

@@ -10,8 +10,7 @@ import torch
 from annotated_types import Ge, Gt, Le, MinLen
 from torch import Tensor
 
-from alignkit import Algorithm, Batch, Context, PolicyFacts, Prompt, Rows, Sampler
-from alignkit.config.schema import check_ranges
+from alignkit import Algorithm, Batch, Context, PolicyFacts, Prompt, Rows, Sampler, check_ranges
 from alignkit.distillation import Distillation
 from alignkit.errors import ConfigError
 from alignkit.rollout import Trajectories, encode_examples, sample_trajectories

@@ -9,10 +9,8 @@ from typing import Annotated, Any, ClassVar
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
-from alignkit.config.schema import check_ranges
+from alignkit import Algorithm, Batch, Context, PolicyFacts, Sampler, check_ranges
 from alignkit.distillation import Average, Distance, Distillation, Noised
-from alignkit.interfaces import Algorithm, Context, Sampler
-from alignkit.records import Batch, PolicyFacts
 from alignkit.rollout import encode_examples
 
 

@@ -10,10 +10,8 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignkit.config.schema import check_ranges
+from alignkit import Algorithm, Batch, Context, PolicyFacts, Sampler, check_ranges
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Algorithm, Context, Sampler
-from alignkit.records import Batch, PolicyFacts
 from alignkit_preference.noised import (
     LatentPairs,
     NoisedPairs,

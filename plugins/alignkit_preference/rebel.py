@@ -11,9 +11,8 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from alignkit import Algorithm, Batch, Context, Rows
+from alignkit import Algorithm, Batch, Context, Rows, check_ranges
 from alignkit.advantage import Baseline
-from alignkit.config.schema import check_ranges
 from alignkit_preference.trajectory_pairs import Pairs, collect_pairs, log_prob
 
 

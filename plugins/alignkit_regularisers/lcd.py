@@ -10,10 +10,8 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from alignkit.config.schema import check_ranges
+from alignkit import Batch, Context, PolicyFacts, Prediction, Prompt, Regulariser, Rows, Sampler, check_ranges
 from alignkit.distillation import Distance, Distillation, Noised
-from alignkit.interfaces import Context, Regulariser, Sampler
-from alignkit.records import Batch, PolicyFacts, Prediction, Prompt, Rows
 from alignkit.rollout import encode_examples
 
 

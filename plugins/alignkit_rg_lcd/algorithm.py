@@ -10,11 +10,9 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
-from alignkit.config.schema import check_ranges
+from alignkit import Algorithm, Batch, Context, PolicyFacts, Prompt, Rows, Sampler, check_ranges
 from alignkit.distillation import Average, Distance, Distillation, Noised
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Algorithm, Context, Sampler
-from alignkit.records import Batch, PolicyFacts, Prompt, Rows
 from alignkit.rollout import encode_examples
 from alignkit_rg_lcd.preference import Direction, RealImages, margins, preference_loss, with_real_images
 from alignkit_rg_lcd.surrogate import LRM

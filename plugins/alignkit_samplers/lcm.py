@@ -10,10 +10,8 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from alignkit.config.schema import check_ranges
+from alignkit import Policy, PolicyFacts, Prompt, Sampler, Transition, check_ranges
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Policy, Sampler
-from alignkit.records import PolicyFacts, Prompt, Transition
 from alignkit_samplers.renoise import renoise
 
 

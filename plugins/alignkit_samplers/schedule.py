@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from alignkit import Policy
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Policy
 
 Spacing = Literal["trailing", "leading"]
 
@@ -36,12 +36,6 @@ def check_steps(num_steps: int, num_times: int | None) -> None:
         raise ConfigError(
             f"sampler.num_steps: found {num_steps}, expected 1 to {num_times - 1}; the model has {num_times} times"
         )
-
-
-def check_spacing(spacing: str) -> None:
-    """Raise ValueError for any other spacing than "trailing" and "leading"."""
-    if spacing not in get_args(Spacing):
-        raise ValueError(f'spacing: found "{spacing}", expected "trailing" or "leading"')
 
 
 def next_level(policy: Policy, grid: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

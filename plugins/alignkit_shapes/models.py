@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from alignkit.interfaces import ModelBundle
+from alignkit import ModelBundle
 
 FOLDER = Path(__file__).parent
 WEIGHTS = FOLDER / "weights"

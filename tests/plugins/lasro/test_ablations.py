@@ -127,9 +127,9 @@ def test_an_embedded_model_trains_an_ablation_with_the_pull_to_the_model_before_
 ) -> None:
     run = alignkit.load(None, {
         "algorithm.name": "lasro", "model.name": model, "regulariser": [{"name": "reference", "weight": 0.1}],
-        "reward": [{"name": "attribute_binding", "mode": "soft"}], "data.batch_size": 2, "algorithm.samples": 2, "train.updates": 2,
-        "train.rows_per_update": 4, "evaluate.prompts": "", "output": str(tmp_path / "run"), "train.device": "cpu",
-        **{f"algorithm.{name}": value for name, value in fields.items()},
+        "reward": [{"name": "attribute_binding", "mode": "soft"}], "data.batch_size": 2, "algorithm.samples": 2,
+        "train.updates": 2, "train.rows_per_update": 4, "evaluate.prompts": "", "train.device": "cpu",
+        "output": str(tmp_path / "run"), **{f"algorithm.{name}": value for name, value in fields.items()},
     })  # fmt: skip
     run.check()
     first, last = (update.metrics["reference_loss"] for update in run.train() if update.step)
