@@ -168,7 +168,7 @@ class PolicySettings:
 
 @dataclass(frozen=True)
 class PolicyFacts:
-    """What is known of a policy before its weights load; None where only the weights tell."""
+    """Facts about a policy that are known before its weights load; None where they are not."""
 
     consistency: bool | None = None
     """Whether it is a latent consistency model (`Policy.consistency`)."""

@@ -220,7 +220,7 @@ class Parts:
         policy = find_policy(source, self.config.model.policy).load(source, settings)
         self._check_sampler(facts_of(policy))
         for steps in (None, *self.config.evaluate.steps):
-            self.sampler(steps).grid(policy)  # raises ConfigError where only the times themselves tell
+            self.sampler(steps).grid(policy)  # raises ConfigError where the number of times does not decide
         return policy
 
     def _settings(self) -> PolicySettings:
