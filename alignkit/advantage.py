@@ -186,6 +186,12 @@ class Baseline:
             tracker.load_state_dict(saved)
 
 
+def clipped(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
+    """Return PPO's pessimistic objective as a loss: max(-A r, -A clamp(r, 1 - eps, 1 + eps)) elementwise."""
+    ratio = log_ratio.exp()
+    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
+
+
 def _distinguished(scores: Scores, texts: Sequence[str], ctx: Context) -> Scores:
     """Mark as invalid the samples of groups in which no reward distinguishes any two."""
     spreads = [group_statistics(rewards, texts, ctx)[1] for _, rewards in ctx.terms(scores).values()]

@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from alignkit import Algorithm, Batch, Context, Prompt, Rows, Sampler, Transition, diffusion
-from alignkit.advantage import Baseline
+from alignkit.advantage import Baseline, clipped
 from alignkit.config.schema import check_ranges
 from alignkit.errors import ConfigError
 from alignkit.rollout import Trajectories, choose_steps, sample_trajectories
@@ -152,9 +152,3 @@ class DDPO(Algorithm[Steps, Steps]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._baseline.load_state_dict(state)
-
-
-def clipped(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
-    """Return PPO's pessimistic objective as a loss: max(-A r, -A clamp(r, 1 - eps, 1 + eps)) of each row, (N,)."""
-    ratio = log_ratio.exp()
-    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))

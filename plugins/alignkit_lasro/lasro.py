@@ -14,7 +14,7 @@ from alignkit import Algorithm, Batch, Context, Prompt, Sampler
 from alignkit.config.schema import check_ranges
 from alignkit.distillation import Distillation
 from alignkit.errors import ConfigError
-from alignkit.groups import Pairs, Scored, extremes, log_agreement, log_rewards
+from alignkit.groups import Pairs, Scored, best_and_worst, log_agreement, log_rewards
 from alignkit.rollout import States, encode_examples, sample_trajectories, states_of
 
 MIN_SPREAD = {"surrogate": 0.05, "reward": 1e-6}
@@ -156,15 +156,7 @@ class LaSRO(Algorithm[Collected, States]):
 
         None where no group carries a label.
         """
-        scored = collected.scored
-        best, worst, labelled = extremes(scored.rewards.cpu())
-        rows = labelled.nonzero()[:, 0]
-        if len(rows) > self.pairs_per_update:
-            rows = rows[torch.randperm(len(rows), generator=ctx.generator)[: self.pairs_per_update]]
-        if not len(rows):
-            return None
-        prompt = collected.prompt.select(scored.text[rows])
-        return Pairs(scored.latents[rows, best[rows]], scored.latents[rows, worst[rows]], prompt)
+        return best_and_worst(collected.scored, collected.prompt, self.pairs_per_update, ctx.generator)
 
     def surrogate_loss(self, rows: Pairs, ctx: Context) -> Tensor:
         assert ctx.surrogate is not None

@@ -66,6 +66,18 @@ def _draft(sampler: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _hybrid(sampler: dict[str, Any]) -> dict[str, Any]:
+    """Return the defaults of the hybrid gradient with this sampler: DRaFT's, with groups of eight samples."""
+    draft = _draft(sampler)
+    return {
+        **draft,
+        "data": {"batch_size": 6},
+        "algorithm": {"clip_range": 1e-3},  # as for the likelihoods of other methods
+        # The reward counts in standard deviations of a group, which are about an eighth.
+        "regulariser": [{"name": "reference", "weight": 8.0}],
+    }
+
+
 def shapes_lcm() -> ModelBundle:
     """Return the bundle of the few-step model, with the guidance scales that it was distilled with."""
     guidance = {"guidance_scale_min": 2.0, "guidance_scale_max": 4.0}
@@ -120,6 +132,8 @@ def shapes_lcm() -> ModelBundle:
             "lasro": lasro,
             "lasro/attribute_binding": binding,
             "draft": _draft(_sampler("lcm", 2, [1, 2])),
+            "hybrid": _hybrid(_sampler("lcm", 2, [1, 2])),
+            "hybrid/attribute_binding": {"surrogate": binding["surrogate"]},
             "lcd": {"algorithm": guidance},
             "rg_lcd": rg_lcd,
             "gors_lcm": {"algorithm": guidance},
@@ -152,6 +166,7 @@ def shapes_turbo() -> ModelBundle:
                 "train": {"learning_rate": 3e-5},  # as in the bundles of other models that were distilled like this
             },
             "draft": _draft(_sampler("renoise", 2, [1, 2, 4])),
+            "hybrid": _hybrid(_sampler("renoise", 2, [1, 2, 4])),
             "diffusion_dpo": on_grid,
         },
     )
@@ -170,6 +185,7 @@ def shapes_teacher() -> ModelBundle:
         algorithm_defaults={
             **_likelihoods(_sampler("ddim", 25, [25], eta=1.0)),
             "draft": _soft,
+            "hybrid": _soft | _sampler("ddim", 25, [25], eta=1.0),
             "diffusion_dpo": _unflipped,
         },
     )

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from alignkit import diffusion
+from alignkit.advantage import clipped
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.records import Prompt, Scores
 from alignkit.runs.run import Run
@@ -18,7 +19,7 @@ from alignkit.testing import check_algorithm
 from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint
 from alignkit.testing.losses import assert_one_pass_is_several
 from alignkit.training.trainer import Trainer
-from alignkit_ddpo.algorithm import DDPO, Steps, clipped
+from alignkit_ddpo.algorithm import DDPO, Steps
 from alignkit_samplers.ddim import DDIM
 from alignkit_samplers.lcm import LCM
 from method_checks import (
