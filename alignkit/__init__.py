@@ -6,8 +6,8 @@ for update in run.train():
 images = run.sample(["a red circle and a blue square"], steps=2)
 
 The names below are the public ones, together with the modules `alignkit.testing`, `alignkit.rollout`,
-`alignkit.advantage`, `alignkit.diffusion`, `alignkit.distillation` and `alignkit.errors`. Importing these names does
-not import torch.
+`alignkit.advantage`, `alignkit.groups`, `alignkit.diffusion`, `alignkit.distillation` and `alignkit.errors`. Importing
+these names does not import torch.
 """
 
 from __future__ import annotations

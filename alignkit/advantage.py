@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -43,6 +44,28 @@ def of_terms(scores: Scores, ctx: Context, relative: Callable[[Tensor, str], Ten
         return found[0][1]
     total = torch.stack([weight * advantages for weight, advantages in found]).sum(0)
     return over_batch(total.flatten(), ctx).view_as(total)
+
+
+GROUP_EPS = 1e-4
+"""Added to the standard deviation of a group, as in Flow-GRPO."""
+
+
+def group_statistics(rewards: Tensor, examples: Sequence[str | Example], ctx: Context) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of the rewards in each sample's group, (N,) both, float64, on the CPU.
+
+    A group is the samples of one example in a round, those of all processes. Rewards (N,) are NaN where a sample could not
+    be scored; these enter no statistics. The standard deviation is exactly 0 where all others are equal, or none.
+    """
+    keys = torch.tensor([_key(Example.of(example)) for example in examples], device=rewards.device)
+    everyone, everywhere = ctx.gather(keys).cpu(), ctx.gather(rewards).cpu().double()
+    mean, spread = (torch.full((len(rewards),), value, dtype=torch.float64) for value in (torch.nan, 0.0))
+    for key in set(keys.tolist()):
+        at, group = (keys == key).cpu(), everywhere[everyone == key]
+        group = group[~group.isnan()]
+        if len(group):
+            mean[at] = group.mean()
+            spread[at] = group.std(correction=0) * (group.amax() > group.amin())
+    return mean, spread
 
 
 class PromptTracker:
@@ -94,12 +117,15 @@ class PromptTracker:
 class Baseline:
     """The advantages of a policy-gradient method: rewards, or returns of steps, relative to a baseline.
 
-    `kind` is "prompt" (earlier rewards of the same prompt), "step_prompt" (of the same prompt and step) or "batch"
-    (those of the round). A prompt keeps its last `buffer_size` rewards and needs `min_count` of them to be normalised
-    by its own; until then it is by the round's. The advantages of several rewards are combined as in `of_terms`.
+    `kind` is "prompt" (earlier rewards of the same prompt), "step_prompt" (of the same prompt and step), "batch" (those
+    of the round) or "group" (those of the same prompt in the round). For "prompt" and "step_prompt", a prompt keeps its
+    last `buffer_size` rewards and needs `min_count` of them to be normalised by its own; until then it is by the
+    round's. The advantages of several rewards are combined as in `of_terms`.
     """
 
-    def __init__(self, kind: Literal["prompt", "step_prompt", "batch"], buffer_size: int, min_count: int) -> None:
+    def __init__(
+        self, kind: Literal["prompt", "step_prompt", "batch", "group"], buffer_size: int = 32, min_count: int = 16
+    ) -> None:
         if buffer_size < min_count:
             raise ValueError(
                 f"buffer_size: found {buffer_size}, expected at least min_count, which is {min_count}: a prompt would "
@@ -118,10 +144,18 @@ class Baseline:
         """Return the advantages of N samples, NaN where one could not be scored.
 
         `returns` maps the rewards of one term to returns (N,), or (N, K) of K steps; advantages have that shape.
+
+        With "group" returns are the rewards themselves, and the advantages are NaN as well in a group whose rewards are
+        all equal: it has nothing to learn from. Logs `tied_groups`, the share of samples in such groups.
         """
+        if self.kind == "group":
+            scores = _distinguished(scores, examples, ctx)
 
         def relative(rewards: Tensor, name: str) -> Tensor:
             values = returns(rewards)
+            if self.kind == "group":
+                mean, spread = group_statistics(values, examples, ctx)
+                return ((values.cpu().double() - mean) / (spread + GROUP_EPS)).float().to(values.device)
             steps = 1 if values.dim() == 1 else values.shape[1]
             if self.kind == "batch":
                 return over_batch(values.flatten(), ctx).view_as(values)
@@ -153,7 +187,21 @@ class Baseline:
             tracker.load_state_dict(saved)
 
 
-def _key(example: Example, name: str) -> int:
+def clipped(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
+    """Return PPO's pessimistic objective as a loss: max(-A r, -A clamp(r, 1 - eps, 1 + eps)) elementwise."""
+    ratio = log_ratio.exp()
+    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
+
+
+def _distinguished(scores: Scores, examples: Sequence[str | Example], ctx: Context) -> Scores:
+    """Mark as invalid the samples of groups in which no reward distinguishes any two."""
+    spreads = [group_statistics(rewards, examples, ctx)[1] for _, rewards in ctx.terms(scores).values()]
+    tied = (torch.stack(spreads).amax(0) == 0).to(scores.valid.device)
+    ctx.log(tied_groups=tied.float().mean())
+    return replace(scores, valid=scores.valid & ~tied)
+
+
+def _key(example: Example, name: str = "") -> int:
     """Hash an example to a number that is the same in every process and every run."""
     text = f"{name}\0{example.text}" if name else example.text
     if example.metadata:

@@ -42,6 +42,27 @@ class Trajectories(Rows):
         return steps
 
 
+@dataclass(frozen=True)
+class States(Rows):
+    """Inputs at which the policy predicts a clean latent, N rows."""
+
+    x: Tensor
+    """(N, *S)."""
+    step: Tensor
+    """(N,) sampler step; 0 for noised images."""
+    prompt: Prompt
+    clean: Tensor
+    """(N, *S) the policy's prediction when they were collected."""
+    time: Tensor | None = None
+    """(N,) time of noised images, which no step of the sampler leads to."""
+
+    def predict(self, ctx: Context) -> Tensor:
+        """Return the policy's prediction as it is now, (N, *S): x_k = f_theta(z_k, c, tau_k)."""
+        if self.time is not None:
+            return ctx.policy.denoise(self.x, self.time, self.prompt)
+        return ctx.sampler.transition(ctx.policy, self.x, self.step, self.prompt).clean
+
+
 def encode_examples(policy: Policy, examples: Sequence[str | Example]) -> Prompt:
     """Encode N examples, or texts, and keep the examples with the rows.
 
@@ -97,6 +118,14 @@ def sample_trajectories(
     first = ctx.noise(len(prompt) // sharing).repeat_interleave(sharing, dim=0)
     later = [ctx.noise(len(prompt)) for _ in range(ctx.sampler.num_steps)]
     return run_sampler(ctx.policy, ctx.sampler, prompt, torch.stack([first, *later], dim=1))
+
+
+def states_of(trajectories: Trajectories) -> States:
+    """Return the states of all steps, those of the first step first."""
+    count, steps = trajectories.std.shape
+    x, clean = (column.transpose(0, 1).flatten(0, 1) for column in (trajectories.states, trajectories.clean))
+    step = torch.arange(steps, device=x.device).repeat_interleave(count)
+    return States(x, step, trajectories.prompt.select(torch.arange(count).repeat(steps)), clean)
 
 
 def choose_steps(steps: Tensor, count: int, fraction: float, generator: torch.Generator) -> Tensor:

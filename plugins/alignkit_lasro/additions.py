@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from alignkit import Batch, Context, Example, Prompt
 from alignkit.diffusion import add_noise
 from alignkit.errors import ConfigError
-from alignkit.rollout import Trajectories, encode_examples, run_sampler
-from alignkit_lasro.groups import Pairs, Scored
-from alignkit_lasro.lasro import Collected, LaSRO, States, scored_groups, states_of
+from alignkit.groups import Pairs, Scored
+from alignkit.rollout import States, Trajectories, encode_examples, run_sampler, states_of
+from alignkit_lasro.lasro import Collected, LaSRO, scored_groups
 from alignkit_lasro.memory import Memory, counterparts
 
 

@@ -10,36 +10,15 @@ import torch
 from annotated_types import Ge, Gt, Le, MinLen
 from torch import Tensor
 
-from alignkit import Algorithm, Batch, Context, PolicyFacts, Prompt, Rows, Sampler, check_ranges
+from alignkit import Algorithm, Batch, Context, PolicyFacts, Prompt, Sampler, check_ranges
 from alignkit.distillation import Distillation
 from alignkit.errors import ConfigError
-from alignkit.rollout import Trajectories, encode_examples, sample_trajectories
-from alignkit_lasro.groups import Pairs, Scored, extremes, log_agreement, log_rewards
+from alignkit.groups import Pairs, Scored, best_and_worst, log_agreement, log_rewards
+from alignkit.rollout import States, encode_examples, sample_trajectories, states_of
 
 MIN_SPREAD = {"surrogate": 0.05, "reward": 1e-6}
 """Smallest distance of percentile and mean that scores are divided by (ours). A surrogate's scores are log-odds of
 winning a pair, and where these are so close they carry no signal yet; a reward has whatever scale it has."""
-
-
-@dataclass(frozen=True)
-class States(Rows):
-    """Inputs at which the policy predicts a clean latent, N rows."""
-
-    x: Tensor
-    """(N, *S)."""
-    step: Tensor
-    """(N,) sampler step; 0 for noised images."""
-    prompt: Prompt
-    clean: Tensor
-    """(N, *S) the policy's prediction when they were collected."""
-    time: Tensor | None = None
-    """(N,) time of noised images, which no step of the sampler leads to."""
-
-    def predict(self, ctx: Context) -> Tensor:
-        """Return the policy's prediction as it is now, (N, *S): x_k = f_theta(z_k, c, tau_k)."""
-        if self.time is not None:
-            return ctx.policy.denoise(self.x, self.time, self.prompt)
-        return ctx.sampler.transition(ctx.policy, self.x, self.step, self.prompt).clean
 
 
 @dataclass(frozen=True)
@@ -178,15 +157,7 @@ class LaSRO(Algorithm[Collected, States]):
 
         None where no group carries a label.
         """
-        scored = collected.scored
-        best, worst, labelled = extremes(scored.rewards.cpu())
-        rows = labelled.nonzero()[:, 0]
-        if len(rows) > self.pairs_per_update:
-            rows = rows[torch.randperm(len(rows), generator=ctx.generator)[: self.pairs_per_update]]
-        if not len(rows):
-            return None
-        prompt = collected.prompt.select(scored.text[rows])
-        return Pairs(scored.latents[rows, best[rows]], scored.latents[rows, worst[rows]], prompt)
+        return best_and_worst(collected.scored, collected.prompt, self.pairs_per_update, ctx.generator)
 
     def surrogate_loss(self, rows: Pairs, ctx: Context) -> Tensor:
         assert ctx.surrogate is not None
@@ -264,14 +235,6 @@ class LaSRO(Algorithm[Collected, States]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._mean, self._level, self._agreement = list(state["mean"]), list(state["level"]), state["agreement"]
-
-
-def states_of(trajectories: Trajectories) -> States:
-    """Return the states of all steps, those of the first step first."""
-    count, steps = trajectories.std.shape
-    x, clean = (column.transpose(0, 1).flatten(0, 1) for column in (trajectories.states, trajectories.clean))
-    step = torch.arange(steps, device=x.device).repeat_interleave(count)
-    return States(x, step, trajectories.prompt.select(torch.arange(count).repeat(steps)), clean)
 
 
 def scored_groups(steps: list[tuple[Tensor, Tensor]]) -> Scored:

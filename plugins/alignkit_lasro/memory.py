@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from alignkit import Example
-from alignkit_lasro.groups import Scored, extremes
+from alignkit.groups import Scored, extremes
 
 PairChoice = Literal["extremes", "random"]
 

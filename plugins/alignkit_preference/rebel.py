@@ -42,8 +42,9 @@ class REBEL(Algorithm[WeightedPairs, WeightedPairs]):
     """Pairs of trajectories of each prompt in a round."""
     scale: Annotated[float, Gt(0)] = 1.0
     """Factor of the difference of log-likelihood ratios (the code's `rebel_lr`; the paper divides by eta)."""
-    baseline: Literal["prompt", "batch"] = "prompt"
-    """Normalise a reward by the last rewards of the same prompt, or by those of the round."""
+    baseline: Literal["prompt", "batch", "group"] = "prompt"
+    """Normalise a reward by the last rewards of the same prompt, by those of the round, or by those of the same prompt
+    in the round; with "group" prompts whose images all got one score are left out."""
     buffer_size: int = 32
     """Rewards of a prompt that are kept."""
     min_count: Annotated[int, Ge(1)] = 16

@@ -15,7 +15,7 @@ CORE = ROOT / "alignkit"
 FLOORS = (
     ("errors", "records"),
     ("files", "interfaces", "hookspecs"),
-    ("registry", "diffusion", "rollout", "advantage"),
+    ("registry", "diffusion", "rollout", "advantage", "groups"),
     ("data", "distillation"),
     ("config",),
     ("models",),

@@ -12,7 +12,9 @@ import pytest
 import alignkit
 
 ROOT = Path(__file__).parents[2]
-MODULES = {f"alignkit.{name}" for name in ("testing", "rollout", "advantage", "diffusion", "distillation", "errors")}
+MODULES = {
+    f"alignkit.{name}" for name in ("testing", "rollout", "advantage", "groups", "diffusion", "distillation", "errors")
+}
 FENCE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

@@ -20,13 +20,14 @@ from alignkit.errors import ConfigError
 from alignkit.interfaces import Reward
 from alignkit.records import Example
 from alignkit.registry import default_registry
+from alignkit.rollout import States
 from alignkit.runs.run import Run
 from alignkit.testing import check_algorithm
 from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint, tiny_trainer
 from alignkit.testing.world import Form
 from alignkit.training.trainer import Trainer
 from alignkit_lasro.additions import ExtendedLaSRO
-from alignkit_lasro.lasro import LaSRO, States
+from alignkit_lasro.lasro import LaSRO
 from alignkit_samplers.lcm import LCM
 from alignkit_samplers.renoise import Renoise
 from method_checks import (

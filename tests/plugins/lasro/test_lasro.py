@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from alignkit.errors import ConfigError
+from alignkit.groups import Pairs
 from alignkit.records import PolicyFacts
+from alignkit.rollout import States
 from alignkit.runs.run import Run
 from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint
 from alignkit.testing.losses import assert_one_pass_is_several
 from alignkit.training.trainer import Trainer
 from alignkit_lasro.additions import ExtendedLaSRO
-from alignkit_lasro.groups import Pairs
-from alignkit_lasro.lasro import LaSRO, States
+from alignkit_lasro.lasro import LaSRO
 from alignkit_samplers.lcm import LCM
 from method_checks import (
     assert_the_true_reward_rises,

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from alignkit import Example
+from alignkit.groups import Scored
 from alignkit.training.checkpoint import load, save
-from alignkit_lasro.groups import Scored
 from alignkit_lasro.memory import Memory, counterparts, mixed, random_pairs
 
 NAN = float("nan")
@@ -35,6 +35,11 @@ def test_random_pairs_have_the_better_sample_first_and_none_without_a_score() ->
         assert bool((first > second).all())
         kept += int(labelled.sum())
     assert 0.35 * 4000 < kept < 0.65 * 4000  # .7 squared is .49
+
+
+def test_a_tied_group_gives_no_random_pair() -> None:
+    _, _, labelled = random_pairs(torch.tensor([[0.5, 0.5, 0.5], [0.0, 0.0, 0.0]]), generator())
+    assert labelled.tolist() == [False, False]
 
 
 def test_every_two_samples_of_a_group_are_paired_about_equally_often() -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alignkit import Context, Prompt, Rows
+from alignkit.interfaces import Context
+from alignkit.records import Prompt, Rows
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,21 @@ def extremes(rewards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = torch.arange(len(rewards))
     # NaN compares as False, so a group without scores drops out as well.
     return best, worst, rewards[rows, best] > rewards[rows, worst]
+
+
+def best_and_worst(scored: Scored, prompt: Prompt, size: int, generator: torch.Generator) -> Pairs | None:
+    """Pair the best with the worst of each group (LaSRO, Eq. 10); of more than `size` groups, some chosen at random.
+
+    `prompt` holds the batch's prompts. None where no group carries a label.
+    """
+    best, worst, labelled = extremes(scored.rewards.cpu())
+    rows = labelled.nonzero()[:, 0]
+    if len(rows) > size:
+        rows = rows[torch.randperm(len(rows), generator=generator)[:size]]
+    if not len(rows):
+        return None
+    winner, loser = (scored.latents[rows, place[rows]] for place in (best, worst))
+    return Pairs(winner, loser, prompt.select(scored.text[rows]))
 
 
 def log_rewards(scored: Scored, own: int, ctx: Context) -> None:
