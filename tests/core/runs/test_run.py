@@ -298,3 +298,14 @@ def test_a_surrogate_can_start_from_that_of_another_run(finished: Run, tiny_run:
 def test_resuming_what_is_no_run_folder_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--resume .*gone: no run.toml here"):
         alignkit.load(resume=tmp_path / "gone")
+
+
+def test_a_surrogate_that_begins_untrained_is_warned_of_before_anything_else(tiny_run: MakeRun) -> None:
+    run = tiny_run(overrides={"surrogate.warmup": 0, "train.updates": 1})
+    (warning,) = run.warnings()
+    assert warning.startswith("surrogate: latent_unet begins untrained") and "surrogate.warmup" in warning
+    list(run.train())
+    assert records_of(run.folder)[0] == {"step": 0, "warning": warning}
+    assert tiny_run("taught", {"surrogate.warmup": 1}).warnings() == []
+    assert tiny_run("begun", {"surrogate.warmup": 0, "surrogate.init": str(run.folder)}).warnings() == []
+    assert tiny_run("none", {"algorithm.gradient_of": "reward"}).warnings() == []
