@@ -15,7 +15,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from alignkit.hookspecs import Register, hookimpl
+from alignkit.hookspecs import Register, RegisterRecipe, hookimpl
 from alignkit.interfaces import Algorithm, Context, ModelBundle, Policy, Regulariser, Reward, Sampler, Surrogate
 from alignkit.records import Batch, Example, PolicyFacts, PolicySettings, Prediction, Prompt, Rows, Scores, Transition
 
@@ -38,6 +38,7 @@ __all__ = [
     "Prediction",
     "Prompt",
     "Register",
+    "RegisterRecipe",
     "Regulariser",
     "Reward",
     "Rows",

@@ -53,8 +53,8 @@ GROUP_EPS = 1e-4
 def group_statistics(rewards: Tensor, examples: Sequence[str | Example], ctx: Context) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of the rewards in each sample's group, (N,) both, float64, on the CPU.
 
-    A group is the samples of one example in a round, those of all processes. Rewards (N,) are NaN where a sample could not
-    be scored; these enter no statistics. The standard deviation is exactly 0 where all others are equal, or none.
+    A group is the samples of one example in a round, of all processes. Rewards (N,) are NaN where a sample could not be
+    scored; these enter no statistics. The standard deviation is exactly 0 where all others are equal, or none.
     """
     keys = torch.tensor([_key(Example.of(example)) for example in examples], device=rewards.device)
     everyone, everywhere = ctx.gather(keys).cpu(), ctx.gather(rewards).cpu().double()

@@ -481,3 +481,6 @@ class ModelBundle:
     algorithm_defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Sections by name of the algorithm, which win over `defaults`. Those under "algorithm/reward" hold for that
     algorithm where this is the only reward to train on, and win in turn."""
+    recipes: Mapping[str, str] = field(default_factory=dict)
+    """Registered recipes, whose settings win over all of these, that runs take by default: by name of the algorithm, or
+    "algorithm/reward" as above."""

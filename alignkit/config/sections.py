@@ -156,6 +156,15 @@ class SurrogateConfig(PluginConfig):
     max_grad_norm: Annotated[float, Gt(0)] = 1.0
     """Gradients are scaled down to this norm; inf: never."""
 
+    def untrained(self) -> str:
+        """Return a warning where the policy follows the surrogate before it has learned anything; else empty."""
+        if self.init or self.warmup:
+            return ""
+        return (
+            f"surrogate: {self.name} begins untrained, and the first updates follow noise; set surrogate.init, or "
+            "surrogate.warmup to the rounds in which it learns alone"
+        )
+
 
 @dataclass(frozen=True)
 class RegulariserConfig(PluginConfig):
@@ -243,6 +252,16 @@ class EvaluateConfig(Section):
 
 
 @dataclass(frozen=True)
+class RecipeConfig(Section):
+    """The runs that a recipe is for: the table [recipe] of its file."""
+
+    models: list[str] = field(default_factory=list)
+    """Registered models that it was made for; empty: any."""
+    for_reward: str = ""
+    """The reward that it was made for, which must be the only one to train on; empty: any."""
+
+
+@dataclass(frozen=True)
 class RunConfig(Section):
     """A whole run, every default filled in."""
 
@@ -255,6 +274,9 @@ class RunConfig(Section):
     """The run folder; empty: runs/<date>-<algorithm>, with a number appended from the second of a day on."""
     seed: Annotated[int, Ge(0)] = 0
     """Seed of all random numbers."""
+    recipe: str = ""
+    """The recipe whose settings the run takes (`alignkit list recipes`); left out: the one that the model names for the
+    algorithm; "paper" or empty: none."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
@@ -262,7 +284,7 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
-TOP: dict[str, Any] = {"output": str, "seed": Annotated[int, Ge(0)]}
+TOP: dict[str, Any] = {"output": str, "seed": Annotated[int, Ge(0)], "recipe": str}
 """Keys above all sections."""
 PLAIN: dict[str, type] = {
     "model": ModelConfig,

@@ -12,6 +12,7 @@ from alignkit.evaluation.rows import TOTAL, Row
 
 def table(rows: Sequence[Row], title: str = "", wide: bool = False) -> Table:
     """Format rows of one kind of prompts. A total that equals one of its parts is shown once, under the part's name.
+    Without a title, it has lines about runs whose settings are not the paper's.
 
     With `wide` the table also has the intervals of the means, and is about 110 columns wide.
     """
@@ -30,7 +31,9 @@ def table(rows: Sequence[Row], title: str = "", wide: bool = False) -> Table:
         return f"{value:.3f}" + (f" [{low:.3f}, {high:.3f}]" if wide and low is not None else "")
 
     # Without `wide`, the table fits into 80 columns.
-    shown = Table(title=title or None, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    departures = dict.fromkeys((row.run, row.departure) for row in rows if row.departure)
+    notes = "\n".join(f"{run}: {departure}" if several else departure for run, departure in departures)
+    shown = Table(title=title or notes or None, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in headings:
         # Names may wrap to a second line; numbers never do.
         is_text = heading in texts

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from alignkit.config.bundles import find_bundle, find_policy
 from alignkit.config.load import RunConfig, SurrogateConfig
+from alignkit.config.recipes import departure
 from alignkit.data.images import check_images, open_images
 from alignkit.data.preferences import check_pairs, open_pairs
 from alignkit.data.prompts import read_examples
@@ -116,6 +117,16 @@ class Parts:
     def pairs(self, size: int, skipped: list[str] | None = None) -> Preferences | None:
         """Open the preference pairs to train on, at `size` pixels; None if the algorithm needs none."""
         return open_pairs(self.config.data.pairs, size, skipped) if "pairs" in self.algorithm().needs else None
+
+    def departure(self) -> str:
+        """Return in a few words what of the run is not the paper's; empty if nothing is."""
+        return departure(self.config)
+
+    def warnings(self) -> list[str]:
+        """Return a line for each setting that is allowed and probably not meant."""
+        surrogate = self.config.surrogate
+        found = [self.config.evaluate.unmeasured(), surrogate.untrained() if surrogate else ""]
+        return [warning for warning in found if warning]
 
     def check(self) -> list[str]:
         """Check all that needs no weights; returns what will be skipped as broken, with its place.

@@ -78,8 +78,8 @@ class Loop:
             skipped.clear()
         for note in pairs.notes if pairs is not None else ():
             ctx.warn(note)
-        if unmeasured := config.evaluate.unmeasured():
-            ctx.warn(unmeasured)
+        for warning in parts.warnings():
+            ctx.warn(warning)
         self.policy = policy
         self.trainer = Trainer(config, ctx, algorithm, prompts, images, pairs, skipped, parts.regularisers())
         algorithm.setup(ctx)
@@ -99,6 +99,10 @@ class Loop:
         """Train to the end, or until `stopping`, and save; yields after each update of the policy."""
         main = self.accelerator.is_main_process
         with Report(self.folder, console, self.config.train.updates, self._lines, writes=main) as report:
+            if departure := self.parts.departure():
+                report.note(departure)
+            for message in self.trainer.ctx.warnings:
+                report.warn(message)
             if self._before is None and self.examples:
                 with self._stopping_well(None):
                     self._before = self._measure()

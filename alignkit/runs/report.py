@@ -88,6 +88,10 @@ class Report:
         self._show()
         self._last = time.monotonic()
 
+    def note(self, message: str) -> None:
+        """Show a message, without a record."""
+        self._print(Text(message))
+
     def warn(self, message: str) -> None:
         """Show and record a message, once per run."""
         if message in self._warnings:

@@ -65,7 +65,7 @@ def open_run(source: str | Path, overrides: Mapping[str, Any] | None = None) -> 
         raise ConfigError(
             f"{folder}: contains neither run.toml nor a checkpoint that a policy serves (`alignkit list policies`)"
         )
-    chosen = dict(overrides or {})
+    chosen = {"recipe": "", **(overrides or {})}  # nothing is trained
     if not {"sampler.name", "algorithm.name"} & chosen.keys():
         # Nothing is trained, so the sampler is the model's own and not the one for the default algorithm.
         own = find_bundle(str(source)).defaults.get("sampler", {})

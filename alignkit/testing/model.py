@@ -41,15 +41,16 @@ def check_model(name: str) -> str:
                 find_policy(source, str(bundle.defaults.get("model", {}).get("policy", "")))
             except AlignkitError as error:
                 raise AssertionError(error) from error
-        before = copy.deepcopy((bundle.defaults, bundle.algorithm_defaults))
+        before = copy.deepcopy(bundle)
+        keys = [*bundle.algorithm_defaults, *bundle.recipes]
         known = {row.name for row in default_registry().components("algorithm")}
-        algorithms = sorted(known & {key.partition("/")[0] for key in bundle.algorithm_defaults})
+        algorithms = sorted(known & {key.partition("/")[0] for key in keys})
         algorithms = algorithms or [config.DEFAULT_ALGORITHM]
         runs = [_settings(bundle, name, algorithm) for algorithm in algorithms]
-        for algorithm, _, reward in (key.partition("/") for key in bundle.algorithm_defaults):
+        for algorithm, _, reward in (key.partition("/") for key in dict.fromkeys(keys)):
             if reward and algorithm in known:
                 _settings(bundle, name, algorithm, reward)
-        expect(before == (bundle.defaults, bundle.algorithm_defaults), "its settings were changed by loading a run")
+        expect(before == bundle, "its settings were changed by loading a run")
         checked = [f"its settings under {', '.join(algorithms)}"]
         if Path(bundle.path).is_dir():
             checked += _loaded(runs[0])

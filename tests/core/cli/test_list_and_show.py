@@ -185,15 +185,35 @@ def test_show_states_the_reward_or_the_algorithms_that_a_setting_is_limited_to(a
     assert changed("lcm") == ["  num_steps = 4  (default 2; under ddpo, sdpo, rebel, d3po, pso)"]
 
 
+def test_show_states_the_recipes_that_a_model_takes_by_default() -> None:
+    shown = run("show", "lasro", columns=120).stdout
+    assert "takes, unless --recipe names another or paper:\n" in shown
+    assert "  recipe lasro_shapes, not the paper's  (with attribute_binding as the only reward)" in shown
+    assert 'under lasro with attribute_binding: recipe = "lasro_shapes"' in run("show", "shapes_lcm").stdout
+    (found,) = json.loads(run("show", "lasro", "--json").stdout)
+    assert {"name": "lasro_shapes", "where": "attribute_binding"} in found["model"]["recipes"]
+
+
+def test_show_prints_what_a_recipe_is_for_and_its_file(acme: Any) -> None:
+    shown = run("show", "acme-slow").stdout
+    about = (
+        "Settings that are not the paper's, for algorithm acme_steps on acme_model, with acme_red as the only reward."
+    )
+    assert about in " ".join(shown.split())
+    assert acme.registry().get("recipe", "acme_slow").read_text().strip() in shown
+
+
+def test_list_shows_the_algorithm_of_a_recipe_and_who_brings_it(acme: Any) -> None:
+    (line,) = [line for line in run("list", "recipes").stdout.splitlines() if "acme_slow" in line]
+    assert re.fullmatch(r"  acme_slow +acme_steps: Small steps.*  \(acme 2\.5\)", line)
+
+
 def test_show_finds_the_surrogate_of_a_model_that_names_it_once() -> None:
     (found,) = json.loads(run("show", "latent_unet", "--json").stdout)
     settings = found["model"]["settings"]
     assert [setting for setting in settings if setting["key"] == "warmup"] == [
-        {"key": "warmup", "value": "10", "default": "0", "where": ["lasro"]},
-        {"key": "warmup", "value": "0", "default": "0", "where": ["lasro with attribute_binding"]},  # back again
+        {"key": "warmup", "value": "200", "default": "0", "where": ["lasro"]}
     ]
-    (init,) = [setting for setting in settings if setting["key"] == "init"]
-    assert init["where"] == ["lasro with attribute_binding"]  # a layer that does not repeat the name
 
 
 def test_show_states_that_a_chosen_model_changes_nothing(acme: Any) -> None:

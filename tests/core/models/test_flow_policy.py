@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import alignkit
 from alignkit.commands.check_plugin import check_plugin
@@ -21,6 +25,7 @@ from alignkit.registry import default_registry
 from alignkit.rollout import sample_images
 from alignkit.testing import check_policy, check_sampler
 from alignkit_samplers.ddim import DDIM
+from run_fixtures import assert_same_state
 
 TEXTS = ["a point", "another point", "here", "there"]
 
@@ -49,7 +54,7 @@ def test_it_keeps_every_promise_that_a_plugin_gives(flow_points: None) -> None:
         ("policy", "flow_points"): ("passed", "model points")
     }
     assert {verdict.status for verdict in found.values()} == {"passed"}, found
-    assert {kind for kind, _ in found} == {"policy", "model", "reward", "surrogate"}
+    assert {kind for kind, _ in found} == {"policy", "model", "reward", "surrogate", "recipe"}
 
 
 @pytest.mark.parametrize("name", ["ddim", "euler_ancestral", "renoise"])
@@ -96,6 +101,42 @@ def test_training_raises_its_reward(run: Callable[..., alignkit.Run], algorithm:
     with policy.using(trained.average):
         images = sample_images(policy, trained.sampler(), TEXTS, seeds)
     assert torch.equal(sample_images(exported, trained.sampler(), TEXTS, seeds), images)
+
+
+def test_a_recipe_of_the_plugin_is_in_force_from_the_first_line_of_the_run_to_its_evaluation(
+    run: Callable[..., alignkit.Run],
+) -> None:
+    console = Console(file=io.StringIO(), width=100)
+    trained = run("lasro", **{"recipe": "points-taught-first", "train.updates": 1})
+    list(trained.train(console))
+    assert console.file.getvalue().startswith("recipe points_taught_first, not the paper's\n")
+    steps = [json.loads(line)["step"] for line in (trained.folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps.count(0) == 1 + 3  # the evaluation before training, and the warm-up
+    rows = alignkit.evaluate([trained], steps=[2], seen=False)
+    assert {row.departure for row in rows} == {"recipe points_taught_first, not the paper's"}
+    untrained = alignkit.evaluate([run("ddpo")], steps=[2], seen=False)
+    assert {row.departure for row in untrained} == {""}
+
+
+def test_a_resumed_run_keeps_the_settings_of_a_recipe_that_has_changed_since(
+    run: Callable[..., alignkit.Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[algorithm]\nname = "ddpo"\n[train]\nlearning_rate = 1e-3\n', encoding="utf-8")
+    row = replace(default_registry().find("recipe", "points_taught_first"), target=str(recipe))
+    monkeypatch.setitem(default_registry()._rows, ("recipe", row.name), row)
+    settings = {"recipe": row.name, "train.updates": 4, "train.checkpoint_every": 2, "evaluate.limit": 1}
+    whole = run("ddpo", **settings, output=str(tmp_path / "whole"))
+    list(whole.train())
+    stopped = run("ddpo", **settings)
+    for update in stopped.train():
+        if update.step == 2:
+            stopped.stop()
+    recipe.write_text('[algorithm]\nname = "ddpo"\n[model]\nguidance_scale = 2.0\n', encoding="utf-8")
+    resumed = alignkit.load(resume=stopped.folder)
+    assert (resumed.config.recipe, resumed.config.model.guidance_scale) == (row.name, None)
+    assert [update.step for update in resumed.train()] == [3, 4]
+    assert_same_state(whole.folder, stopped.folder)
 
 
 def test_a_resumed_run_goes_on_with_it(run: Callable[..., alignkit.Run]) -> None:

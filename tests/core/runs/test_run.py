@@ -332,3 +332,14 @@ def test_steps_that_do_not_fit_the_times_of_the_model_are_found_before_weights_l
     monkeypatch.delattr(DiffusersPolicy, "load")
     with pytest.raises(ConfigError, match=f"^{message}"):
         tiny_run(overrides=overrides).check()
+
+
+def test_a_surrogate_that_begins_untrained_is_warned_of_before_anything_else(tiny_run: MakeRun) -> None:
+    run = tiny_run(overrides={"surrogate.warmup": 0, "train.updates": 1})
+    (warning,) = run.warnings()
+    assert warning.startswith("surrogate: latent_unet begins untrained") and "surrogate.warmup" in warning
+    list(run.train())
+    assert records_of(run.folder)[0] == {"step": 0, "warning": warning}
+    assert tiny_run("taught", {"surrogate.warmup": 1}).warnings() == []
+    assert tiny_run("begun", {"surrogate.warmup": 0, "surrogate.init": str(run.folder)}).warnings() == []
+    assert tiny_run("none", {"algorithm.gradient_of": "reward"}).warnings() == []

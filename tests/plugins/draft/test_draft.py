@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from alignkit.cli.app import app
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Sampler
-from alignkit.records import Example, Scores
+from alignkit.records import Example, PolicyFacts, Scores
 from alignkit.runs.run import Run
 from alignkit.testing import check_algorithm
 from alignkit.testing.losses import assert_one_pass_is_several
@@ -255,11 +255,11 @@ def test_settings_that_exclude_each_other_are_refused(fields: dict[str, Any]) ->
 
 def test_what_a_sampler_is_too_short_for_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"algorithm\.last_steps: found 3, expected at most sampler\.num_steps"):
-        DRaFT(last_steps=3).check(LCM(2))
+        DRaFT(last_steps=3).check(LCM(2), PolicyFacts())
     with pytest.raises(ConfigError, match=r"algorithm\.low_variance: found 2 with sampler\.num_steps = 1"):
-        DRaFT(low_variance=2).check(LCM(1))
-    DRaFT(last_steps=2).check(LCM(2))
-    DRaFT(low_variance=2).check(LCM(2))
+        DRaFT(low_variance=2).check(LCM(1), PolicyFacts())
+    DRaFT(last_steps=2).check(LCM(2), PolicyFacts())
+    DRaFT(low_variance=2).check(LCM(2), PolicyFacts())
 
 
 def test_a_black_box_is_refused_by_name_before_weights_load(tiny_run: MakeRun) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from alignkit.advantage import clipped
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Sampler
-from alignkit.records import Scores
+from alignkit.records import PolicyFacts, Scores
 from alignkit.runs.run import Run
 from alignkit.testing import check_algorithm
 from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint
@@ -242,13 +242,13 @@ def test_settings_that_cannot_learn_are_refused(fields: dict[str, Any]) -> None:
 
 def test_a_sampler_with_deterministic_steps_before_the_last_and_single_samples_are_refused() -> None:
     with pytest.raises(ConfigError, match="found 0 stochastic of 2 steps, expected all but the last"):
-        Hybrid().check(DDIM(2, eta=0.0))
+        Hybrid().check(DDIM(2, eta=0.0), PolicyFacts())
     with pytest.raises(ConfigError, match=r"algorithm\.samples: found 1, expected 2 or more"):
-        Hybrid(samples=1).check(LCM(2))
+        Hybrid(samples=1).check(LCM(2), PolicyFacts())
     with pytest.raises(ConfigError, match=r"algorithm\.samples: found 1, expected 2 or more"):
-        Hybrid(samples=1, gradient_of="surrogate").check(LCM(1))
-    Hybrid(samples=1).check(LCM(1))
-    Hybrid().check(DDIM(2))
+        Hybrid(samples=1, gradient_of="surrogate").check(LCM(1), PolicyFacts())
+    Hybrid(samples=1).check(LCM(1), PolicyFacts())
+    Hybrid().check(DDIM(2), PolicyFacts())
 
 
 def test_the_true_reward_rises_on_a_toy_reward(make: MakeTrainer) -> None:

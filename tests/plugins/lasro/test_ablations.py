@@ -238,8 +238,8 @@ def test_without_surrogate_steps_it_learns_in_the_warm_up_alone(make_trainer: Ma
 def test_a_surrogate_that_never_learns_is_reported(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer({"algorithm.surrogate_steps": 0, "surrogate.warmup": 0})
     list(trainer.round())
-    (warning,) = trainer.ctx.warnings
-    assert "surrogate.init or surrogate.warmup" in warning
+    at_start, warning = trainer.ctx.warnings
+    assert "begins untrained" in at_start and "surrogate.init or surrogate.warmup" in warning
 
 
 # models that were distilled otherwise

@@ -126,3 +126,22 @@ def test_every_method_has_a_line_for_every_embedded_model() -> None:
     methods = {r.name for r in default_registry().components("algorithm") if r.plugin.startswith("alignkit_")}
     models = {r.name for r in default_registry().components("model") if r.plugin == "alignkit_shapes"}
     assert set(WITH_DEFAULTS) == {(method, model) for method in methods for model in models}
+
+
+def test_lasro_on_the_few_step_model_has_a_recipe_for_every_reward_and_without_it_no_additions() -> None:
+    def run(reward: str, **changes: Any) -> alignkit.Run:
+        return alignkit.load(
+            None, {"algorithm.name": "lasro", "model.name": "shapes_lcm", "reward": [reward], **changes}
+        )
+
+    binding, other = run("attribute_binding"), run("jpeg_compressibility")
+    assert binding.departure() == "recipe lasro_shapes, not the paper's"
+    assert binding.config.surrogate is not None
+    assert binding.config.surrogate.init == str((WEIGHTS / "surrogate.safetensors").resolve())
+    assert other.departure() == "recipe lasro_shapes_any_reward, not the paper's"
+    assert other.config.algorithm.fields["contrast"] == 0 and other.warnings() == []
+    paper = run("attribute_binding", recipe="paper")
+    paper.check()
+    assert paper.departure() == "" and paper.warnings() == []
+    assert [regulariser.name for regulariser in paper.config.regularisers] == ["lcd"]
+    assert paper.config.evaluate == binding.config.evaluate
