@@ -110,7 +110,7 @@ def _rows(
             if key not in before:
                 with policy.reference():
                     before[key] = measured("before")
-            with policy.using(run.average):
+            with policy.using(run.weights):
                 after = measured("after")
             found = compare(before[key], after, rewards.held_out) + drift(
                 before[key].features, after.features, len(examples)

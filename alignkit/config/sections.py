@@ -199,6 +199,12 @@ class TrainConfig(Section):
     """Gradients are scaled down to this norm; inf: never."""
     ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.99
     """Decay of the average of the trained weights, which evaluation and export use; 0: no average."""
+    export: Literal["", "best", "average", "last"] = ""
+    """The weights that the run exports and evaluates in the end. "best": the average of the point (evaluate.points)
+    where the trained reward is highest, as the mean over evaluate.steps, among those where it rose and no held-out
+    reward fell beyond its 95 % interval at any number of steps; "average" if there is none. "average": the average of
+    the last update. "last": the last update, not averaged. Empty: "best" where there are points, a trained and a
+    held-out reward, else "average"."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision; "no" is float32."""
     checkpoint_every: Annotated[int, Ge(0)] = 50
@@ -230,6 +236,14 @@ class EvaluateConfig(Section):
     """Prompts used, from the top of the file."""
     samples: Annotated[int, Ge(1)] = 1
     """Images of each prompt, over which its score is the mean: intervals get narrower, and take as much longer."""
+    points: Annotated[int, Ge(0)] = 10
+    """Points of the run, evenly spaced, the last update one of them, at which one image of each of a few prompts is
+    generated at every number of steps, scored and kept in points/ with the weights of the moment (not those of
+    lora_rank = 0, which are whole models). The point before training is one more. A round ends before its point is
+    measured. 0: none."""
+    points_limit: Annotated[int, Ge(1)] = 64
+    """Prompts at each point, from the end of the file of prompts: train.export chooses on prompts that are not those of
+    the final evaluation if the file has at least limit + points_limit."""
     seed: int = 1000
     """Seed of the noise, the same at every evaluation."""
     rewards: list[str | dict[str, Any]] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Format evaluation rows as a table for the terminal."""
+"""Format evaluation rows for the terminal: as a table, or in one line."""
 
 from __future__ import annotations
 
@@ -54,3 +54,17 @@ def table(rows: Sequence[Row], title: str = "", wide: bool = False) -> Table:
             ]
         shown.add_row(*(cell.removeprefix("-") if cell == "-0.000" else cell for cell in cells))
     return shown
+
+
+def one_line(rows: Sequence[Row]) -> str:
+    """Format the trained reward and the held-out ones, value and change by number of steps, without their parts."""
+    steps = sorted({row.num_steps for row in rows})
+    shown: dict[str, dict[int, str]] = {}
+    for row in rows:
+        if row.reward == TOTAL or (row.held_out and "/" not in row.reward):
+            now = f"{row.before:.3f}" if row.after is None else f"{row.after:.3f} ({row.difference:+.3f})"
+            shown.setdefault(row.reward, {})[row.num_steps] = now
+    values = (
+        f"{name} {', '.join(found.get(number, 'not scored') for number in steps)}" for name, found in shown.items()
+    )
+    return f"{'; '.join(values)} at {', '.join(map(str, steps))} step{'s' * (steps != [1])}"

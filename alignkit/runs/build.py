@@ -104,9 +104,16 @@ class Parts:
 
     def held_out(self) -> list[Example]:
         """Read the texts to evaluate on; none if there is no file."""
+        return self._held_out()[: self.config.evaluate.limit]
+
+    def point_examples(self) -> list[Example]:
+        """Read the texts to measure at points of the run, from the end of the file; none without points."""
+        settings = self.config.evaluate
+        return self._held_out()[-settings.points_limit :] if settings.points and self.config.train.updates else []
+
+    def _held_out(self) -> list[Example]:
         path = self.config.evaluate.prompts
-        column = self.config.data.prompt_column
-        return read_examples(path, column, key="evaluate.prompts")[: self.config.evaluate.limit] if path else []
+        return read_examples(path, self.config.data.prompt_column, key="evaluate.prompts") if path else []
 
     def images(self, size: int, skipped: list[str] | None = None) -> Images | None:
         """Open the captioned images to train on, at `size` pixels; None if nobody needs any."""
@@ -183,7 +190,12 @@ class Parts:
             )
         rewards.check(self.prompts(skipped))
         if held_out := self.held_out():
-            self.with_measured().check(held_out)
+            self.with_measured().check([*held_out, *self.point_examples()])
+        if self.config.train.export == "best" and self.config.train.updates and not (uses and self.point_examples()):
+            raise ConfigError(
+                'train.export: found "best", which compares the points of a run by the reward that it trains on; '
+                'expected evaluate.points above 0, evaluate.prompts and such a reward, or use "average"'
+            )
         return skipped or []
 
     def _check_surrogate(self, algorithm: Algorithm[Any, Any]) -> None:

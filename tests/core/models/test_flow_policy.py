@@ -98,7 +98,7 @@ def test_training_raises_its_reward(run: Callable[..., alignkit.Run], algorithm:
     exported = find_policy(str(trained.folder)).load(str(trained.folder), PolicySettings(lora_rank=0))
     assert all(bool((exported.weights()[name] != p).any()) for name, p in start.items())
     policy, seeds = trained.policy(), [(7, i) for i in range(4)]
-    with policy.using(trained.average):
+    with policy.using(trained.weights):
         images = sample_images(policy, trained.sampler(), TEXTS, seeds)
     assert torch.equal(sample_images(exported, trained.sampler(), TEXTS, seeds), images)
 

@@ -69,9 +69,12 @@ def test_a_run_leaves_all_that_is_promised(finished: Run) -> None:
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["000002", "000004"]
     assert [p.name for p in (folder / "samples").iterdir()] == ["000004.png"]
     records = records_of(folder)
-    assert [r["step"] for r in records] == [0, 0, 1, 2, 3, 4, 4]  # before, warm-up, updates, after
+    assert [r["step"] for r in records] == [0, 0, 1, 2, 3, 4, 4, 4]  # before, warm-up, updates, export, after
     assert "evaluation" in records[0] and "evaluation" in records[-1]
-    for record in records[2:-1]:
+    assert records[-2] == {
+        "step": 4, "exported": 4, "weights": "average", "text": "exports the average weights of update 4 of 4"
+    }  # fmt: skip
+    for record in records[2:-2]:
         assert {"reward", "loss", "grad_norm", "surrogate_loss", "surrogate_score"} <= record.keys()
     assert alignkit.load(folder / "run.toml").config == finished.config
     assert finished.config.train.learning_rate == 0.05
