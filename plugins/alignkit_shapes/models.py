@@ -45,6 +45,22 @@ def _likelihoods(sampler: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {"ddpo": clipped, "sdpo": clipped, "rebel": rebel, "d3po": sampler, "pso": sampler}
 
 
+# DrPO's field is mostly noise with few samples, so the rate is small for the size of the update. The UNet has two down
+# blocks, with maps of 4 x 4.
+_drpo_features: dict[str, Any] = {"layers": ["down_blocks.0", "mid_block", "up_blocks.0"], "pool": 2}
+
+
+def _drpo(num_steps: int) -> dict[str, Any]:
+    """Return the settings of DrPO at this number of steps: each round, 6 prompts of 16 samples, is one update."""
+    rows = 6 * 16 * num_steps
+    return {
+        "data": {"batch_size": 6},
+        "algorithm": _drpo_features,
+        "model": {"lora_targets": WIDE},
+        "train": {"updates": 100, "rows_per_update": rows, "rows_per_pass": 48, "ema_decay": 0.95},
+    }
+
+
 def shapes_lcm() -> ModelBundle:
     """Return the bundle of the few-step model, with the guidance scales that it was distilled with."""
     guidance = {"guidance_scale_min": 2.0, "guidance_scale_max": 4.0}
@@ -101,6 +117,7 @@ def shapes_lcm() -> ModelBundle:
             "lcd": {"algorithm": guidance},
             "rg_lcd": rg_lcd,
             "gors_lcm": {"algorithm": guidance},
+            "drpo": _drpo(2),
             **_likelihoods(_sampler("lcm", 4, [1, 2, 4])),
             "diffusion_dpo": _unflipped,
         },
@@ -129,6 +146,7 @@ def shapes_turbo() -> ModelBundle:
                 "regulariser": [],
                 "train": {"learning_rate": 3e-5},  # as in the bundles of other models that were distilled like this
             },
+            "drpo": {**_sampler("renoise", 1, [1, 2]), **_drpo(1)},
             "diffusion_dpo": on_grid,
         },
     )
@@ -144,5 +162,6 @@ def shapes_teacher() -> ModelBundle:
             **_data,
             "evaluate": {**_data["evaluate"], "steps": [25]},
         },
-        algorithm_defaults={**_likelihoods(_sampler("ddim", 25, [25], eta=1.0)), "diffusion_dpo": _unflipped},
+        algorithm_defaults={**_likelihoods(_sampler("ddim", 25, [25], eta=1.0)), "diffusion_dpo": _unflipped}
+        | {"drpo": {"algorithm": _drpo_features}},
     )
