@@ -45,19 +45,18 @@ def _likelihoods(sampler: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {"ddpo": clipped, "sdpo": clipped, "rebel": rebel, "d3po": sampler, "pso": sampler}
 
 
-# DrPO's field is mostly noise with few samples, so the rate is small for the size of the update. The UNet has two down
-# blocks, with maps of 4 x 4.
-_drpo_features: dict[str, Any] = {"layers": ["down_blocks.0", "mid_block", "up_blocks.0"], "pool": 2}
+# The UNet has two down blocks. Without pooling its maps, of 4 x 4 and 8 x 8, are as large as the pooled ones of
+# SDXL-Turbo.
+_drpo_features: dict[str, Any] = {"layers": ["down_blocks.0", "mid_block", "up_blocks.0"], "pool": 1}
 
 
-def _drpo(num_steps: int) -> dict[str, Any]:
+def _drpo(num_steps: int, **train: Any) -> dict[str, Any]:
     """Return the settings of DrPO at this number of steps: each round, 6 prompts of 16 samples, is one update."""
-    rows = 6 * 16 * num_steps
     return {
         "data": {"batch_size": 6},
         "algorithm": _drpo_features,
         "model": {"lora_targets": WIDE},
-        "train": {"updates": 100, "rows_per_update": rows, "rows_per_pass": 48, "ema_decay": 0.95},
+        "train": {"rows_per_update": 6 * 16 * num_steps, "rows_per_pass": 48, "ema_decay": 0.95, **train},
     }
 
 
@@ -117,7 +116,7 @@ def shapes_lcm() -> ModelBundle:
             "lcd": {"algorithm": guidance},
             "rg_lcd": rg_lcd,
             "gors_lcm": {"algorithm": guidance},
-            "drpo": _drpo(2),
+            "drpo": _drpo(2, updates=30, learning_rate=1e-4),
             **_likelihoods(_sampler("lcm", 4, [1, 2, 4])),
             "diffusion_dpo": _unflipped,
         },
@@ -146,7 +145,12 @@ def shapes_turbo() -> ModelBundle:
                 "regulariser": [],
                 "train": {"learning_rate": 3e-5},  # as in the bundles of other models that were distilled like this
             },
-            "drpo": {**_sampler("renoise", 1, [1, 2]), **_drpo(1)},
+            "drpo": {
+                **_sampler("renoise", 1, [1, 2]),
+                **_drpo(1, updates=90, learning_rate=2e-4),
+                # It takes back moves that other rounds do not repeat: DrPO's field never fades, and is mostly noise.
+                "regulariser": [{"name": "reference", "weight": 1.0}],
+            },
             "diffusion_dpo": on_grid,
         },
     )
