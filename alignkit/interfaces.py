@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar
 
 from annotated_types import Ge
 
+from alignkit.errors import ConfigError
 from alignkit.records import Batch, Example, PolicyFacts, PolicySettings, Prediction, Prompt, Rows, Scores, Transition
 
 if TYPE_CHECKING:
@@ -106,6 +107,15 @@ class Policy(ABC):
 
         They come from the model before training, so that the drift of a run is always measured with the same network.
         """
+
+    def feature_maps(self, x: Tensor, t: Tensor, prompt: Prompt, layers: Sequence[str]) -> list[Tensor]:
+        """Outputs (N, c, h, w) float32 of these layers, while the network predicts from x (N, *S) at times t (N,) under
+        the prompt, without guidance; differentiable.
+
+        The weights are those of now: call it within `reference` for the model before training, and compute the gradient
+        there as well. Raises ConfigError that names the layers there are; by default there are none.
+        """
+        raise ConfigError(f"layers: found {', '.join(layers)}, expected none: {type(self).__name__} names no layers")
 
     @abstractmethod
     def parameters(self) -> list[torch.nn.Parameter]:

@@ -46,7 +46,7 @@ def evaluate(
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=console is None) as progress:
         rows = [
-            replace(row, run=name, departure=run.departure() if run.average else "")
+            replace(row, run=name, departure=run.departure() if run.weights else "")
             for run, name in zip(runs, _names(runs), strict=True)
             for row in _rows(run, name, steps, rewards, seen, before, progress)
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -221,6 +221,30 @@ class DiffusersPolicy(Policy):
         with self.reference(), outputs_of(deepest) as found:
             self._predict(latents, t, empty.features, empty.pooled, w)
         return found[0].float().mean((2, 3))
+
+    def feature_maps(self, x: Tensor, t: Tensor, prompt: Prompt, layers: Sequence[str]) -> list[Tensor]:
+        """Return the outputs of blocks of the UNet."""
+        size = self.rows_per_pass
+        if 0 < size < len(x) and not torch.is_grad_enabled():
+            rows = torch.arange(len(x), device=x.device).split(size)
+            parts = [self.feature_maps(x[i], t[i], prompt.select(i), layers) for i in rows]
+            return [torch.cat(maps) for maps in zip(*parts, strict=True)]
+        blocks = self._blocks()
+        if unknown := [name for name in layers if name not in blocks]:
+            raise ConfigError(f"layers: found {', '.join(unknown)}, expected some of {', '.join(blocks)}")
+        with ExitStack() as stack:
+            found = [stack.enter_context(outputs_of(blocks[name])) for name in layers]
+            self._predict(x, t, prompt.features, prompt.pooled, torch.zeros(len(x), device=x.device))
+        return [maps[0].float() for maps in found]
+
+    def _blocks(self) -> dict[str, torch.nn.Module]:
+        """Return the down, middle and up blocks by their names in the UNet."""
+        middle = {} if self.unet.mid_block is None else {"mid_block": self.unet.mid_block}
+        down, up = (
+            {f"{name}.{i}": block for i, block in enumerate(getattr(self.unet, name))}
+            for name in ("down_blocks", "up_blocks")
+        )
+        return down | middle | up
 
     # the network
 

@@ -78,6 +78,21 @@ def _hybrid(sampler: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+# The UNet has two down blocks. Without pooling its maps, of 4 x 4 and 8 x 8, are as large as the pooled ones of
+# SDXL-Turbo.
+_drpo_features: dict[str, Any] = {"layers": ["down_blocks.0", "mid_block", "up_blocks.0"], "pool": 1}
+
+
+def _drpo(num_steps: int, **train: Any) -> dict[str, Any]:
+    """Return the settings of DrPO at this number of steps: each round, 6 prompts of 16 samples, is one update."""
+    return {
+        "data": {"batch_size": 6},
+        "algorithm": _drpo_features,
+        "model": {"lora_targets": WIDE},
+        "train": {"rows_per_update": 6 * 16 * num_steps, "rows_per_pass": 48, "ema_decay": 0.95, **train},
+    }
+
+
 def shapes_lcm() -> ModelBundle:
     """Return the bundle of the few-step model, with the guidance scales that it was distilled with."""
     guidance = {"guidance_scale_min": 2.0, "guidance_scale_max": 4.0}
@@ -112,6 +127,7 @@ def shapes_lcm() -> ModelBundle:
             "lcd": {"algorithm": guidance},
             "rg_lcd": rg_lcd,
             "gors_lcm": {"algorithm": guidance},
+            "drpo": _drpo(2, updates=30, learning_rate=1e-4),
             **_likelihoods(_sampler("lcm", 4, [1, 2, 4])),
             "diffusion_dpo": _unflipped,
         },
@@ -143,6 +159,12 @@ def shapes_turbo() -> ModelBundle:
             },
             "draft": _draft(_sampler("renoise", 2, [1, 2, 4])),
             "hybrid": _hybrid(_sampler("renoise", 2, [1, 2, 4])),
+            "drpo": {
+                **_sampler("renoise", 1, [1, 2]),
+                **_drpo(1, updates=90, learning_rate=2e-4),
+                # It takes back moves that other rounds do not repeat: DrPO's field never fades, and is mostly noise.
+                "regulariser": [{"name": "reference", "weight": 1.0}],
+            },
             "diffusion_dpo": on_grid,
         },
     )
@@ -161,6 +183,7 @@ def shapes_teacher() -> ModelBundle:
         algorithm_defaults={
             **_likelihoods(_sampler("ddim", 25, [25], eta=1.0)),
             "draft": _soft,
+            "drpo": {"algorithm": _drpo_features},
             "hybrid": _soft | _sampler("ddim", 25, [25], eta=1.0),
             "diffusion_dpo": _unflipped,
         },

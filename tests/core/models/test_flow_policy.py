@@ -206,3 +206,9 @@ def test_preparing_a_model_that_caches_nothing_says_so(run: Callable[..., alignk
     prepared, notes = prepare(run("ddpo", **{"data.cache": str(tmp_path / "cache")}))
     assert [(one.what, one.read, one.encoded, one.entries) for one in prepared] == [("texts", 5, 0, 0)]
     assert notes == ["data.cache: the model points keeps nothing there, so nothing was prepared"]
+
+
+def test_a_policy_without_named_layers_is_refused_by_a_method_that_compares_features(run: Callable[..., Any]) -> None:
+    changes = {"sampler.name": "renoise", "sampler.num_steps": 1, "algorithm.feature_time": 5}
+    with pytest.raises(ConfigError, match=r"^layers: found down_blocks\.2, .*, expected none: \w+ names no layers$"):
+        list(run("drpo", **changes).train())

@@ -135,6 +135,9 @@ def test_the_settings_of_the_papers_arrive(prompts: Path) -> None:
     assert rlcm.train.rows_per_update == rlcm.data.batch_size * rlcm.algorithm.fields["samples"] * 7
     assert rebel.train.rows_per_update == rebel.data.batch_size * rebel.algorithm.fields["pairs"]
     assert rebel.train.max_grad_norm == float("inf")
+    drpo = run(prompts, "sdxl_turbo", "drpo").config
+    assert drpo.train.rows_per_update == drpo.data.batch_size * drpo.algorithm.fields["samples"] == 512
+    assert drpo.sampler.fields["num_steps"] == 1 and drpo.model.lora_rank == 16 and drpo.train.precision == "bf16"
     gors, pso = (run(prompts, "ssd_1b_lcm", name).config for name in ("gors_lcm", "pso"))
     assert gors.sampler.fields["num_steps"] == pso.sampler.fields["num_steps"] == 2
     turbo_pso = run(prompts, "sdxl_turbo", "pso").config

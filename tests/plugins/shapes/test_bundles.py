@@ -54,6 +54,9 @@ WITH_DEFAULTS = {
     ("lcd", "shapes_lcm"): FINE,
     ("lcd", "shapes_turbo"): NOT_LCM,
     ("lcd", "shapes_teacher"): NOT_LCM,
+    ("drpo", "shapes_lcm"): FINE,
+    ("drpo", "shapes_turbo"): FINE,
+    ("drpo", "shapes_teacher"): FINE,
 }
 NO_LIKELIHOOD = r"sampler: every step of lcm is deterministic with num_steps = 1.*likelihood of stochastic steps"
 ONE_STEP: dict[str, Any] = {"sampler.num_steps": 1}
