@@ -15,12 +15,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from alignkit.hookspecs import Register, hookimpl
+from alignkit.hookspecs import Register, RegisterRecipe, hookimpl
 from alignkit.interfaces import Algorithm, Context, ModelBundle, Policy, Regulariser, Reward, Sampler, Surrogate
-from alignkit.records import Batch, Example, PolicySettings, Prediction, Prompt, Rows, Scores, Transition
+from alignkit.records import Batch, Example, PolicyFacts, PolicySettings, Prediction, Prompt, Rows, Scores, Transition
 
 if TYPE_CHECKING:
     from alignkit.commands.evaluate import evaluate
+    from alignkit.config.schema import check_ranges
     from alignkit.rewards.functions import reward
     from alignkit.runs.run import Run, load
     from alignkit.training.trainer import Update
@@ -32,10 +33,12 @@ __all__ = [
     "Example",
     "ModelBundle",
     "Policy",
+    "PolicyFacts",
     "PolicySettings",
     "Prediction",
     "Prompt",
     "Register",
+    "RegisterRecipe",
     "Regulariser",
     "Reward",
     "Rows",
@@ -46,6 +49,7 @@ __all__ = [
     "Transition",
     "Update",
     "__version__",
+    "check_ranges",
     "evaluate",
     "hookimpl",
     "load",
@@ -56,11 +60,13 @@ __version__ = "0.1.0"
 _LAZY = {
     "Run": "alignkit.runs.run",
     "Update": "alignkit.training.trainer",
+    "check_ranges": "alignkit.config.schema",
     "evaluate": "alignkit.commands.evaluate",
     "load": "alignkit.runs.run",
     "reward": "alignkit.rewards.functions",
 }
-"""Names whose modules import torch, which plugins and the command line must not wait for."""
+"""Names whose modules are imported when they are used: most of them import torch, which plugins and the command line
+must not wait for."""
 
 
 def __getattr__(name: str) -> Any:

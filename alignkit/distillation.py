@@ -13,7 +13,7 @@ from torch import Tensor
 from alignkit import diffusion
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Context, Policy, Sampler
-from alignkit.records import Prompt, Rows
+from alignkit.records import PolicyFacts, Prompt, Rows
 
 Distance = Literal["huber", "l2"]
 
@@ -52,8 +52,9 @@ class Distillation:
                 f"{self.guidance_scale_max}"
             )
 
-    def check(self, sampler: Sampler, section: str = "algorithm") -> None:
-        """Raise ConfigError for a student that this loss cannot distil: one that is no latent consistency model.
+    def check(self, sampler: Sampler, facts: PolicyFacts, section: str = "algorithm") -> None:
+        """Raise ConfigError for a student that this loss cannot distil: one that is no latent consistency model, or
+        whose times the solver's steps do not divide evenly.
 
         `section` is where the settings stand in a run file.
         """
@@ -69,6 +70,15 @@ class Distillation:
             raise ConfigError(
                 f"{section}.ode_steps: found {self.ode_steps}, expected {steps}, which is "
                 "sampler.original_steps; both must be what the model was distilled with"
+            )
+        if facts.num_times is not None:
+            self.check_steps(facts.num_times, f"{section}.ode_steps")
+
+    def check_steps(self, num_times: int, key: str = "ode_steps") -> None:
+        """Raise ConfigError where the solver's steps do not divide this number of times evenly."""
+        if num_times % self.ode_steps:
+            raise ConfigError(
+                f"{key}: found {self.ode_steps}, expected a divisor of {num_times}, the number of times of the model"
             )
 
     def sample(self, latents: Tensor, prompt: Prompt, ctx: Context) -> Noised:
@@ -90,11 +100,7 @@ class Distillation:
         Raises ConfigError where the steps do not divide the times of the policy evenly.
         """
         times = policy.times()
-        if len(times) % self.ode_steps:
-            raise ConfigError(
-                f"ode_steps: found {self.ode_steps}, expected a divisor of {len(times)}, the number of times "
-                "of the model"
-            )
+        self.check_steps(len(times))
         stride = len(times) // self.ode_steps
         return torch.cat([times[:1], times[stride - 1 :: stride]]).to(policy.device)
 

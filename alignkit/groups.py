@@ -49,6 +49,21 @@ def extremes(rewards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return best, worst, rewards[rows, best] > rewards[rows, worst]
 
 
+def best_and_worst(scored: Scored, prompt: Prompt, size: int, generator: torch.Generator) -> Pairs | None:
+    """Pair the best with the worst of each group (LaSRO, Eq. 10); of more than `size` groups, some chosen at random.
+
+    `prompt` holds the batch's prompts. None where no group carries a label.
+    """
+    best, worst, labelled = extremes(scored.rewards.cpu())
+    rows = labelled.nonzero()[:, 0]
+    if len(rows) > size:
+        rows = rows[torch.randperm(len(rows), generator=generator)[:size]]
+    if not len(rows):
+        return None
+    winner, loser = (scored.latents[rows, place[rows]] for place in (best, worst))
+    return Pairs(winner, loser, prompt.select(scored.text[rows]))
+
+
 def log_rewards(scored: Scored, own: int, ctx: Context) -> None:
     """Log the true reward by step. The first `own` samples of each group are the policy's."""
     for k in range(ctx.sampler.num_steps):

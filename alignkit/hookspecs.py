@@ -9,11 +9,13 @@ listing a hundred plugins imports no network code:
     def register_rewards(register):
         register("sharpness", "acme_rewards.sharpness:Sharpness", "Energy of the Laplacian")
 
-`register(name, target, help)`: a snake_case name ("-" and "_" are the same), "module:Attribute", one line of help.
+`register(name, target, help)`: a snake_case name ("-" and "_" are the same), "module:Attribute", one line of help. A
+recipe is a file, which has its line of help within: `register(name, path)`.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 import pluggy
@@ -26,6 +28,12 @@ class Register(Protocol):
     """The function that a hook calls once for each component."""
 
     def __call__(self, name: str, target: str, help: str) -> None: ...
+
+
+class RegisterRecipe(Protocol):
+    """The function that `register_recipes` calls once for each recipe."""
+
+    def __call__(self, name: str, path: Path) -> None: ...
 
 
 @hookspec
@@ -61,6 +69,12 @@ def register_models(register: Register) -> None:
 @hookspec
 def register_policies(register: Register) -> None:
     """Targets are subclasses of `alignkit.interfaces.Policy`."""
+
+
+@hookspec
+def register_recipes(register: RegisterRecipe) -> None:
+    """Paths are .toml files: run settings for one algorithm, which name it under [algorithm]; the first comment is the
+    line of help."""
 
 
 @hookspec

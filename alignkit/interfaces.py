@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, TypeVar
 
 from annotated_types import Ge
 
-from alignkit.records import Batch, Example, PolicySettings, Prediction, Prompt, Rows, Scores, Transition
+from alignkit.errors import ConfigError
+from alignkit.records import Batch, Example, PolicyFacts, PolicySettings, Prediction, Prompt, Rows, Scores, Transition
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +52,15 @@ class Policy(ABC):
 
         False for a folder that is missing or in another format. A hub id is not looked up.
         """
+
+    @classmethod
+    def facts(cls, source: str, settings: PolicySettings) -> PolicyFacts:
+        """Return what is known of the policy that `load` would build; by default nothing.
+
+        Called before anything loads, for a source that is served. Cheap: reads an index or a config at most, and looks
+        up no hub id. Raises ConfigError for settings that `load` would refuse, as far as this shows without weights.
+        """
+        return PolicyFacts()
 
     @classmethod
     @abstractmethod
@@ -98,6 +108,15 @@ class Policy(ABC):
         They come from the model before training, so that the drift of a run is always measured with the same network.
         """
 
+    def feature_maps(self, x: Tensor, t: Tensor, prompt: Prompt, layers: Sequence[str]) -> list[Tensor]:
+        """Outputs (N, c, h, w) float32 of these layers, while the network predicts from x (N, *S) at times t (N,) under
+        the prompt, without guidance; differentiable.
+
+        The weights are those of now: call it within `reference` for the model before training, and compute the gradient
+        there as well. Raises ConfigError that names the layers there are; by default there are none.
+        """
+        raise ConfigError(f"layers: found {', '.join(layers)}, expected none: {type(self).__name__} names no layers")
+
     @abstractmethod
     def parameters(self) -> list[torch.nn.Parameter]:
         """The trained parameters, float32, in a fixed order; none where the policy is not trained."""
@@ -129,6 +148,10 @@ class Sampler(ABC):
 
     num_steps: Annotated[int, Ge(1)] = 2
     """Network passes for one image."""
+
+    def check(self, facts: PolicyFacts) -> None:
+        """Raise ConfigError if these fields cannot work with such a policy. Called before any weight loads."""
+        return
 
     @abstractmethod
     def grid(self, policy: Policy) -> Tensor:
@@ -353,8 +376,9 @@ class Algorithm(ABC, Generic[C, R]):
         A class whose fields decide nothing may set a ClassVar instead."""
         return True
 
-    def check(self, sampler: Sampler) -> None:
-        """Raise ConfigError if these fields cannot work with this sampler. Called before any weight loads."""
+    def check(self, sampler: Sampler, facts: PolicyFacts) -> None:
+        """Raise ConfigError if these fields cannot work with this sampler and such a policy. Called before any weight
+        loads, and again when more is known of the policy."""
         return
 
     def setup(self, ctx: Context) -> None:
@@ -404,12 +428,16 @@ class Regulariser(ABC, Generic[C, R]):
     `after_update`. During the warm-up of a surrogate it calls none of them.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-    """Requirements that the core checks: "teacher", "images", "predictions". With "predictions", `loss` receives what
-    the policy predicted, with gradient, while the algorithm computed its own loss."""
+    @property
+    def needs(self) -> frozenset[str]:
+        """The needs of these fields, checked by the core: some of "teacher", "images", "predictions". With
+        "predictions", `loss` receives what the policy predicted, with gradient, while the algorithm computed its own
+        loss. A class whose fields decide nothing may set a ClassVar instead."""
+        return frozenset()
 
-    def check(self, sampler: Sampler) -> None:
-        """Raise ConfigError if these fields cannot work with this sampler. Called before any weight loads."""
+    def check(self, sampler: Sampler, facts: PolicyFacts) -> None:
+        """Raise ConfigError if these fields cannot work with this sampler and such a policy. Called before any weight
+        loads, and again when more is known of the policy."""
         return
 
     def setup(self, ctx: Context) -> None:
@@ -463,3 +491,6 @@ class ModelBundle:
     algorithm_defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Sections by name of the algorithm, which win over `defaults`. Those under "algorithm/reward" hold for that
     algorithm where this is the only reward to train on, and win in turn."""
+    recipes: Mapping[str, str] = field(default_factory=dict)
+    """Registered recipes, whose settings win over all of these, that runs take by default: by name of the algorithm, or
+    "algorithm/reward" as above."""

@@ -167,6 +167,18 @@ class PolicySettings:
 
 
 @dataclass(frozen=True)
+class PolicyFacts:
+    """Facts about a policy that are known before its weights load; None where they are not."""
+
+    consistency: bool | None = None
+    """Whether it is a latent consistency model (`Policy.consistency`)."""
+    num_times: int | None = None
+    """Number of its times, the length of `Policy.times()`."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Sections of a run file that suit the checkpoint where no registered model brings any: its sampler, mostly."""
+
+
+@dataclass(frozen=True)
 class PreferencePairs:
     """M pairs of images, each of one text; the first of a pair is preferred. They lie on the CPU."""
 

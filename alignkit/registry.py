@@ -12,6 +12,7 @@ import importlib
 import inspect
 import os
 import re
+import tomllib
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -34,8 +35,11 @@ KINDS: dict[str, type] = {
     "regulariser": interfaces.Regulariser,
     "model": interfaces.ModelBundle,
     "policy": interfaces.Policy,
+    "recipe": Path,
     "command": object,
 }
+PAPER = "paper"
+"""Stands for no recipe, so no recipe has this name."""
 OWN_COMMANDS = {
     "list", "show", "check", "train", "prepare", "sample", "score", "serve", "pairs", "evaluate", "new", "check_plugin",
     "prompts",
@@ -53,7 +57,7 @@ class Component:
     name: str
     help: str
     target: str
-    """"module:Attribute"."""
+    """"module:Attribute"; of a recipe, the path of its file."""
     plugin: str
     """Name of the entry point, as in ALIGNKIT_DISABLE_PLUGINS."""
     distribution: str
@@ -136,7 +140,7 @@ class Registry:
         )
 
     def get(self, kind: str, name: str) -> Any:
-        """Import and return the class of a component, or the ModelBundle of a model.
+        """Import and return the class of a component, the ModelBundle of a model, or the path of a recipe.
 
         Raises AlignkitError for an unknown name, and PluginError for a target that cannot be imported or is not a
         complete implementation of the kind.
@@ -144,6 +148,8 @@ class Registry:
         row = self.find(kind, name)
         if (kind, row.name) in self._added:
             return self._added[kind, row.name]
+        if kind == "recipe":
+            return Path(row.target)
         what = f"{kind} {row.name} ({row.target}, {row.origin})"
         module, _, attribute = row.target.partition(":")
         try:
@@ -207,19 +213,42 @@ def _read(entry: EntryPoint) -> Iterator[Component]:
         for kind in KINDS:
 
             def register(name: str, target: str, help: str, kind: str = kind) -> None:
-                name = normalise(name)
-                if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-                    raise ValueError(f"{kind} name {name!r} is not snake_case")
+                name = _checked_name(kind, name)
                 if not re.fullmatch(r"[\w.]+:\w+", target):
                     raise ValueError(f'{kind} {name}: found target {target!r}, expected "module:Attribute"')
-                if kind == "command" and name in OWN_COMMANDS:
-                    raise ValueError(f"command {name} is registered by alignkit itself; choose another name")
                 rows.append(Component(kind, name, help, target, entry.name, *distribution))
 
-            getattr(manager.hook, f"register_{plural(kind)}")(register=register)
+            def register_recipe(name: str, path: Path) -> None:
+                name = _checked_name("recipe", name)
+                rows.append(Component("recipe", name, _about_recipe(name, path), str(path), entry.name, *distribution))
+
+            hook = getattr(manager.hook, f"register_{plural(kind)}")
+            hook(register=register_recipe if kind == "recipe" else register)
     except (Exception, SystemExit) as error:
         rows = [Component("plugin", normalise(entry.name), "", entry.value, entry.name, *distribution, _reason(error))]
     yield from rows
+
+
+def _checked_name(kind: str, name: str) -> str:
+    """Return a name that a plugin registers, normalised. Raises ValueError for one that cannot be registered."""
+    name = normalise(name)
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ValueError(f"{kind} name {name!r} is not snake_case")
+    if kind == "command" and name in OWN_COMMANDS:
+        raise ValueError(f"command {name} is registered by alignkit itself; choose another name")
+    if kind == "recipe" and name == PAPER:
+        raise ValueError(f"recipe {PAPER}: this name stands for no recipe; choose another name")
+    return name
+
+
+def _about_recipe(name: str, path: Path) -> str:
+    """Return "ALGORITHM: COMMENT" from the file of a recipe, with its first comment; raises for an unusable file."""
+    text = path.read_text(encoding="utf-8")
+    algorithm = tomllib.loads(text).get("algorithm", {}).get("name")
+    if not algorithm:
+        raise ValueError(f"recipe {name}: {path} names no algorithm; write [algorithm] with name = ...")
+    comments = (line.strip("# ") for line in text.splitlines() if line.startswith("#"))
+    return f"{algorithm}: {next(comments, '')}"
 
 
 def _reason(error: BaseException) -> str:

@@ -178,12 +178,12 @@ class Comparison:
         table, outcome = cell.table, {}
         if cell.method:
             run, outcome = train(cell, self.folder / cell.key)
-            run.policy()  # loads the averaged weights
+            run.policy()  # loads the trained weights
             outcome["resolved"] = config.to_toml(replace(run.config, output="")).replace(str(FOLDER), FOLDER.name)
         else:
             run = Run(config.load(None, cell.settings()))
         # Rates are chosen on training prompts, so that held-out prompts have no influence on the choice.
-        found = measure(run, table, TRAIN if cell.tuning else HELD_OUT, self.prompts, run.average)
+        found = measure(run, table, TRAIN if cell.tuning else HELD_OUT, self.prompts, run.weights)
         drift = {}
         if cell.method and not cell.tuning:
             base = self._base_features(table)

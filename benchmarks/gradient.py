@@ -77,7 +77,7 @@ def main() -> None:
                     f"--run {arguments.run}: found a run on {lasro.config.model.name}, expected one on shapes_lcm"
                 )
             learner = lasro.policy()
-            with learner.using(lasro.average):
+            with learner.using(lasro.weights):
                 trained = run_sampler(learner, sampler, learner.encode([e.text for e in examples]), noises).clean
     teacher = DiffusersPolicy(run.teacher_source(), trainable=False, guidance_scale=1.0)
     level = torch.full((len(examples),), arguments.purify)

@@ -5,7 +5,7 @@
 The model before training samples a trajectory of `--steps` steps for each of the first training prompts; both models
 predict at every latent of it. The table shows root mean squares over all numbers, of the difference in the noise and in
 the clean latent: an error of the noise is scaled by sigma / alpha in the clean latent, most at the start of a
-trajectory. The averaged weights of a run are used.
+trajectory. The weights that a run exports are used.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ for folder in options.runs:
             alpha, sigma = policy.schedule(t)
             with policy.reference():
                 before = policy.denoise(x, t, prompt)
-            with policy.using(run.average):
+            with policy.using(run.weights):
                 now = policy.denoise(x, t, prompt)
             moved = now - before
             noise = diffusion.to_noise(now, x, alpha, sigma) - diffusion.to_noise(before, x, alpha, sigma)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignkit import PolicyFacts
+
 Members = Callable[[Any], dict[str, Any]]
 CASES: list[tuple[str, Members, str]] = [
     ("flat_latents", lambda base: {"latent_shape": (2,)},
@@ -23,6 +25,12 @@ CASES: list[tuple[str, Members, str]] = [
      "serves: found False for its own source .*, expected True"),
     ("serves_everything", lambda base: {"serves": classmethod(lambda cls, source: True)},
      "serves: found True for an empty folder, expected False"),
+    ("no_facts", lambda base: {"facts": classmethod(lambda cls, source, settings: {})},
+     "facts: found dict, expected alignkit.PolicyFacts"),
+    ("other_times", lambda base: {"facts": classmethod(lambda cls, source, settings: PolicyFacts(num_times=1000))},
+     "facts: found num_times = 1000, expected 50 or None"),
+    ("says_perhaps", lambda base: {"facts": classmethod(lambda cls, source, settings: PolicyFacts("perhaps"))},
+     "facts: found consistency = 'perhaps', expected a bool"),
     ("noise_first", lambda base: {"times": lambda self: base.times(self).flip(0)},
      "times: found times that do not ascend, expected the least noise first"),
     ("one_time", lambda base: {"times": lambda self: base.times(self)[-1:]},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import textwrap
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import distributions
 from pathlib import Path
@@ -24,13 +24,18 @@ class PluginFolder:
     path: Path
     packages: list[str] = field(default_factory=list)
 
-    def install(self, package: str, init: str, version: str = "1.0", **modules: str) -> None:
-        """Install a distribution named after its package, with `__init__.py`, other modules and one entry point."""
+    def install(
+        self, package: str, init: str, version: str = "1.0", files: Mapping[str, str] | None = None, **modules: str
+    ) -> None:
+        """Install a distribution named after its package, with `__init__.py`, other modules, files that are none, and
+        one entry point."""
         self.packages.append(package)
         folder = self.path / package
         folder.mkdir()
         for name, source in {"__init__": init, **modules}.items():
             (folder / f"{name}.py").write_text(textwrap.dedent(source), encoding="utf-8")
+        for name, text in (files or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
         info = self.path / f"{package}-{version}.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(
@@ -75,6 +80,8 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PluginF
 
 
 ACME = """
+    from pathlib import Path
+
     from alignkit import hookimpl
 
     @hookimpl
@@ -109,6 +116,10 @@ ACME = """
     @hookimpl
     def register_policies(register):
         register("acme_formula", "acme.parts:Formula", "A policy without a checkpoint")
+
+    @hookimpl
+    def register_recipes(register):
+        register("acme-slow", Path(__file__).parent / "slow.toml")
 
     @hookimpl
     def register_commands(register):
@@ -255,6 +266,22 @@ MODELS = """
         )
 """
 
+SLOW = """\
+# Small steps, and more of them
+# than Acme has.
+
+[recipe]
+models = ["acme_model"]
+for_reward = "acme_red"
+
+[algorithm]
+name = "acme_steps"
+clip = 0.1
+
+[train]
+updates = 90
+"""
+
 COMMANDS = '''
     from typing import Annotated
 
@@ -278,7 +305,8 @@ COMMANDS = '''
 @pytest.fixture
 def acme(plugins: PluginFolder) -> PluginFolder:
     """One plugin of every kind."""
-    plugins.install("acme", ACME, version="2.5", parts=PARTS, models=MODELS, commands=COMMANDS)
+    files = {"slow.toml": SLOW}
+    plugins.install("acme", ACME, version="2.5", files=files, parts=PARTS, models=MODELS, commands=COMMANDS)
     return plugins
 
 

@@ -32,6 +32,7 @@ def tiny_run(tmp_path: Path, brightness: None, tiny_lcm: Path, tiny_teacher: Pat
         "data.prompts": str(prompts), "data.images": "alignkit_shapes.data:Drawings", "data.batch_size": 2,
         "algorithm.name": "lasro", "train.updates": 4, "train.rows_per_update": 4, "train.checkpoint_every": 2,
         "evaluate.prompts": str(prompts), "evaluate.limit": 2, "evaluate.steps": [1, 2], "evaluate.every": 0,
+        "evaluate.points": 0,
     }  # fmt: skip
     lasro = {"algorithm.samples": 3}
     taught = {"surrogate.warmup": 1}
@@ -72,8 +73,8 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Return the contents of the weights and image grids of a finished run, by path."""
-    paths = [*folder.glob("*.safetensors"), *folder.glob("samples/*.png")]
+    """Return the contents of the weights, image grids and points of a finished run, by path."""
+    paths = [*folder.glob("*.safetensors"), *folder.glob("samples/*.png"), *folder.glob("points/*/*")]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 

@@ -11,6 +11,7 @@ from alignkit.config.toml import parse_assignment
 from alignkit.errors import AlignkitError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+Recipe = Annotated[str | None, typer.Option(metavar="NAME", help="Settings that a plugin ships; paper: none (recipe).")]
 Model = Annotated[str | None, typer.Option(metavar="NAME", help="Registered model, hub id or folder (model.name).")]
 Algo = Annotated[str | None, typer.Option(metavar="NAME", help="The algorithm (algorithm.name).")]
 Rewards = Annotated[list[str] | None, typer.Option(metavar="NAME[=WEIGHT]", help="A reward; repeatable.")]
@@ -29,9 +30,13 @@ def overrides(
     out: str | None,
     seed: int | None,
     assignments: list[str] | None,
+    recipe: str | None = None,
 ) -> dict[str, Any]:
     """Return the flags as a table from the keys that they stand for to values."""
-    given = {"algorithm.name": algo, "model.name": model, "sampler.num_steps": steps, "output": out, "seed": seed}
+    given = {
+        "algorithm.name": algo, "model.name": model, "sampler.num_steps": steps, "output": out, "seed": seed,
+        "recipe": recipe,
+    }  # fmt: skip
     result: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if reward:
         result["reward"] = [_reward(text) for text in reward]

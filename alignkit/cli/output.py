@@ -28,7 +28,7 @@ def print_table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
 
 
 def print_components(rows: Sequence[Component]) -> None:
-    """Print a heading for each kind and a line for each component, cut to the width of the terminal.
+    """Print a heading for each kind and each component with its line of help, wrapped to the width of the terminal.
 
     The distribution is printed unless it is alignkit. Plugins that cannot be used come last, with the full reason.
     """
@@ -44,10 +44,12 @@ def print_components(rows: Sequence[Component]) -> None:
         width = max(len(row.name) for row in group)
         for row in group:
             origin = "" if row.distribution == "alignkit" else f"  ({row.distribution} {row.version})".rstrip()
-            about = Text(" ".join(row.help.split()))
-            about.truncate(max(console.width - width - 4 - len(origin), 8), overflow="ellipsis")
-            line = Text.assemble("  ", (f"{row.name:<{width}}", "cyan"), "  ", about, (origin, "dim"))
-            console.print(line, soft_wrap=True)
+            about = Text.assemble(" ".join(row.help.split()), (origin, "dim"))
+            name = row.name
+            for line in about.wrap(console, max(console.width - width - 4, 8)):
+                line.rstrip()
+                console.print(Text.assemble("  ", (f"{name:<{width}}", "cyan"), "  ", line), soft_wrap=True)
+                name = ""
     if len(working) < len(rows):
         console.print(Text("broken plugins", "bold red"))
     for row in rows:
@@ -68,17 +70,19 @@ def print_component(item: Mapping[str, Any], chosen: bool) -> None:
     console = Console(highlight=False)
     console.print(Text(f"{item['kind']} {item['name']}", "bold cyan"), Text(item["origin"], "dim"))
     console.print(Text(f"{item['doc']}\n"))
+    if "text" in item:
+        typer.echo(item["text"].rstrip())
     for field in item["fields"]:
         default = "required" if field["default"] is None else f"= {field['default']}"
         console.print(Text.assemble((field["name"], "cyan"), f" {default}  ", (field["type"], "dim")))
         if field["doc"]:
             console.print(Padding(Text(field["doc"]), (0, 0, 0, 4), expand=False))
-    model = item.get("model", {"settings": ()})
-    if not model["settings"]:
-        if chosen and "name" in model:
-            console.print(Text(f"\n{model['name']} changes none of these settings."))
-        return
-    console.print(Text(f"\n{model['name']}{'' if chosen else ', the default model,'} changes:", "bold"))
+    model = item.get("model", {"settings": (), "recipes": ()})
+    if chosen and "name" in model and not (model["settings"] or model["recipes"]):
+        console.print(Text(f"\n{model['name']} changes none of these settings."))
+    heading = f"{model.get('name')}{'' if chosen else ', the default model,'}"
+    if model["settings"]:
+        console.print(Text(f"\n{heading} changes:", "bold"))
     for one in model["settings"]:
         notes = [] if one["default"] is None else [f"default {one['default']}"]
         if one["where"] and item["kind"] == "algorithm":
@@ -87,4 +91,10 @@ def print_component(item: Mapping[str, Any], chosen: bool) -> None:
             notes += [f"under {', '.join(one['where'])}"]
         note = f"  ({'; '.join(notes)})" if notes else ""
         line = Text.assemble((one["key"], "cyan"), f" = {one['value']}", (note, "dim"))
+        console.print(Padding(line, (0, 0, 0, 2), expand=False))
+    if model["recipes"]:
+        console.print(Text(f"\n{heading} takes, unless --recipe names another or paper:", "bold"))
+    for one in model["recipes"]:
+        where = f"  (with {one['where']} as the only reward)" if one["where"] else ""
+        line = Text.assemble("recipe ", (one["name"], "cyan"), ", not the paper's", (where, "dim"))
         console.print(Padding(line, (0, 0, 0, 2), expand=False))

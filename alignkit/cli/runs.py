@@ -9,7 +9,20 @@ from typing import Annotated
 
 import typer
 
-from alignkit.cli.options import Algo, Json, Model, Out, Rewards, Seed, Set, StepList, Steps, overrides, step_list
+from alignkit.cli.options import (
+    Algo,
+    Json,
+    Model,
+    Out,
+    Recipe,
+    Rewards,
+    Seed,
+    Set,
+    StepList,
+    Steps,
+    overrides,
+    step_list,
+)
 from alignkit.cli.output import print_json, print_table
 from alignkit.errors import AlignkitError
 
@@ -20,6 +33,7 @@ WIDE = 110
 def check(
     file: Annotated[Path | None, typer.Argument(metavar="FILE")] = None,
     algo: Algo = None,
+    recipe: Recipe = None,
     reward: Rewards = None,
     model: Model = None,
     steps: Steps = None,
@@ -35,21 +49,23 @@ def check(
     """
     from alignkit.runs.run import load
 
-    run = load(file, overrides(algo, reward, model, steps, out, seed, assignments))
+    run = load(file, overrides(algo, reward, model, steps, out, seed, assignments, recipe))
     skipped = run.check()
     config = run.config
     for what in skipped:
         typer.echo(f"skipped as broken: {what}")
-    if unmeasured := config.evaluate.unmeasured():
-        typer.echo(f"warning: {unmeasured}")
+    for warning in run.warnings():
+        typer.echo(f"warning: {warning}")
     rewards = " and ".join(r.name for r in config.rewards) or "no reward"
-    what = f"{config.algorithm.name} on {config.model.name}, {rewards}"
-    typer.echo(f"{file or 'settings'}: no mistakes found ({what}, {config.train.updates} updates)")
+    what = f"{config.algorithm.name} on {config.model.name}, {rewards}, {config.train.updates} updates"
+    departure = f"; {run.departure()}" if run.departure() else ""
+    typer.echo(f"{file or 'settings'}: no mistakes found ({what}{departure})")
 
 
 def train(
     file: Annotated[Path | None, typer.Argument(metavar="FILE")] = None,
     algo: Algo = None,
+    recipe: Recipe = None,
     reward: Rewards = None,
     model: Model = None,
     steps: Steps = None,
@@ -65,6 +81,7 @@ def train(
     \b
     alignkit train --algo lasro --reward attribute_binding
     alignkit train run.toml --set train.learning_rate=1e-5
+    alignkit train --algo lasro --reward attribute_binding --recipe paper
     alignkit train --model my/pipeline --reward attribute_binding=0.8 --reward other=0.2
     alignkit train --resume runs/first
     alignkit train --resume runs/first --set scoring.on_error=skip
@@ -73,7 +90,7 @@ def train(
 
     from alignkit.runs.run import load
 
-    run = load(file, overrides(algo, reward, model, steps, out, seed, assignments), resume=resume)
+    run = load(file, overrides(algo, reward, model, steps, out, seed, assignments, recipe), resume=resume)
     console = None if quiet else Console(force_terminal=False if plain else None)
 
     received = signal.SIGINT
@@ -104,6 +121,7 @@ def train(
 def prepare_run(
     file: Annotated[Path | None, typer.Argument(metavar="FILE")] = None,
     algo: Algo = None,
+    recipe: Recipe = None,
     model: Model = None,
     cache: Annotated[str | None, typer.Option(metavar="FOLDER", help="The cache (data.cache).")] = None,
     assignments: Set = None,
@@ -124,7 +142,7 @@ def prepare_run(
     from alignkit.commands.prepare import prepare
     from alignkit.runs.run import load
 
-    changes = overrides(algo, None, model, None, None, None, assignments)
+    changes = overrides(algo, None, model, None, None, None, assignments, recipe)
     run = load(file, changes | ({"data.cache": cache} if cache is not None else {}))
     prepared, notes = prepare(run, None if quiet or as_json else Console(stderr=True))
     for note in notes:

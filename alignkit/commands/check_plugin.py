@@ -10,6 +10,8 @@ from typing import Any
 
 from alignkit.commands.added import build
 from alignkit.config import schema
+from alignkit.config.load import ModelConfig, load
+from alignkit.config.recipes import read_recipe
 from alignkit.errors import AlignkitError, ConfigError, PluginError
 from alignkit.interfaces import Algorithm, ModelBundle, Policy
 from alignkit.records import Example, PolicySettings
@@ -65,8 +67,9 @@ def members(registry: Registry, package: str) -> list[Component]:
     return found
 
 
-def _names(row: Component) -> tuple[str, str, str]:
-    return row.distribution, row.plugin, row.target.partition(":")[0].partition(".")[0]
+def _names(row: Component) -> tuple[str, ...]:
+    package = [] if row.kind == "recipe" else [row.target.partition(":")[0].partition(".")[0]]
+    return row.distribution, row.plugin, *package
 
 
 def check_plugin(
@@ -119,6 +122,8 @@ def _check(registry: Registry, row: Component, given: Mapping[tuple[str, str], d
         raise AssertionError(f"{row.origin} is broken: {row.broken}")
     if row.kind == "model":
         return check_model(row.name)
+    if row.kind == "recipe":
+        return _check_recipe(registry, row.name)
     if row.kind == "command":
         return _check_command(registry, row)
     if row.kind == "policy":
@@ -151,6 +156,18 @@ def _built(registry: Registry, kind: str, name: str, given: Mapping[tuple[str, s
         if chosen:
             raise ConfigError(f"{kind} {name}: {error}") from error
         raise AssertionError(f"{kind} {name} rejects its own defaults: {error}") from error
+
+
+def _check_recipe(registry: Registry, name: str) -> str:
+    """Load the run that a recipe makes on each of its models, or on the default model."""
+    try:
+        recipe = read_recipe(registry, name)
+        for model in recipe.fits.models or [ModelConfig().name]:
+            rewards = {"reward": [recipe.fits.for_reward]} if recipe.fits.for_reward else {}
+            load(None, {"recipe": name, "model.name": model, **rewards}, registry)
+    except ConfigError as error:
+        raise AssertionError(str(error)) from error
+    return recipe.purpose()
 
 
 def _check_command(registry: Registry, row: Component) -> str:

@@ -46,7 +46,7 @@ def evaluate(
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=console is None) as progress:
         rows = [
-            replace(row, run=name)
+            replace(row, run=name, departure=run.departure() if run.weights else "")
             for run, name in zip(runs, _names(runs), strict=True)
             for row in _rows(run, name, steps, rewards, seen, before, progress)
         ]
@@ -110,7 +110,7 @@ def _rows(
             if key not in before:
                 with policy.reference():
                     before[key] = measured("before")
-            with policy.using(run.average):
+            with policy.using(run.weights):
                 after = measured("after")
             found = compare(before[key], after, rewards.held_out) + drift(
                 before[key].features, after.features, len(examples)

@@ -80,7 +80,7 @@ def make_pairs(
             for start in range(0, len(examples), size):
                 repeated = [e for e in examples[start : start + size] for _ in range(count)]
                 seeds = [(seed, start * count + i) for i in range(len(repeated))]
-                with torch.no_grad(), policy.using(run.average):
+                with torch.no_grad(), policy.using(run.weights):
                     images = sample_images(policy, sampler, [e.text for e in repeated], seeds)
                 scores = rewards.score(images, repeated, len(repeated))
                 values = scores.values.masked_fill(~scores.valid, torch.nan).view(-1, count)

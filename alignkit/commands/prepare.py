@@ -47,7 +47,9 @@ def prepare(run: Run, console: Console | None = None) -> tuple[list[Prepared], l
     run.check()
     skipped = run.skipped()
     # Guidance needs the empty prompt.
-    texts = dict.fromkeys(["", *(example.text for example in (*run.prompts(skipped), *run.held_out()))])
+    texts = dict.fromkeys(
+        ["", *(example.text for example in (*run.prompts(skipped), *run.held_out(), *run.point_examples()))]
+    )
     policy = run.load_policy(run.accelerator().device, cache)
     sources = {
         "data.images": (run.config.data.images, run.images(policy.image_size, skipped)),

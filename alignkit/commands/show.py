@@ -22,9 +22,9 @@ def show(registry: Registry, name: str, model: str | None = None) -> list[dict[s
     """Describe every component of this name, else the section of a run file, as JSON values.
 
     What `alignkit.config.reference` gives, and for a component that a run file names also "model": {"name",
-    "settings"}, the settings that `model` changes for it (see `changes`). `model` is a registered name, a hub id or a
-    folder; by default the model that runs take by default, if it is installed. Raises AlignkitError for an unknown
-    name.
+    "settings", "recipes"}, what `model` changes for it (see `changes` and `recipes`). `model` is a registered name, a
+    hub id or a folder; by default the model that runs take by default, if it is installed. Raises AlignkitError for an
+    unknown name.
     """
     found = [_component(registry, row, model) for row in registry.named(name)] or reference.section(name)
     if not found:
@@ -42,8 +42,20 @@ def _component(registry: Registry, row: Component, model: str | None) -> dict[st
     installed = any(other.kind == "model" for other in registry.named(chosen))
     if row.kind not in PLUGINS or not (model or installed):
         return found
-    settings = changes(registry, row, find_bundle(chosen, registry))
-    return {**found, "model": {"name": chosen, "settings": settings}}
+    bundle = find_bundle(chosen, registry)
+    model_changes = {"name": chosen, "settings": changes(registry, row, bundle), "recipes": recipes(row, bundle)}
+    return {**found, "model": model_changes}
+
+
+def recipes(row: Component, bundle: ModelBundle) -> list[dict[str, str]]:
+    """Return the recipes that a model names for an algorithm: {"name", "where"}, where the second is the only reward
+    that it is limited to, or empty."""
+    keys = [(key.partition("/"), name) for key, name in bundle.recipes.items()]
+    return [
+        {"name": name, "where": reward}
+        for (algorithm, _, reward), name in keys
+        if row.kind == "algorithm" and algorithm == row.name
+    ]
 
 
 def changes(registry: Registry, row: Component, bundle: ModelBundle) -> list[dict[str, Any]]:

@@ -9,10 +9,13 @@ from typing import Any
 
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.interfaces import ModelBundle, Policy
+from alignkit.records import PolicySettings
 from alignkit.registry import Registry, default_registry
 
 INDEX = "model_index.json"
 """The file that lists the parts of a diffusers pipeline."""
+MANY_STEPS = {"sampler": {"name": "ddim", "num_steps": 25, "eta": 0.0}}
+"""Settings for a folder whose policy suggests none."""
 
 
 def find_bundle(name: str, registry: Registry | None = None) -> ModelBundle:
@@ -23,9 +26,11 @@ def find_bundle(name: str, registry: Registry | None = None) -> ModelBundle:
     registry = registry or default_registry()
     registered = any(row.kind == "model" for row in registry.named(name))
     if not registered and Path(name).is_dir():
-        if not is_checkpoint(Path(name), registry):
+        serving = list(_serving(name, registry)[0].values())
+        if not serving:
             raise ConfigError(f"model.name: {_unserved(name)}")
-        return ModelBundle(path=name, defaults=_suited(Path(name)))
+        own = serving[0].facts(name, PolicySettings(trainable=False)).defaults if len(serving) == 1 else {}
+        return ModelBundle(path=name, defaults={**MANY_STEPS, **own})
     if not registered and is_hub_id(name):
         return _at_hub_id(name, registry) or ModelBundle(path=name)
     if not registered and "/" in name:
@@ -54,23 +59,13 @@ def find_policy(source: str, name: str = "", key: str = "model", registry: Regis
 
 
 def is_checkpoint(folder: Path, registry: Registry | None = None) -> bool:
-    """Whether a folder holds a diffusers pipeline, or what a policy of a plugin serves."""
-    return (folder / INDEX).is_file() or bool(_serving(str(folder), registry or default_registry())[0])
+    """Whether a folder holds what a policy serves."""
+    return bool(_serving(str(folder), registry or default_registry())[0])
 
 
 def is_hub_id(source: str) -> bool:
     """Whether `source` has the form owner/name."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) is not None
-
-
-def is_consistency(source: str, prediction: str = "") -> bool | None:
-    """Whether a model is a latent consistency model, by `model.prediction` or the scheduler of its pipeline.
-
-    None where neither says so before the weights are loaded: for a hub id, and for a folder without an index.
-    """
-    if prediction or not (Path(source) / INDEX).is_file():
-        return prediction == "consistency" if prediction else None
-    return "LCMScheduler" in (read_index(Path(source)).get("scheduler") or ())
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -125,9 +120,3 @@ def _at_hub_id(source: str, registry: Registry) -> ModelBundle | None:
         if bundle and bundle.path == source and not {"unet", "adapter"} & bundle.defaults.get("model", {}).keys():
             return bundle
     return None
-
-
-def _suited(folder: Path) -> dict[str, Any]:
-    """Return the sampler of a local checkpoint: that of its pipeline's scheduler, else 25 steps of DDIM."""
-    sampler = {"name": "lcm"} if is_consistency(str(folder)) else {"name": "ddim", "num_steps": 25, "eta": 0.0}
-    return {"sampler": sampler}

@@ -1,8 +1,8 @@
 """Load a run file and overrides into a RunConfig, strictly.
 
 Later wins: the defaults of the dataclasses, the regularisers of the algorithm, the settings of the model, those of the
-model under this algorithm and with this reward, the run file, the overrides. All mistakes are collected and reported
-together.
+model under this algorithm and with this reward, the recipe, the run file, the overrides. All mistakes are collected and
+reported together.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from alignkit.config import schema, toml
 from alignkit.config.bundles import find_bundle
+from alignkit.config.recipes import NONE, Recipe, read_recipe
 from alignkit.config.sections import (
     PLAIN,
     PLUGINS,
@@ -30,7 +31,7 @@ from alignkit.config.sections import (
     SurrogateConfig,
     TrainConfig,
 )
-from alignkit.config.sources import LISTS, Layer, Layers, RunFile, model_layer, nest
+from alignkit.config.sources import LISTS, RESOLVED, Layer, Layers, RunFile, model_layer, nest
 from alignkit.data.prompt_sets import prompt_file
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.interfaces import ModelBundle
@@ -80,7 +81,8 @@ def load(
     """Load the run that the run file at `path` (None: defaults alone) and `overrides` describe.
 
     Keys of `overrides` are dotted ("train.updates", "reward.clip_score.weight"); "reward" is a list of names or
-    tables and replaces the list of the file. Raises ConfigError with one line for each mistake.
+    tables and replaces the list of the file; "recipe" is the name of a recipe, or "paper" for none. Raises ConfigError
+    with one line for each mistake.
     """
     registry = registry or default_registry()
     file = RunFile(Path(path)) if path else None
@@ -96,7 +98,7 @@ def load(
 
 def to_toml(config: RunConfig) -> str:
     """Return the resolved run file: loading it, from any folder, gives an equal RunConfig."""
-    tree = {key: getattr(config, key) for key in TOP}
+    tree = {key: getattr(config, key) for key in TOP} | {RESOLVED: True}
     tree |= {section: asdict(getattr(config, section)) for section in PLAIN}
     tree |= {"sampler": _table(config.sampler), "reward": [_table(reward) for reward in config.rewards]}
     tree |= {"surrogate": _table(config.surrogate)} if config.surrogate else {}
@@ -115,16 +117,75 @@ class _Loader:
     ) -> None:
         self.registry, self.file = registry, file
         label = f"model {model}: "
-        user = [Layer("", file.tree)] if file else []
+        user = [Layer("", file.tree, file=file)] if file else []
         self.layers = Layers([model_layer(label, bundle.defaults), *user, Layer("", changes)], file)
         self.layers.check_shape()
+        self.recipe = self._named_recipe()
+        resolved = file is not None and file.resolved
+        recipe = self._with_recipe(self.recipe) if self.recipe not in (None, *NONE) and not resolved else None
         self.algorithm = self.layers.name("algorithm") or DEFAULT_ALGORITHM
+        wanted = self.layers.wanted("reward")
+        only = f"{self.algorithm}/{wanted[0]}" if len(wanted) == 1 else ""
+        default = bundle.recipes.get(only) or bundle.recipes.get(self.algorithm)
+        if self.recipe is None and default and not resolved:
+            recipe = self._with_recipe(default)
         suited: dict[str, Any] = dict(bundle.algorithm_defaults.get(self.algorithm, {}))
         suited["algorithm"] = {**suited.get("algorithm", {}), "name": self.algorithm}
-        wanted = self.layers.wanted("reward")
-        closely = bundle.algorithm_defaults.get(f"{self.algorithm}/{wanted[0]}", {}) if len(wanted) == 1 else {}
+        closely = bundle.algorithm_defaults.get(only, {})
         self.layers.layers[1:1] = [model_layer(label, suited), model_layer(label, closely)]
         self.layers.layers.insert(0, Layer(f"algorithm {self.algorithm}: ", self._own_regularisers(), ours=True))
+        if recipe:
+            self._check_fit(recipe, model, bundle)
+
+    def _named_recipe(self) -> str | None:
+        """Return the recipe that the run file or an override names, by the last; None where neither has the key.
+
+        A resolved run file holds the settings of its recipe, so that overrides change neither recipe nor algorithm."""
+        if not any("recipe" in layer.tree for layer in self.layers):
+            return None
+        name = normalise(self._value("recipe", TOP["recipe"]) or "")
+        if self.file and self.file.resolved:
+            kept = normalise(str(self.file.tree.get("recipe", "")))
+            algorithm = normalise(str(self.file.tree.get("algorithm", {}).get("name", "")))
+            if name != kept:
+                self.layers.problem("recipe", "", f"{self.file.path} holds every setting already; leave the recipe out")
+            elif kept not in NONE and self.layers.name("algorithm") != algorithm:
+                text = (
+                    f"{self.file.path} holds the settings of recipe {kept}, which is for {algorithm}; take another file"
+                )
+                self.layers.problem("algorithm", "name", text)
+            self.layers.raise_problems()
+        return name
+
+    def _with_recipe(self, name: str) -> Recipe:
+        """Read a recipe and put its settings between those of the model and those of the user."""
+        recipe = read_recipe(self.registry, name)
+        self.recipe = recipe.name
+        settings = {
+            section: {key: self._resolve(section, key, value, recipe.file) for key, value in table.items()}
+            if isinstance(table, Mapping)
+            else table
+            for section, table in recipe.settings.items()
+        }
+        self.layers.layers.insert(1, Layer("", settings, ours=True, file=recipe.file))
+        return recipe
+
+    def _check_fit(self, recipe: Recipe, model: str, bundle: ModelBundle) -> None:
+        """Raise ConfigError, in one line, for a recipe that is for another algorithm, model or reward."""
+        models = [row.name for row in self.registry.components("model") if row.name in recipe.fits.models]
+        wanted = self.layers.wanted("reward")
+        found = ""
+        if recipe.algorithm != self.algorithm:
+            found = f"algorithm {self.algorithm}"
+        elif recipe.fits.models and bundle not in [self.registry.get("model", name) for name in models]:
+            found = f"model {model}"
+        elif recipe.fits.for_reward not in ("", *wanted) or (recipe.fits.for_reward and len(wanted) > 1):
+            found = f"{' and '.join(wanted) or 'no reward'}"
+        if found:
+            raise ConfigError(
+                f"recipe: found {recipe.name} with {found}, expected {recipe.purpose()}; choose another recipe "
+                "(`alignkit list recipes`), or none with --recipe paper"
+            )
 
     def _own_regularisers(self) -> dict[str, Any]:
         """Return the regularisers of the algorithm, which are used if no layer lists others."""
@@ -135,7 +196,8 @@ class _Loader:
         return {"regulariser": [{"name": name, "weight": weight} for name, weight in default.items()]}
 
     def run(self) -> RunConfig:
-        values = {k: self._value(k, hint) for k, hint in TOP.items() if any(k in layer.tree for layer in self.layers)}
+        given = [k for k in TOP if k != "recipe" and any(k in layer.tree for layer in self.layers)]
+        values = {k: self._value(k, TOP[k]) for k in given} | {"recipe": self.recipe or ""}
         plain = {section: self._plain(section, cls) for section, cls in PLAIN.items()}
         algorithm = self._plugin("algorithm", self.algorithm)
         sampler = self._plugin("sampler", self.layers.name("sampler"))
@@ -252,7 +314,7 @@ class _Loader:
                 self.layers.problem(section, key, f"unknown key{hint} (`alignkit show {docs}` lists all)", entry)
                 continue
             try:
-                checked[key] = self._resolve(section, key, schema.convert(value, types[key]))
+                checked[key] = self._resolve(section, key, schema.convert(value, types[key]), self.file)
             except (TypeError, ValueError, AlignkitError) as error:
                 self.layers.problem(section, key, str(error), entry)
         return checked
@@ -275,16 +337,18 @@ class _Loader:
             return f"; did you mean {elsewhere[key]}?"
         return nearest(key, types) or nearest(f"{section}.{key}", elsewhere.values())
 
-    def _resolve(self, section: str, key: str, value: Any) -> Any:
-        """Make a path absolute: from the folder of the run file if it exists there, else from the working directory."""
-        if f"{section}.{key}" not in PATHS or not value or re.fullmatch(r"[A-Za-z_][\w.]*:\w+|datasets:.+", value):
+    def _resolve(self, section: str, key: str, value: Any, file: RunFile | None) -> Any:
+        """Make a path absolute: from the folder of `file` if it exists there, else from the working directory."""
+        if f"{section}.{key}" not in PATHS or not isinstance(value, str) or not value:
+            return value
+        if re.fullmatch(r"[A-Za-z_][\w.]*:\w+|datasets:.+", value):
             return value
         if section == "model" and any(row.kind == "model" for row in self.registry.named(value)):
             return normalise(value)
-        local = self.file.resolve(value) if self.file else Path(value)
+        local = file.resolve(value) if file else Path(value)
         # Of a pattern (shards/{0000..0012}.tar) the folder before its first wildcard must exist.
         fixed = next(p for p in (Path(value), *Path(value).parents) if not re.search(r"[*?{[]", str(p)))
-        there = local.exists() or (self.file is not None and self.file.resolve(str(fixed)).exists())
+        there = local.exists() or (file is not None and file.resolve(str(fixed)).exists())
         path = local if there else prompt_file(value) if key == "prompts" else Path(value)
         # A model that is no path may be a hub id; any other missing path is reported when the run is checked.
         return value if section == "model" and not path.exists() else str(path.resolve())

@@ -1,4 +1,5 @@
-"""The reference that `alignkit show` prints, as JSON values: kind, name, origin, doc, target and fields."""
+"""The reference that `alignkit show` prints, as JSON values: kind, name, origin, doc, target and fields; of a
+recipe also the text of its file."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import re
 from typing import Any
 
 from alignkit.config import schema
+from alignkit.config.recipes import read_recipe
 from alignkit.config.sections import PLAIN, PLUGINS
 from alignkit.config.toml import format_value
 from alignkit.interfaces import ModelBundle
@@ -17,12 +19,19 @@ def component(registry: Registry, row: Component) -> dict[str, Any]:
     """Describe a registered component, importing its class (and mostly torch). Raises PluginError as `get` does."""
     target = registry.get(row.kind, row.name)
     about = {"kind": row.kind, "name": row.name, "origin": row.origin, "target": row.target, "help": row.help}
+    if row.kind == "recipe":
+        read = read_recipe(registry, row.name)
+        doc = f"Settings that are not the paper's, for {read.purpose()}."
+        return {**about, "doc": doc, "fields": [], "text": read.file.text}
     if isinstance(target, ModelBundle):
         settings = {"path": target.path, "teacher": target.teacher or "", **_flat(target.defaults)}
         for algorithm, sections in target.algorithm_defaults.items():
             under = algorithm.replace("/", " with ")
             settings |= {f"under {under}: {key}": value for key, value in _flat(sections).items()}
         fields = [_field(name, "", format_value(value), "") for name, value in settings.items()]
+        for key, recipe in target.recipes.items():
+            doc = f"Not the paper's settings: `alignkit show {recipe}`; `--recipe paper` leaves them out."
+            fields.append(_field(f"under {key.replace('/', ' with ')}: recipe", "", format_value(recipe), doc))
         return {**about, "doc": row.help, "fields": fields}
     doc = _prose(target.__doc__ or row.help)
     if row.kind == "algorithm" and target.default_regularisers:

@@ -91,16 +91,17 @@ def convert(value: Any, hint: Any) -> Any:
 
 
 def check_ranges(config: Any) -> None:
-    """Raise ValueError, with one line for each field of a dataclass whose value is out of its annotated range.
+    """Raise ValueError, with one line for each field of a dataclass whose value is out of its annotated range or is
+    none of its `Literal` values.
 
-    Run files are checked before an object is built; this is for objects that Python builds directly. As there,
-    nan is no number.
+    Run files are checked before an object is built; call this in `__post_init__` for objects that Python builds
+    directly. As in run files, nan is no number.
     """
     values = {name: (getattr(config, name), hint) for name, hint in field_types(type(config)).items()}
     wrong = [
         f"{name}: found {format_value(value)}, expected {expected}"
         for name, (value, hint) in values.items()
-        if (expected := describe(hint) if _is_wrong_nan(value, hint) else _expected(value, hint))
+        if (expected := describe(hint) if _is_none_of(value, hint) else _expected(value, hint))
     ]
     if wrong:
         raise ValueError(*wrong)
@@ -152,8 +153,16 @@ def _expected(value: Any, hint: Any) -> str:
     return f"{bounds}, and finite" if finite and bounds != "a finite number" and abs(value) == math.inf else bounds
 
 
-def _is_wrong_nan(value: Any, hint: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value) and not _fits(value, hint)
+def _is_none_of(value: Any, hint: Any) -> bool:
+    """Whether a value is none of those that its type lists, or nan where it takes none."""
+    if isinstance(value, float) and math.isnan(value):
+        return not _fits(value, hint)
+    base, _ = ranges.split(hint)
+    origin, args = typing.get_origin(base), typing.get_args(base)
+    if origin in (list, tuple) and isinstance(value, list | tuple):
+        return any(_is_none_of(item, one) for item in value for one in args if one is not Ellipsis)
+    options = args if origin in (Union, types.UnionType) else (base,)
+    return any(typing.get_origin(ranges.split(one)[0]) is Literal for one in options) and not _fits(value, hint)
 
 
 def _fits(value: Any, hint: Any) -> bool:

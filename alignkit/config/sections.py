@@ -156,6 +156,15 @@ class SurrogateConfig(PluginConfig):
     max_grad_norm: Annotated[float, Gt(0)] = 1.0
     """Gradients are scaled down to this norm; inf: never."""
 
+    def untrained(self) -> str:
+        """Return a warning where the policy follows the surrogate before it has learned anything; else empty."""
+        if self.init or self.warmup:
+            return ""
+        return (
+            f"surrogate: {self.name} begins untrained, and the first updates follow noise; set surrogate.init, or "
+            "surrogate.warmup to the rounds in which it learns alone"
+        )
+
 
 @dataclass(frozen=True)
 class RegulariserConfig(PluginConfig):
@@ -190,6 +199,12 @@ class TrainConfig(Section):
     """Gradients are scaled down to this norm; inf: never."""
     ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.99
     """Decay of the average of the trained weights, which evaluation and export use; 0: no average."""
+    export: Literal["", "best", "average", "last"] = ""
+    """The weights that the run exports and evaluates in the end. "best": the average of the point (evaluate.points)
+    where the trained reward is highest, as the mean over evaluate.steps, among those where it rose and no held-out
+    reward fell beyond its 95 % interval at any number of steps; "average" if there is none. "average": the average of
+    the last update. "last": the last update, not averaged. Empty: "best" where there are points, a trained and a
+    held-out reward, else "average"."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision; "no" is float32."""
     checkpoint_every: Annotated[int, Ge(0)] = 50
@@ -221,6 +236,14 @@ class EvaluateConfig(Section):
     """Prompts used, from the top of the file."""
     samples: Annotated[int, Ge(1)] = 1
     """Images of each prompt, over which its score is the mean: intervals get narrower, and take as much longer."""
+    points: Annotated[int, Ge(0)] = 10
+    """Points of the run, evenly spaced, the last update one of them, at which one image of each of a few prompts is
+    generated at every number of steps, scored and kept in points/ with the weights of the moment (not those of
+    lora_rank = 0, which are whole models). The point before training is one more. A round ends before its point is
+    measured. 0: none."""
+    points_limit: Annotated[int, Ge(1)] = 64
+    """Prompts at each point, from the end of the file of prompts: train.export chooses on prompts that are not those of
+    the final evaluation if the file has at least limit + points_limit."""
     seed: int = 1000
     """Seed of the noise, the same at every evaluation."""
     rewards: list[str | dict[str, Any]] = field(default_factory=list)
@@ -243,6 +266,16 @@ class EvaluateConfig(Section):
 
 
 @dataclass(frozen=True)
+class RecipeConfig(Section):
+    """The runs that a recipe is for: the table [recipe] of its file."""
+
+    models: list[str] = field(default_factory=list)
+    """Registered models that it was made for; empty: any."""
+    for_reward: str = ""
+    """The reward that it was made for, which must be the only one to train on; empty: any."""
+
+
+@dataclass(frozen=True)
 class RunConfig(Section):
     """A whole run, every default filled in."""
 
@@ -255,6 +288,9 @@ class RunConfig(Section):
     """The run folder; empty: runs/<date>-<algorithm>, with a number appended from the second of a day on."""
     seed: Annotated[int, Ge(0)] = 0
     """Seed of all random numbers."""
+    recipe: str = ""
+    """The recipe whose settings the run takes (`alignkit list recipes`); left out: the one that the model names for the
+    algorithm; "paper" or empty: none."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
@@ -262,7 +298,7 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
-TOP: dict[str, Any] = {"output": str, "seed": Annotated[int, Ge(0)]}
+TOP: dict[str, Any] = {"output": str, "seed": Annotated[int, Ge(0)], "recipe": str}
 """Keys above all sections."""
 PLAIN: dict[str, type] = {
     "model": ModelConfig,

@@ -1,4 +1,5 @@
-"""The layers of a run's settings (the model, the run file, the overrides), and mistakes with the place of each."""
+"""The layers of a run's settings (the model, a recipe, the run file, the overrides), and mistakes with the place of
+each."""
 
 from __future__ import annotations
 
@@ -17,6 +18,9 @@ LISTS = {"reward": "reward", "regulariser": "regulariser", "evaluate.rewards": "
 """Sections that list plugins, by name or by table, and the kind of plugin. Single fields, of overrides and of models,
 stand under the section's name and a dot."""
 
+RESOLVED = "resolved"
+"""The key of a run file that holds every setting, those of its recipe included."""
+
 
 class RunFile:
     """A run file that has been read; knows the line of each key."""
@@ -26,12 +30,16 @@ class RunFile:
         try:
             self.text = path.read_text(encoding="utf-8-sig")
             self.tree = tomllib.loads(self.text)
+            self.resolved = self.tree.pop(RESOLVED, False)
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{path}: not valid TOML: {error}") from None
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path}: not UTF-8 text: {error}") from None
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read as a run file: {error.strerror}") from None
+        if not isinstance(self.resolved, bool):
+            found = toml.format_value(self.resolved)
+            raise ConfigError(f"{self.where(RESOLVED, '', 0)}{RESOLVED}: found {found}, expected true or false")
 
     def where(self, section: str, key: str, entry: int) -> str:
         line = toml.line_of(self.text, section, key, entry)
@@ -74,10 +82,12 @@ class Layer:
     """One source of settings."""
 
     label: str
-    """Prefix of messages about a mistake in it; empty for overrides, and for the run file, which has lines."""
+    """Prefix of messages about a mistake in it; empty for overrides, and for files, which have lines."""
     tree: Mapping[str, Any]
     ours: bool = False
-    """Whether it comes with the model or the algorithm and not from the user."""
+    """Whether it comes with the model, the algorithm or a recipe and not from the user."""
+    file: RunFile | None = None
+    """The file that it was read from."""
 
 
 def model_layer(label: str, tree: Mapping[str, Any]) -> Layer:
@@ -108,9 +118,8 @@ class Layers:
         """Note a mistake under the layer that the value comes from; `entry` counts the tables of a list."""
         tables = ((x, [value_at(x.tree, section), *x.tree.get(f"{section}.", {}).values()]) for x in self.layers[::-1])
         source = next((x for x, found in tables if any(_holds(table, key) for table in found)), None)
-        where = source.label if source else ""
-        if self.file and (source is None or source.tree is self.file.tree):
-            where = self.file.where(section, key, entry)
+        file = source.file if source else self.file
+        where = file.where(section, key, entry) if file else source.label if source else ""
         self.problems.append(f"{where}{f'{section}.{key}' if key else section}: {text}")
 
     def raise_problems(self) -> None:

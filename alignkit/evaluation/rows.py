@@ -32,5 +32,7 @@ class Row:
     """Kind of prompts: "seen", the first ones of the training file, or "unseen"."""
     run: str = ""
     """Name of the run, if the table holds several."""
+    departure: str = ""
+    """The part of the run's settings that is not the paper's, in a few words; empty: none."""
     held_out: bool = False
     """Whether the reward is measured but not trained on."""

@@ -1,4 +1,4 @@
-"""Format evaluation rows as a table for the terminal."""
+"""Format evaluation rows for the terminal: as a table, or in one line."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from alignkit.evaluation.rows import TOTAL, Row
 
 def table(rows: Sequence[Row], title: str = "", wide: bool = False) -> Table:
     """Format rows of one kind of prompts. A total that equals one of its parts is shown once, under the part's name.
+    Without a title, it has lines about runs whose settings are not the paper's.
 
     With `wide` the table also has the intervals of the means, and is about 110 columns wide.
     """
@@ -30,7 +31,9 @@ def table(rows: Sequence[Row], title: str = "", wide: bool = False) -> Table:
         return f"{value:.3f}" + (f" [{low:.3f}, {high:.3f}]" if wide and low is not None else "")
 
     # Without `wide`, the table fits into 80 columns.
-    shown = Table(title=title or None, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    departures = dict.fromkeys((row.run, row.departure) for row in rows if row.departure)
+    notes = "\n".join(f"{run}: {departure}" if several else departure for run, departure in departures)
+    shown = Table(title=title or notes or None, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in headings:
         # Names may wrap to a second line; numbers never do.
         is_text = heading in texts
@@ -51,3 +54,17 @@ def table(rows: Sequence[Row], title: str = "", wide: bool = False) -> Table:
             ]
         shown.add_row(*(cell.removeprefix("-") if cell == "-0.000" else cell for cell in cells))
     return shown
+
+
+def one_line(rows: Sequence[Row]) -> str:
+    """Format the trained reward and the held-out ones, value and change by number of steps, without their parts."""
+    steps = sorted({row.num_steps for row in rows})
+    shown: dict[str, dict[int, str]] = {}
+    for row in rows:
+        if row.reward == TOTAL or (row.held_out and "/" not in row.reward):
+            now = f"{row.before:.3f}" if row.after is None else f"{row.after:.3f} ({row.difference:+.3f})"
+            shown.setdefault(row.reward, {})[row.num_steps] = now
+    values = (
+        f"{name} {', '.join(found.get(number, 'not scored') for number in steps)}" for name, found in shown.items()
+    )
+    return f"{'; '.join(values)} at {', '.join(map(str, steps))} step{'s' * (steps != [1])}"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from diffusers import DDPMScheduler, LCMScheduler
+from diffusers import LCMScheduler
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor
 
@@ -19,8 +19,15 @@ from alignkit.errors import ConfigError
 from alignkit.interfaces import Policy
 from alignkit.models.encoder_cache import content_of, fingerprint, tokenizer_state
 from alignkit.models.modules import exchanged, outputs_of
-from alignkit.models.pipelines import LORA_FILE, is_pipeline, load_pipeline
-from alignkit.records import EncodingCache, PolicySettings, Prompt
+from alignkit.models.pipelines import (
+    LORA_FILE,
+    is_pipeline,
+    load_pipeline,
+    locate_weights,
+    noise_levels,
+    scheduler_of,
+)
+from alignkit.records import EncodingCache, PolicyFacts, PolicySettings, Prompt
 
 V = TypeVar("V", str, Tensor)
 
@@ -74,7 +81,7 @@ class DiffusersPolicy(Policy):
                 encoder.requires_grad_(False).eval()
         config = self.pipe.scheduler.config
         self._prediction: str = config.prediction_type if prediction in ("", "consistency") else prediction
-        self._alphas = DDPMScheduler.from_config(config).alphas_cumprod.to(self.device)
+        self._alphas = noise_levels(config).to(self.device)
         is_lcm = isinstance(self.pipe.scheduler, LCMScheduler)
         self.consistency = prediction == "consistency" or (not prediction and is_lcm)
         self._scaling: float | None = config.get("timestep_scaling", 10.0) if self.consistency else None
@@ -107,6 +114,20 @@ class DiffusersPolicy(Policy):
             return is_pipeline(source)
         except ConfigError:  # an index that cannot be read
             return False
+
+    @classmethod
+    def facts(cls, source: str, settings: PolicySettings) -> PolicyFacts:
+        """Read the pipeline's scheduler; of a hub id no more is known than the settings say."""
+        for key, weights in (("model.unet", settings.unet), ("model.adapter", settings.adapter)):
+            if weights:
+                locate_weights(key, weights)
+        scheduler, config = scheduler_of(source)
+        is_lcm = scheduler == "LCMScheduler" if scheduler else None
+        return PolicyFacts(
+            consistency=settings.prediction == "consistency" if settings.prediction else is_lcm,
+            num_times=len(noise_levels(config)) if config else None,
+            defaults={"sampler": {"name": "lcm"}} if is_lcm else {},
+        )
 
     @classmethod
     def load(cls, source: str, settings: PolicySettings) -> DiffusersPolicy:
@@ -200,6 +221,30 @@ class DiffusersPolicy(Policy):
         with self.reference(), outputs_of(deepest) as found:
             self._predict(latents, t, empty.features, empty.pooled, w)
         return found[0].float().mean((2, 3))
+
+    def feature_maps(self, x: Tensor, t: Tensor, prompt: Prompt, layers: Sequence[str]) -> list[Tensor]:
+        """Return the outputs of blocks of the UNet."""
+        size = self.rows_per_pass
+        if 0 < size < len(x) and not torch.is_grad_enabled():
+            rows = torch.arange(len(x), device=x.device).split(size)
+            parts = [self.feature_maps(x[i], t[i], prompt.select(i), layers) for i in rows]
+            return [torch.cat(maps) for maps in zip(*parts, strict=True)]
+        blocks = self._blocks()
+        if unknown := [name for name in layers if name not in blocks]:
+            raise ConfigError(f"layers: found {', '.join(unknown)}, expected some of {', '.join(blocks)}")
+        with ExitStack() as stack:
+            found = [stack.enter_context(outputs_of(blocks[name])) for name in layers]
+            self._predict(x, t, prompt.features, prompt.pooled, torch.zeros(len(x), device=x.device))
+        return [maps[0].float() for maps in found]
+
+    def _blocks(self) -> dict[str, torch.nn.Module]:
+        """Return the down, middle and up blocks by their names in the UNet."""
+        middle = {} if self.unet.mid_block is None else {"mid_block": self.unet.mid_block}
+        down, up = (
+            {f"{name}.{i}": block for i, block in enumerate(getattr(self.unet, name))}
+            for name in ("down_blocks", "up_blocks")
+        )
+        return down | middle | up
 
     # the network
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from alignkit.config.bundles import INDEX, is_hub_id, read_index
 from alignkit.errors import ConfigError
@@ -36,6 +37,25 @@ def is_pipeline(source: str) -> bool:
         return is_hub_id(source)
     parts = read_index(folder) if (folder / INDEX).is_file() else {}
     return all((parts.get(name) or [None])[0] for name in NETWORKS)
+
+
+def scheduler_of(source: str) -> tuple[str, dict[str, Any]]:
+    """Return the class of a pipeline's scheduler and its config; for a hub id, which is not looked up, "" and none.
+
+    Raises ConfigError for a folder that holds no pipeline.
+    """
+    check_source(source)
+    if not Path(source).is_dir():
+        return "", {}
+    _, name = read_index(Path(source))["scheduler"]
+    with _blamed_on("model", source, "a diffusers pipeline"):
+        return name, DDPMScheduler.load_config(source, subfolder="scheduler")
+
+
+def noise_levels(config: Mapping[str, Any]) -> Tensor:
+    """Return alpha^2 at each time of a scheduler's config, (T,)."""
+    levels: Tensor = DDPMScheduler.from_config(config).alphas_cumprod
+    return levels
 
 
 def check_source(source: str) -> None:

@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from alignkit.config.bundles import find_bundle, find_policy, is_consistency
+from alignkit.config.bundles import find_bundle, find_policy
 from alignkit.config.load import RunConfig, SurrogateConfig
+from alignkit.config.recipes import departure
 from alignkit.data.images import check_images, open_images
 from alignkit.data.preferences import check_pairs, open_pairs
 from alignkit.data.prompts import read_examples
@@ -21,8 +22,7 @@ from alignkit.data.sources import Images, Preferences
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Algorithm, Policy, Regulariser, Reward, Sampler, Surrogate
 from alignkit.models.encoder_cache import EncoderCache
-from alignkit.models.pipelines import locate_weights
-from alignkit.records import Example, PolicySettings
+from alignkit.records import Example, PolicyFacts, PolicySettings
 from alignkit.registry import default_registry
 from alignkit.rewards.cache import ScoreCache
 from alignkit.rewards.checked import Scoring
@@ -104,9 +104,16 @@ class Parts:
 
     def held_out(self) -> list[Example]:
         """Read the texts to evaluate on; none if there is no file."""
+        return self._held_out()[: self.config.evaluate.limit]
+
+    def point_examples(self) -> list[Example]:
+        """Read the texts to measure at points of the run, from the end of the file; none without points."""
+        settings = self.config.evaluate
+        return self._held_out()[-settings.points_limit :] if settings.points and self.config.train.updates else []
+
+    def _held_out(self) -> list[Example]:
         path = self.config.evaluate.prompts
-        column = self.config.data.prompt_column
-        return read_examples(path, column, key="evaluate.prompts")[: self.config.evaluate.limit] if path else []
+        return read_examples(path, self.config.data.prompt_column, key="evaluate.prompts") if path else []
 
     def images(self, size: int, skipped: list[str] | None = None) -> Images | None:
         """Open the captioned images to train on, at `size` pixels; None if nobody needs any."""
@@ -118,18 +125,25 @@ class Parts:
         """Open the preference pairs to train on, at `size` pixels; None if the algorithm needs none."""
         return open_pairs(self.config.data.pairs, size, skipped) if "pairs" in self.algorithm().needs else None
 
+    def departure(self) -> str:
+        """Return in a few words what of the run is not the paper's; empty if nothing is."""
+        return departure(self.config)
+
+    def warnings(self) -> list[str]:
+        """Return a line for each setting that is allowed and probably not meant."""
+        surrogate = self.config.surrogate
+        found = [self.config.evaluate.unmeasured(), surrogate.untrained() if surrogate else ""]
+        return [warning for warning in found if warning]
+
     def check(self) -> list[str]:
         """Check all that needs no weights; returns what will be skipped as broken, with its place.
 
         Raises ConfigError or PluginError for the first mistake.
         """
         sampler, algorithm, skipped = self.sampler(), self.algorithm(), self.skipped()
-        model, data = self.config.model, self.config.data
-        find_policy(find_bundle(model.name).path, model.policy)
-        self._check_sampler(is_consistency(find_bundle(model.name).path, model.prediction))
-        for key, source in (("model.unet", model.unet), ("model.adapter", model.adapter)):
-            if source:
-                locate_weights(key, source)
+        model, data, source = self.config.model, self.config.data, find_bundle(self.config.model.name).path
+        facts = find_policy(source, model.policy).facts(source, self._settings())
+        self._check_sampler(facts)
         for tracker in self.config.train.trackers:
             if find_spec(tracker) is None:
                 raise ConfigError(f"train.trackers: {tracker} is not installed; pip install 'alignkit[{tracker}]'")
@@ -142,11 +156,7 @@ class Parts:
                 f"{self.config.algorithm.name} learns from the likelihood of stochastic steps; "
                 "raise sampler.num_steps, or sampler.eta where there is one, or use another sampler or algorithm"
             )
-        for _, _, regulariser in self.regularisers():  # first: a regulariser may reject the sampler whatever its steps
-            regulariser.check(sampler)
-        algorithm.check(sampler)
-        for steps in self.config.evaluate.steps:
-            self.sampler(steps)
+        self.check_methods(facts)
         if (who := self.who_needs("teacher")) and not self.teacher_source():
             raise ConfigError(f"model.teacher: missing; {who} needs the model that {model.name} was distilled from")
         self._check_surrogate(algorithm)
@@ -180,7 +190,12 @@ class Parts:
             )
         rewards.check(self.prompts(skipped))
         if held_out := self.held_out():
-            self.with_measured().check(held_out)
+            self.with_measured().check([*held_out, *self.point_examples()])
+        if self.config.train.export == "best" and self.config.train.updates and not (uses and self.point_examples()):
+            raise ConfigError(
+                'train.export: found "best", which compares the points of a run by the reward that it trains on; '
+                'expected evaluate.points above 0, evaluate.prompts and such a reward, or use "average"'
+            )
         return skipped or []
 
     def _check_surrogate(self, algorithm: Algorithm[Any, Any]) -> None:
@@ -194,15 +209,24 @@ class Parts:
             f"algorithm {self.config.algorithm.name} trains"
         )
 
-    def _check_sampler(self, consistency: bool | None) -> None:
-        """Raise ConfigError for a sampler of consistency models with a model that is none; None: not known yet."""
-        model, sampler = self.config.model, self.config.sampler.name
-        if consistency is False and default_registry().get("sampler", sampler).consistency:
+    def check_methods(self, facts: PolicyFacts) -> None:
+        """Raise ConfigError for a regulariser or an algorithm that cannot learn with this sampler and such a policy."""
+        sampler = self.sampler()
+        for _, _, regulariser in self.regularisers():  # first: a regulariser may reject the sampler whatever its steps
+            regulariser.check(sampler, facts)
+        self.algorithm().check(sampler, facts)
+
+    def _check_sampler(self, facts: PolicyFacts) -> None:
+        """Raise ConfigError for a sampler that cannot sample from such a policy, also at the steps of evaluations."""
+        sampler, name = self.sampler(), self.config.sampler.name
+        if facts.consistency is False and sampler.consistency:
             raise ConfigError(
-                f"sampler.name: found {sampler}, which is for latent consistency models, and {model.name} is none "
-                "(by its scheduler or model.prediction); use renoise, which takes the same steps on other models, or "
-                'set model.prediction = "consistency" to distil it into one'
+                f"sampler.name: found {name}, which is for latent consistency models, and {self.config.model.name} is "
+                "none (by its scheduler or model.prediction); use renoise, which takes the same steps on other models, "
+                'or set model.prediction = "consistency" to distil it into one'
             )
+        for steps in (None, *self.config.evaluate.steps):
+            self.sampler(steps).check(facts)
 
     def teacher_source(self) -> str:
         """Return folder or hub id of the teacher; empty if there is none."""
@@ -214,8 +238,18 @@ class Parts:
 
     def load_policy(self, device: torch.device | str = "cpu", cache: EncoderCache | None = None) -> Policy:
         """Load the model to train. `cache` keeps encoded texts and images; None: the one of `encoder_cache`."""
-        model, source = self.config.model, find_bundle(self.config.model.name).path
-        settings = PolicySettings(
+        source = find_bundle(self.config.model.name).path
+        settings = replace(self._settings(), device=device, cache=cache or self.encoder_cache())
+        policy = find_policy(source, self.config.model.policy).load(source, settings)
+        self._check_sampler(facts_of(policy))
+        for steps in (None, *self.config.evaluate.steps):
+            self.sampler(steps).grid(policy)  # raises ConfigError where the number of times does not decide
+        return policy
+
+    def _settings(self) -> PolicySettings:
+        """Return the settings of the model to train, but for device and cache."""
+        model, train = self.config.model, self.config.train
+        return PolicySettings(
             unet=model.unet,
             adapter=model.adapter,
             prediction=model.prediction,
@@ -223,16 +257,9 @@ class Parts:
             guidance_embedding=model.guidance_embedding,
             lora_rank=model.lora_rank,
             lora_targets=model.lora_targets,
-            device=device,
-            cache=cache or self.encoder_cache(),
-            gradient_checkpointing=self.config.train.gradient_checkpointing,
-            rows_per_pass=self.config.train.rows_per_pass,
+            gradient_checkpointing=train.gradient_checkpointing,
+            rows_per_pass=train.rows_per_pass,
         )
-        policy = find_policy(source, model.policy).load(source, settings)
-        self._check_sampler(policy.consistency)
-        for steps in (None, *self.config.evaluate.steps):
-            self.sampler(steps).grid(policy)  # raises ConfigError for more steps than the model has times
-        return policy
 
     def load_teacher(self, device: torch.device | str = "cpu") -> Policy | None:
         """Load the model that this one was distilled from, which is not trained; None if nothing needs it."""
@@ -263,6 +290,11 @@ class Parts:
                 reason = str(error).strip().splitlines()[0]
                 raise ConfigError(f"surrogate.init: {path} does not fit surrogate {config.name} ({reason})") from error
         return surrogate
+
+
+def facts_of(policy: Policy) -> PolicyFacts:
+    """Return the facts of a policy that is loaded, when all are known."""
+    return PolicyFacts(policy.consistency, len(policy.times()))
 
 
 def surrogate_file(config: SurrogateConfig) -> Path:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
+from torch import Tensor
 
 from alignkit.errors import AlignkitError
+from alignkit.evaluation.choice import choose
 from alignkit.evaluation.measure import Measurement, compare, measure
+from alignkit.records import Example
 from alignkit.rewards.combine import Combination
-from alignkit.runs.build import Parts
+from alignkit.runs.build import Parts, facts_of
 from alignkit.runs.folder import export
+from alignkit.runs.points import Points, planned, write_point
 from alignkit.runs.report import Report
 from alignkit.training.context import TrainContext
 from alignkit.training.trainer import Trainer, Update
@@ -35,22 +40,29 @@ class Loop:
     def __init__(self, parts: Parts, folder: Path, accelerator: Accelerator) -> None:
         """Load all that training needs. Raises AlignkitError for what the user can fix."""
         self.parts, self.folder, self.config, self.accelerator = parts, folder, parts.config, accelerator
+        config = parts.config
         # Initial weights of adapters and heads come from torch's global generator, which is the caller's.
         with torch.random.fork_rng():
-            torch.manual_seed(parts.config.seed)
+            torch.manual_seed(config.seed)
             self._load()
         self.examples = parts.held_out()
         self._before: Measurement | None = None
         """The evaluation before training."""
         self._lines = 0
         """Lines of the record that a resumed run keeps."""
-        self._unmeasured = False
-        """Whether the run broke off during an evaluation, which is still due."""
+        self._unmeasured: int | None = None
+        """The update before the last round, if the run broke off during an evaluation or point after it."""
+        points = config.evaluate.points
+        self._point_examples = parts.point_examples() if self.rewards.names else []
+        self._points = Points(
+            planned(points, config.train.updates) if self._point_examples else [], self.rewards.held_out
+        )
 
     def _load(self) -> None:
         parts, config, accelerator = self.parts, self.config, self.accelerator
         algorithm = parts.algorithm()
         policy = parts.load_policy(accelerator.device)
+        parts.check_methods(facts_of(policy))
         teacher = parts.load_teacher(accelerator.device)
         surrogate = parts.load_surrogate(policy)
         scoring = parts.scoring(self.folder / SCORES, lambda message: ctx.warn(message))
@@ -77,8 +89,8 @@ class Loop:
             skipped.clear()
         for note in pairs.notes if pairs is not None else ():
             ctx.warn(note)
-        if unmeasured := config.evaluate.unmeasured():
-            ctx.warn(unmeasured)
+        for warning in parts.warnings():
+            ctx.warn(warning)
         self.policy = policy
         self.trainer = Trainer(config, ctx, algorithm, prompts, images, pairs, skipped, parts.regularisers())
         algorithm.setup(ctx)
@@ -92,27 +104,51 @@ class Loop:
         self.rewards.check_identities(state["rewards"], f"{saved} was saved")
         if state["before"]:
             self._before = Measurement.from_state(state["before"])
+        self._points.load_state_dict(state["points"])
         self._lines, self._unmeasured = state["lines"], state["unmeasured"]
+
+    @property
+    def export_rule(self) -> str:
+        """The value of train.export, its default resolved."""
+        comparable = self._points.updates and self.rewards.rewards and self.rewards.held_out
+        return self.config.train.export or ("best" if comparable else "average")
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """The weights that the run exports once it has ended; until then the average."""
+        if self.trainer.finished and self.export_rule == "last":
+            return {name: parameter.detach() for name, parameter in self.policy.weights().items()}
+        if self.trainer.finished and self.export_rule == "best" and self._points.best is not None:
+            return self._points.best
+        return self.trainer.average
 
     def updates(self, console: Console | None, stopping: Callable[[], bool]) -> Iterator[Update]:
         """Train to the end, or until `stopping`, and save; yields after each update of the policy."""
         main = self.accelerator.is_main_process
         with Report(self.folder, console, self.config.train.updates, self._lines, writes=main) as report:
+            if departure := self.parts.departure():
+                report.note(departure)
+            for message in self.trainer.ctx.warnings:
+                report.warn(message)
             if self._before is None and self.examples:
                 with self._stopping_well(None):
                     self._before = self._measure()
                 report.evaluation(0, compare(self._before, held_out=self.rewards.held_out))
-            while not self.trainer.finished:
+            if self._points.due(0, 0):
+                with self._stopping_well(None):
+                    self._measure_point(report)
+            while not self.trainer.finished or self._unmeasured is not None:
                 yield from self._round(report, stopping)
                 if stopping():
                     return
             with self._stopping_well(None):  # before what else may fail
                 if main:
-                    export(self.folder, self.policy, self.trainer.average, self.trainer.ctx.surrogate)
+                    export(self.folder, self.policy, self.weights, self.trainer.ctx.surrogate)
+            exported = self._report_export(report)
             if self._before is not None:
                 with self._stopping_well(None):
                     after = self._measure()
-                self._show(report, self._before, after)
+                self._show(report, self._before, after, exported)
 
     def close(self) -> None:
         """Close rewards and trackers."""
@@ -123,9 +159,10 @@ class Loop:
         """Run one round, and the evaluation and checkpoint that are due after it."""
         config, trainer, ctx = self.config, self.trainer, self.trainer.ctx
         warmup = config.surrogate.warmup if config.surrogate else 0
-        warming_up, last = trainer.warming_up, ctx.update
+        resumed, warming_up = self._unmeasured is not None, trainer.warming_up
+        last = ctx.update if self._unmeasured is None else self._unmeasured
         with self._stopping_well(lambda: self._save(report) if trainer.interrupted else None, agreeing=False):
-            for update in () if self._unmeasured else trainer.round():
+            for update in () if resumed else trainer.round():
                 report.update(update.step, update.metrics, ctx.take_images())
                 for message in ctx.warnings:
                     report.warn(message)
@@ -133,19 +170,24 @@ class Loop:
                 self.accelerator.log(dict(update.metrics), step=step)
                 if not warming_up:
                     yield update
-        due = self._unmeasured or _due(config.evaluate.every, last, ctx.update)
+        if self._points.due(last, ctx.update):
+            with self._stopping_well(lambda: self._save(report, unmeasured=last)):
+                self._measure_point(report)
+        due = _due(config.evaluate.every, last, ctx.update)
         if due and not trainer.finished and self._before is not None:
-            with self._stopping_well(lambda: self._save(report, unmeasured=True)):
+            with self._stopping_well(lambda: self._save(report, unmeasured=last)):
                 after = self._measure()
-            self._show(report, self._before, after)
+            self._show(report, self._before, after, ctx.update)
         warmed_up = warming_up and not trainer.warming_up
-        saving = self._unmeasured or warmed_up or _due(config.train.checkpoint_every, last, ctx.update)
-        self._unmeasured = False
+        saving = resumed or warmed_up or _due(config.train.checkpoint_every, last, ctx.update)
+        self._unmeasured = None
         if saving or stopping() or trainer.finished:
             self._save(report)
 
-    def _save(self, report: Report, unmeasured: bool = False) -> None:
+    def _save(self, report: Report, unmeasured: int | None = None) -> None:
         state = {
+            "points": self._points.state_dict(),
+            "exported": self.export_rule if self.trainer.finished else "average",
             "before": self._before.state_dict() if self._before else None,
             "lines": report.lines,
             "unmeasured": unmeasured,
@@ -174,11 +216,18 @@ class Loop:
         raise type(refused)(f"{refused}; resume with: alignkit train --resume {self.folder}") from refused
 
     def _measure(self) -> Measurement:
-        """Evaluate the average weights on the held-out prompts."""
-        settings = self.config.evaluate
+        """Evaluate `weights` on the held-out prompts."""
         # Where nothing is scored, only the images of the grid are generated.
-        examples, samples = (self.examples, settings.samples) if self.rewards.names else (self.examples[:GRID], 1)
-        with self.policy.using(self.trainer.average):
+        examples, samples = self.examples, self.config.evaluate.samples
+        if not self.rewards.names:
+            examples, samples = examples[:GRID], 1
+        return self._measure_with(self.weights, examples, GRID, samples)
+
+    def _measure_with(
+        self, weights: Mapping[str, Tensor], examples: Sequence[Example], images: int, samples: int = 1
+    ) -> Measurement:
+        settings = self.config.evaluate
+        with self.policy.using(weights):
             return measure(
                 self.policy,
                 self.parts.sampler(),
@@ -187,13 +236,39 @@ class Loop:
                 settings.steps,
                 settings.seed,
                 settings.batch_size,
-                GRID,
+                images,
                 samples=samples,
             )
 
-    def _show(self, report: Report, before: Measurement, after: Measurement) -> None:
+    def _measure_point(self, report: Report) -> None:
+        """Measure the average of now on the prompts of points, and keep images, scores and weights in the folder."""
+        update, average, examples = self.trainer.ctx.update, self.trainer.average, self._point_examples
+        found = self._measure_with(average, examples, len(examples))
+        if self.accelerator.is_main_process:
+            lora = partial(self.policy.export, weights=average) if update and self.config.model.lora_rank else None
+            write_point(self.folder / "points" / f"{update:06d}", found, examples, self.config.evaluate.steps, lora)
+        rows = self._points.compare(found)
+        report.point(update, rows)
+        self._points.add(update, found, rows, average)
+
+    def _report_export(self, report: Report) -> int:
+        """Report which weights are exported, and return their update."""
+        last, rule = self.trainer.ctx.update, self.export_rule
+        update, why = last, ""
+        if rule == "best":
+            choice = choose(self._points.rows)
+            why = f": {choice.reason}"
+            if choice.update is None:
+                rule = "average"
+            else:
+                update = choice.update
+        what = "weights" if rule == "last" else "average weights"
+        report.exported(last, update, rule, f"exports the {what} of update {update} of {last}{why}")
+        return update
+
+    def _show(self, report: Report, before: Measurement, after: Measurement, weights: int) -> None:
         step = self.trainer.ctx.update
-        report.evaluation(step, compare(before, after, self.rewards.held_out))
+        report.evaluation(step, compare(before, after, self.rewards.held_out), weights)
         steps = self.config.evaluate.steps
         columns = [f"{k} step{'s' * (k > 1)}, {when}" for k in steps for when in ("before", "after")]
         pairs = torch.stack([before.images, after.images], dim=2).flatten(1, 2)
@@ -207,6 +282,17 @@ def _flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, int |
             yield from _flat(value, f"{above}{key}.")
         else:
             yield f"{above}{key}", value if isinstance(value, int | float | str) else json.dumps(value)
+
+
+def exported(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """Return the weights that a checkpoint's run exports: of a run that has not ended, the average."""
+    trainer, run = state["trainer"], state["run"]
+    rule, weights = run.get("exported", "average"), trainer["average"]
+    if rule == "last":
+        weights = trainer["policy"]
+    elif rule == "best" and run["points"]["best"] is not None:
+        weights = run["points"]["best"]
+    return dict(weights)
 
 
 def _due(every: int, last: int, now: int) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor
 from alignkit.errors import AlignkitError
 from alignkit.evaluation.hacking import verdict
 from alignkit.evaluation.rows import Row
-from alignkit.evaluation.table import table
+from alignkit.evaluation.table import one_line, table
 from alignkit.files import write_file
 from alignkit.runs.grid import draw_grid
 
@@ -37,9 +37,10 @@ class Report:
 
     `metrics.jsonl` has one JSON object per line, in the order of events: an update {"step", metrics..., "seconds",
     "images_per_second"}, an evaluation {"step", "evaluation": [...]}, its verdict on reward hacking {"step", "verdict",
-    "text"} or a warning {"step", "warning"}; a value that is not finite is null. To resume from a checkpoint, pass the
-    `lines` of the report at that time: later lines are dropped, so the file becomes that of an uninterrupted run except
-    for times. Only one of several processes `writes`.
+    "text"}, a point {"step", "point": [...], "seconds"}, the exported weights {"step", "exported": update, "weights":
+    "best", "average" or "last", "text"} or a warning {"step", "warning"}; a value that is not finite is null. To resume
+    from a checkpoint, pass the `lines` of the report at that time: later lines are dropped, so the file becomes that of
+    an uninterrupted run except for times. Only one of several processes `writes`.
     """
 
     def __init__(self, folder: Path, console: Console | None, total: int, lines: int = 0, writes: bool = True) -> None:
@@ -88,6 +89,10 @@ class Report:
         self._show()
         self._last = time.monotonic()
 
+    def note(self, message: str) -> None:
+        """Show a message, without a record."""
+        self._print(Text(message))
+
     def warn(self, message: str) -> None:
         """Show and record a message, once per run."""
         if message in self._warnings:
@@ -96,16 +101,37 @@ class Report:
         self._append({"step": self.step, "warning": message})
         self._print(Text(f"warning: {message}", style="yellow"))
 
-    def evaluation(self, step: int, rows: Sequence[Row]) -> None:
-        """Record and show an evaluation, and its verdict on reward hacking if there are held-out rewards."""
+    def evaluation(self, step: int, rows: Sequence[Row], weights: int | None = None) -> None:
+        """Record and show an evaluation, and its verdict on reward hacking if there are held-out rewards.
+
+        `weights` is the update whose weights were evaluated; by default the last.
+        """
         if not rows:
             return
         self._append({"step": step, "evaluation": [asdict(row) for row in rows]})
-        self._print(table(rows, title=f"after {step} of {self.total} updates" if step else "before training"))
+        update = step if weights is None else weights
+        self._print(table(rows, title=f"after {update} of {self.total} updates" if update else "before training"))
         if (found := verdict(rows)) is not None:
             self._append({"step": step, "verdict": found.outcome, "text": found.text})
             self._print(Text(found.text, style="bold red" if found.outcome == "hacking" else ""))
         self._last = time.monotonic()
+
+    def point(self, step: int, rows: Sequence[Row]) -> None:
+        """Record a point and show it in one line."""
+        if not rows:
+            return
+        seconds = time.monotonic() - self._last
+        self._append({"step": step, "point": [asdict(row) for row in rows], "seconds": seconds})
+        found = verdict(rows)
+        hacking = found is not None and found.outcome == "hacking"
+        line = f"point {step}/{self.total}  {one_line(rows)}{'  reward hacking' * hacking}"
+        self._print(Text(line, style="bold red" if hacking else ""))
+        self._last = time.monotonic()
+
+    def exported(self, step: int, update: int, weights: str, text: str) -> None:
+        """Record and show the update whose weights are exported."""
+        self._append({"step": step, "exported": update, "weights": weights, "text": text})
+        self._print(Text(text))
 
     def grid(self, step: int, images: Tensor, prompts: Sequence[str], columns: Sequence[str]) -> Path:
         """Save images (P, M, 3, H, W), uint8 or in [0, 1], as `samples/<step>.png`: one row per prompt."""

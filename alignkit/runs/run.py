@@ -25,7 +25,7 @@ from alignkit.registry import responsible_plugin
 from alignkit.rollout import sample_images
 from alignkit.runs import folder as run_folder
 from alignkit.runs.build import Parts
-from alignkit.runs.loop import Loop
+from alignkit.runs.loop import Loop, exported
 from alignkit.training import checkpoint
 from alignkit.training.trainer import Update
 
@@ -63,9 +63,9 @@ def open_run(source: str | Path, overrides: Mapping[str, Any] | None = None) -> 
         return Run(load_config(folder / "run.toml", overrides), folder=folder)
     if folder.is_dir() and not is_checkpoint(folder):
         raise ConfigError(
-            f"{folder}: contains neither run.toml nor model_index.json; expected a run folder or a diffusers pipeline"
+            f"{folder}: contains neither run.toml nor a checkpoint that a policy serves (`alignkit list policies`)"
         )
-    chosen = dict(overrides or {})
+    chosen = {"recipe": "", **(overrides or {})}  # nothing is trained
     if not {"sampler.name", "algorithm.name"} & chosen.keys():
         # Nothing is trained, so the sampler is the model's own and not the one for the default algorithm.
         own = find_bundle(str(source)).defaults.get("sampler", {})
@@ -86,8 +86,9 @@ class Run(Parts):
         self._existing = folder is not None
         self._unnamed = folder is None and not config.output
         self._policy: Policy | None = None
-        self.average: Mapping[str, Tensor] = {}
-        """The average of the trained weights, once there is one."""
+        self.weights: Mapping[str, Tensor] = {}
+        """The trained weights to sample with, once there are any: those that the run exports once it has ended, until
+        then their average."""
 
     @property
     def name(self) -> str:
@@ -116,11 +117,12 @@ class Run(Parts):
             if not self._existing and accelerator.is_main_process:
                 run_folder.release(self.folder)  # so that the next try is not refused
             raise
-        self._policy, self.average = loop.policy, loop.trainer.average
+        self._policy, self.weights = loop.policy, loop.weights
         try:
             if saved is not None:
                 loop.restore(saved)
             yield from loop.updates(console, lambda: self.stopping)
+            self.weights = loop.weights
         except Exception as error:
             if not isinstance(error, AlignkitError) and (origin := responsible_plugin(error)):
                 error.add_note(f"This was raised in code of {origin}.")
@@ -167,13 +169,13 @@ class Run(Parts):
     # sampling
 
     def policy(self) -> Policy:
-        """Load the model of this run, and its newest average weights if it was trained."""
+        """Load the model of this run, and its `weights` if it was trained."""
         if self._policy is None:
             self._policy = self.load_policy(
                 "cuda" if torch.cuda.is_available() and self.config.train.device != "cpu" else "cpu"
             )
             if saved := self._newest_checkpoint():
-                self.average = checkpoint.load(saved)["trainer"]["average"]
+                self.weights = exported(checkpoint.load(saved))
             elif self._existing:
                 raise ConfigError(
                     f"{self.folder}: no checkpoint to sample from; train the run first with "
@@ -193,7 +195,7 @@ class Run(Parts):
         found: list[Image.Image] = []
         for start in range(0, len(texts), self.config.evaluate.batch_size):
             part = texts[start : start + self.config.evaluate.batch_size]
-            with policy.using(self.average):
+            with policy.using(self.weights):
                 images = sample_images(policy, sampler, part, [(seed, start + i) for i in range(len(part))])
             array = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
             found += [Image.fromarray(a) for a in array]

@@ -25,7 +25,7 @@ from alignkit.config.load import (
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Algorithm, Reward, Sampler, Surrogate
 from alignkit.models.quiet import errors_only
-from alignkit.records import Example, Rows
+from alignkit.records import Example, PolicyFacts, Rows
 from alignkit.registry import default_registry
 from alignkit.rewards.combine import Combination
 from alignkit.rewards.weighted import WeightedRewards
@@ -99,7 +99,7 @@ def refusal(algorithm: Algorithm[Any, Any], sampler: Sampler) -> str:
     if "stochastic_steps" in algorithm.needs and not sampler.stochastic_steps():
         return f"every step of {type(sampler).__name__} is deterministic, and the algorithm needs stochastic steps"
     try:
-        algorithm.check(sampler)
+        algorithm.check(sampler, PolicyFacts())
     except ConfigError as error:
         return str(error)
     return ""

@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 import torch
 
 from alignkit.config import load as config
-from alignkit.config.bundles import find_policy, is_consistency
+from alignkit.config.bundles import find_policy
 from alignkit.data.sources import Images, Preferences, open_class
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.interfaces import ModelBundle
 from alignkit.models.quiet import errors_only
+from alignkit.records import PolicyFacts, PolicySettings
 from alignkit.registry import default_registry
 from alignkit.rollout import sample_images
 from alignkit.runs.build import Parts
@@ -40,15 +41,16 @@ def check_model(name: str) -> str:
                 find_policy(source, str(bundle.defaults.get("model", {}).get("policy", "")))
             except AlignkitError as error:
                 raise AssertionError(error) from error
-        before = copy.deepcopy((bundle.defaults, bundle.algorithm_defaults))
+        before = copy.deepcopy(bundle)
+        keys = [*bundle.algorithm_defaults, *bundle.recipes]
         known = {row.name for row in default_registry().components("algorithm")}
-        algorithms = sorted(known & {key.partition("/")[0] for key in bundle.algorithm_defaults})
+        algorithms = sorted(known & {key.partition("/")[0] for key in keys})
         algorithms = algorithms or [config.DEFAULT_ALGORITHM]
         runs = [_settings(bundle, name, algorithm) for algorithm in algorithms]
-        for algorithm, _, reward in (key.partition("/") for key in bundle.algorithm_defaults):
+        for algorithm, _, reward in (key.partition("/") for key in dict.fromkeys(keys)):
             if reward and algorithm in known:
                 _settings(bundle, name, algorithm, reward)
-        expect(before == (bundle.defaults, bundle.algorithm_defaults), "its settings were changed by loading a run")
+        expect(before == bundle, "its settings were changed by loading a run")
         checked = [f"its settings under {', '.join(algorithms)}"]
         if Path(bundle.path).is_dir():
             checked += _loaded(runs[0])
@@ -62,7 +64,7 @@ def _settings(bundle: ModelBundle, name: str, algorithm: str, reward: str = "") 
     under = algorithm + (f" with {reward}" if reward else "")
     if not any("sampler" in layer for layer in (bundle.defaults, bundle.algorithm_defaults.get(algorithm, {}))):
         # The user has to choose one.
-        chosen["sampler.name"] = "lcm" if is_consistency(bundle.path) else "renoise"
+        chosen["sampler.name"] = "lcm" if _facts(bundle).consistency else "renoise"
     try:
         run = config.load(None, chosen)
         with tempfile.TemporaryDirectory() as folder:
@@ -75,6 +77,11 @@ def _settings(bundle: ModelBundle, name: str, algorithm: str, reward: str = "") 
     except ConfigError as error:
         raise AssertionError(f"under {under}: {error}") from error
     return run
+
+
+def _facts(bundle: ModelBundle) -> PolicyFacts:
+    policy = find_policy(bundle.path, str(bundle.defaults.get("model", {}).get("policy", "")))
+    return policy.facts(bundle.path, PolicySettings(trainable=False))
 
 
 def _loaded(run: config.RunConfig) -> list[str]:

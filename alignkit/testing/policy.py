@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alignkit.interfaces import Policy
 from alignkit.models.quiet import errors_only
-from alignkit.records import Prompt
+from alignkit.records import PolicyFacts, PolicySettings, Prompt
 from alignkit.testing.expect import about, all_finite, expect, global_rng_untouched, same
 from alignkit.testing.world import ODD_PROMPTS, PROMPTS, coarse_images
 
@@ -31,6 +31,8 @@ def check_policy(policy: Policy) -> None:
     with about(f"policy {type(policy).__name__}"), errors_only(), torch.random.fork_rng():
         _facts(policy)
         _times_and_levels(policy)
+        if policy.source:
+            _known_before(type(policy).facts(policy.source, PolicySettings(trainable=False)), policy)
         with global_rng_untouched("while encoding, predicting and decoding"):
             prompt = _texts(policy)
             images = _images(policy)
@@ -58,6 +60,16 @@ def _facts(policy: Policy) -> None:
     with tempfile.TemporaryDirectory() as empty:
         for folder, what in ((empty, "an empty folder"), (f"{empty}/gone", "a missing folder")):
             expect(not type(policy).serves(folder), f"serves: found True for {what}, expected False")
+
+
+def _known_before(facts: PolicyFacts, policy: Policy) -> None:
+    """Check what was known before loading. `consistency` may be another under other settings."""
+    expect(isinstance(facts, PolicyFacts), f"facts: found {type(facts).__name__}, expected alignkit.PolicyFacts")
+    count = len(policy.times())
+    expect(facts.num_times in (None, count), f"facts: found num_times = {facts.num_times}, expected {count} or None")
+    expect(
+        facts.consistency in (None, True, False), f"facts: found consistency = {facts.consistency!r}, expected a bool"
+    )
 
 
 def _times_and_levels(policy: Policy) -> None:

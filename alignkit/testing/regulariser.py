@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alignkit.interfaces import Algorithm, Context, Regulariser, Sampler
 from alignkit.models.quiet import errors_only
-from alignkit.records import Batch, Prompt, Rows
+from alignkit.records import Batch, PolicyFacts, Prompt, Rows
 from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint, tiny_trainer, two_steps
 from alignkit.testing.expect import about, expect, global_rng_untouched, leaves
 from alignkit.testing.losses import columns, the_loss_is_true
@@ -70,7 +70,7 @@ def check_regulariser(
     ):
         unknown = set(regulariser.needs) - NEEDS
         expect(not unknown, f"needs: found {sorted(unknown)}, expected only {', '.join(sorted(NEEDS))}")
-        regulariser.check(sampler)
+        regulariser.check(sampler, PolicyFacts())
 
         def make(settings: Mapping[str, Any] | None = None) -> Trainer:
             torch.manual_seed(0)

@@ -18,14 +18,23 @@ def recorded(policy: Policy) -> Iterator[list[Prediction]]:
 
     For the length of the block the instance has a `denoise` of its own, which calls the usual one and notes it. So the
     policy stays the same object, whoever holds it, samplers predict through it as always, and outside the block
-    nothing is spent. Predictions without gradient (of targets, of the model before training) are left out.
+    nothing is spent. Predictions without gradient (of targets, of the model before training) are left out, and so are
+    calls that `denoise` itself makes: one prediction is noted once, whatever parts the policy makes it from.
     """
     found: list[Prediction] = []
     own = vars(policy).get("denoise")
     denoise = policy.denoise
+    within = False
 
     def noting(x: Tensor, t: Tensor, prompt: Prompt, guidance_scale: Tensor | None = None) -> Tensor:
-        clean = denoise(x, t, prompt, guidance_scale)
+        nonlocal within
+        if within:
+            return denoise(x, t, prompt, guidance_scale)
+        within = True
+        try:
+            clean = denoise(x, t, prompt, guidance_scale)
+        finally:
+            within = False
         if torch.is_grad_enabled() and clean.requires_grad:
             found.append(Prediction(x, t, prompt, guidance_scale, clean))
         return clean

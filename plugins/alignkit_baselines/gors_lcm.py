@@ -10,8 +10,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from alignkit import Algorithm, Batch, Context, Prompt, Rows, Sampler
-from alignkit.config.schema import check_ranges
+from alignkit import Algorithm, Batch, Context, PolicyFacts, Prompt, Rows, Sampler, check_ranges
 from alignkit.distillation import Distillation, Noised
 from alignkit.rollout import sample_trajectories
 
@@ -65,11 +64,8 @@ class GorsLCM(Algorithm[Chosen, WeightedRows]):
         check_ranges(self)
         self._distillation = Distillation(self.ode_steps, self.guidance_scale_min, self.guidance_scale_max)
 
-    def check(self, sampler: Sampler) -> None:
-        self._distillation.check(sampler)
-
-    def setup(self, ctx: Context) -> None:
-        self._distillation.times(ctx.policy)  # raises ConfigError before the first evaluation
+    def check(self, sampler: Sampler, facts: PolicyFacts) -> None:
+        self._distillation.check(sampler, facts)
 
     def collect(self, batch: Batch, ctx: Context) -> Chosen:
         """Sample, score the prediction of every step, and keep each prompt's best."""

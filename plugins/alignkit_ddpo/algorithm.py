@@ -10,9 +10,8 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from alignkit import Algorithm, Batch, Context, Prompt, Rows, Sampler, Transition, diffusion
-from alignkit.advantage import Baseline
-from alignkit.config.schema import check_ranges
+from alignkit import Algorithm, Batch, Context, PolicyFacts, Prompt, Rows, Sampler, Transition, check_ranges, diffusion
+from alignkit.advantage import Baseline, clipped
 from alignkit.errors import ConfigError
 from alignkit.rollout import Trajectories, choose_steps, sample_trajectories
 
@@ -47,9 +46,10 @@ class DDPO(Algorithm[Steps, Steps]):
     takes_advantages: ClassVar[bool] = True
 
     samples: Annotated[int, Ge(1)] = 4
-    """Trajectories of each prompt in a round."""
-    baseline: Literal["prompt", "batch"] = "prompt"
-    """Normalise a reward by the last rewards of the same prompt (RLCM), or by those of the round."""
+    """Trajectories of each prompt in a round. For baseline = "group" 8 or more are meant."""
+    baseline: Literal["prompt", "batch", "group"] = "prompt"
+    """Normalise a reward by the last rewards of the same prompt (RLCM), by those of the round, or by those of the same
+    prompt in the round (Flow-GRPO, arXiv 2505.05470); then prompts whose images all got one score are left out."""
     buffer_size: int = 32
     """Rewards of a prompt that are kept, as in RLCM."""
     min_count: Annotated[int, Ge(1)] = 16
@@ -70,9 +70,11 @@ class DDPO(Algorithm[Steps, Steps]):
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.baseline == "group" and self.samples < 2:
+            raise ValueError(f'samples: found {self.samples}, expected 2 or more with baseline = "group"; 8 are meant')
         self._baseline = Baseline(self.baseline, self.buffer_size, self.min_count)
 
-    def check(self, sampler: Sampler) -> None:
+    def check(self, sampler: Sampler, facts: PolicyFacts) -> None:
         if self.final_step == "renoise" and sampler.stochastic_steps() != sampler.num_steps - 1:
             raise ConfigError(
                 f'algorithm.final_step: found "renoise" for a sampler with {sampler.stochastic_steps()} stochastic '
@@ -84,12 +86,12 @@ class DDPO(Algorithm[Steps, Steps]):
         """Sample trajectories, score their images, and take every stochastic step as a row."""
         trajectories = sample_trajectories(batch.examples, ctx, self.samples)
         scores = ctx.score(trajectories.samples, trajectories.prompt.examples)
-        advantage = self._baseline.advantages(scores, trajectories.prompt.texts, ctx)
+        advantage = self._baseline.advantages(scores, trajectories.prompt.examples, ctx)
         x_next, stochastic = self._actions(trajectories, ctx)
         k = choose_steps(stochastic, len(trajectories), self.step_fraction, ctx.generator)
         row, k = torch.arange(len(k), device=k.device).repeat_interleave(k.shape[1]), k.flatten()
         steps = Steps(trajectories.states[row, k], x_next[row, k], k, trajectories.prompt.select(row), advantage[row])
-        return steps.select(scores.valid[row].nonzero()[:, 0])
+        return steps.select((~steps.advantage.isnan()).nonzero()[:, 0])
 
     def updates(self, collected: Steps, ctx: Context) -> Iterator[Steps]:
         """Yield the steps in random order, in parts of nearly `ctx.rows_per_update`, once each inner epoch."""
@@ -149,9 +151,3 @@ class DDPO(Algorithm[Steps, Steps]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._baseline.load_state_dict(state)
-
-
-def clipped(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
-    """Return PPO's pessimistic objective as a loss: max(-A r, -A clamp(r, 1 - eps, 1 + eps)) of each row, (N,)."""
-    ratio = log_ratio.exp()
-    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))

@@ -122,7 +122,7 @@ class ExtendedLaSRO(LaSRO):
             if not bool((now - before).isnan().all()):
                 ctx.log(reward_gain=(now - before).nanmean())
         if self.gradient_of == "surrogate":
-            self._memory.add(collected.scored, [example.text for example in batch.examples])
+            self._memory.add(collected.scored, list(batch.examples))
         return collected
 
     def _check_contrast(self, examples: Sequence[Example]) -> None:
@@ -205,10 +205,10 @@ class ExtendedLaSRO(LaSRO):
     # the surrogate: pairs from a memory of rounds, smoothed
 
     def pairs_of(self, collected: Collected, ctx: Context) -> Pairs | None:
-        winner, loser, texts = self._memory.sample(self.pairs, self.pairs_per_update, ctx.generator)
-        if not texts:
+        winner, loser, examples = self._memory.sample(self.pairs, self.pairs_per_update, ctx.generator)
+        if not examples:
             return None
-        pairs = Pairs(winner, loser, encode_examples(ctx.policy, texts)).to(ctx.policy.device)
+        pairs = Pairs(winner, loser, encode_examples(ctx.policy, examples)).to(ctx.policy.device)
         if not self.smoothing:
             return pairs
         winner, loser = (x + self.smoothing * ctx.noise(len(x)) for x in (pairs.winner, pairs.loser))

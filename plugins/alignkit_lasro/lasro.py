@@ -10,11 +10,10 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from torch import Tensor
 
-from alignkit import Algorithm, Batch, Context, Prompt, Sampler
-from alignkit.config.schema import check_ranges
+from alignkit import Algorithm, Batch, Context, PolicyFacts, Prompt, Sampler, check_ranges
 from alignkit.distillation import Distillation
 from alignkit.errors import ConfigError
-from alignkit.groups import Pairs, Scored, extremes, log_agreement, log_rewards
+from alignkit.groups import Pairs, Scored, best_and_worst, log_agreement, log_rewards
 from alignkit.rollout import States, encode_examples, sample_trajectories, states_of
 
 MIN_SPREAD = 1e-6
@@ -113,7 +112,9 @@ class LaSRO(Algorithm[Collected, States]):
         needed = {"surrogate" if self.gradient_of == "surrogate" else "differentiable_reward"}
         return frozenset(needed | ({"images"} if self.states_from == "images" else set()))
 
-    def check(self, sampler: Sampler) -> None:
+    def check(self, sampler: Sampler, facts: PolicyFacts) -> None:
+        if self.states_from == "images" and facts.num_times is not None:
+            self._distillation.check_steps(facts.num_times, "algorithm.ode_steps")
         if sampler.num_steps != len(self.step_weights):
             weights = ",".join(["1.0"] * sampler.num_steps)
             raise ConfigError(
@@ -187,15 +188,7 @@ class LaSRO(Algorithm[Collected, States]):
 
         None where no group carries a label.
         """
-        scored = collected.scored
-        best, worst, labelled = extremes(scored.rewards.cpu())
-        rows = labelled.nonzero()[:, 0]
-        if len(rows) > self.pairs_per_update:
-            rows = rows[torch.randperm(len(rows), generator=ctx.generator)[: self.pairs_per_update]]
-        if not len(rows):
-            return None
-        prompt = collected.prompt.select(scored.text[rows])
-        return Pairs(scored.latents[rows, best[rows]], scored.latents[rows, worst[rows]], prompt)
+        return best_and_worst(collected.scored, collected.prompt, self.pairs_per_update, ctx.generator)
 
     def surrogate_loss(self, rows: Pairs, ctx: Context) -> Tensor:
         assert ctx.surrogate is not None

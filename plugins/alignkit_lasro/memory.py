@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from alignkit import Example
 from alignkit.groups import Scored, extremes
 
 PairChoice = Literal["extremes", "random"]
@@ -20,20 +21,20 @@ class Memory:
     """
 
     def __init__(self, size: int, own: int, samples: int) -> None:
-        self.rounds: list[tuple[Scored, list[str]]] = []
-        self.changes: list[tuple[Scored, list[str]]] = []
+        self.rounds: list[tuple[Scored, list[Example]]] = []
+        self.changes: list[tuple[Scored, list[Example]]] = []
         """Pairs of the same rounds: a sample of the policy and one of the model before training, from one noise."""
         self._size, self._own, self._samples = size, own, samples
 
-    def add(self, scored: Scored, texts: list[str]) -> None:
-        """Add a round with its texts, and drop the oldest."""
+    def add(self, scored: Scored, examples: list[Example]) -> None:
+        """Add a round with the examples of its batch, and drop the oldest."""
         scored = scored.to("cpu")
-        self.rounds = [*self.rounds, (scored, texts)][-self._size :]
+        self.rounds = [*self.rounds, (scored, examples)][-self._size :]
         if self._own < self._samples:
-            self.changes = [*self.changes, (counterparts(scored, self._own, self._samples), texts)][-self._size :]
+            self.changes = [*self.changes, (counterparts(scored, self._own, self._samples), examples)][-self._size :]
 
-    def sample(self, choice: PairChoice, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, list[str]]:
-        """Return winners (N, *S), losers and their texts of about `size` pairs, the newest round always among them.
+    def sample(self, choice: PairChoice, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, list[Example]]:
+        """Return winners (N, *S), losers and their examples of about `size` pairs, the newest round always among them.
 
         Half of them compare the policy with the model before training, if there are such pairs: few of those differ in
         reward, so they would be rare among all others.
@@ -41,15 +42,16 @@ class Memory:
         parts = [self.rounds, self.changes] if self.changes else [self.rounds]
         found = [mixed(rounds, choice, size // len(parts), generator) for rounds in parts]
         winner, loser = (torch.cat(column) for column in zip(*(part[:2] for part in found), strict=True))
-        return winner, loser, [text for part in found for text in part[2]]
+        return winner, loser, [example for part in found for example in part[2]]
 
     def state_dict(self) -> list[dict[str, Any]]:
-        return [{"texts": texts, **vars(scored)} for scored, texts in self.rounds]
+        return [{"examples": [vars(e) for e in examples], **vars(scored)} for scored, examples in self.rounds]
 
     def load_state_dict(self, state: Sequence[Mapping[str, Any]]) -> None:
         self.rounds, self.changes = [], []
         for entry in state:
-            self.add(Scored(**{name: value for name, value in entry.items() if name != "texts"}), entry["texts"])
+            columns = {name: value for name, value in entry.items() if name != "examples"}
+            self.add(Scored(**columns), [Example(**saved) for saved in entry["examples"]])
 
 
 def random_pairs(rewards: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,19 +82,19 @@ def counterparts(scored: Scored, own: int, samples: int) -> Scored:
 
 
 def mixed(
-    rounds: Sequence[tuple[Scored, Sequence[str]]], choice: PairChoice, size: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor, list[str]]:
-    """Choose up to `size` pairs of the newest of `rounds`, which come with their texts, and of older ones at random.
+    rounds: Sequence[tuple[Scored, Sequence[Example]]], choice: PairChoice, size: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, list[Example]]:
+    """Choose up to `size` pairs of the newest of `rounds`, which come with their examples, and of older ones at random.
 
     Where there are older ones half of the room is for the newest, and of each older one a part is chosen. Returns
-    winners (N, *S), losers and their texts; N is 0 where no group carries a label.
+    winners (N, *S), losers and their examples; N is 0 where no group carries a label.
     """
     winners: list[Tensor] = []
     losers: list[Tensor] = []
-    texts: list[str] = []
+    examples: list[Example] = []
     fresh, kept = rounds[-1:], rounds[:-1]
     order = torch.randperm(len(kept), generator=generator).tolist()
-    for scored, names in [*fresh, *(kept[i] for i in order)]:
+    for scored, batch in [*fresh, *(kept[i] for i in order)]:
         if choice == "extremes":
             best, worst, labelled = extremes(scored.rewards)
         else:
@@ -103,7 +105,7 @@ def mixed(
             rows = rows[torch.randperm(len(rows), generator=generator)[:room]]
         winners.append(scored.latents[rows, best[rows]])
         losers.append(scored.latents[rows, worst[rows]])
-        texts += [names[i] for i in scored.text[rows].tolist()]
-        if len(texts) >= size:
+        examples += [batch[i] for i in scored.text[rows].tolist()]
+        if len(examples) >= size:
             break
-    return torch.cat(winners), torch.cat(losers), texts
+    return torch.cat(winners), torch.cat(losers), examples

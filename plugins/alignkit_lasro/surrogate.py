@@ -11,9 +11,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from alignkit import Policy, Prompt, Surrogate
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Policy, Surrogate
-from alignkit.records import Prompt
 
 
 class EncoderWithHead(nn.Module):

@@ -20,11 +20,9 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from alignkit.config.schema import check_ranges
+from alignkit import Policy, Prompt, check_ranges
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Policy
 from alignkit.models.quiet import errors_only, no_progress_bars
-from alignkit.records import Prompt
 from alignkit_lasro.surrogate import PairwiseSurrogate
 
 GRID = 16

@@ -9,10 +9,8 @@ from typing import Annotated, Any, ClassVar
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
-from alignkit.config.schema import check_ranges
+from alignkit import Algorithm, Batch, Context, PolicyFacts, Sampler, check_ranges
 from alignkit.distillation import Average, Distance, Distillation, Noised
-from alignkit.interfaces import Algorithm, Context, Sampler
-from alignkit.records import Batch
 from alignkit.rollout import encode_examples
 
 
@@ -49,11 +47,10 @@ class LCD(Algorithm[Noised, Noised]):
         )
         self._target = Average(self.target_decay)
 
-    def check(self, sampler: Sampler) -> None:
-        self._distillation.check(sampler)
+    def check(self, sampler: Sampler, facts: PolicyFacts) -> None:
+        self._distillation.check(sampler, facts)
 
     def setup(self, ctx: Context) -> None:
-        self._distillation.times(ctx.policy)  # raises ConfigError before the first evaluation
         self._target.start(ctx.policy)
 
     def collect(self, batch: Batch, ctx: Context) -> Noised:

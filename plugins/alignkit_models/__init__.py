@@ -5,8 +5,7 @@ Nothing is downloaded before a run loads a model.
 
 from __future__ import annotations
 
-from alignkit import hookimpl
-from alignkit.hookspecs import Register
+from alignkit import Register, hookimpl
 
 MODELS = {
     "sd_turbo": "SD-Turbo, 512 px, 1 to 4 steps",

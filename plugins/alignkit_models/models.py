@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from alignkit.interfaces import ModelBundle
+from alignkit import ModelBundle
 
 SD = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -98,6 +98,12 @@ _pso = _with(
 _pso_lcm = _with(_pso, _sampler("lcm", 2), _round(16, 8, pairs=1))
 # GORS-LCM (the same appendix) samples with two steps.
 _gors_lcm = _sampler("lcm", 2)
+# DRaFT (2309.17400) trains an adapter with rates from 1e-4 to 4e-4; the lowest, since few-step models are easily moved
+# too far. The gradient through the decoder takes more memory than that through the UNet.
+_draft: Settings = {"train": {"learning_rate": 1e-4, "gradient_checkpointing": True}}
+# The hybrid gradient has no source for these models: DRaFT's settings, with groups of 8 samples.
+_hybrid = _with(_draft, {"data": {"batch_size": 4}})
+_hybrid_turbo = _with(_hybrid, _sampler("euler_ancestral", 4, eta=1.0))
 # Latent consistency distillation (diffusers' script for LCM-LoRA).
 _lcd = _with(_train(1e-4, 1e-2), {"model": {"lora_rank": 64}})
 # RG-LCD (2403.11027, its code): the whole UNet, small steps; the proxy's rate is the one after its pre-training.
@@ -111,6 +117,11 @@ _rg_lcd_rewards: dict[str, Settings] = {
     "rg_lcd/pickscore": {"algorithm": {"beta": 5.0}, "reward": [{"name": "pickscore", "variant": "cosine"}]},
     "rg_lcd/image_reward": {"algorithm": {"reward_cap": 2.0}},
 }
+# DrPO (2606.02521, its code for SDXL-Turbo on four GPUs): one step, 32 prompts of 16 samples in an update. No settings
+# are published for SD-Turbo; ours are those of SDXL-Turbo. Two steps of a consistency model are ours too.
+_drpo_rates = _with(_train(1e-5, 1e-2, precision="bf16"), _round(32, 32 * 16, updates=5000))
+_drpo = _with(_sampler("euler_ancestral", 1), _drpo_rates)
+_drpo_lcm = _with(_sampler("lcm", 2), _drpo_rates, {"train": {"rows_per_update": 2 * 32 * 16}})
 # Diffusion-DPO (2311.12908, its code): the whole UNet, 2000 updates of 2048 pairs; the rate rises over 500 of them, for
 # SDXL over 200.
 _dpo = _with(_train(2.05e-5, 1e-2, updates=2000, rows_per_update=2048, warmup=500), {"model": {"lora_rank": 0}})
@@ -129,6 +140,9 @@ def _lcm_methods(*extra: Settings) -> dict[str, Settings]:
         "sdpo": _rlcm_sdpo,
         "pso": _pso_lcm,
         "gors_lcm": _gors_lcm,
+        "draft": _draft,
+        "hybrid": _hybrid,
+        "drpo": _drpo_lcm,
         "rg_lcd": _rg_lcd,
         **_rg_lcd_rewards,
         "lcd": _lcd,
@@ -158,6 +172,9 @@ def sd_turbo() -> ModelBundle:
             "rebel": _of_50_steps,
             "d3po": _of_50_steps,
             "pso": _pso,
+            "draft": _draft,
+            "hybrid": _hybrid_turbo,
+            "drpo": _drpo,
             "diffusion_dpo": _with(_dpo, _dpo_turbo),
         },
     )
@@ -170,6 +187,9 @@ def sdxl_turbo() -> ModelBundle:
         algorithm_defaults={
             "lasro": _with(_lasro_turbo, _vega),
             "pso": _pso,
+            "draft": _draft,
+            "hybrid": _hybrid_turbo,
+            "drpo": _drpo,
             "sdpo": _sdpo,
             **_sdpo_rewards,
             "diffusion_dpo": _with(_dpo_of_sdxl, _dpo_turbo),
@@ -188,6 +208,8 @@ def sdxl_lightning() -> ModelBundle:
         | {
             "lasro": _with(_sampler("renoise", 4), _lasro_turbo_loss, four, _vega),
             "pso": _pso,
+            "draft": _draft,
+            "hybrid": _hybrid_turbo,
             # No source has this; the model was trained at the times of its four steps.
             "diffusion_dpo": {"algorithm": {"grid_steps": 4}},
         },
@@ -272,6 +294,8 @@ def sd_1_5() -> ModelBundle:
                 {"sampler": {"num_steps": 20}, "model": {"lora_rank": 4}},
                 _round(20, 20, updates=8000, pairs=1),
             ),
+            "draft": _draft,
+            "hybrid": _hybrid,
             "diffusion_dpo": _dpo,
         },
     )
@@ -279,9 +303,10 @@ def sd_1_5() -> ModelBundle:
 
 def sdxl() -> ModelBundle:
     sampler = _sampler("euler_ancestral", 30, eta=0.0, spacing="leading")
+    stochastic = _sampler("ddim", 50, eta=1.0, spacing="leading")
     return ModelBundle(
         path=SDXL,
         defaults=_with(_of_1024, sampler, {"model": {"guidance_scale": 5.0}, "evaluate": {"steps": [30]}}),
-        algorithm_defaults=_with_likelihoods(_sampler("ddim", 50, eta=1.0, spacing="leading"))
-        | {"diffusion_dpo": _dpo_of_sdxl},
+        algorithm_defaults=_with_likelihoods(stochastic)
+        | {"draft": _draft, "hybrid": _with(_hybrid, stochastic), "diffusion_dpo": _dpo_of_sdxl},
     )

@@ -10,8 +10,7 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignkit import Algorithm, Batch, Context
-from alignkit.config.schema import check_ranges
+from alignkit import Algorithm, Batch, Context, check_ranges
 from alignkit_preference.trajectory_pairs import Pairs, collect_pairs, log_prob, winners_first
 
 

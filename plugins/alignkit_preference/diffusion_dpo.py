@@ -10,10 +10,8 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignkit.config.schema import check_ranges
+from alignkit import Algorithm, Batch, Context, PolicyFacts, Sampler, check_ranges
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Algorithm, Context, Sampler
-from alignkit.records import Batch
 from alignkit_preference.noised import (
     LatentPairs,
     NoisedPairs,
@@ -66,7 +64,7 @@ class DiffusionDPO(Algorithm[LatentPairs, NoisedPairs]):
                 "by another schedule than the network's, under which only its prediction of the noise is valid"
             )
 
-    def check(self, sampler: Sampler) -> None:
+    def check(self, sampler: Sampler, facts: PolicyFacts) -> None:
         try:
             self._on_grid(sampler)
         except ValueError as error:

@@ -9,9 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from alignkit import diffusion
-from alignkit.interfaces import Context, Policy
-from alignkit.records import PreferencePairs, Prompt, Rows
+from alignkit import Context, Policy, Prompt, Rows, diffusion
+from alignkit.records import PreferencePairs
 
 Space = Literal["noise", "velocity", "clean"]
 

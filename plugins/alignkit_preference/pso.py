@@ -10,8 +10,7 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignkit import Algorithm, Batch, Context, Rows
-from alignkit.config.schema import check_ranges
+from alignkit import Algorithm, Batch, Context, Rows, check_ranges
 from alignkit_preference.d3po import step_preference
 from alignkit_preference.noised import LatentPairs, NoisedPairs, encode_pairs, errors, margin, metrics, noised
 from alignkit_preference.trajectory_pairs import Pairs, collect_pairs, winners_first

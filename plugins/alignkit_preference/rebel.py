@@ -11,9 +11,8 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from alignkit import Algorithm, Batch, Context, Rows
+from alignkit import Algorithm, Batch, Context, Rows, check_ranges
 from alignkit.advantage import Baseline
-from alignkit.config.schema import check_ranges
 from alignkit_preference.trajectory_pairs import Pairs, collect_pairs, log_prob
 
 
@@ -43,8 +42,9 @@ class REBEL(Algorithm[WeightedPairs, WeightedPairs]):
     """Pairs of trajectories of each prompt in a round."""
     scale: Annotated[float, Gt(0)] = 1.0
     """Factor of the difference of log-likelihood ratios (the code's `rebel_lr`; the paper divides by eta)."""
-    baseline: Literal["prompt", "batch"] = "prompt"
-    """Normalise a reward by the last rewards of the same prompt, or by those of the round."""
+    baseline: Literal["prompt", "batch", "group"] = "prompt"
+    """Normalise a reward by the last rewards of the same prompt, by those of the round, or by those of the same prompt
+    in the round; with "group" prompts whose images all got one score are left out."""
     buffer_size: int = 32
     """Rewards of a prompt that are kept."""
     min_count: Annotated[int, Ge(1)] = 16
@@ -60,8 +60,8 @@ class REBEL(Algorithm[WeightedPairs, WeightedPairs]):
 
     def collect(self, batch: Batch, ctx: Context) -> WeightedPairs:
         pairs, scores = collect_pairs(batch, self.pairs, shared_noise=False, ctx=ctx)
-        texts = [text for text in pairs.prompt.texts for _ in range(2)]
-        advantages = self._baseline.advantages(scores, texts, ctx).view(-1, 2)
+        examples = [example for example in pairs.prompt.examples for _ in range(2)]
+        advantages = self._baseline.advantages(scores, examples, ctx).view(-1, 2)
         return WeightedPairs(pairs, advantages).select((~advantages.isnan().any(1)).nonzero()[:, 0])
 
     def updates(self, collected: WeightedPairs, ctx: Context) -> Iterator[WeightedPairs]:

@@ -10,10 +10,8 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from alignkit.config.schema import check_ranges
+from alignkit import Batch, Context, PolicyFacts, Prediction, Prompt, Regulariser, Rows, Sampler, check_ranges
 from alignkit.distillation import Distance, Distillation, Noised
-from alignkit.interfaces import Context, Regulariser, Sampler
-from alignkit.records import Batch, Prediction, Prompt, Rows
 from alignkit.rollout import encode_examples
 
 
@@ -54,11 +52,8 @@ class LatentConsistency(Regulariser[Captioned, Noised]):
             self.ode_steps, self.guidance_scale_min, self.guidance_scale_max, self.huber_c, self.distance
         )
 
-    def check(self, sampler: Sampler) -> None:
-        self._distillation.check(sampler, "regulariser.lcd")
-
-    def setup(self, ctx: Context) -> None:
-        self._distillation.times(ctx.policy)  # raises ConfigError before the first evaluation
+    def check(self, sampler: Sampler, facts: PolicyFacts) -> None:
+        self._distillation.check(sampler, facts, "regulariser.lcd")
 
     def collect(self, batch: Batch, ctx: Context) -> Captioned:
         assert batch.images is not None  # needs "images"

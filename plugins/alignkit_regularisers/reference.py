@@ -9,8 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from alignkit.interfaces import Context, Regulariser
-from alignkit.records import Prediction, Rows
+from alignkit import Context, Prediction, Regulariser, Rows
 
 
 @dataclass

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from alignkit import hookimpl
-from alignkit.hookspecs import Register
+from alignkit import Register, hookimpl
 
 REWARDS = {
     "aesthetic": ("aesthetic:Aesthetic", "Aesthetic rating from 1 to 10, prompt ignored: LAION's head on CLIP"),

@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from alignkit import Example
 from alignkit.errors import ConfigError
-from alignkit.records import Example
 from alignkit_rewards.checkpoints import check_local, locate_file
 from alignkit_rewards.clip import ClipImages
 from alignkit_rewards.linear import fold

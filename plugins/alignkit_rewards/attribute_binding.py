@@ -10,23 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge
 from torch import Tensor
 from torch.nn import Parameter
 
-from alignkit.config.schema import check_ranges
+from alignkit import Example, Reward, Scores, check_ranges
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Reward
-from alignkit.records import Example, Scores
 from alignkit_rewards import blip
 from alignkit_rewards.checkpoints import (
     Precision,
     backbone_dtype,
     check_local,
-    check_precision,
     load_model,
     load_tokenizer,
     locate_file,
@@ -73,12 +70,6 @@ class AttributeBinding(Reward):
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if self.mode not in get_args(Mode):
-            raise ConfigError(f"attribute_binding: mode is {self.mode!r}, expected one of {', '.join(get_args(Mode))}")
-        if self.questions not in get_args(QuestionForm):
-            expected = ", ".join(get_args(QuestionForm))
-            raise ConfigError(f"attribute_binding: questions is {self.questions!r}, expected one of {expected}")
-        check_precision("attribute_binding", self.precision)
         self._model: Any = None
         self._tokenizer: Any = None
         self._choice: list[int] = []

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize as unit
 
+from alignkit import Example, Scores
 from alignkit.errors import ConfigError
-from alignkit.records import Example, Scores
 from alignkit_rewards.checkpoints import (
     Precision,
     backbone_dtype,
     check_local,
-    check_precision,
     count,
     load_model,
     load_tokenizer,
@@ -136,9 +135,6 @@ class Comparison:
     def __init__(
         self, reward: str, encoder: str, layer: int, measure: str, reference: str, baseline: float, precision: Precision
     ) -> None:
-        check_precision(reward, precision)
-        if measure not in get_args(Measure):
-            raise ConfigError(f"{reward}: measure is {measure!r}, expected one of {', '.join(get_args(Measure))}")
         if "{}" not in reference:
             raise ConfigError(f"{reward}: reference is {reference!r}, expected a text with {{}} for the prompt")
         self.reward, self.source, self.layer, self.measure = reward, encoder, layer, measure

@@ -34,12 +34,6 @@ def backbone_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     return _DTYPES[precision]
 
 
-def check_precision(reward: str, precision: str) -> None:
-    """Raise ConfigError for a precision that does not exist."""
-    if precision not in ("auto", *_DTYPES):
-        raise ConfigError(f"{reward}: precision is {precision!r}, expected one of auto, {', '.join(_DTYPES)}")
-
-
 def check_local(reward: str, field: str, source: str) -> None:
     """Raise ConfigError if `source` is written as a path and does not exist. A hub id is not looked up."""
     if source.startswith(("/", "./", "../", "~")) and not Path(source).expanduser().exists():

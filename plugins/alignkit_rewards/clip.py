@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize as unit
 
-from alignkit.interfaces import Reward
-from alignkit.records import Example
+from alignkit import Example, Reward, check_ranges
 from alignkit_rewards.checkpoints import (
     Precision,
     backbone_dtype,
     check_local,
-    check_precision,
     count,
     load_model,
     load_tokenizer,
@@ -44,7 +42,7 @@ class ClipImages(Reward):
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
-        check_precision(self.name, self.precision)
+        check_ranges(self)
         self._model: Any = None
         self._logit_scale = 1.0
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from alignkit.records import Example, Scores
+from alignkit import Example, Scores
 from alignkit_rewards.clip import ClipReward
 
 

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignkit import Example, Reward, Scores
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Reward
-from alignkit.records import Example, Scores
 from alignkit.rewards.functions import scores_of
 
 

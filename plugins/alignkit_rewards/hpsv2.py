@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from alignkit.errors import ConfigError
-from alignkit.records import Example, Scores
+from alignkit import Example, Scores
 from alignkit_rewards.checkpoints import locate_file
 from alignkit_rewards.clip import ClipReward
 from alignkit_rewards.pixels import CLIP_MEAN, CLIP_STD, normalize, resize_and_crop
@@ -37,11 +36,6 @@ class HPSv2(ClipReward):
     name: ClassVar[str] = "hpsv2"
     public_tokenizer: ClassVar[str] = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     bounds: ClassVar[tuple[float | None, float | None]] = (-1.0, 1.0)
-
-    def __post_init__(self) -> None:
-        if self.version not in get_args(Version):
-            raise ConfigError(f"hpsv2: version is {self.version!r}, expected one of {', '.join(get_args(Version))}")
-        super().__post_init__()
 
     def folder(self) -> str:
         from transformers import CLIPModel

@@ -16,16 +16,13 @@ from annotated_types import Ge, Le
 from safetensors.torch import load_file
 from torch import Tensor
 
-from alignkit.config.schema import check_ranges
+from alignkit import Example, Reward, Scores, check_ranges
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Reward
-from alignkit.records import Example, Scores
 from alignkit_rewards import blip
 from alignkit_rewards.checkpoints import (
     Precision,
     backbone_dtype,
     check_local,
-    check_precision,
     count,
     load_model,
     load_tokenizer,
@@ -66,7 +63,6 @@ class ImageReward(Reward):
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        check_precision(self.name, self.precision)
         self._model: Any = None
         self._tokenizer: Any = None
 

@@ -12,10 +12,8 @@ from annotated_types import Ge, Le
 from PIL import Image
 from torch import Tensor
 
-from alignkit.config.schema import check_ranges
+from alignkit import Example, Reward, check_ranges
 from alignkit.data.decode import to_uint8
-from alignkit.interfaces import Reward
-from alignkit.records import Example
 
 
 @dataclass

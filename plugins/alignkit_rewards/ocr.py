@@ -16,15 +16,12 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from alignkit.config.schema import check_ranges
+from alignkit import Example, Reward, Scores, check_ranges
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Reward
-from alignkit.records import Example, Scores
 from alignkit_rewards.checkpoints import (
     Precision,
     backbone_dtype,
     check_local,
-    check_precision,
     load_model,
     load_tokenizer,
     state_of,
@@ -65,7 +62,6 @@ class Ocr(Reward):
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        check_precision(self.name, self.precision)
         self._model: Any = None
 
     def check(self, examples: Iterable[Example]) -> None:

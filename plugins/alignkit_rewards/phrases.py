@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from alignkit import Example
 from alignkit.errors import ConfigError
-from alignkit.records import Example
 
 
 @dataclass(frozen=True)

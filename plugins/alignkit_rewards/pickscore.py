@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from alignkit.errors import ConfigError
-from alignkit.records import Example, Scores
+from alignkit import Example, Scores
 from alignkit_rewards.clip import ClipReward
 
 Variant = Literal["logit", "cosine"]
@@ -32,11 +31,6 @@ class PickScore(ClipReward):
 
     name: ClassVar[str] = "pickscore"
     public_tokenizer: ClassVar[str] = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-
-    def __post_init__(self) -> None:
-        if self.variant not in get_args(Variant):
-            raise ConfigError(f"pickscore: variant is {self.variant!r}, expected one of {', '.join(get_args(Variant))}")
-        super().__post_init__()
 
     def __call__(self, images: Tensor, examples: Sequence[Example]) -> Scores:
         cosine, parts = self.cosine(images, examples)

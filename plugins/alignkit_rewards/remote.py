@@ -13,11 +13,9 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
+from alignkit import Example, Reward, Scores, check_ranges
 from alignkit.config.ranges import Positive
-from alignkit.config.schema import check_ranges
 from alignkit.errors import ConfigError, PluginError
-from alignkit.interfaces import Reward
-from alignkit.records import Example, Scores
 from alignkit.serving.http import PROTOCOL, TOKEN
 from alignkit_rewards.endpoint import Connection, Endpoint, as_png
 

@@ -11,16 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Lt
 from torch import Tensor
 
-from alignkit.config.schema import check_ranges
-from alignkit.errors import ConfigError
-from alignkit.interfaces import Reward
-from alignkit.records import Example, Scores
+from alignkit import Example, Reward, Scores, check_ranges
 from alignkit_rewards.bertscore import Comparison, Measure
 from alignkit_rewards.checkpoints import (
     Precision,
@@ -79,8 +76,6 @@ class TextAlignment(Reward):
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if self.task not in get_args(Task):
-            raise ConfigError(f"text_alignment: task is {self.task!r}, expected one of {', '.join(get_args(Task))}")
         self._comparison = Comparison(
             self.name, self.encoder, self.layer, self.measure, self.reference, self.baseline, self.precision
         )

@@ -11,17 +11,15 @@ import base64
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Lt
 from torch import Tensor
 
+from alignkit import Example, Reward, Scores, check_ranges
 from alignkit.config.ranges import Positive
-from alignkit.config.schema import check_ranges
 from alignkit.errors import AlignkitError, ConfigError
-from alignkit.interfaces import Reward
-from alignkit.records import Example, Scores
 from alignkit_rewards.answers import Unusable, content, first_choice, first_object, grades, scores, viescore, yes_and_no
 from alignkit_rewards.bertscore import Comparison, Measure
 from alignkit_rewards.checkpoints import Precision
@@ -116,8 +114,6 @@ class VlmJudge(Reward):
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if self.mode not in get_args(Mode):
-            raise ConfigError(f"vlm_judge: mode is {self.mode!r}, expected one of {', '.join(get_args(Mode))}")
         if "{}" not in self.question:
             raise ConfigError(f"vlm_judge: question is {self.question!r}, expected a text with {{}} for the prompt")
         if not self.criteria or not all(name.isidentifier() and name != "reasoning" for name in self.criteria):

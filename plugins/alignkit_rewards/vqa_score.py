@@ -15,15 +15,12 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from alignkit.config.schema import check_ranges
+from alignkit import Example, Reward, check_ranges
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Reward
-from alignkit.records import Example
 from alignkit_rewards.checkpoints import (
     Precision,
     backbone_dtype,
     check_local,
-    check_precision,
     load_model,
     load_tokenizer,
 )
@@ -59,7 +56,6 @@ class VqaScore(Reward):
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        check_precision(self.name, self.precision)
         if "{}" not in self.question:
             raise ConfigError(f"vqa_score: question is {self.question!r}, expected a text with {{}} for the prompt")
         self._model: Any = None

@@ -10,11 +10,9 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
-from alignkit.config.schema import check_ranges
+from alignkit import Algorithm, Batch, Context, PolicyFacts, Prompt, Rows, Sampler, check_ranges
 from alignkit.distillation import Average, Distance, Distillation, Noised
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Algorithm, Context, Sampler
-from alignkit.records import Batch, Prompt, Rows
 from alignkit.rollout import encode_examples
 from alignkit_rg_lcd.preference import Direction, RealImages, margins, preference_loss, with_real_images
 from alignkit_rg_lcd.surrogate import LRM
@@ -118,11 +116,10 @@ class RGLCD(Algorithm[Collected, Noised]):
     def uses_rewards(self) -> bool:
         return self.proxy or self.beta > 0
 
-    def check(self, sampler: Sampler) -> None:
-        self._distillation.check(sampler)
+    def check(self, sampler: Sampler, facts: PolicyFacts) -> None:
+        self._distillation.check(sampler, facts)
 
     def setup(self, ctx: Context) -> None:
-        self._distillation.times(ctx.policy)  # raises ConfigError before the first evaluation
         self._target.start(ctx.policy)
 
     # collect: captioned latents, noised; with the proxy, rewards of some of them

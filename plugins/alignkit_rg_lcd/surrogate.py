@@ -15,11 +15,9 @@ from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 from transformers.utils import logging
 
-from alignkit.config.schema import check_ranges
+from alignkit import Policy, Prompt, Surrogate, check_ranges
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Policy, Surrogate
 from alignkit.models.quiet import no_progress_bars
-from alignkit.records import Prompt
 
 
 class TwoTowers(nn.Module):

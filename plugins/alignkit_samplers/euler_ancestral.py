@@ -8,11 +8,8 @@ from typing import Annotated
 from annotated_types import Ge, Le
 from torch import Tensor
 
-from alignkit import diffusion
-from alignkit.config.schema import check_ranges
-from alignkit.interfaces import Policy, Sampler
-from alignkit.records import Prompt, Transition
-from alignkit_samplers.schedule import Spacing, check_spacing, next_level, spaced_times
+from alignkit import Policy, PolicyFacts, Prompt, Sampler, Transition, check_ranges, diffusion
+from alignkit_samplers.schedule import Spacing, check_steps, next_level, spaced_times
 
 
 @dataclass
@@ -36,7 +33,9 @@ class EulerAncestral(Sampler):
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        check_spacing(self.spacing)
+
+    def check(self, facts: PolicyFacts) -> None:
+        check_steps(self.num_steps, facts.num_times)
 
     def grid(self, policy: Policy) -> Tensor:
         return spaced_times(policy, self.num_steps, self.spacing)

@@ -10,10 +10,8 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from alignkit.config.schema import check_ranges
+from alignkit import Policy, PolicyFacts, Prompt, Sampler, Transition, check_ranges
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Policy, Sampler
-from alignkit.records import Prompt, Transition
 from alignkit_samplers.renoise import renoise
 
 
@@ -37,13 +35,16 @@ class LCM(Sampler):
                 f"num_steps: found {self.num_steps}, expected 1 to original_steps, which is {self.original_steps}"
             )
 
+    def check(self, facts: PolicyFacts) -> None:
+        if facts.num_times is not None and self.original_steps > facts.num_times:
+            raise ConfigError(
+                f"sampler.original_steps: found {self.original_steps}, expected 1 to {facts.num_times}, the number of "
+                "times of the model"
+            )
+
     def grid(self, policy: Policy) -> Tensor:
         times = policy.times()
-        if self.original_steps > len(times):
-            raise ConfigError(
-                f"sampler.original_steps: found {self.original_steps}, expected 1 to {len(times)}, the number of times "
-                "of the model"
-            )
+        self.check(PolicyFacts(num_times=len(times)))
         places = np.arange(1, self.original_steps + 1) * (len(times) // self.original_steps) - 1
         index = np.floor(np.linspace(0, len(places), num=self.num_steps, endpoint=False)).astype(np.int64)
         return times[torch.from_numpy(places[::-1].copy()[index])]

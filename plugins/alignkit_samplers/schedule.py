@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from alignkit import Policy
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Policy
 
 Spacing = Literal["trailing", "leading"]
 
@@ -22,10 +22,7 @@ def spaced_times(policy: Policy, num_steps: int, spacing: Spacing) -> Tensor:
     least noise. Raises ConfigError for as many steps as there are times, or more.
     """
     times = policy.times()
-    if num_steps >= len(times):
-        raise ConfigError(
-            f"sampler.num_steps: found {num_steps}, expected 1 to {len(times) - 1}; the model has {len(times)} times"
-        )
+    check_steps(num_steps, len(times))
     if spacing == "leading":
         return times[torch.arange(num_steps - 1, -1, -1) * (len(times) // num_steps) + 1]
     # In NumPy, as diffusers does: torch rounds ties such as 937.5 another way.
@@ -33,10 +30,12 @@ def spaced_times(policy: Policy, num_steps: int, spacing: Spacing) -> Tensor:
     return times[torch.from_numpy(places.astype(np.int64))]
 
 
-def check_spacing(spacing: str) -> None:
-    """Raise ValueError for any other spacing than "trailing" and "leading"."""
-    if spacing not in get_args(Spacing):
-        raise ValueError(f'spacing: found "{spacing}", expected "trailing" or "leading"')
+def check_steps(num_steps: int, num_times: int | None) -> None:
+    """Raise ConfigError for as many steps as the model has times, or more; None: their number is not known yet."""
+    if num_times is not None and num_steps >= num_times:
+        raise ConfigError(
+            f"sampler.num_steps: found {num_steps}, expected 1 to {num_times - 1}; the model has {num_times} times"
+        )
 
 
 def next_level(policy: Policy, grid: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

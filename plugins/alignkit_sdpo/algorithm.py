@@ -10,9 +10,8 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from alignkit import Algorithm, Batch, Context, Prompt, Rows, Sampler
+from alignkit import Algorithm, Batch, Context, PolicyFacts, Prompt, Rows, Sampler, check_ranges
 from alignkit.advantage import Baseline
-from alignkit.config.schema import check_ranges
 from alignkit.errors import ConfigError
 from alignkit.rollout import Trajectories, choose_steps, sample_trajectories
 from alignkit_sdpo.dense import by_interpolation, by_similarity, discounted_returns, queried_steps
@@ -91,7 +90,7 @@ class SDPO(Algorithm[PairedSteps, PairedSteps]):
         check_ranges(self)
         self._baseline = Baseline(self.baseline, self.buffer_size, self.min_count)
 
-    def check(self, sampler: Sampler) -> None:
+    def check(self, sampler: Sampler, facts: PolicyFacts) -> None:
         # Both trajectories of a pair have the first noise, and so the first prediction, in common.
         if sampler.num_steps == 1:
             raise ConfigError(
@@ -130,7 +129,7 @@ class SDPO(Algorithm[PairedSteps, PairedSteps]):
                 dense = by_interpolation(num_steps, step, queried)
             return discounted_returns(dense, self.discount)
 
-        return self._baseline.advantages(scores, trajectories.prompt.texts, ctx, returns)
+        return self._baseline.advantages(scores, examples, ctx, returns)
 
     def _paired(self, trajectories: Trajectories, advantage: Tensor, ctx: Context) -> PairedSteps:
         """Make a row of every stochastic step of each pair, or of a random share of them."""

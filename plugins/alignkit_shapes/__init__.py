@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from alignkit import hookimpl
-from alignkit.hookspecs import Register
+from pathlib import Path
+
+from alignkit import Register, RegisterRecipe, hookimpl
+
+RECIPES = Path(__file__).parent / "recipes"
 
 
 @hookimpl
@@ -30,3 +33,9 @@ def register_rewards(register: Register) -> None:
         "alignkit_shapes.reward:PixelCheck",
         "Attribute binding in images of shapes, checked in the pixels by rules",
     )
+
+
+@hookimpl
+def register_recipes(register: RegisterRecipe) -> None:
+    for name in ("lasro_shapes", "lasro_shapes_any_reward"):
+        register(name, RECIPES / f"{name}.toml")

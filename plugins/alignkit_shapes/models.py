@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from alignkit.interfaces import ModelBundle
+from alignkit import ModelBundle
 
 FOLDER = Path(__file__).parent
 WEIGHTS = FOLDER / "weights"
@@ -21,6 +21,8 @@ _data: dict[str, Any] = {
     "evaluate": {"prompts": str(FOLDER / "prompts" / "held_out.txt"), "rewards": ["pixel_check"]},
     "reward": [{"name": "attribute_binding", "judge": str(WEIGHTS / "judge")}],
 }
+# Hard answers have no gradient.
+_soft: dict[str, Any] = {"reward": [{"name": "attribute_binding", "mode": "soft"}]}
 # Captions name spatial relations such as "left of", so drawings are not mirrored.
 _unflipped: dict[str, Any] = {"algorithm": {"flip": False}}
 
@@ -45,45 +47,67 @@ def _likelihoods(sampler: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {"ddpo": clipped, "sdpo": clipped, "rebel": rebel, "d3po": sampler, "pso": sampler}
 
 
+def _draft(sampler: dict[str, Any]) -> dict[str, Any]:
+    """Return the defaults of DRaFT with this sampler."""
+    # Without the pull to the model before training the pixel check flattens where the reward begins to be fooled; with
+    # it the learning rate can be twice as high.
+    return {
+        **_soft,
+        "data": {"batch_size": 24},
+        "algorithm": {"every_step": True},
+        "regulariser": [{"name": "reference", "weight": 1.0}],
+        "model": {"lora_targets": WIDE},
+        "train": {
+            "updates": 240, "rows_per_update": 48, "rows_per_pass": 48, "learning_rate": 4e-4, "ema_decay": 0.95,
+            "checkpoint_every": 40,
+        },
+        **sampler,
+        "evaluate": {"every": 0, "limit": 200, "samples": 3, **sampler["evaluate"]},
+    }  # fmt: skip
+
+
+def _hybrid(sampler: dict[str, Any]) -> dict[str, Any]:
+    """Return the defaults of the hybrid gradient with this sampler: DRaFT's, with groups of eight samples."""
+    draft = _draft(sampler)
+    return {
+        **draft,
+        "data": {"batch_size": 6},
+        "algorithm": {"clip_range": 1e-3},  # as for the likelihoods of other methods
+        # The reward counts in standard deviations of a group, which are about an eighth.
+        "regulariser": [{"name": "reference", "weight": 8.0}],
+    }
+
+
+# The UNet has two down blocks. Without pooling its maps, of 4 x 4 and 8 x 8, are as large as the pooled ones of
+# SDXL-Turbo.
+_drpo_features: dict[str, Any] = {"layers": ["down_blocks.0", "mid_block", "up_blocks.0"], "pool": 1}
+
+
+def _drpo(num_steps: int, **train: Any) -> dict[str, Any]:
+    """Return the settings of DrPO at this number of steps: each round, 6 prompts of 16 samples, is one update."""
+    return {
+        "data": {"batch_size": 6},
+        "algorithm": _drpo_features,
+        "model": {"lora_targets": WIDE},
+        "train": {"rows_per_update": 6 * 16 * num_steps, "rows_per_pass": 48, "ema_decay": 0.95, **train},
+    }
+
+
 def shapes_lcm() -> ModelBundle:
     """Return the bundle of the few-step model, with the guidance scales that it was distilled with."""
     guidance = {"guidance_scale_min": 2.0, "guidance_scale_max": 4.0}
-    # A few large updates with a low-noise gradient, regularised towards the model before training. Otherwise most of
-    # the policy's movement is noise, and the further it moves, the more it exploits the surrogate's errors
-    # (docs/algorithms/lasro.md).
+    # The paper's settings, with fewer samples and prompts in a round, since a round here takes seconds.
     lasro = {
-        "data": {"batch_size": 48},
-        "algorithm": {
-            "samples": 2,
-            "reference_samples": 1,
-            "negatives": 1,
-            "unit_gradients": True,
-            "policy_steps": 4,
-            "surrogate_steps": 2,
-            "pairs_per_update": 128,
-            **_often,
-            "smoothing": 0.3,
-            "purify": 0.25,
-        },
-        "regulariser": [{"name": "reference", "weight": 30.0}],
-        "model": {"lora_targets": WIDE},
-        "surrogate": {"name": "latent_unet", "warmup": 10, "learning_rate": 3e-4},
-        "train": {
-            "updates": 128, "rows_per_update": 96, "rows_per_pass": 48, "learning_rate": 1e-3, "checkpoint_every": 16,
-            "ema_decay": 0.96,
-        },
+        "data": {"batch_size": 8},
+        "algorithm": {"samples": 6},
+        "surrogate": {"name": "latent_unet", "warmup": 200},
+        "train": {"learning_rate": 2e-4},
         "evaluate": {"every": 0, "limit": 200, "samples": 3, "steps": [1, 2]},
-    }  # fmt: skip
-    # The shipped surrogate was trained on this reward, which depends on the prompt. A reward that ignores the prompt
-    # would cancel out in the contrast with another prompt, so other rewards do not get this default.
-    binding = {
-        "algorithm": {"contrast": 1.0},
-        "surrogate": {"init": str(WEIGHTS / "surrogate.safetensors"), "warmup": 0},
     }
     rg_lcd = {
         "algorithm": guidance,
-        # Hard answers have no gradient. The proxy's default is a tower for latents of 64 x 64; these are 8 x 8.
-        "reward": [{"name": "attribute_binding", "mode": "soft"}],
+        **_soft,
+        # The proxy's default is a tower for latents of 64 x 64; these are 8 x 8.
         "surrogate": {"name": "lrm", "patch": 1, "width": 128, "layers": 4, "heads": 4, "latent_groups": 3},
     }
     return ModelBundle(
@@ -97,13 +121,17 @@ def shapes_lcm() -> ModelBundle:
         },
         algorithm_defaults={
             "lasro": lasro,
-            "lasro/attribute_binding": binding,
+            "draft": _draft(_sampler("lcm", 2, [1, 2])),
+            "hybrid": _hybrid(_sampler("lcm", 2, [1, 2])),
+            "hybrid/attribute_binding": {"surrogate": {"init": str(WEIGHTS / "surrogate.safetensors"), "warmup": 0}},
             "lcd": {"algorithm": guidance},
             "rg_lcd": rg_lcd,
             "gors_lcm": {"algorithm": guidance},
+            "drpo": _drpo(2, updates=30, learning_rate=1e-4),
             **_likelihoods(_sampler("lcm", 4, [1, 2, 4])),
             "diffusion_dpo": _unflipped,
         },
+        recipes={"lasro": "lasro_shapes_any_reward", "lasro/attribute_binding": "lasro_shapes"},
     )
 
 
@@ -129,6 +157,14 @@ def shapes_turbo() -> ModelBundle:
                 "regulariser": [],
                 "train": {"learning_rate": 3e-5},  # as in the bundles of other models that were distilled like this
             },
+            "draft": _draft(_sampler("renoise", 2, [1, 2, 4])),
+            "hybrid": _hybrid(_sampler("renoise", 2, [1, 2, 4])),
+            "drpo": {
+                **_sampler("renoise", 1, [1, 2]),
+                **_drpo(1, updates=90, learning_rate=2e-4),
+                # It takes back moves that other rounds do not repeat: DrPO's field never fades, and is mostly noise.
+                "regulariser": [{"name": "reference", "weight": 1.0}],
+            },
             "diffusion_dpo": on_grid,
         },
     )
@@ -144,5 +180,11 @@ def shapes_teacher() -> ModelBundle:
             **_data,
             "evaluate": {**_data["evaluate"], "steps": [25]},
         },
-        algorithm_defaults={**_likelihoods(_sampler("ddim", 25, [25], eta=1.0)), "diffusion_dpo": _unflipped},
+        algorithm_defaults={
+            **_likelihoods(_sampler("ddim", 25, [25], eta=1.0)),
+            "draft": _soft,
+            "drpo": {"algorithm": _drpo_features},
+            "hybrid": _soft | _sampler("ddim", 25, [25], eta=1.0),
+            "diffusion_dpo": _unflipped,
+        },
     )

@@ -10,10 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from alignkit import Example, Reward, Scores
 from alignkit.data.decode import to_uint8
 from alignkit.errors import ConfigError
-from alignkit.interfaces import Reward
-from alignkit.records import Example, Scores
 from alignkit_shapes.pixel_check import answers, exact, find_regions
 from alignkit_shapes.scenes import COLORS, SHAPES, SIZE, Thing
 

@@ -7,13 +7,16 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from alignkit.advantage import Baseline, PromptTracker, of_terms, over_batch, standardised
-from alignkit.records import Scores
+from alignkit.advantage import Baseline, PromptTracker, _key, group_statistics, of_terms, over_batch, standardised
+from alignkit.records import Example, Scores
 from alignkit.training.checkpoint import load, save
+
+NAN = torch.nan
 
 
 def context(gather: Callable[[Tensor], Tensor] = lambda values: values) -> Any:
@@ -37,6 +40,36 @@ def test_texts_that_begin_alike_are_kept_apart_however_long_they_are() -> None:
     rewards = torch.tensor([1.0, 3.0, 10.0, 30.0])
     found = tracker.advantages([long, long, long + "a blue one", long + "a blue one"], rewards, context())
     assert found.tolist() == pytest.approx([-1, 1, -1, 1], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"target": "OPEN"}, {"target": "EXIT"}),
+        ({"target": "OPEN"}, {}),
+        ({"boxes": [[0, 1], [2, 3]]}, {"boxes": [[0, 1], [2, 4]]}),
+        ({"mask": np.zeros((40, 40))}, {"mask": np.eye(40)}),  # can be neither hashed nor compared
+        ({"mask": torch.zeros(2), 3: {"a"}}, {"mask": torch.ones(2), 3: {"a"}}),
+    ],
+)
+def test_examples_of_one_text_and_other_metadata_are_kept_apart(one: dict[Any, Any], other: dict[Any, Any]) -> None:
+    tracker, rewards = PromptTracker(4, 2), torch.tensor([1.0, 3.0, 10.0, 30.0])
+    rows = [Example("a sign", metadata) for metadata in (one, copy.deepcopy(one), other, other)]
+    assert tracker.advantages(rows, rewards, context()).tolist() == pytest.approx([-1, 1, -1, 1], abs=1e-5)
+
+
+def test_the_order_of_metadata_does_not_matter_and_a_text_is_an_example_without_any() -> None:
+    tracker = PromptTracker(4, 2)
+    rows = [Example("a", {"x": 1, "y": 2}), Example("a", {"y": 2, "x": 1}), "a", Example("a", place="line 3")]
+    found = tracker.advantages(rows, torch.tensor([1.0, 3.0, 10.0, 30.0]), context())
+    assert found.tolist() == pytest.approx([-1, 1, -1, 1], abs=1e-5)
+
+
+def test_the_key_of_an_example_is_the_same_in_every_process_also_for_objects_at_other_addresses() -> None:
+    trackers = PromptTracker(4, 2), PromptTracker(4, 2)
+    for tracker in trackers:
+        tracker.advantages([Example("a", {"of": object(), "target": "OPEN"})], torch.tensor([1.0]), context())
+    assert trackers[0].state_dict() == trackers[1].state_dict()
 
 
 def test_a_tracker_forgets_all_but_the_last_rewards_of_a_prompt() -> None:
@@ -231,6 +264,42 @@ def test_a_baseline_comes_back_from_a_checkpoint_and_goes_on_as_before(tmp_path:
     for scores in later:
         assert same(*(b.advantages(scores, TEXTS, single(), per_step) for b in (baseline, other)))
     assert baseline.state_dict() == other.state_dict()
+
+
+def test_the_advantages_within_groups_are_golden_and_tied_groups_drop_out() -> None:
+    baseline, ctx = Baseline("group"), single()
+    texts = ["a", "a", "a", "b", "b", "c", "d", "d", "a"]
+    values = torch.tensor([1.0, 2.0, 3.0, 0.1, 0.1, 7.0, 5.0, 9.0, 100.0])
+    valid = torch.tensor([True] * 7 + [False] * 2)
+    found = baseline.advantages(Scores(values, valid), texts, ctx)
+    large = 1 / ((2 / 3) ** 0.5 + 1e-4)
+    assert found.tolist() == pytest.approx([-large, 0, large, *[NAN] * 6], nan_ok=True)
+    assert ctx.to["tied_groups"] == pytest.approx(5 / 9)  # both of b and of d, and the only one of c
+    assert baseline.state_dict() == {"trackers": []}
+
+
+def test_a_group_takes_in_the_samples_of_other_processes() -> None:
+    elsewhere = {
+        torch.float32: torch.tensor([3.0, 50.0]),
+        torch.int64: torch.tensor([_key(Example("x")), _key(Example("z"))]),
+    }
+    ctx = context(lambda values: torch.cat([values, elsewhere[values.dtype]]))
+    mean, spread = group_statistics(torch.tensor([1.0, 2.0, 4.0]), ["x", "y", "y"], ctx)
+    assert mean.tolist() == [2, 3, 3] and spread.tolist() == [1, 1, 1] and mean.dtype == torch.float64
+
+
+def test_a_group_drops_out_only_if_no_reward_distinguishes_any_two_of_it() -> None:
+    for second, expected in (([5.0, 5.0, 0.0, 0.0], [-1, 1, NAN, NAN]), ([5.0, 5.0, 0.0, 1.0], [-1, 1, -0.5, 0.5])):
+        ctx, columns = context(), (torch.tensor([1.0, 3.0, 2.0, 2.0]), torch.tensor(second))
+
+        def of(scores: Scores, columns: tuple[Tensor, Tensor] = columns) -> dict[str, tuple[float, Tensor]]:
+            rewards = [column.masked_fill(~scores.valid, NAN) for column in columns]
+            return {"a": (1.0, rewards[0]), "b": (0.5, rewards[1])}
+
+        ctx.terms = of
+        found = Baseline("group").advantages(rounds()[0], TEXTS, ctx)
+        size = torch.tensor(expected).square().nanmean().sqrt()
+        assert found.tolist() == pytest.approx([x / float(size) for x in expected], rel=1e-3, nan_ok=True)
 
 
 def test_a_baseline_that_would_never_use_the_rewards_of_a_prompt_is_refused() -> None:

@@ -20,6 +20,17 @@ def register_rewards(register):
     register("{name}", "{target}", "help")
 """
 
+RECIPE = """
+from pathlib import Path
+from alignkit import hookimpl
+
+@hookimpl
+def register_recipes(register):
+    path = Path(__file__).with_name("{name}.toml")
+    path.write_text({text!r})
+    register("{name}", path)
+"""
+
 
 def test_every_kind_of_component_is_listed_with_its_origin(acme: Any) -> None:
     rows = acme.registry().components()
@@ -54,6 +65,14 @@ def test_a_model_is_a_bundle_or_a_function_that_returns_one(acme: Any, name: str
     assert isinstance(bundle, ModelBundle) and bundle.path == path
 
 
+def test_a_recipe_is_a_file_whose_help_is_its_algorithm_and_its_first_comment(acme: Any) -> None:
+    row = acme.registry().find("recipe", "acme-slow")
+    assert row.help == "acme_steps: Small steps, and more of them"
+    assert acme.registry().get("recipe", "acme_slow").name == "slow.toml"
+    with pytest.raises(AlignkitError, match=r"unknown recipe 'acme_slo'; did you mean acme_slow\?"):
+        acme.registry().get("recipe", "acme_slo")
+
+
 def test_an_unknown_name_is_refused_with_the_nearest_and_the_command_that_lists_all(acme: Any) -> None:
     with pytest.raises(
         AlignkitError, match=r"unknown reward 'acme_rde'; did you mean acme_red\? \(`alignkit list rewards`"
@@ -69,6 +88,9 @@ def test_a_name_of_another_kind_is_reported_as_such(acme: Any) -> None:
 @pytest.mark.parametrize(
     ("init", "reason"),
     [
+        (RECIPE.format(name="paper", text="[algorithm]\nname = 'a'"), "this name stands for no recipe"),
+        (RECIPE.format(name="odd", text="[train]\nupdates = 1"), "odd.toml names no algorithm"),
+        (RECIPE.format(name="odd", text="[train"), "TOMLDecodeError"),
         ("import a_module_that_is_missing", "ModuleNotFoundError: No module named 'a_module_that_is_missing'"),
         ("def broken(:", "SyntaxError"),
         ("import sys; sys.exit(3)", "SystemExit: 3"),

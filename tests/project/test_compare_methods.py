@@ -79,12 +79,12 @@ def test_an_interrupted_cell_ends_as_one_that_was_not(
     compare.train(cell(4), tmp_path / "parts")
     parts, again = compare.train(cell(12), tmp_path / "parts")
     assert outcome["samples"] == again["samples"] == 12 and outcome["updates"] == again["updates"] == 3
-    assert all(torch.equal(parts.average[name], value) for name, value in whole.average.items())
-    assert any(bool(value.any()) for name, value in whole.average.items() if "lora_B" in name)
+    assert all(torch.equal(parts.weights[name], value) for name, value in whole.weights.items())
+    assert any(bool(value.any()) for name, value in whole.weights.items() if "lora_B" in name)
     done, finished = compare.train(cell(12), tmp_path / "parts")
     assert finished["updates"] == 3 and finished["samples"] == 12
     done.policy()
-    assert all(torch.equal(done.average[name], value) for name, value in whole.average.items())
+    assert all(torch.equal(done.weights[name], value) for name, value in whole.weights.items())
 
 
 def test_the_comparison_is_made_cell_by_cell_and_rendered(

@@ -35,7 +35,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-FLAGS = ("algo", "reward", "model", "steps", "out", "seed", "assignments")
+FLAGS = ("algo", "reward", "model", "steps", "out", "seed", "assignments", "recipe")
 SECTIONS = {
     "output",
     "seed",
@@ -222,6 +222,17 @@ def test_the_function_of_the_docs_is_a_reward(plugins: Any) -> None:
     exec(dict(re.findall(r"<!-- test: (\w+) -->\n```python\n(.*?)```", text, re.DOTALL))["function"], scope)
     check_reward(scope["redness"])
     assert [reward.name for reward in scope["run"].config.rewards] == ["redness"]
+
+
+def test_the_recipe_of_the_docs_loads(plugins: Any) -> None:
+    (body,) = [block for block in blocks("docs/run_files.md", "toml") if "recipe" in tomllib.loads(block)]
+    (init,) = [block for block in blocks("docs/writing_plugins.md", "python") if "register_recipes" in block]
+    init = init.replace('"recipes" / ', "")
+    start = "from pathlib import Path\nfrom alignkit import hookimpl\n"
+    plugins.install("acme_recipes", start + init, files={"acme_fast.toml": body})
+    assert config.load(None, {"recipe": "acme_fast"}).data.batch_size == 4
+    row = default_registry().find("recipe", "acme_fast")
+    assert row.help == "lasro: Short runs on few prompts; this line is what `alignkit list recipes` shows"
 
 
 def test_the_command_of_the_docs_runs(plugins: Any, tmp_path: Path) -> None:

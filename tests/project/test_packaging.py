@@ -5,6 +5,7 @@ from importlib.metadata import entry_points, version
 from pathlib import Path
 
 import alignkit
+from alignkit.registry import default_registry
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -23,6 +24,13 @@ def test_each_plugin_folder_is_an_entry_point() -> None:
 def test_the_installed_entry_points_are_those_of_the_project_file() -> None:
     ours = {entry.name for entry in entry_points(group="alignkit") if entry.dist and entry.dist.name == "alignkit"}
     assert ours == FOLDERS
+
+
+def test_a_recipe_lies_in_the_package_of_its_plugin_and_so_in_the_wheel() -> None:
+    ours = [row for row in default_registry().components("recipe") if row.distribution == "alignkit"]
+    assert ours
+    for row in ours:
+        assert Path(row.target).is_relative_to(ROOT / "plugins" / row.plugin), row.target
 
 
 def test_the_installed_version_is_that_of_the_package() -> None:

@@ -12,7 +12,9 @@ import pytest
 import alignkit
 
 ROOT = Path(__file__).parents[2]
-MODULES = {f"alignkit.{name}" for name in ("testing", "rollout", "advantage", "groups", "diffusion", "errors")}
+MODULES = {
+    f"alignkit.{name}" for name in ("testing", "rollout", "advantage", "groups", "diffusion", "distillation", "errors")
+}
 FENCE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -42,6 +44,19 @@ def private(source: str) -> list[str]:
     names = {f"alignkit.{name}" for name in alignkit.__all__} | MODULES | {"alignkit"}
     inside = [name for name in found if name.partition(".")[0] == "alignkit"]
     return [name for name in inside if name not in names and name.rpartition(".")[0] not in MODULES]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "plugins").rglob("*.py")), ids=lambda path: path.stem)
+def test_a_plugin_imports_public_names_from_the_top(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = [
+        f"{node.module}.{alias.name}"
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("alignkit.")
+        for alias in node.names
+        if alias.name in alignkit.__all__
+    ]
+    assert found == []
 
 
 def test_there_are_sources_of_every_sort() -> None:

@@ -21,10 +21,10 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from transformers import BertTokenizer, BlipConfig, BlipForQuestionAnswering
 
+from alignkit import PolicySettings
 from alignkit.config.bundles import find_policy
 from alignkit.data.decode import to_uint8
 from alignkit.diffusion import add_noise
-from alignkit.records import PolicySettings
 from alignkit_rewards.attribute_binding import answer_logits, encode, yes_no
 from alignkit_shapes.build.questions import corrupted, labels, pixels, question
 from alignkit_shapes.pixel_check import Region, answers, find_regions

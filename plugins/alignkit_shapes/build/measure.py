@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from alignkit import Example
 from alignkit.data.decode import to_uint8
 from alignkit.data.prompts import read_examples
-from alignkit.records import Example
 from alignkit.rewards.weighted import quantize
 from alignkit.rollout import sample_images
 from alignkit.runs.run import open_run

@@ -44,7 +44,7 @@ def train(out: Path, run: Path, rounds: int = 250, updates: int = 400, seed: int
 
 def _run(folder: Path, seed: int, overrides: dict[str, Any]) -> None:
     """Run `lasro` for its surrogate; the policy is discarded. An interrupted run is resumed."""
-    evaluation = {"evaluate.limit": 8, "evaluate.every": 0, "evaluate.steps": [2]}
+    evaluation = {"evaluate.limit": 8, "evaluate.every": 0, "evaluate.points": 0, "evaluate.steps": [2]}
     settings = {"algorithm.name": "lasro", "seed": seed, "output": str(folder), **evaluation, **overrides}
     job = alignkit.load(resume=folder) if folder.exists() else alignkit.load(None, settings)
     for _ in job.train(Console(width=140)):

@@ -15,11 +15,9 @@ from diffusers import EulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alignkit import diffusion
+from alignkit import Policy, PolicySettings, Prompt, diffusion
 from alignkit.config.bundles import find_policy
 from alignkit.distillation import pseudo_huber
-from alignkit.interfaces import Policy
-from alignkit.records import PolicySettings, Prompt
 from alignkit.rollout import run_sampler
 from alignkit_samplers.ddim import DDIM
 from alignkit_shapes.build.teacher import SCHEDULE

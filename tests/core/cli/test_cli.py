@@ -38,6 +38,7 @@ class FakeRun:
         algorithm=SimpleNamespace(name="acme"), model=SimpleNamespace(name="tiny"), train=SimpleNamespace(updates=3),
         rewards=[SimpleNamespace(name="shine"), SimpleNamespace(name="size")], evaluate=EvaluateConfig(),
     )  # fmt: skip
+    departs = ""
 
     sends = signal.SIGINT
 
@@ -48,6 +49,12 @@ class FakeRun:
         self.stopping = True
 
     broken: tuple[str, ...] = ()
+
+    def warnings(self) -> list[str]:
+        return list(filter(None, [self.config.evaluate.unmeasured()]))
+
+    def departure(self) -> str:
+        return self.departs
 
     def check(self) -> list[str]:
         self.calls.append("check")
@@ -155,6 +162,8 @@ def test_flags_are_shorthands_for_keys(engine: Any) -> None:
             "m",
             "--steps",
             "4",
+            "--recipe",
+            "paper",
         ),
         *("--out", "here", "--seed", "3", "--set", "train.updates=7", "--set", "sampler.name=ddim", "--quiet"),
     )
@@ -162,6 +171,7 @@ def test_flags_are_shorthands_for_keys(engine: Any) -> None:
         "algorithm.name": "sdpo",
         "model.name": "m",
         "sampler.num_steps": 4,
+        "recipe": "paper",
         "output": "here",
         "seed": 3,
         "reward": [{"name": "one"}, {"name": "two", "weight": 0.2}],
@@ -205,6 +215,14 @@ def test_a_run_that_a_scheduler_ends_is_saved(engine: Any, monkeypatch: pytest.M
 def test_check_prints_one_line_where_all_is_well(engine: Any) -> None:
     assert run("check", "run.toml").stdout == "run.toml: no mistakes found (acme on tiny, shine and size, 3 updates)\n"
     assert engine.calls[-1] == "check"
+
+
+def test_check_states_what_is_not_the_papers(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeRun, "departs", "recipe acme_slow, not the paper's")
+    expected = (
+        "run.toml: no mistakes found (acme on tiny, shine and size, 3 updates; recipe acme_slow, not the paper's)\n"
+    )
+    assert run("check", "run.toml").stdout == expected
 
 
 def test_check_names_held_out_rewards_that_are_never_measured(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:

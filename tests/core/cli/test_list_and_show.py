@@ -17,17 +17,22 @@ def run(*arguments: str, columns: int = 80) -> Result:
     return CliRunner(env={"COLUMNS": str(columns)}).invoke(app, list(arguments), prog_name="alignkit")
 
 
-def test_list_has_a_heading_for_each_kind_and_a_line_of_80_columns_for_each_of_our_entries() -> None:
+def test_list_has_a_heading_for_each_kind_and_the_whole_help_of_each_entry_in_80_columns() -> None:
     lines = run("list").stdout.splitlines()
     headings = [plural(kind) for kind in KINDS if any(row.kind == kind for row in OURS)]
     assert [line for line in lines if not line.startswith("  ")] == headings
-    for row in OURS:
-        start = lines.index(plural(row.kind)) + 1
-        end = next((i for i in range(start, len(lines)) if lines[i] in headings), len(lines))
-        (line,) = [line for line in lines[start:end] if line.split()[0] == row.name]
-        shown = re.fullmatch(rf"  {row.name} +(.*?)(…?)", line)
-        assert shown is not None and row.help.startswith(shown[1]) and (shown[2] or shown[1] == row.help), line
-    assert len(lines) == len(headings) + len(OURS) and max(map(len, lines)) <= 80
+    heading = name = ""
+    shown: dict[tuple[str, str], str] = {}
+    for line in lines:
+        if line in headings:
+            heading = line
+        elif line.startswith("   "):  # goes on
+            shown[heading, name] += f" {line.strip()}"
+        else:
+            name, about = line.split(maxsplit=1)
+            shown[heading, name] = about
+    assert shown == {(plural(row.kind), row.name): row.help for row in OURS}
+    assert max(map(len, lines)) <= 80 and lines == [line.rstrip() for line in lines]
 
 
 def test_list_names_the_origin_of_what_alignkit_does_not_bring(acme: Any) -> None:
@@ -40,7 +45,7 @@ def test_list_names_the_origin_of_what_alignkit_does_not_bring(acme: Any) -> Non
     assert not any("alignkit" in line for line in lines) and "acme_red" not in result.stdout
 
 
-def test_list_cuts_the_description_and_not_the_origin(plugins: Any) -> None:
+def test_list_wraps_a_long_description_under_itself(plugins: Any) -> None:
     words = "Many words about a reward. " * 9
     init = f"""
         from alignkit import hookimpl
@@ -50,8 +55,12 @@ def test_list_cuts_the_description_and_not_the_origin(plugins: Any) -> None:
             register("wordy", "wordy.parts:Wordy", {words!r})
     """
     plugins.install("wordy", init)
-    (line,) = [line for line in run("list").stdout.splitlines() if line.startswith("  wordy ")]
-    assert len(line) == 80 and line.endswith("…  (wordy 1.0)")
+    lines = run("list").stdout.splitlines()
+    (first,) = [i for i, line in enumerate(lines) if line.startswith("  wordy ")]
+    indent = lines[first].index("Many")
+    shown = lines[first : first + 7]
+    assert len(lines[first]) > 60 and all(line[:indent].isspace() for line in shown[1:5])
+    assert " ".join(line[indent:] for line in shown[:5]).startswith(f"{words} (wordy 1.0)")
 
 
 def test_list_takes_a_kind_in_the_singular_and_in_the_plural(acme: Any) -> None:
@@ -176,15 +185,35 @@ def test_show_states_the_reward_or_the_algorithms_that_a_setting_is_limited_to(a
     assert changed("lcm") == ["  num_steps = 4  (default 2; under ddpo, sdpo, rebel, d3po, pso)"]
 
 
+def test_show_states_the_recipes_that_a_model_takes_by_default() -> None:
+    shown = run("show", "lasro", columns=120).stdout
+    assert "takes, unless --recipe names another or paper:\n" in shown
+    assert "  recipe lasro_shapes, not the paper's  (with attribute_binding as the only reward)" in shown
+    assert 'under lasro with attribute_binding: recipe = "lasro_shapes"' in run("show", "shapes_lcm").stdout
+    (found,) = json.loads(run("show", "lasro", "--json").stdout)
+    assert {"name": "lasro_shapes", "where": "attribute_binding"} in found["model"]["recipes"]
+
+
+def test_show_prints_what_a_recipe_is_for_and_its_file(acme: Any) -> None:
+    shown = run("show", "acme-slow").stdout
+    about = (
+        "Settings that are not the paper's, for algorithm acme_steps on acme_model, with acme_red as the only reward."
+    )
+    assert about in " ".join(shown.split())
+    assert acme.registry().get("recipe", "acme_slow").read_text().strip() in shown
+
+
+def test_list_shows_the_algorithm_of_a_recipe_and_who_brings_it(acme: Any) -> None:
+    (line,) = [line for line in run("list", "recipes").stdout.splitlines() if "acme_slow" in line]
+    assert re.fullmatch(r"  acme_slow +acme_steps: Small steps.*  \(acme 2\.5\)", line)
+
+
 def test_show_finds_the_surrogate_of_a_model_that_names_it_once() -> None:
     (found,) = json.loads(run("show", "latent_unet", "--json").stdout)
     settings = found["model"]["settings"]
     assert [setting for setting in settings if setting["key"] == "warmup"] == [
-        {"key": "warmup", "value": "10", "default": "0", "where": ["lasro"]},
-        {"key": "warmup", "value": "0", "default": "0", "where": ["lasro with attribute_binding"]},  # back again
+        {"key": "warmup", "value": "200", "default": "0", "where": ["lasro"]}
     ]
-    (init,) = [setting for setting in settings if setting["key"] == "init"]
-    assert init["where"] == ["lasro with attribute_binding"]  # a layer that does not repeat the name
 
 
 def test_show_states_that_a_chosen_model_changes_nothing(acme: Any) -> None:

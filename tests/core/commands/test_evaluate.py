@@ -6,6 +6,7 @@ import csv
 import io
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from alignkit.commands.evaluate import as_csv, evaluate
 from alignkit.errors import ConfigError
+from alignkit.evaluation.rows import Row
 from alignkit.evaluation.table import table
 from alignkit.runs.run import Run, open_run
 
@@ -101,6 +103,22 @@ def test_progress_of_every_measurement_is_shown_and_removed_at_the_end(trained: 
              for when in ("before", "after")]  # fmt: skip
     # What came before is the same for both, on the same prompts, and measured once.
     assert [text for text in texts if text not in shown] == [text for text in texts if "before" in text][1:]
+
+
+def test_the_table_states_which_runs_have_settings_that_are_not_the_papers() -> None:
+    first = Row("reward", 2, 5, 0.5, 0.6, 0.1, 0.0, 0.2, run="first", departure="recipe slow, not the paper's")
+    second = replace(first, run="second", departure="")
+    console = Console(width=100)
+
+    def shown(*rows: Row, title: str = "") -> list[str]:
+        with console.capture() as capture:
+            console.print(table(rows, title=title))
+        return [line.strip() for line in capture.get().splitlines()]
+
+    assert shown(first)[0] == "recipe slow, not the paper's"
+    assert shown(first, second)[0] == "first: recipe slow, not the paper's"
+    assert shown(second)[0].startswith("steps") or not shown(second)[0]
+    assert shown(first, title="after 3 updates")[0] == "after 3 updates"
 
 
 def test_the_table_names_runs_where_they_differ_and_csv_holds_all(trained: list[Run]) -> None:

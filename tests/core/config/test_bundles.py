@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from alignkit.config.bundles import find_bundle, find_policy, is_checkpoint
+from alignkit.config.bundles import MANY_STEPS, find_bundle, find_policy, is_checkpoint
 from alignkit.errors import AlignkitError, ConfigError, PluginError
 from alignkit.models.diffusers_policy import DiffusersPolicy
+from alignkit.records import PolicyFacts, PolicySettings
 from alignkit.registry import default_registry
+from alignkit.testing.world import Form, tiny_pipeline
 
 RIVAL = """
     from alignkit import hookimpl
@@ -65,6 +67,34 @@ def test_a_checkpoint_that_no_policy_serves_is_one_line(tmp_path: Path, name: st
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("form", "consistency", "sampler"), [("lcm", True, {"name": "lcm"}), ("teacher", False, MANY_STEPS["sampler"])]
+)
+def test_a_folder_is_a_model_with_the_sampler_that_its_policy_suggests(
+    form: Form, consistency: bool, sampler: dict[str, Any]
+) -> None:
+    source = str(tiny_pipeline(form))
+    facts = DiffusersPolicy.facts(source, PolicySettings())
+    assert (facts.consistency, facts.num_times) == (consistency, 1000)
+    bundle = find_bundle(source)
+    assert bundle.path == source and bundle.defaults == {"sampler": sampler}
+
+
+def test_of_a_hub_id_no_more_is_known_than_the_settings_say() -> None:
+    assert DiffusersPolicy.facts("owner/name", PolicySettings()) == PolicyFacts()
+    assert DiffusersPolicy.facts("owner/name", PolicySettings(prediction="consistency")).consistency is True
+    assert DiffusersPolicy.facts("owner/name", PolicySettings(prediction="epsilon")).consistency is False
+
+
+def test_settings_that_the_policy_refuses_are_found_before_weights_load(tiny_lcm: Path, tmp_path: Path) -> None:
+    for name in ("unet", "adapter"):
+        with pytest.raises(ConfigError, match=rf"^model\.{name}: 'a b' is no folder, no \.safetensors file and no hub"):
+            DiffusersPolicy.facts(str(tiny_lcm), PolicySettings(**{name: "a b"}))
+    folder = pipeline(tmp_path / "bare", unet=["d", "U"], vae=["d", "V"], scheduler=["d", "LCMScheduler"])
+    with pytest.raises(ConfigError, match=r"^model: .*bare cannot be loaded as a diffusers pipeline: .*scheduler"):
+        find_bundle(str(folder))
+
+
 def test_an_index_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(ConfigError, match=r"^model: .*model_index\.json is not a readable pipeline index") as caught:
@@ -86,7 +116,8 @@ def test_a_folder_that_a_plugin_alone_serves_is_a_model(plugins: Any, tmp_path: 
         find_bundle(str(tmp_path / "own"))
     rival(plugins, "return source.endswith('own')")
     default_registry.cache_clear()
-    assert find_bundle(str(tmp_path / "own")).path == str(tmp_path / "own")
+    with pytest.raises(ConfigError, match="own"):  # it inherits the facts of diffusers pipelines
+        find_bundle(str(tmp_path / "own"))
     assert find_policy(str(tmp_path / "own")).__name__ == "Rival"
 
 

@@ -376,18 +376,14 @@ def test_patterns_of_shards_are_resolved_by_their_folder_and_names_of_data_sets_
     assert config.data.images == expected
 
 
-def test_a_model_folder_next_to_the_run_file_is_found(load_acme: Any, tmp_path: Path) -> None:
-    (tmp_path / "mymodel").mkdir()
-    (tmp_path / "mymodel" / "model_index.json").write_text("{}", encoding="utf-8")
-    overrides = {"algorithm.name": "acme_plain", "sampler.name": "acme_sampler", "reward": ["acme_red"]}
-    assert load_acme('[model]\nname = "mymodel"\n', overrides).model.name == str(tmp_path / "mymodel")
+def test_a_model_folder_next_to_the_run_file_is_found(tiny_lcm: Path, tmp_path: Path) -> None:
+    (tmp_path / "mymodel").symlink_to(tiny_lcm)
+    (tmp_path / "run.toml").write_text('[model]\nname = "mymodel"\n', encoding="utf-8")
+    config = load(tmp_path / "run.toml", {"algorithm.name": "ddpo", "reward": ["pixel_check"]})
+    assert config.model.name == str(tiny_lcm.resolve()) and config.sampler.name == "lcm"
 
 
-def test_a_folder_with_a_pipeline_is_a_model_with_the_sampler_of_its_scheduler(acme: Any, tmp_path: Path) -> None:
-    index = '{"scheduler": ["diffusers", "LCMScheduler"]}'
-    (tmp_path / "model_index.json").write_text(index, encoding="utf-8")
-    bundle = find_bundle(str(tmp_path), acme.registry())
-    assert bundle.path == str(tmp_path) and bundle.defaults == {"sampler": {"name": "lcm"}}
+def test_a_model_has_more_than_one_spelling(acme: Any) -> None:
     assert find_bundle("acme-model", acme.registry()).path == "acme/model"
 
 

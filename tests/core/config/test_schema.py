@@ -13,6 +13,7 @@ from annotated_types import Ge, Gt, Interval, IsFinite, Le, Len, Lt, MinLen, Mul
 from alignkit.config import schema
 from alignkit.config.reference import class_fields
 from alignkit.config.sections import TrainConfig
+from alignkit.config.toml import format_value
 from alignkit.errors import ConfigError, PluginError
 
 
@@ -176,6 +177,21 @@ def test_an_object_that_python_builds_is_held_to_its_ranges_on_request() -> None
     with pytest.raises(ValueError, match=r"^updates: found -1, expected 0 or more$"):
         TrainConfig(updates=-1)
     assert not isfinite(TrainConfig(max_grad_norm=inf).max_grad_norm)
+
+
+def test_a_value_that_is_none_of_those_that_the_type_lists_is_refused() -> None:
+    mode = Literal["hard", "soft"]
+    for hint, good, bad, expected in [
+        (mode, "soft", "gentle", '"hard" or "soft"'),
+        (mode | None, None, "gentle", '"hard" or "soft"'),
+        (list[mode], ["hard"], ["hard", "gentle"], 'list of "hard" or "soft"'),  # type: ignore[valid-type]
+        (float | Literal["start"], 0.5, "end", 'number or "start"'),
+    ]:
+        cls = make_dataclass("Chosen", [("how", hint)])
+        schema.check_ranges(cls(good))
+        with pytest.raises(ValueError) as caught:
+            schema.check_ranges(cls(bad))
+        assert caught.value.args == (f"how: found {format_value(bad)}, expected {expected}",)
 
 
 def test_nan_is_out_of_every_range() -> None:

@@ -285,3 +285,36 @@ def test_a_reference_within_a_reference_ends_with_the_outer_one(tiny_lcm: Path) 
             pass
         assert torch.equal(predict(policy), before)
     assert torch.equal(predict(policy), after) and not torch.equal(after, before)
+
+
+def test_feature_maps_are_outputs_of_named_blocks_of_the_network_as_it_is(tiny_lcm: Path) -> None:
+    policy = DiffusersPolicy(str(tiny_lcm), lora_rank=4)
+    names = ["up_blocks.0", "mid_block", "down_blocks.1"]
+    x, t, prompt = torch.randn(2, 4, 8, 8), torch.tensor([100, 100]), policy.encode(TEXTS)
+
+    def maps() -> list[torch.Tensor]:
+        with torch.no_grad():
+            return policy.feature_maps(x, t, prompt, names)
+
+    start = maps()
+    assert [tuple(m.shape) for m in start] == [(2, 32, 8, 8), (2, 32, 4, 4), (2, 32, 4, 4)]
+    with torch.no_grad():
+        seen: list[torch.Tensor] = []
+        hook = policy.unet.up_blocks[0].register_forward_hook(lambda module, given, output: seen.append(output))
+        policy.denoise(x, t, prompt, torch.ones(2))
+        hook.remove()
+    assert torch.equal(seen[0], start[0])
+    policy.rows_per_pass = 1
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(maps(), start, strict=True))
+    disturb(policy)
+    assert not torch.allclose(maps()[0], start[0], atol=1e-2)
+    with policy.reference(), torch.enable_grad():
+        latents = x.clone().requires_grad_()
+        found = policy.feature_maps(latents, t, prompt, names)
+        (slope,) = torch.autograd.grad(found[0][0].sum(), latents)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, start, strict=True))
+    assert bool(slope[0].any()) and not bool(slope[1].any())
+    with pytest.raises(
+        ConfigError, match=r"^layers: found conv_in, expected some of down_blocks\.0, .*, up_blocks\.1$"
+    ):
+        policy.feature_maps(x, t, prompt, ["mid_block", "conv_in"])

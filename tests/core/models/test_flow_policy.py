@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import alignkit
 from alignkit.commands.check_plugin import check_plugin
 from alignkit.commands.prepare import prepare
 from alignkit.config.bundles import find_bundle, find_policy
 from alignkit.errors import ConfigError
+from alignkit.interfaces import Policy
 from alignkit.records import PolicySettings
 from alignkit.registry import default_registry
 from alignkit.rollout import sample_images
 from alignkit.testing import check_policy, check_sampler
 from alignkit_samplers.ddim import DDIM
+from run_fixtures import assert_same_state
 
 TEXTS = ["a point", "another point", "here", "there"]
 
@@ -48,7 +54,7 @@ def test_it_keeps_every_promise_that_a_plugin_gives(flow_points: None) -> None:
         ("policy", "flow_points"): ("passed", "model points")
     }
     assert {verdict.status for verdict in found.values()} == {"passed"}, found
-    assert {kind for kind, _ in found} == {"policy", "model", "reward", "surrogate"}
+    assert {kind for kind, _ in found} == {"policy", "model", "reward", "surrogate", "recipe"}
 
 
 @pytest.mark.parametrize("name", ["ddim", "euler_ancestral", "renoise"])
@@ -92,9 +98,45 @@ def test_training_raises_its_reward(run: Callable[..., alignkit.Run], algorithm:
     exported = find_policy(str(trained.folder)).load(str(trained.folder), PolicySettings(lora_rank=0))
     assert all(bool((exported.weights()[name] != p).any()) for name, p in start.items())
     policy, seeds = trained.policy(), [(7, i) for i in range(4)]
-    with policy.using(trained.average):
+    with policy.using(trained.weights):
         images = sample_images(policy, trained.sampler(), TEXTS, seeds)
     assert torch.equal(sample_images(exported, trained.sampler(), TEXTS, seeds), images)
+
+
+def test_a_recipe_of_the_plugin_is_in_force_from_the_first_line_of_the_run_to_its_evaluation(
+    run: Callable[..., alignkit.Run],
+) -> None:
+    console = Console(file=io.StringIO(), width=100)
+    trained = run("lasro", **{"recipe": "points-taught-first", "train.updates": 1})
+    list(trained.train(console))
+    assert console.file.getvalue().startswith("recipe points_taught_first, not the paper's\n")
+    steps = [json.loads(line)["step"] for line in (trained.folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps.count(0) == 1 + 3  # the evaluation before training, and the warm-up
+    rows = alignkit.evaluate([trained], steps=[2], seen=False)
+    assert {row.departure for row in rows} == {"recipe points_taught_first, not the paper's"}
+    untrained = alignkit.evaluate([run("ddpo")], steps=[2], seen=False)
+    assert {row.departure for row in untrained} == {""}
+
+
+def test_a_resumed_run_keeps_the_settings_of_a_recipe_that_has_changed_since(
+    run: Callable[..., alignkit.Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[algorithm]\nname = "ddpo"\n[train]\nlearning_rate = 1e-3\n', encoding="utf-8")
+    row = replace(default_registry().find("recipe", "points_taught_first"), target=str(recipe))
+    monkeypatch.setitem(default_registry()._rows, ("recipe", row.name), row)
+    settings = {"recipe": row.name, "train.updates": 4, "train.checkpoint_every": 2, "evaluate.limit": 1}
+    whole = run("ddpo", **settings, output=str(tmp_path / "whole"))
+    list(whole.train())
+    stopped = run("ddpo", **settings)
+    for update in stopped.train():
+        if update.step == 2:
+            stopped.stop()
+    recipe.write_text('[algorithm]\nname = "ddpo"\n[model]\nguidance_scale = 2.0\n', encoding="utf-8")
+    resumed = alignkit.load(resume=stopped.folder)
+    assert (resumed.config.recipe, resumed.config.model.guidance_scale) == (row.name, None)
+    assert [update.step for update in resumed.train()] == [3, 4]
+    assert_same_state(whole.folder, stopped.folder)
 
 
 def test_a_resumed_run_goes_on_with_it(run: Callable[..., alignkit.Run]) -> None:
@@ -108,8 +150,9 @@ def test_a_resumed_run_goes_on_with_it(run: Callable[..., alignkit.Run]) -> None
 
 def test_a_folder_with_its_checkpoint_is_a_model_without_a_name(run: Callable[..., alignkit.Run]) -> None:
     source = find_bundle("points").path
+    assert find_bundle(source).defaults == {"sampler": {"name": "ddim", "num_steps": 10, "eta": 0.0}}
     own = {"model.name": source, "model.lora_rank": 0, "reward": ["rightness"]}
-    plain = run("ddpo", **own, **{"sampler.name": "ddim", "sampler.eta": 1.0})
+    plain = run("ddpo", **own, **{"sampler.eta": 1.0, "sampler.num_steps": 2})
     plain.check()
     assert type(plain.load_policy()).__name__ == "FlowPoints"
     assert [image.size for image in alignkit.runs.run.open_run(source, {"model.lora_rank": 0}).sample(["here"])] == [
@@ -122,7 +165,9 @@ def test_a_folder_with_its_checkpoint_is_a_model_without_a_name(run: Callable[..
     [
         ({"model.lora_rank": 4}, r"^model\.lora_rank: found 4, expected 0; flow_points has no adapters$"),
         ({"model.prediction": "epsilon"}, r"^model\.prediction: found 'epsilon', expected none for flow_points$"),
-        ({"model.policy": "diffusers"}, r"^model: the folder .* holds no diffusers pipeline"),
+        ({"model.unet": "owner/unet"}, r"^model\.unet: found 'owner/unet', expected none for flow_points$"),
+        ({"sampler.name": "lcm"}, r"^sampler\.name: found lcm, which is for latent consistency models, and points is"),
+        ({"model.policy": "diffusers"}, r"^model: .* .* holds no diffusers pipeline"),
         ({"sampler.name": "renoise", "sampler.num_steps": 50}, r"^sampler\.num_steps: found 50, expected 1 to 49"),
         ({"model.policy": "flow"}, r"^unknown policy 'flow'; did you mean flow_points\?"),
     ],
@@ -131,12 +176,25 @@ def test_settings_that_it_cannot_follow_are_one_line(
     run: Callable[..., alignkit.Run], overrides: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(alignkit.errors.AlignkitError, match=message):
-        list(run("ddpo", **overrides).train())
+        run("ddpo", **overrides).check()
 
 
-def test_a_consistency_sampler_is_refused_once_it_is_loaded(run: Callable[..., alignkit.Run]) -> None:
-    with pytest.raises(ConfigError, match=r"sampler\.name: found lcm, which is for latent consistency models"):
-        list(run("ddpo", **{"sampler.name": "lcm", "sampler.num_steps": 2}).train())
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"sampler.name": "lcm", "sampler.num_steps": 2}, r"sampler\.name: found lcm, which is for latent consistency"),
+        ({"sampler.num_steps": 50}, r"sampler\.num_steps: found 50, expected 1 to 49"),
+    ],
+)
+def test_what_a_policy_does_not_say_before_is_refused_once_it_is_loaded(
+    run: Callable[..., alignkit.Run], monkeypatch: pytest.MonkeyPatch, overrides: dict[str, Any], message: str
+) -> None:
+    policy = find_policy(find_bundle("points").path)
+    monkeypatch.setattr(policy, "facts", Policy.facts)
+    silent = run("ddpo", **overrides)
+    silent.check()
+    with pytest.raises(ConfigError, match=message):
+        list(silent.train())
 
 
 def test_the_policy_of_the_plugin_is_checked_when_frozen_too(flow_points: None) -> None:
@@ -148,3 +206,9 @@ def test_preparing_a_model_that_caches_nothing_says_so(run: Callable[..., alignk
     prepared, notes = prepare(run("ddpo", **{"data.cache": str(tmp_path / "cache")}))
     assert [(one.what, one.read, one.encoded, one.entries) for one in prepared] == [("texts", 5, 0, 0)]
     assert notes == ["data.cache: the model points keeps nothing there, so nothing was prepared"]
+
+
+def test_a_policy_without_named_layers_is_refused_by_a_method_that_compares_features(run: Callable[..., Any]) -> None:
+    changes = {"sampler.name": "renoise", "sampler.num_steps": 1, "algorithm.feature_time": 5}
+    with pytest.raises(ConfigError, match=r"^layers: found down_blocks\.2, .*, expected none: \w+ names no layers$"):
+        list(run("drpo", **changes).train())

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import alignkit
 from alignkit.commands.evaluate import evaluate
 from alignkit.errors import AlignkitError, ConfigError
+from alignkit.models.diffusers_policy import DiffusersPolicy
 from alignkit.rollout import seeded_noises
 from alignkit.runs.loop import Loop
 from alignkit.runs.run import Run, open_run
@@ -68,9 +69,12 @@ def test_a_run_leaves_all_that_is_promised(finished: Run) -> None:
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["000002", "000004"]
     assert [p.name for p in (folder / "samples").iterdir()] == ["000004.png"]
     records = records_of(folder)
-    assert [r["step"] for r in records] == [0, 0, 1, 2, 3, 4, 4]  # before, warm-up, updates, after
+    assert [r["step"] for r in records] == [0, 0, 1, 2, 3, 4, 4, 4]  # before, warm-up, updates, export, after
     assert "evaluation" in records[0] and "evaluation" in records[-1]
-    for record in records[2:-1]:
+    assert records[-2] == {
+        "step": 4, "exported": 4, "weights": "average", "text": "exports the average weights of update 4 of 4"
+    }  # fmt: skip
+    for record in records[2:-2]:
         assert {"reward", "loss", "grad_norm", "surrogate_loss", "surrogate_score"} <= record.keys()
     assert alignkit.load(folder / "run.toml").config == finished.config
     assert finished.config.train.learning_rate == 0.05
@@ -298,3 +302,47 @@ def test_a_surrogate_can_start_from_that_of_another_run(finished: Run, tiny_run:
 def test_resuming_what_is_no_run_folder_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--resume .*gone: no run.toml here"):
         alignkit.load(resume=tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"sampler.original_steps": 2000},
+            r"sampler\.original_steps: found 2000, expected 1 to 1000, the number of",
+        ),
+        (
+            {"sampler.original_steps": 30, "regulariser": [{"name": "lcd", "ode_steps": 30}]},
+            r"regulariser\.lcd\.ode_steps: found 30, expected a divisor of 1000, the number of times of the model",
+        ),
+        (
+            {"algorithm.name": "lcd", "sampler.original_steps": 30, "algorithm.ode_steps": 30},
+            r"algorithm\.ode_steps: found 30, expected a divisor of 1000",
+        ),
+        (
+            {"algorithm.states_from": "images", "algorithm.ode_steps": 30, "regulariser": []},
+            r"algorithm\.ode_steps: found 30, expected a divisor of 1000",
+        ),
+        (
+            {"sampler.name": "renoise", "sampler.num_steps": 2, "evaluate.steps": [1000], "regulariser": []},
+            r"sampler\.num_steps: found 1000, expected 1 to 999",
+        ),
+    ],
+)
+def test_steps_that_do_not_fit_the_times_of_the_model_are_found_before_weights_load(
+    tiny_run: MakeRun, monkeypatch: pytest.MonkeyPatch, overrides: dict[str, Any], message: str
+) -> None:
+    monkeypatch.delattr(DiffusersPolicy, "load")
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        tiny_run(overrides=overrides).check()
+
+
+def test_a_surrogate_that_begins_untrained_is_warned_of_before_anything_else(tiny_run: MakeRun) -> None:
+    run = tiny_run(overrides={"surrogate.warmup": 0, "train.updates": 1})
+    (warning,) = run.warnings()
+    assert warning.startswith("surrogate: latent_unet begins untrained") and "surrogate.warmup" in warning
+    list(run.train())
+    assert records_of(run.folder)[0] == {"step": 0, "warning": warning}
+    assert tiny_run("taught", {"surrogate.warmup": 1}).warnings() == []
+    assert tiny_run("begun", {"surrogate.warmup": 0, "surrogate.init": str(run.folder)}).warnings() == []
+    assert tiny_run("none", {"algorithm.gradient_of": "reward"}).warnings() == []

@@ -73,6 +73,8 @@ ELSEWHERE = {
 """Rewards that are checked in another file, where their small checkpoint or server is made."""
 DISTILLED = {"gors_lcm", "lcd", "rg_lcd"}
 """Methods that are latent consistency distillation, which is for the sampler lcm alone."""
+ALGORITHMS: dict[str, dict[str, Any]] = {"drpo": {"layers": ["down_blocks.0", "mid_block", "up_blocks.0"]}}
+"""Its own defaults name layers of larger networks."""
 FEW_STEPS = {"lasro"}
 """Methods that refuse a sampler of many steps."""
 SAMPLED: list[tuple[Form, str]] = [("lcm", "lcm"), ("teacher", "ddim")]
@@ -145,7 +147,7 @@ def test_sources_that_the_checks_themselves_use() -> None:
 
 
 def trained(name: str, form: Form, steps: str, **fields: Any) -> None:
-    algorithm: Algorithm[Any, Any] = get("algorithm", name, **fields)
+    algorithm: Algorithm[Any, Any] = get("algorithm", name, **ALGORITHMS.get(name, {}), **fields)
     sampler = get("sampler", steps, num_steps=2)
     reason = refusal(algorithm, sampler)
     assert bool(reason) == (name in DISTILLED and steps != "lcm" and not fields), reason
@@ -191,7 +193,7 @@ def published() -> dict[str, tuple[Form, Algorithm[Any, Any], Sampler]]:
             "data.prompts": "animals",
         }
         run = alignkit.load(None, settings)
-        algorithm, sampler = run.algorithm(), run.sampler()
+        algorithm, sampler = replace(run.algorithm(), **ALGORITHMS.get(name, {})), run.sampler()
         # Samplers of many steps are tried at three.
         short = replace(sampler, num_steps=min(3, sampler.num_steps))
         form: Form = "lcm" if sampler.consistency else "teacher" if model in ("sd_1_5", "sdxl") else "turbo"
@@ -230,7 +232,8 @@ def test_other_forms_of_algorithms(name: str, fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("form", "steps"), SAMPLED)
 @pytest.mark.parametrize("name", names("algorithm"))
 def test_a_round_moves_what_is_trained_and_nothing_else(name: str, form: Form, steps: str) -> None:
-    algorithm, sampler = get("algorithm", name), get("sampler", steps, num_steps=2)
+    algorithm = get("algorithm", name, **ALGORITHMS.get(name, {}))
+    sampler = get("sampler", steps, num_steps=2)
     if reason := refusal(algorithm, sampler):
         assert name in DISTILLED and steps != "lcm", reason
         return

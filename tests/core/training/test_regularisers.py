@@ -172,6 +172,30 @@ def test_predictions_are_noted_inside_the_block_alone(make_trainer: MakeTrainer)
     assert "denoise" not in vars(policy) and policy.denoise == usual
 
 
+class Halving:
+    """A policy that predicts a batch of several rows by halves, by calling itself, and fails at time 0."""
+
+    def denoise(self, x: Tensor, t: Tensor, prompt: Any, guidance_scale: Tensor | None = None) -> Tensor:
+        if not bool(t.all()):
+            raise ValueError("time 0")
+        if len(x) == 1:
+            return 2 * x
+        parts = zip(x.chunk(2), t.chunk(2), strict=True)
+        return torch.cat([self.denoise(part, time, prompt, guidance_scale) for part, time in parts])
+
+
+def test_a_prediction_that_a_policy_makes_by_calling_itself_is_noted_once() -> None:
+    policy: Any = Halving()
+    x, t = torch.ones(4, requires_grad=True), torch.arange(1, 5)
+    with recorded(policy) as found:
+        with pytest.raises(ValueError, match="time 0"):
+            policy.denoise(x, t - 1, None)
+        clean = policy.denoise(x, t, None)
+        one = policy.denoise(x[:1], t[:1], None)
+    assert [prediction.clean for prediction in found] == [clean, one]
+    assert found[0].x is x and len(found[1].t) == 1
+
+
 def test_a_policy_that_has_its_own_denoise_gets_it_back_after_an_error() -> None:
     def denoise(*arguments: Any) -> Tensor:
         raise ValueError("no")

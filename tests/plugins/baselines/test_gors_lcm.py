@@ -11,6 +11,7 @@ import torch
 
 from alignkit.distillation import Distillation
 from alignkit.errors import ConfigError
+from alignkit.records import PolicyFacts
 from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint
 from alignkit.testing.losses import assert_one_pass_is_several
 from alignkit.training.trainer import Trainer
@@ -124,9 +125,9 @@ def test_a_round_in_which_nothing_is_kept_trains_on_images_alone_or_not_at_all(m
 
 def test_what_it_cannot_distil_is_refused() -> None:
     assert GorsLCM().needs == {"teacher"}
-    GorsLCM().check(LCM(2))
+    GorsLCM().check(LCM(2), PolicyFacts())
     with pytest.raises(ConfigError, match="SD-Turbo"):
-        GorsLCM().check(DDIM())
+        GorsLCM().check(DDIM(), PolicyFacts())
     for fields in ({"samples": 0}, {"ode_steps": 0}):
         with pytest.raises(ValueError, match=r"expected|ode_steps"):
             GorsLCM(**fields)

@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from alignkit import diffusion
+from alignkit.advantage import clipped
 from alignkit.errors import AlignkitError, ConfigError
-from alignkit.records import Prompt
+from alignkit.records import PolicyFacts, Prompt, Scores
 from alignkit.runs.run import Run
 from alignkit.testing import check_algorithm
 from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint
 from alignkit.testing.losses import assert_one_pass_is_several
 from alignkit.training.trainer import Trainer
-from alignkit_ddpo.algorithm import DDPO, Steps, clipped
+from alignkit_ddpo.algorithm import DDPO, Steps
 from alignkit_samplers.ddim import DDIM
 from alignkit_samplers.lcm import LCM
 from method_checks import (
@@ -143,6 +144,25 @@ def test_a_prompt_is_normalised_by_its_own_rewards_once_it_has_enough(make: Make
     assert trainer.ctx.take_metrics()["own_statistics"] == 1
 
 
+def test_within_groups_the_advantages_are_of_the_round_alone_and_tied_prompts_are_left_out(make: MakeTrainer) -> None:
+    trainer = make({"algorithm.baseline": "group", "algorithm.samples": 4})
+    ctx, seen = trainer.ctx, list[Scores]()
+    plain = ctx.score
+
+    def first_prompt_tied(latents: Any, examples: Any) -> Scores:
+        scores = plain(latents, examples)
+        seen.append(Scores(torch.cat([scores.values[:1].expand(4), scores.values[4:]]), scores.valid))
+        return seen[-1]
+
+    ctx.score = first_prompt_tied  # type: ignore[method-assign]
+    steps = collect(trainer)
+    rewards = seen[0].values[4:].double()
+    expected = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-4)
+    assert len(steps) == 4 * 2 and set(steps.prompt.index.tolist()) == {1}
+    assert torch.allclose(steps.advantage.view(4, 2), expected.float()[:, None], atol=1e-5)
+    assert ctx.take_metrics()["tied_groups"] == 0.5
+
+
 def test_a_last_step_that_is_noised_again_is_one_more_action_which_replays(make: MakeTrainer) -> None:
     trainer = make({"algorithm.final_step": "renoise", "train.rows_per_update": 12})
     collected, ctx = collect(trainer), trainer.ctx
@@ -169,9 +189,9 @@ def test_the_renoised_last_step_changes_no_image_and_no_other_row(make: MakeTrai
 @pytest.mark.parametrize("sampler", [DDIM(3), DDIM(3, eta=0.0)])
 def test_only_a_sampler_whose_last_step_alone_is_deterministic_can_be_noised_again(sampler: DDIM) -> None:
     with pytest.raises(ConfigError, match=r"algorithm\.final_step: found \"renoise\""):
-        DDPO(final_step="renoise").check(sampler)
-    DDPO(final_step="renoise").check(LCM(2))
-    DDPO().check(sampler)
+        DDPO(final_step="renoise").check(sampler, PolicyFacts())
+    DDPO(final_step="renoise").check(LCM(2), PolicyFacts())
+    DDPO().check(sampler, PolicyFacts())
 
 
 @pytest.mark.parametrize(
@@ -262,8 +282,10 @@ def test_distillation_next_to_the_policy_gradient_is_an_option(make: MakeTrainer
     assert_one_pass_is_several(trainer, rows)
 
 
-@pytest.mark.parametrize("baseline", ["prompt", "batch"])
-def test_with_either_baseline_it_keeps_the_promises_of_an_algorithm(baseline: Literal["prompt", "batch"]) -> None:
+@pytest.mark.parametrize("baseline", ["prompt", "batch", "group"])
+def test_with_each_baseline_it_keeps_the_promises_of_an_algorithm(
+    baseline: Literal["prompt", "batch", "group"],
+) -> None:
     check_algorithm(DDPO(samples=2, baseline=baseline, min_count=2))
 
 
@@ -275,7 +297,7 @@ def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(make: MakeTr
 @pytest.mark.parametrize(
     "fields",
     [{"samples": 0}, {"inner_epochs": 0}, {"clip_range": 0.0}, {"advantage_clip": 0.0}, {"step_fraction": 0.0},
-     {"step_fraction": 1.5}, {"buffer_size": 8, "min_count": 9}, {"min_count": 0}],
+     {"step_fraction": 1.5}, {"buffer_size": 8, "min_count": 9}, {"min_count": 0}, {"samples": 1, "baseline": "group"}],
 )  # fmt: skip
 def test_settings_that_cannot_learn_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected"):

@@ -19,12 +19,16 @@ from alignkit.config.toml import parse_assignment
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Reward
 from alignkit.records import Example
+from alignkit.registry import default_registry
 from alignkit.rollout import States
 from alignkit.runs.run import Run
 from alignkit.testing import check_algorithm
+from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint, tiny_trainer
+from alignkit.testing.world import Form
 from alignkit.training.trainer import Trainer
 from alignkit_lasro.additions import ExtendedLaSRO
 from alignkit_lasro.lasro import LaSRO
+from alignkit_samplers.lcm import LCM
 from alignkit_samplers.renoise import Renoise
 from method_checks import (
     collect,
@@ -88,6 +92,49 @@ def test_an_ablation_keeps_the_promises_of_an_algorithm(fields: Mapping[str, Any
         check_algorithm(LaSRO(**fields), Renoise(2), form="teacher", reward=Corner())
     else:
         check_algorithm(ExtendedLaSRO(samples=3, **fields), reward=Corner())
+
+
+@pytest.mark.parametrize("fields", [{}, {"gradient_of": "reward"}, {"states_from": "images"}])
+@pytest.mark.parametrize("form", ["lcm", "turbo"])
+def test_the_pull_to_the_model_before_training_works_within_an_ablation(
+    fields: dict[str, Any], form: Form, tmp_path: Path
+) -> None:
+    reference = default_registry().get("regulariser", "reference")()
+    sampler = LCM(2) if form == "lcm" else Renoise(2)
+
+    def make(settings: Mapping[str, Any] | None = None) -> Trainer:
+        torch.manual_seed(0)
+        pull = [("reference", 0.5, reference)]
+        return tiny_trainer(ExtendedLaSRO(samples=3, **fields), sampler, form=form, reward=Corner(), regularisers=pull)
+
+    metrics = assert_goes_on_from_its_checkpoint(make, {}, tmp_path)
+    assert all(m["reference_loss"] > 0 and math.isfinite(m["reward_loss"]) for m in metrics)
+    trainer = make()
+    list(trainer.round())
+    with torch.no_grad():
+        for parameter in trainer.ctx.policy.parameters():
+            parameter += 0.05
+    (rows,) = whole_updates(trainer)
+    total, found = trainer.loss(rows)
+    own, _ = trainer.algorithm.loss(rows.own, trainer.ctx)
+    assert float(total.detach()) == pytest.approx(float((own + 0.5 * found["reference_loss"]).detach()), rel=1e-5)
+    assert gradient(trainer, found["reference_loss"]).any()
+
+
+@pytest.mark.parametrize("model", ["shapes_lcm", "shapes_turbo"])
+@pytest.mark.parametrize("fields", [{"gradient_of": "reward"}, {"states_from": "images"}])
+def test_an_embedded_model_trains_an_ablation_with_the_pull_to_the_model_before_training(
+    model: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    run = alignkit.load(None, {
+        "algorithm.name": "lasro", "model.name": model, "regulariser": [{"name": "reference", "weight": 0.1}],
+        "reward": [{"name": "attribute_binding", "mode": "soft"}], "data.batch_size": 2, "algorithm.samples": 2,
+        "train.updates": 2, "train.rows_per_update": 4, "evaluate.prompts": "", "train.device": "cpu",
+        "output": str(tmp_path / "run"), **{f"algorithm.{name}": value for name, value in fields.items()},
+    })  # fmt: skip
+    run.check()
+    first, last = (update.metrics["reference_loss"] for update in run.train() if update.step)
+    assert first == 0 < last
 
 
 # (a) other backbones
@@ -191,8 +238,8 @@ def test_without_surrogate_steps_it_learns_in_the_warm_up_alone(make_trainer: Ma
 def test_a_surrogate_that_never_learns_is_reported(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer({"algorithm.surrogate_steps": 0, "surrogate.warmup": 0})
     list(trainer.round())
-    (warning,) = trainer.ctx.warnings
-    assert "surrogate.init or surrogate.warmup" in warning
+    at_start, warning = trainer.ctx.warnings
+    assert "begins untrained" in at_start and "surrogate.init or surrogate.warmup" in warning
 
 
 # models that were distilled otherwise

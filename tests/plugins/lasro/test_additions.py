@@ -63,15 +63,15 @@ def test_negatives_are_samples_of_other_prompts_scored_under_the_prompt_of_their
 ) -> None:
     trainer = make_trainer({"algorithm.samples": 3, "algorithm.negatives": 2, "data.batch_size": 4})
     collected = collect(trainer)
-    kept, texts = trainer.algorithm._memory.rounds[-1]
-    assert kept.latents.shape[:2] == (2 * 4, 3 + 2) and texts == collected.prompt.texts
+    kept, batch = trainer.algorithm._memory.rounds[-1]
+    assert kept.latents.shape[:2] == (2 * 4, 3 + 2) and batch == collected.prompt.examples
     own = kept.latents[:, :3]
     for group in range(len(kept)):
         for column in (3, 4):
             source = (own == kept.latents[group, column]).flatten(2).all(2).nonzero()[:, 0].tolist()
             assert source and group not in source
             assert all(kept.step[i] == kept.step[group] for i in source)
-    examples = [e for i in kept.text.tolist() for e in [next(p for p in trainer._examples if p.text == texts[i])] * 2]
+    examples = [example for i in kept.text.tolist() for example in [batch[i]] * 2]
     again = trainer.ctx.score(kept.latents[:, 3:].flatten(0, 1), examples, log=False).values.view(-1, 2)
     assert torch.allclose(again, kept.rewards[:, 3:])
 
@@ -166,14 +166,27 @@ def test_pairs_are_of_the_true_reward_and_under_their_own_text(make_trainer: Mak
         assert bool((better > worse - 1e-3).all()) and float((better - worse).mean()) > 2e-4
         for row in range(len(rows)):
             where = [
-                (names[int(scored.text[g])])
-                for scored, names in memory
+                batch[int(scored.text[g])].text
+                for scored, batch in memory
                 for g in range(len(scored))
                 if any(torch.equal(rows.winner[row], x) for x in scored.latents[g])
             ]
             assert len(where) == 1
             features = policy.encode(where).features
             assert torch.allclose(rows.prompt.features[row], features[0], atol=1e-5)
+
+
+def test_pairs_of_examples_that_share_a_text_keep_their_metadata(
+    make_trainer: MakeTrainer, signs: dict[str, Any]
+) -> None:
+    trainer = make_trainer({**signs, "regulariser": [], "algorithm.samples": 4, "algorithm.replay": 3})
+    for _ in range(3):
+        collected = collect(trainer)
+    for rows in trainer.algorithm.surrogate_updates(collected, trainer.ctx):
+        better, worse = (trainer.ctx.policy.decode(x).mean((1, 2, 3)) for x in (rows.winner, rows.loser))
+        brighter = [example.metadata["target"] == "OPEN" for example in rows.prompt.examples]
+        assert rows.prompt.texts == ["a sign"] * len(rows) and 0 < sum(brighter) < len(rows)
+        assert (better > worse).tolist() == brighter
 
 
 def test_as_many_rounds_are_kept_as_replay_states(make_trainer: MakeTrainer) -> None:

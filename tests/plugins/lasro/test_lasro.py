@@ -11,6 +11,7 @@ import torch
 
 from alignkit.errors import ConfigError
 from alignkit.groups import Pairs
+from alignkit.records import PolicyFacts
 from alignkit.rollout import States
 from alignkit.runs.run import Run
 from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint
@@ -218,7 +219,7 @@ def test_settings_that_cannot_learn_are_refused(fields: dict[str, Any]) -> None:
 
 def test_a_number_of_weights_that_is_not_the_number_of_steps_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"found 2 weights for sampler\.num_steps = 4; .*=\[1\.0,1\.0,1\.0,1\.0\]"):
-        LaSRO().check(LCM(4))
+        LaSRO().check(LCM(4), PolicyFacts())
 
 
 @pytest.mark.parametrize("reward", ["constant", "every_second", "unscored"])

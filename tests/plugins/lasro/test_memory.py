@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from alignkit import Example
 from alignkit.groups import Scored
+from alignkit.training.checkpoint import load, save
 from alignkit_lasro.memory import Memory, counterparts, mixed, random_pairs
 
 NAN = float("nan")
@@ -50,8 +54,8 @@ def test_every_two_samples_of_a_group_are_paired_about_equally_often() -> None:
 @pytest.mark.parametrize(("rounds", "found"), [(1, 64), (2, 48), (9, 64)])
 def test_no_more_pairs_are_mixed_than_there_is_room_for(rounds: int, found: int) -> None:
     groups = 500
-    texts = [str(i) for i in range(groups)]
-    winners, losers, own = mixed([(scored(groups), texts)] * rounds, "extremes", 64, generator())
+    examples = [Example(str(i)) for i in range(groups)]
+    winners, losers, own = mixed([(scored(groups), examples)] * rounds, "extremes", 64, generator())
     assert len(winners) == len(losers) == len(own) == found
 
 
@@ -63,24 +67,30 @@ def test_counterparts_pair_each_reference_sample_with_the_own_sample_of_its_nois
     assert torch.equal(found.rewards, found.latents[:, :, 0]) and found.text.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
-def test_half_of_a_sample_is_of_counterparts_and_every_pair_has_its_own_text() -> None:
-    memory, texts = Memory(2, own=1, samples=2), ["a", "b", "c", "d"]
+def signs() -> list[Example]:
+    """Return four examples of one text; a reward compares them with their targets."""
+    return [Example("a sign", {"target": target}, "prompts.jsonl") for target in ("OPEN", "EXIT", "STOP", "TAXI")]
+
+
+def test_half_of_a_sample_is_of_counterparts_and_every_pair_has_its_own_example() -> None:
+    memory, examples = Memory(2, own=1, samples=2), signs()
     for seed in range(3):
-        memory.add(scored(4, seed=seed), texts)
+        memory.add(scored(4, seed=seed), examples)
     assert len(memory.rounds) == len(memory.changes) == 2
     winner, loser, own = memory.sample("extremes", 8, generator())
     assert len(winner) == len(own) > 4 and bool((winner > loser).all())
-    for value, text in zip(winner.flatten().tolist(), own, strict=True):
+    for value, example in zip(winner.flatten().tolist(), own, strict=True):
         places = [row for kept, _ in memory.rounds for row in range(4) if value in kept.latents[row].flatten().tolist()]
-        assert [texts[row] for row in places] == [text]
+        assert [examples[row] for row in places] == [example]
 
 
-def test_a_memory_comes_back_from_a_checkpoint_with_its_counterparts() -> None:
+def test_a_memory_comes_back_from_a_checkpoint_with_its_counterparts(tmp_path: Path) -> None:
     memory, other = Memory(2, own=1, samples=2), Memory(2, own=1, samples=2)
     for seed in range(2):
-        memory.add(scored(4, seed=seed), ["a", "b", "c", "d"])
-    other.load_state_dict(memory.state_dict())
-    for (winner, loser, texts), (same_winner, same_loser, same_texts) in [
+        memory.add(scored(4, seed=seed), signs())
+    other.load_state_dict(load(save(tmp_path, 1, {"memory": memory.state_dict()}))["memory"])
+    for (winner, loser, examples), (same_winner, same_loser, same_examples) in [
         (memory.sample("random", 8, generator(seed)), other.sample("random", 8, generator(seed))) for seed in range(3)
     ]:
-        assert torch.equal(winner, same_winner) and torch.equal(loser, same_loser) and texts == same_texts
+        assert torch.equal(winner, same_winner) and torch.equal(loser, same_loser)
+        assert examples == same_examples and same_examples[0].place == "prompts.jsonl"

@@ -23,7 +23,7 @@ from torch import Tensor
 from alignkit.distillation import Distillation, Noised, pseudo_huber
 from alignkit.errors import ConfigError
 from alignkit.models.diffusers_policy import DiffusersPolicy
-from alignkit.records import Prompt
+from alignkit.records import PolicyFacts, Prompt
 from alignkit.rollout import sample
 from alignkit.runs.run import Run
 from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint
@@ -238,11 +238,11 @@ def test_solver_steps_that_do_not_divide_the_times_of_the_model_are_refused(ode_
 
 
 def test_a_student_that_is_no_latent_consistency_model_is_refused() -> None:
-    LCD().check(LCM(1))
+    LCD().check(LCM(1), PolicyFacts())
     with pytest.raises(ConfigError, match=r"sampler\.name: found DDIM, expected lcm: .* SD-Turbo"):
-        LCD().check(DDIM())
+        LCD().check(DDIM(), PolicyFacts())
     with pytest.raises(ConfigError, match=r"algorithm\.ode_steps: found 25, expected 50"):
-        LCD(ode_steps=25).check(LCM(2))
+        LCD(ode_steps=25).check(LCM(2), PolicyFacts())
 
 
 def test_the_average_that_gives_the_target_follows_with_its_decay_and_is_resumed(

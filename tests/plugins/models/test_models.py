@@ -11,6 +11,7 @@ import pytest
 
 from alignkit.config.bundles import find_bundle
 from alignkit.config.load import load, to_toml
+from alignkit.records import PolicyFacts
 from alignkit.registry import default_registry
 from alignkit.runs.build import Parts
 from alignkit.runs.run import open_run
@@ -36,7 +37,7 @@ def prompts(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("model", "algorithm"), PAIRS)
 def test_the_settings_of_a_bundle_for_a_method_are_accepted_by_it(prompts: Path, model: str, algorithm: str) -> None:
     made = run(prompts, model, algorithm)
-    made.algorithm().check(made.sampler())
+    made.algorithm().check(made.sampler(), PolicyFacts())
     for steps in made.config.evaluate.steps:
         made.sampler(steps)
 
@@ -134,6 +135,9 @@ def test_the_settings_of_the_papers_arrive(prompts: Path) -> None:
     assert rlcm.train.rows_per_update == rlcm.data.batch_size * rlcm.algorithm.fields["samples"] * 7
     assert rebel.train.rows_per_update == rebel.data.batch_size * rebel.algorithm.fields["pairs"]
     assert rebel.train.max_grad_norm == float("inf")
+    drpo = run(prompts, "sdxl_turbo", "drpo").config
+    assert drpo.train.rows_per_update == drpo.data.batch_size * drpo.algorithm.fields["samples"] == 512
+    assert drpo.sampler.fields["num_steps"] == 1 and drpo.model.lora_rank == 16 and drpo.train.precision == "bf16"
     gors, pso = (run(prompts, "ssd_1b_lcm", name).config for name in ("gors_lcm", "pso"))
     assert gors.sampler.fields["num_steps"] == pso.sampler.fields["num_steps"] == 2
     turbo_pso = run(prompts, "sdxl_turbo", "pso").config

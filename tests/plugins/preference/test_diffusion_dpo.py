@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from alignkit.errors import ConfigError
-from alignkit.records import Batch, PreferencePairs
+from alignkit.records import Batch, PolicyFacts, PreferencePairs
 from alignkit.training.trainer import Trainer
 from alignkit_preference.diffusion_dpo import DiffusionDPO, preference_loss
 from alignkit_preference.noised import NoisedPairs, errors
@@ -147,7 +147,7 @@ def test_it_learns_at_the_times_that_the_model_was_made_for(make: MakeTrainer) -
     assert times(LCM(2)) == list(range(19, 1000, 20))
     assert times(LCM(2), grid_steps=2) == [499, 999]
     with pytest.raises(ConfigError, match=r"algorithm\.grid_steps: .*num_steps: found 51, expected 1 to"):
-        DiffusionDPO(grid_steps=51).check(LCM(2))
+        DiffusionDPO(grid_steps=51).check(LCM(2), PolicyFacts())
 
 
 def test_texts_are_left_out_where_guidance_takes_a_pass_without(make: MakeTrainer) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from alignkit.distillation import Distillation
 from alignkit.errors import ConfigError
+from alignkit.records import PolicyFacts
 from alignkit.runs.run import Run
 from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint
 from alignkit.testing.losses import assert_one_pass_is_several
@@ -173,5 +174,5 @@ def test_a_consistency_sampler_without_a_grid_of_its_own_is_accepted() -> None:
     class Bare(DDIM):
         consistency = True
 
-    LatentConsistency(ode_steps=25).check(Bare(2))
-    LatentConsistency().check(LCM(2))
+    LatentConsistency(ode_steps=25).check(Bare(2), PolicyFacts())
+    LatentConsistency().check(LCM(2), PolicyFacts())

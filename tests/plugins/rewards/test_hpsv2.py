@@ -205,5 +205,5 @@ def test_a_pickle_with_code_in_it_is_refused(published: tuple[OpenClip, Path]) -
 
 
 def test_an_unknown_version_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"hpsv2: version is '3', expected one of v2\.0, v2\.1"):
+    with pytest.raises(ValueError, match=r'^version: found "3", expected "v2\.0" or "v2\.1"$'):
         HPSv2(version="3")  # type: ignore[arg-type]

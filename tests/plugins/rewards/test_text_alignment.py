@@ -186,13 +186,15 @@ def test_half_precision_keeps_the_comparison_in_float32(load: Any, images: Tenso
     assert half(images, examples).values.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("task", "poem"), ("measure", "f2"), ("reference", "the prompt"), ("precision", "int8")],
-)
+@pytest.mark.parametrize(("field", "value"), [("task", "poem"), ("measure", "f2"), ("precision", "int8")])
 def test_an_invalid_field_is_refused(field: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=f"text_alignment: {field} is {value!r}, expected"):
+    with pytest.raises(ValueError, match=f'^{field}: found "{value}", expected ".*" or ".*"$'):
         TextAlignment(**{field: value})  # type: ignore[arg-type]
+
+
+def test_a_reference_without_a_place_for_the_prompt_is_refused() -> None:
+    with pytest.raises(ConfigError, match="text_alignment: reference is 'the prompt', expected"):
+        TextAlignment(reference="the prompt")
 
 
 @pytest.mark.parametrize(

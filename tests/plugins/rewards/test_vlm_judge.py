@@ -311,8 +311,6 @@ def test_an_unknown_model_is_reported_before_weights_load(
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("mode", "maybe", "mode is 'maybe', expected one of yes_no, rubric, viescore, caption"),
-        ("measure", "bleu", "measure is 'bleu', expected one of f1, precision, recall"),
         ("reference", "an image", "reference is 'an image', expected a text with {} for the prompt"),
         ("question", "Is it nice?", "question is 'Is it nice\\?', expected a text with {} for the prompt"),
         ("criteria", {}, "criteria are empty"),
@@ -330,10 +328,15 @@ def test_an_invalid_field_is_refused(field: str, value: object, message: str) ->
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
+        ("mode", "maybe", 'mode: found "maybe", expected "yes_no" or "rubric" or "viescore" or "caption"'),
+        ("measure", "bleu", 'measure: found "bleu", expected "f1" or "precision" or "recall"'),
         ("layer", 0, "layer: found 0, expected 1 or more"),
         ("baseline", 1.0, "baseline: found 1.0, expected less than 1"),
         ("give_up_after", 0, "give_up_after: found 0, expected 1 or more"),
         ("concurrency", 0, "concurrency: found 0, expected 1 or more"),
+        ("timeout", 0.0, "timeout: found 0.0, expected more than 0"),
+        ("timeout", math.inf, "timeout: found inf, expected more than 0, and finite"),
+        ("retries", -1, "retries: found -1, expected 0 or more"),
     ],
 )
 def test_a_field_out_of_range_is_refused(field: str, value: object, message: str) -> None:

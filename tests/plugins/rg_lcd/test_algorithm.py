@@ -13,7 +13,7 @@ from torch import Tensor
 
 from alignkit.distillation import Distillation, pseudo_huber
 from alignkit.errors import ConfigError
-from alignkit.records import Example, Scores
+from alignkit.records import Example, PolicyFacts, Scores
 from alignkit.runs.run import Run
 from alignkit.testing.losses import assert_one_pass_is_several
 from alignkit.training.trainer import Trainer
@@ -67,11 +67,11 @@ def test_a_student_that_is_no_latent_consistency_model_is_refused(tiny_run: Make
     with pytest.raises(ConfigError, match=r"model\.teacher: missing"):
         tiny_run(overrides={**DIRECT, "model.teacher": ""}).check()
     with pytest.raises(ConfigError, match=r"algorithm\.ode_steps: found 50, expected 100"):
-        RGLCD().check(LCM(original_steps=100))
+        RGLCD().check(LCM(original_steps=100), PolicyFacts())
     for steps in (1, 2, 8):
-        RGLCD().check(LCM(steps))
+        RGLCD().check(LCM(steps), PolicyFacts())
     with pytest.raises(ConfigError):
-        RGLCD().check(DDIM())
+        RGLCD().check(DDIM(), PolicyFacts())
 
 
 def test_a_surrogate_of_another_kind_is_refused(tiny_run: MakeRun) -> None:

@@ -64,3 +64,8 @@ def test_numbers_that_make_no_schedule_are_refused(fields: dict[str, int]) -> No
 def test_more_original_steps_than_the_model_has_times_are_refused(policy: DiffusersPolicy) -> None:
     with pytest.raises(ConfigError, match=r"sampler.original_steps: found 1001, expected 1 to 1000, the number"):
         LCM(original_steps=1001).grid(policy)
+
+
+def test_a_number_of_steps_below_1_is_one_line() -> None:
+    with pytest.raises(ValueError, match=r"^num_steps: found 0, expected 1 or more$"):
+        LCM(num_steps=0)

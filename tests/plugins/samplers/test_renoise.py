@@ -45,3 +45,8 @@ def test_more_steps_than_the_model_has_times_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=rf"sampler.num_steps: found {num_steps}, expected 1 to 999;"):
         Renoise(num_steps, spacing=spacing).grid(policy)
+
+
+def test_a_number_of_steps_below_1_is_one_line() -> None:
+    with pytest.raises(ValueError, match=r"^num_steps: found 0, expected 1 or more$"):
+        Renoise(num_steps=0)

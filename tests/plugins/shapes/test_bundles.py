@@ -39,6 +39,12 @@ WITH_DEFAULTS = {
         "lasro",
         "shapes_teacher",
     ): "sampler.name: found DDIM, expected lcm: .* of many steps becomes one with lcd",
+    ("draft", "shapes_lcm"): FINE,
+    ("draft", "shapes_turbo"): FINE,
+    ("draft", "shapes_teacher"): FINE,
+    ("hybrid", "shapes_lcm"): FINE,
+    ("hybrid", "shapes_turbo"): FINE,
+    ("hybrid", "shapes_teacher"): FINE,
     ("gors_lcm", "shapes_lcm"): FINE,
     ("gors_lcm", "shapes_turbo"): NOT_LCM,
     ("gors_lcm", "shapes_teacher"): NOT_LCM,
@@ -48,6 +54,9 @@ WITH_DEFAULTS = {
     ("lcd", "shapes_lcm"): FINE,
     ("lcd", "shapes_turbo"): NOT_LCM,
     ("lcd", "shapes_teacher"): NOT_LCM,
+    ("drpo", "shapes_lcm"): FINE,
+    ("drpo", "shapes_turbo"): FINE,
+    ("drpo", "shapes_teacher"): FINE,
 }
 NO_LIKELIHOOD = r"sampler: every step of lcm is deterministic with num_steps = 1.*likelihood of stochastic steps"
 ONE_STEP: dict[str, Any] = {"sampler.num_steps": 1}
@@ -64,6 +73,21 @@ WITH_SETTINGS = [
     ("shapes_lcm", "rg_lcd", {"reward.attribute_binding.mode": "hard"}, r"follows the gradient of a reward, and attri"),
     ("shapes_lcm", "rg_lcd", {"reward": ["pixel_check"]}, r"follows the gradient of a reward, and pixel_check"),
     ("shapes_lcm", "rg_lcd", {"reward": ["pixel_check"], "algorithm.proxy": True}, FINE),
+    ("shapes_turbo", "draft", {"reward": ["pixel_check"]}, r"algorithm draft follows the gradient .* pixel_check has"),
+    (
+        "shapes_turbo",
+        "hybrid",
+        {"reward": ["pixel_check"]},
+        r"algorithm hybrid follows the gradient .* pixel_check has",
+    ),
+    ("shapes_lcm", "hybrid", {"reward": ["pixel_check"], "algorithm.gradient_of": "surrogate"}, FINE),
+    (
+        "shapes_turbo",
+        "hybrid",
+        {"sampler.name": "euler_ancestral", "sampler.eta": 0.0},
+        r"sampler: found 0 stochastic of",
+    ),
+    ("shapes_lcm", "draft", {**ONE_STEP, "algorithm.every_step": False}, FINE),
     ("shapes_lcm", "pso", {"algorithm.mode": "offline"}, FINE),
     ("shapes_turbo", "pso", {"algorithm.mode": "offline"}, FINE),
     ("shapes_lcm", "diffusion_dpo", {"data.pairs": ""}, r"data\.pairs: missing"),
@@ -105,3 +129,22 @@ def test_every_method_has_a_line_for_every_embedded_model() -> None:
     methods = {r.name for r in default_registry().components("algorithm") if r.plugin.startswith("alignkit_")}
     models = {r.name for r in default_registry().components("model") if r.plugin == "alignkit_shapes"}
     assert set(WITH_DEFAULTS) == {(method, model) for method in methods for model in models}
+
+
+def test_lasro_on_the_few_step_model_has_a_recipe_for_every_reward_and_without_it_no_additions() -> None:
+    def run(reward: str, **changes: Any) -> alignkit.Run:
+        return alignkit.load(
+            None, {"algorithm.name": "lasro", "model.name": "shapes_lcm", "reward": [reward], **changes}
+        )
+
+    binding, other = run("attribute_binding"), run("jpeg_compressibility")
+    assert binding.departure() == "recipe lasro_shapes, not the paper's"
+    assert binding.config.surrogate is not None
+    assert binding.config.surrogate.init == str((WEIGHTS / "surrogate.safetensors").resolve())
+    assert other.departure() == "recipe lasro_shapes_any_reward, not the paper's"
+    assert other.config.algorithm.fields["contrast"] == 0 and other.warnings() == []
+    paper = run("attribute_binding", recipe="paper")
+    paper.check()
+    assert paper.departure() == "" and paper.warnings() == []
+    assert [regulariser.name for regulariser in paper.config.regularisers] == ["lcd"]
+    assert paper.config.evaluate == binding.config.evaluate

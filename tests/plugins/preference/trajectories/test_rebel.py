@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from alignkit.testing import check_algorithm
 from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint
 from alignkit.testing.losses import assert_one_pass_is_several
 from alignkit.training.trainer import Trainer
@@ -112,3 +113,7 @@ def test_the_true_reward_rises_on_a_toy_reward(make: MakeTrainer) -> None:
         "algorithm.pairs": 4, "data.batch_size": 4, "sampler.num_steps": 4, "model.lora_rank": 8,
         "train.updates": 14, "train.rows_per_update": 16, "train.rows_per_pass": 16, "train.learning_rate": 1e-2,
     }))  # fmt: skip
+
+
+def test_with_advantages_within_groups_it_keeps_the_promises_of_an_algorithm() -> None:
+    check_algorithm(REBEL(baseline="group"))

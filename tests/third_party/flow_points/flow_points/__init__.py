@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from alignkit import Register, hookimpl
+from pathlib import Path
+
+from alignkit import Register, RegisterRecipe, hookimpl
 
 
 @hookimpl
@@ -23,3 +25,8 @@ def register_rewards(register: Register) -> None:
 @hookimpl
 def register_surrogates(register: Register) -> None:
     register("point_scorer", "flow_points.surrogate:PointScorer", "A network that scores points")
+
+
+@hookimpl
+def register_recipes(register: RegisterRecipe) -> None:
+    register("points_taught_first", Path(__file__).parent / "points_taught_first.toml")

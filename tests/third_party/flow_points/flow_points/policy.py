@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from alignkit import Policy, PolicySettings, Prompt
+from alignkit import Policy, PolicyFacts, PolicySettings, Prompt
 from alignkit.diffusion import columns, to_clean
 from alignkit.errors import ConfigError
 
 INDEX, WEIGHTS = "flow_points.json", "flow_points.safetensors"
 TEXT = 8
 """Numbers that stand for a text."""
+TIMES = 50
 BLOB = 0.4
 """Radius of a point in an image that reaches from -2 to 2."""
 
@@ -57,12 +58,18 @@ class FlowPoints(Policy):
         return (Path(source) / INDEX).is_file()
 
     @classmethod
-    def load(cls, source: str, settings: PolicySettings) -> FlowPoints:
+    def facts(cls, source: str, settings: PolicySettings) -> PolicyFacts:
         for name, expected in (("unet", ""), ("adapter", ""), ("prediction", ""), ("guidance_embedding", 0)):
             if getattr(settings, name) != expected:
                 raise ConfigError(f"model.{name}: found {getattr(settings, name)!r}, expected none for flow_points")
         if settings.trainable and settings.lora_rank:
             raise ConfigError(f"model.lora_rank: found {settings.lora_rank}, expected 0; flow_points has no adapters")
+        sampler = {"name": "ddim", "num_steps": 10, "eta": 0.0}
+        return PolicyFacts(consistency=False, num_times=TIMES, defaults={"sampler": sampler})
+
+    @classmethod
+    def load(cls, source: str, settings: PolicySettings) -> FlowPoints:
+        cls.facts(source, settings)  # raises ConfigError for settings that it cannot follow
         try:
             network = Velocity(json.loads((Path(source) / INDEX).read_text())["width"])
             network.load_state_dict(load_file(Path(source) / WEIGHTS))
@@ -71,7 +78,7 @@ class FlowPoints(Policy):
         return cls(source, network, settings)
 
     def times(self) -> Tensor:
-        return torch.arange(1, 51) / 50
+        return torch.arange(1, TIMES + 1) / TIMES
 
     def schedule(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return 1 - t, t
