@@ -53,8 +53,11 @@ def _round(prompts: int, rows: int, updates: int = 0, **fields: Any) -> Settings
 # LaSRO (2411.15247) trains two steps; a model that was distilled by a discriminator has no distillation loss, and is
 # noised again in full so that y depends on the policy through its clean latent alone. The paper states that the
 # learning rate is smaller then, but not by how much.
-_lasro_lcm = _sampler("lcm", 2)
-_lasro_turbo_loss: Settings = {"regulariser": [], "train": {"learning_rate": 3e-5}}
+# Algorithm 1 comes before Algorithm 2. The paper trains the surrogate of Image Reward for 30 000 updates, and goes on
+# from there for 2000 more for attribute binding; `surrogate.init` skips it.
+_stage_1: Settings = {"surrogate": {"warmup": 2000}}
+_lasro_lcm = _with(_sampler("lcm", 2), _stage_1)
+_lasro_turbo_loss: Settings = _with(_stage_1, {"regulariser": [], "train": {"learning_rate": 3e-5}})
 _lasro_turbo = _with(_sampler("renoise", 2), _lasro_turbo_loss)
 _vega: Settings = {"surrogate": {"name": "latent_unet", "backbone": "segmind/Segmind-Vega"}}
 # The policy-gradient methods of RLCM (2404.03673, its code for the aesthetic reward): 8 steps, Adam without decay, LoRA

@@ -27,10 +27,6 @@ _soft: dict[str, Any] = {"reward": [{"name": "attribute_binding", "mode": "soft"
 _unflipped: dict[str, Any] = {"algorithm": {"flip": False}}
 
 
-# Rounds are small, so the surrogate is trained on all earlier rounds again.
-_often: dict[str, Any] = {"pairs": "random", "replay": 64}
-
-
 def _sampler(name: str, num_steps: int, read_at: list[int], **fields: Any) -> dict[str, Any]:
     """Return the settings of the training sampler, and the numbers of steps to evaluate at."""
     return {"sampler": {"name": name, "num_steps": num_steps, **fields}, "evaluate": {"steps": read_at}}
@@ -153,7 +149,10 @@ def shapes_turbo() -> ModelBundle:
             "pso": _sampler("euler_ancestral", 4, [1, 2, 4], eta=1.0),
             "lasro": {
                 **_sampler("renoise", 2, [1, 2, 4]),
-                "algorithm": _often,
+                # Stage 1, as on `shapes_lcm`.
+                "data": {"batch_size": 8},
+                "algorithm": {"samples": 6},
+                "surrogate": {"name": "latent_unet", "warmup": 200},
                 "regulariser": [],
                 "train": {"learning_rate": 3e-5},  # as in the bundles of other models that were distilled like this
             },

@@ -200,13 +200,13 @@ def test_noised_images_weigh_as_much_as_all_steps_together(make_trainer: MakeTra
             head.head[-1].weight.normal_(generator=torch.Generator().manual_seed(0))
         (rows,) = updates(trainer)
         method = trainer.algorithm
-        assert isinstance(method, LaSRO) and method._mean[0] is not None and method._level[0] is not None
-        assert len(method._mean) == len(method._level) == 1
+        assert isinstance(method, LaSRO) and len(method._trackers) == 1
         loss, _ = trainer.algorithm.loss(rows, trainer.ctx)
         with torch.no_grad():
             clean = trainer.ctx.policy.denoise(rows.x, rows.time, rows.prompt)
             scores = trainer.ctx.surrogate.score(clean, rows.prompt)  # type: ignore[union-attr]
-        level = ((scores - method._mean[0]) / max(method._level[0] - method._mean[0], 0.05)).clamp(max=1)
+        mean, top = method._trackers[0].bounds
+        level = ((scores - mean) / (top - mean)).clamp(max=1)
         assert float(loss.detach()) == pytest.approx(-sum(weights) * float(level.mean()), rel=1e-3, abs=1e-4)
         found.append(gradient(trainer, loss))
     assert torch.allclose(found[1], found[0] * 2.5 / 2, rtol=1e-3, atol=1e-6 * float(found[0].abs().max()))

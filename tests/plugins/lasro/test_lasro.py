@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import alignkit
 from alignkit.errors import ConfigError
 from alignkit.groups import Pairs
 from alignkit.records import PolicyFacts
@@ -18,13 +19,14 @@ from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint
 from alignkit.testing.losses import assert_one_pass_is_several
 from alignkit.training.trainer import Trainer
 from alignkit_lasro.additions import ExtendedLaSRO
-from alignkit_lasro.lasro import LaSRO
+from alignkit_lasro.lasro import LaSRO, Tracker
 from alignkit_samplers.lcm import LCM
 from method_checks import (
     assert_the_true_reward_rises,
     collect,
     copies,
     equal,
+    updates,
     whole_updates,
 )
 
@@ -47,7 +49,7 @@ def tensors(trainer: Trainer) -> tuple[list[torch.Tensor], list[torch.Tensor], l
 
 def test_the_normalised_score_is_golden_and_bounded_above_alone() -> None:
     method = LaSRO()
-    method._mean, method._level = [0.5, 0.5], [2.5, 2.5]
+    method._trackers = [Tracker(0.5, 2.5, 1.0)] * 2
     scores = torch.tensor([-2.0, 0.0, 1.0, 3.0], requires_grad=True)
     loss = -method.normalised(scores, torch.tensor([0, 1, 0, 1]))
     assert loss.tolist() == [1.25, 0.25, -0.25, -1.0]
@@ -57,7 +59,7 @@ def test_the_normalised_score_is_golden_and_bounded_above_alone() -> None:
 
 def test_each_step_is_normalised_by_its_own_trackers() -> None:
     method = LaSRO()
-    method._mean, method._level = [0.0, 10.0], [1.0, 20.0]
+    method._trackers = [Tracker(0.0, 1.0, 1.0), Tracker(10.0, 20.0, 1.0)]
     assert method.normalised(torch.tensor([0.5, 15.0]), torch.tensor([0, 1])).tolist() == [0.5, 0.5]
 
 
@@ -72,11 +74,52 @@ def test_the_trackers_start_at_the_first_round_and_then_move_slowly(make_trainer
     method.track(states, ctx)
     for k in (0, 1):
         at = scores[states.step == k]
-        assert method._mean[k] == pytest.approx(float(at.mean()), rel=1e-4)
-        assert method._level[k] == pytest.approx(float(at.quantile(0.95)), rel=1e-4)
-    method._mean, method._level = [0.0, 0.0], [0.0, 0.0]
+        expected = float(at.mean()), float(at.quantile(0.95))
+        assert method._trackers[k].bounds == pytest.approx(expected, rel=1e-4)
+    method._trackers = [Tracker(0.0, 0.0, 1.0), Tracker(0.0, 0.0, 1.0)]
     method.track(states, ctx)
-    assert method._mean[1] == pytest.approx(0.01 * float(scores[states.step == 1].mean()), rel=1e-3)
+    assert method._trackers[1].bounds[0] == pytest.approx(0.1 * float(scores[states.step == 1].mean()), rel=1e-3)
+
+
+def test_a_tracker_weighs_early_rounds_as_a_mean_and_late_ones_by_its_decay() -> None:
+    tracker = Tracker()
+    assert tracker.bounds == (0.0, 1.0)
+    for mean in (1.0, 3.0):
+        tracker.see(mean, 2 * mean, 0.9)
+    # (.9 * .1 * 1 + .1 * 3) / (.9 * .1 + .1): the first round is not worth nine times the second
+    assert tracker.bounds == pytest.approx((0.39 / 0.19, 0.78 / 0.19))
+    for _ in range(200):
+        tracker.see(5.0, 6.0, 0.9)
+    assert tracker.bounds == pytest.approx((5.0, 6.0))
+
+
+@pytest.mark.slow
+def test_about_as_many_scores_are_cut_off_as_the_percentile_says_while_the_surrogate_learns() -> None:
+    run = alignkit.load(None, {
+        "algorithm.name": "lasro", "model.name": "shapes_turbo", "surrogate.warmup": 6, "train.updates": 20,
+        "data.batch_size": 6, "evaluate.prompts": "", "evaluate.points": 0, "train.checkpoint_every": 0, "output": "",
+    })  # fmt: skip
+    clipped = [update.metrics["clipped"] for update in run.train()]
+    assert len(clipped) == 20 and 0.01 <= sum(clipped) / 20 <= 0.12, clipped
+
+
+def test_fresh_samples_are_others_than_those_that_were_scored(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer({"algorithm.fresh_samples": True, "algorithm.policy_steps": 2, "train.rows_per_update": 6})
+    collected = collect(trainer)
+    first, second = updates(trainer, collected)
+    known = {row.tobytes() for row in collected.states.x.numpy()}
+    for rows in (first, second):
+        assert len(rows) == 6 and not known & {row.tobytes() for row in rows.x.numpy()}
+        assert not rows.clean.requires_grad
+        assert torch.allclose(rows.clean, rows.predict(trainer.ctx), atol=1e-5)
+    assert not torch.equal(first.x, second.x)
+
+
+def test_the_trackers_are_fed_in_stage_1(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer({"surrogate.warmup": 2})
+    list(trainer.round())
+    method = trainer.algorithm
+    assert isinstance(method, LaSRO) and all(tracker.weight > 0 for tracker in method._trackers)
 
 
 def test_groups_hold_samples_of_one_prompt_and_one_step_with_the_rewards_of_their_images(
@@ -175,7 +218,7 @@ def test_the_distillation_term_is_added_with_its_weight_and_has_a_row_for_each_s
     (noised,) = rows.others
     assert isinstance(rows.own, States) and noised is not None and len(rows) == len(noised) == 7
     loss, metrics = trainer.loss(rows)
-    assert metrics.keys() == {"reward_loss", "distillation_loss"} and metrics["distillation_loss"].item() > 0
+    assert metrics.keys() == {"reward_loss", "clipped", "distillation_loss"} and metrics["distillation_loss"].item() > 0
     assert loss.item() == pytest.approx((metrics["reward_loss"] + 0.5 * metrics["distillation_loss"]).item(), rel=1e-5)
     assert_one_pass_is_several(trainer, rows)
 
@@ -227,10 +270,10 @@ def test_a_reward_that_distinguishes_few_images_or_none_breaks_nothing(
     tiny_run: MakeRun, odd_rewards: None, reward: str
 ) -> None:
     run = tiny_run(overrides={"reward": [reward], "train.updates": 2})
-    updates = list(run.train())
-    assert all(torch.isfinite(torch.tensor(u.metrics["loss"])) for u in updates)
-    assert ("surrogate_loss" in updates[-1].metrics) == (reward == "every_second")
-    assert all(v == v for u in updates for n, v in u.metrics.items() if not n.startswith("reward"))
+    trained = list(run.train())
+    assert all(torch.isfinite(torch.tensor(u.metrics["loss"])) for u in trained)
+    assert ("surrogate_loss" in trained[-1].metrics) == (reward == "every_second")
+    assert all(v == v for u in trained for n, v in u.metrics.items() if not n.startswith("reward"))
 
 
 def test_the_true_reward_rises_on_a_toy_reward(make_trainer: MakeTrainer) -> None:

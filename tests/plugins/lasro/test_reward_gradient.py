@@ -46,14 +46,14 @@ def test_the_policy_follows_the_reward_through_the_decoder(make_trainer: MakeTra
     assert isinstance(method, LaSRO)
     before = policy.decode(rows.clean).mean((1, 2, 3))
     for k in (0, 1):
-        assert method._mean[k] == pytest.approx(float(before[rows.step == k].mean()), abs=0.02)
+        assert method._trackers[k].bounds[0] == pytest.approx(float(before[rows.step == k].mean()), abs=0.02)
     loss, metrics = trainer.algorithm.loss(rows, trainer.ctx)
     clean = trainer.ctx.sampler.transition(policy, rows.x, rows.step, rows.prompt).clean
     pixels = policy.decode(clean)
     values = pixels.mean((1, 2, 3))
-    mean, level = (torch.tensor(column)[rows.step] for column in (method._mean, method._level))
+    mean, level = torch.tensor([tracker.bounds for tracker in method._trackers])[rows.step].unbind(1)
     expected = -2 * ((values - mean) / (level - mean)).clamp(max=1).mean()
-    assert set(metrics) == {"reward_loss"}
+    assert set(metrics) == {"reward_loss", "clipped"}
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), abs=0.2)  # of 8-bit images, and scaled
     found, wanted = gradient(trainer, loss), gradient(trainer, expected)
     assert float(torch.cosine_similarity(found, wanted, dim=0)) > 0.99 and float(found.norm()) > 0
@@ -80,11 +80,11 @@ def test_an_image_that_cannot_be_scored_pulls_nowhere_and_counts_for_no_scale(ma
     ctx.score = ctx.differentiable_score = all_but_first
     (rows,) = updates(trainer, collected)
     method = trainer.algorithm
-    assert isinstance(method, ExtendedLaSRO) and all(m == m for m in method._mean)
+    assert isinstance(method, ExtendedLaSRO) and all(m == m for tracker in method._trackers for m in tracker.bounds)
     for unit in (False, True):
         method.unit_gradients = unit
         clean = rows.clean.clone().requires_grad_(True)
-        pull = method.pull(clean, rows, ctx)
+        pull, _ = method.pull(clean, rows, ctx)
         (found,) = torch.autograd.grad(pull.sum(), clean)
         assert float(pull[0].detach()) == 0 and not found[0].any() and bool(found.isfinite().all())
         assert bool(found[1:].flatten(1).any(1).any())
