@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from alignkit import hookimpl
-from alignkit.hookspecs import Register
+from alignkit import Register, hookimpl
 
 
 @hookimpl

@@ -211,8 +211,9 @@ def test_list_shows_the_algorithm_of_a_recipe_and_who_brings_it(acme: Any) -> No
 def test_show_finds_the_surrogate_of_a_model_that_names_it_once() -> None:
     (found,) = json.loads(run("show", "latent_unet", "--json").stdout)
     settings = found["model"]["settings"]
-    assert [setting for setting in settings if setting["key"] == "warmup"] == [
-        {"key": "warmup", "value": "200", "default": "0", "where": ["lasro"]}
+    assert [(s["value"], s["where"]) for s in settings if s["key"] == "warmup"] == [
+        ("200", ["lasro"]),
+        ("0", ["hybrid with attribute_binding"]),
     ]
 
 

@@ -111,7 +111,7 @@ def test_a_recipe_of_the_plugin_is_in_force_from_the_first_line_of_the_run_to_it
     list(trained.train(console))
     assert console.file.getvalue().startswith("recipe points_taught_first, not the paper's\n")
     steps = [json.loads(line)["step"] for line in (trained.folder / "metrics.jsonl").read_text().splitlines()]
-    assert steps.count(0) == 1 + 3  # the evaluation before training, and the warm-up
+    assert steps.count(0) == 2 + 3  # the evaluation and the point before training, and the warm-up
     rows = alignkit.evaluate([trained], steps=[2], seen=False)
     assert {row.departure for row in rows} == {"recipe points_taught_first, not the paper's"}
     untrained = alignkit.evaluate([run("ddpo")], steps=[2], seen=False)
