@@ -162,7 +162,7 @@ def test_the_proxy_of_rg_lcd_serves_as_a_surrogate(tiny_run: MakeRun) -> None:
 def test_a_surrogate_learns_to_rank_samples_that_it_has_not_seen(make_trainer: MakeTrainer, name: str) -> None:
     trainer = make_trainer({
         "surrogate.name": name, "surrogate.warmup": 18, "surrogate.learning_rate": 3e-3, "algorithm.samples": 4,
-        "algorithm.pairs_per_update": 24, "data.batch_size": 5, **ALONE,
+        "algorithm.surrogate_steps": 2, "algorithm.pairs_per_update": 24, "data.batch_size": 5, **ALONE,
         **(SMALL if name != "latent_unet" else {}),
     })  # fmt: skip
     trainer.ctx.policy.decode = lambda latents: (latents[:, :3] / 20).sigmoid()  # type: ignore[method-assign]
