@@ -73,7 +73,7 @@ def changes(registry: Registry, row: Component, bundle: ModelBundle) -> list[dic
             own = section == row.kind and name == row.name
             if (own and key == "name") or not (own or row.kind == "algorithm"):
                 continue
-            default = _default(registry, bundle, section, name, key)
+            default = _default(registry, bundle, algorithm, section, name, key)
             # A more specific layer may set a changed field back to its default.
             if (text := format_value(value)) != default or (section, name, key) in changed:
                 changed.add((section, name, key))
@@ -135,10 +135,14 @@ def _names(registry: Registry, algorithm: str, bundle: ModelBundle, tree: Tree) 
     return names
 
 
-def _default(registry: Registry, bundle: ModelBundle, section: str, name: str, key: str) -> str | None:
+def _default(registry: Registry, bundle: ModelBundle, algorithm: str, section: str, name: str, key: str) -> str | None:
     """Return the value in TOML that holds without the setting; None if there is none."""
     if not key:
-        return format_value(_listed(bundle.defaults[section])) if section in bundle.defaults else None
+        listed = bundle.defaults.get(section)
+        if section == "regulariser" and not isinstance(listed, list):  # a table holds fields of regularisers alone
+            with contextlib.suppress(AlignkitError):
+                listed = list(registry.get("algorithm", algorithm).default_regularisers)
+        return format_value(_listed(listed)) if isinstance(listed, list | tuple) else None
     defaults = schema.defaults((PLAIN | PLUGINS)[section])
     with contextlib.suppress(AlignkitError):  # a component that is not installed has no defaults
         defaults |= schema.defaults(registry.get(section, name)) if section in PLUGINS else {}

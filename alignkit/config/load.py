@@ -135,7 +135,7 @@ class _Loader:
         self.layers.layers[1:1] = [model_layer(label, suited), model_layer(label, closely)]
         self.layers.layers.insert(0, Layer(f"algorithm {self.algorithm}: ", self._own_regularisers(), ours=True))
         if recipe:
-            self._check_fit(recipe, model, bundle)
+            recipe.check_fit(self.algorithm, model, bundle, self.layers.wanted("reward"), registry)
 
     def _named_recipe(self) -> str | None:
         """Return the recipe that the run file or an override names, by the last; None where neither has the key.
@@ -169,23 +169,6 @@ class _Loader:
         }
         self.layers.layers.insert(1, Layer("", settings, ours=True, file=recipe.file))
         return recipe
-
-    def _check_fit(self, recipe: Recipe, model: str, bundle: ModelBundle) -> None:
-        """Raise ConfigError, in one line, for a recipe that is for another algorithm, model or reward."""
-        models = [row.name for row in self.registry.components("model") if row.name in recipe.fits.models]
-        wanted = self.layers.wanted("reward")
-        found = ""
-        if recipe.algorithm != self.algorithm:
-            found = f"algorithm {self.algorithm}"
-        elif recipe.fits.models and bundle not in [self.registry.get("model", name) for name in models]:
-            found = f"model {model}"
-        elif recipe.fits.for_reward not in ("", *wanted) or (recipe.fits.for_reward and len(wanted) > 1):
-            found = f"{' and '.join(wanted) or 'no reward'}"
-        if found:
-            raise ConfigError(
-                f"recipe: found {recipe.name} with {found}, expected {recipe.purpose()}; choose another recipe "
-                "(`alignkit list recipes`), or none with --recipe paper"
-            )
 
     def _own_regularisers(self) -> dict[str, Any]:
         """Return the regularisers of the algorithm, which are used if no layer lists others."""

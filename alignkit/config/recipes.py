@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from alignkit.config import schema
 from alignkit.config.sections import TOP, RecipeConfig, RunConfig
 from alignkit.config.sources import Layer, Layers, RunFile
 from alignkit.errors import ConfigError
+from alignkit.interfaces import ModelBundle
 from alignkit.registry import PAPER, Registry, default_registry, normalise
 
 NONE = ("", PAPER)
@@ -34,6 +35,24 @@ class Recipe:
         models = f" on {' or '.join(self.fits.models)}" if self.fits.models else ""
         reward = f", with {self.fits.for_reward} as the only reward" if self.fits.for_reward else ""
         return f"algorithm {self.algorithm}{models}{reward}"
+
+    def check_fit(
+        self, algorithm: str, model: str, bundle: ModelBundle, rewards: Sequence[str], registry: Registry
+    ) -> None:
+        """Raise ConfigError, in one line, if it is for another algorithm, model or reward than the run's."""
+        models = [row.name for row in registry.components("model") if row.name in self.fits.models]
+        found = ""
+        if self.algorithm != algorithm:
+            found = f"algorithm {algorithm}"
+        elif self.fits.models and bundle not in [registry.get("model", name) for name in models]:
+            found = f"model {model}"
+        elif self.fits.for_reward and list(rewards) != [self.fits.for_reward]:
+            found = " and ".join(rewards) or "no reward"
+        if found:
+            raise ConfigError(
+                f"recipe: found {self.name} with {found}, expected {self.purpose()}; choose another recipe (`alignkit "
+                "list recipes`), or none with --recipe paper"
+            )
 
 
 def read_recipe(registry: Registry, name: str) -> Recipe:

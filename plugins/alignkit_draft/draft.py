@@ -40,8 +40,7 @@ class DRaFT(Algorithm[Starts, Starts]):
     needs: ClassVar[frozenset[str]] = frozenset({"differentiable_reward"})
 
     last_steps: Annotated[int, Ge(1)] = 1
-    """K of DRaFT-K: the last sampler steps that the gradient flows through. Memory grows with it; the paper finds 1 to
-    be the most efficient."""
+    """K of DRaFT-K: the last sampler steps that the gradient flows through. Memory grows with it."""
     low_variance: Annotated[int, Ge(0)] = 0
     """n of DRaFT-LV, 2 in the paper: noise each clean result n times to the level of the last step, and average the
     gradients of the n last steps. They share the cost of the steps before. 0: off. For last_steps = 1."""

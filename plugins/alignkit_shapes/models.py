@@ -12,6 +12,9 @@ WEIGHTS = FOLDER / "weights"
 WIDE = ["conv1", "conv2", "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 """Layers of a LoRA that covers convolutions as well as attention."""
 
+MEASURED = 136
+"""Held-out prompts that a run is measured on; the other 64 choose the weights that it exports."""
+
 _data: dict[str, Any] = {
     "data": {
         "prompts": str(FOLDER / "prompts" / "train.txt"),
@@ -58,7 +61,7 @@ def _draft(sampler: dict[str, Any]) -> dict[str, Any]:
             "checkpoint_every": 40,
         },
         **sampler,
-        "evaluate": {"every": 0, "limit": 200, "samples": 3, **sampler["evaluate"]},
+        "evaluate": {"every": 0, "limit": MEASURED, "samples": 3, **sampler["evaluate"]},
     }  # fmt: skip
 
 
@@ -98,7 +101,7 @@ def shapes_lcm() -> ModelBundle:
         "algorithm": {"samples": 6},
         "surrogate": {"name": "latent_unet", "warmup": 200},
         "train": {"learning_rate": 2e-4},
-        "evaluate": {"every": 0, "limit": 200, "samples": 3, "steps": [1, 2]},
+        "evaluate": {"every": 0, "limit": MEASURED, "samples": 3, "steps": [1, 2]},
     }
     rg_lcd = {
         "algorithm": guidance,

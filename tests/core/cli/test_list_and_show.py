@@ -235,3 +235,10 @@ def test_show_works_where_the_default_model_is_left_out(acme: Any, monkeypatch: 
     default_registry.cache_clear()
     result = run("show", "lasro")
     assert result.exit_code == 0 and "changes" not in result.stdout
+
+
+def test_show_compares_the_regularisers_of_a_model_with_those_of_the_algorithm() -> None:
+    for name, default in (("draft", "[]"), ("hybrid", "[]"), ("ddpo", None)):
+        settings = {s["key"]: s for s in json.loads(run("show", name, "--json").stdout)[0]["model"]["settings"]}
+        assert ("regulariser" in settings) == (default is not None)
+        assert default is None or settings["regulariser"]["default"] == default

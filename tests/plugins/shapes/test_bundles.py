@@ -9,6 +9,7 @@ import pytest
 import alignkit
 from alignkit.errors import ConfigError
 from alignkit.registry import default_registry
+from alignkit.runs.build import Parts
 from alignkit_shapes.models import WEIGHTS
 
 NOT_LCM = r"sampler\.name: found \w+, expected lcm: only a latent consistency model has this distillation loss"
@@ -148,3 +149,11 @@ def test_lasro_on_the_few_step_model_has_a_recipe_for_every_reward_and_without_i
     assert paper.departure() == "" and paper.warnings() == []
     assert [regulariser.name for regulariser in paper.config.regularisers] == ["lcd"]
     assert paper.config.evaluate == binding.config.evaluate
+
+
+@pytest.mark.parametrize("algorithm", ["lasro", "draft", "hybrid"])
+def test_the_weights_that_are_exported_are_not_chosen_on_the_prompts_of_the_table(algorithm: str) -> None:
+    for model in ("shapes_lcm", "shapes_turbo") if algorithm != "lasro" else ("shapes_lcm",):
+        parts = Parts(alignkit.load(None, {"algorithm.name": algorithm, "model.name": model}).config)
+        table, chosen = ({e.text for e in some} for some in (parts.held_out(), parts.point_examples()))
+        assert len(table) == 136 and len(chosen) == 64 and not table & chosen
