@@ -126,7 +126,8 @@ def test_the_pull_to_the_model_before_training_works_within_an_ablation(
 def test_an_embedded_model_trains_an_ablation_with_the_pull_to_the_model_before_training(
     model: str, fields: dict[str, Any], tmp_path: Path
 ) -> None:
-    run = alignkit.load(None, {
+    short = {"surrogate.warmup": 0} if "states_from" in fields else {}
+    run = alignkit.load(None, short | {
         "algorithm.name": "lasro", "model.name": model, "regulariser": [{"name": "reference", "weight": 0.1}],
         "reward": [{"name": "attribute_binding", "mode": "soft"}], "data.batch_size": 2, "algorithm.samples": 2,
         "train.updates": 2, "train.rows_per_update": 4, "evaluate.prompts": "", "train.device": "cpu",
@@ -276,7 +277,7 @@ def test_a_turbo_model_trains(tmp_path: Path) -> None:
     run = alignkit.load(None, {
         "algorithm.name": "lasro", "model.name": "shapes_turbo", "regulariser": [{"name": "reference", "weight": 0.1}],
         "data.batch_size": 4, "train.updates": 4, "train.rows_per_update": 8, "evaluate.prompts": "",
-        "output": str(tmp_path / "run"), "train.device": "cpu",
+        "surrogate.warmup": 0, "algorithm.surrogate_steps": 4, "output": str(tmp_path / "run"), "train.device": "cpu",
     })  # fmt: skip
     run.check()
     assert run.config.sampler.name == "renoise" and isinstance(run.algorithm(), LaSRO)

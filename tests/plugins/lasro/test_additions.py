@@ -153,7 +153,10 @@ def test_half_of_the_pairs_are_of_the_policy_and_the_model_before_training_from_
 
 @pytest.mark.parametrize("pairs", ["extremes", "random"])
 def test_pairs_are_of_the_true_reward_and_under_their_own_text(make_trainer: MakeTrainer, pairs: str) -> None:
-    trainer = make_trainer({"algorithm.pairs": pairs, "algorithm.pairs_per_update": 6, "algorithm.replay": 4})
+    trainer = make_trainer({
+        "algorithm.pairs": pairs, "algorithm.pairs_per_update": 6, "algorithm.replay": 4,
+        "algorithm.surrogate_steps": 2,
+    })  # fmt: skip
     for _ in range(4):
         collected = collect(trainer)
     policy = trainer.ctx.policy

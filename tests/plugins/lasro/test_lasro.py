@@ -97,7 +97,7 @@ def test_a_tracker_weighs_early_rounds_as_a_mean_and_late_ones_by_its_decay() ->
 def test_about_as_many_scores_are_cut_off_as_the_percentile_says_while_the_surrogate_learns() -> None:
     run = alignkit.load(None, {
         "algorithm.name": "lasro", "model.name": "shapes_turbo", "surrogate.warmup": 6, "train.updates": 20,
-        "data.batch_size": 6, "evaluate.prompts": "", "evaluate.points": 0, "train.checkpoint_every": 0, "output": "",
+        "data.batch_size": 4, "evaluate.prompts": "", "evaluate.points": 0, "train.checkpoint_every": 0, "output": "",
     })  # fmt: skip
     clipped = [update.metrics["clipped"] for update in run.train()]
     assert len(clipped) == 20 and 0.01 <= sum(clipped) / 20 <= 0.12, clipped
