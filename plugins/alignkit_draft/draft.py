@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 import torch
 from annotated_types import Ge
 from torch import Tensor
+from torch.nn import functional as F
 
 from alignkit import Algorithm, Batch, Context, PolicyFacts, Prompt, Rows, Sampler, Scores, check_ranges
 from alignkit.diffusion import add_noise
@@ -47,6 +48,10 @@ class DRaFT(Algorithm[Starts, Starts]):
     every_step: bool = False
     """Not in the paper. Train the clean latent that each sampler step predicts, each from a state without gradient,
     instead of the final image alone: images of fewer steps gain as well. For last_steps = 1."""
+    unit_gradients: bool = False
+    """Not in the paper. Let every row pull equally: the gradient of the reward by each clean latent is scaled to length
+    one. A few images at which the reward is steep, often those that it likes for a wrong reason, then do not drown the
+    others, and the weight of a regulariser means the same for every reward."""
     samples: Annotated[int, Ge(1)] = 1
     """Trajectories of each prompt in a round."""
 
@@ -101,11 +106,18 @@ class DRaFT(Algorithm[Starts, Starts]):
 
     def loss(self, rows: Starts, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
         """Return L = -E r(D(x_K), c). An image that cannot be scored counts as 0 and has no gradient."""
-        scores = ctx.differentiable_score(self.predict(rows, ctx), rows.prompt.examples, log=True)
+        final = self.predict(rows, ctx)
+        scored = final.detach().requires_grad_() if self.unit_gradients else final
+        scores = ctx.differentiable_score(scored, rows.prompt.examples, log=True)
         if self.every_step:
             log_steps(scores, rows.step, ctx)
         loss = -scores.values.masked_fill(~scores.valid, 0).mean()
-        return loss, {"reward_loss": loss}
+        if not self.unit_gradients:
+            return loss, {"reward_loss": loss}
+        (slope,) = torch.autograd.grad(-loss, scored)
+        pull = (final * F.normalize(slope.flatten(1), dim=1).view_as(slope)).flatten(1).sum(1).mean()
+        loss = loss.detach()
+        return loss - (pull - pull.detach()), {"reward_loss": loss}  # the value of L, and the gradient of -pull
 
     def predict(self, rows: Starts, ctx: Context) -> Tensor:
         """Return x_K (N, *S) with gradient through the steps of each row, or its step's clean latent (`every_step`)."""
