@@ -33,6 +33,14 @@ class PerturbedStates(States):
     """(N, G, *S) unit normal, for `purify`."""
 
 
+@dataclass(frozen=True)
+class ComparedPairs(Pairs):
+    """Pairs with the difference of their rewards, for `label_scale`."""
+
+    gap: Tensor
+    """(N,) above 0."""
+
+
 @dataclass
 class ExtendedLaSRO(LaSRO):
     """LaSRO (Jia et al., CVPR 2025, arXiv 2411.15247), with additions of ours.
@@ -50,6 +58,10 @@ class ExtendedLaSRO(LaSRO):
     pairs: Literal["extremes", "random"] = "extremes"
     """Not in the paper but for "extremes". The two samples of a group that make a pair: best and worst, or any two
     whose rewards differ."""
+    label_scale: Annotated[float, Ge(0)] = 0.0
+    """Not in the paper. Teach the surrogate that the better sample of a pair wins with probability sigmoid(label_scale
+    * difference of the rewards), instead of always: its scores become the rewards times this number. Most pairs of a
+    fine reward hardly differ, and to be certain about them teaches noise. 0: always, as in the paper."""
     noise_correlation: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Not in the paper. Correlation of the noises within a group, 0 for independent ones. Samples from nearly the same
     noises share the layout and differ in what a gradient can change; between independent ones the layout hides it."""
@@ -205,14 +217,23 @@ class ExtendedLaSRO(LaSRO):
     # the surrogate: pairs from a memory of rounds, smoothed
 
     def pairs_of(self, collected: Collected, ctx: Context) -> Pairs | None:
-        winner, loser, examples = self._memory.sample(self.pairs, self.pairs_per_update, ctx.generator)
+        winner, loser, gap, examples = self._memory.sample(self.pairs, self.pairs_per_update, ctx.generator)
         if not examples:
             return None
-        pairs = Pairs(winner, loser, encode_examples(ctx.policy, examples)).to(ctx.policy.device)
+        pairs: Pairs = ComparedPairs(winner, loser, encode_examples(ctx.policy, examples), gap)
+        pairs = pairs.to(ctx.policy.device)
         if not self.smoothing:
             return pairs
         winner, loser = (x + self.smoothing * ctx.noise(len(x)) for x in (pairs.winner, pairs.loser))
         return replace(pairs, winner=winner, loser=loser)
+
+    def surrogate_loss(self, rows: Pairs, ctx: Context) -> Tensor:
+        if not self.label_scale:
+            return super().surrogate_loss(rows, ctx)
+        assert ctx.surrogate is not None and isinstance(rows, ComparedPairs)
+        twice = rows.prompt.select(torch.arange(len(rows)).repeat(2))
+        better, worse = ctx.surrogate.score(torch.cat([rows.winner, rows.loser]), twice).chunk(2)
+        return F.binary_cross_entropy_with_logits(better - worse, torch.sigmoid(self.label_scale * rows.gap))
 
     # the policy: scores that are purified, smoothed and contrasted, and gradients of length one
 

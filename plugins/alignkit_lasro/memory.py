@@ -33,16 +33,19 @@ class Memory:
         if self._own < self._samples:
             self.changes = [*self.changes, (counterparts(scored, self._own, self._samples), examples)][-self._size :]
 
-    def sample(self, choice: PairChoice, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, list[Example]]:
-        """Return winners (N, *S), losers and their examples of about `size` pairs, the newest round always among them.
+    def sample(
+        self, choice: PairChoice, size: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor, list[Example]]:
+        """Return about `size` pairs, the newest round always among them: winners (N, *S), losers, how much more reward
+        the winners got (N,), and the examples.
 
         Half of them compare the policy with the model before training, if there are such pairs: few of those differ in
         reward, so they would be rare among all others.
         """
         parts = [self.rounds, self.changes] if self.changes else [self.rounds]
         found = [mixed(rounds, choice, size // len(parts), generator) for rounds in parts]
-        winner, loser = (torch.cat(column) for column in zip(*(part[:2] for part in found), strict=True))
-        return winner, loser, [example for part in found for example in part[2]]
+        winner, loser, gap = (torch.cat(column) for column in zip(*(part[:3] for part in found), strict=True))
+        return winner, loser, gap, [example for part in found for example in part[3]]
 
     def state_dict(self) -> list[dict[str, Any]]:
         return [{"examples": [vars(e) for e in examples], **vars(scored)} for scored, examples in self.rounds]
@@ -83,14 +86,15 @@ def counterparts(scored: Scored, own: int, samples: int) -> Scored:
 
 def mixed(
     rounds: Sequence[tuple[Scored, Sequence[Example]]], choice: PairChoice, size: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor, list[Example]]:
+) -> tuple[Tensor, Tensor, Tensor, list[Example]]:
     """Choose up to `size` pairs of the newest of `rounds`, which come with their examples, and of older ones at random.
 
     Where there are older ones half of the room is for the newest, and of each older one a part is chosen. Returns
-    winners (N, *S), losers and their examples; N is 0 where no group carries a label.
+    winners (N, *S), losers, gaps (N,) and examples; N is 0 where no group carries a label.
     """
     winners: list[Tensor] = []
     losers: list[Tensor] = []
+    gaps: list[Tensor] = []
     examples: list[Example] = []
     fresh, kept = rounds[-1:], rounds[:-1]
     order = torch.randperm(len(kept), generator=generator).tolist()
@@ -105,7 +109,8 @@ def mixed(
             rows = rows[torch.randperm(len(rows), generator=generator)[:room]]
         winners.append(scored.latents[rows, best[rows]])
         losers.append(scored.latents[rows, worst[rows]])
+        gaps.append(scored.rewards[rows, best[rows]] - scored.rewards[rows, worst[rows]])
         examples += [batch[i] for i in scored.text[rows].tolist()]
         if len(examples) >= size:
             break
-    return torch.cat(winners), torch.cat(losers), examples
+    return torch.cat(winners), torch.cat(losers), torch.cat(gaps), examples

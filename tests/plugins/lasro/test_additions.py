@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from typer.testing import CliRunner
 
 from alignkit.cli.app import app
 from alignkit.config.reference import class_fields
 from alignkit.errors import ConfigError
 from alignkit.training.trainer import Trainer
-from alignkit_lasro.additions import ExtendedLaSRO
+from alignkit_lasro.additions import ComparedPairs, ExtendedLaSRO
 from alignkit_lasro.lasro import LaSRO
 from method_checks import collect, copies, equal
 
@@ -23,7 +24,7 @@ ADDED = {f["name"]: f for f in class_fields(ExtendedLaSRO) if f["name"] not in {
 
 
 def test_the_reference_marks_every_addition_as_not_in_the_paper() -> None:
-    assert len(ADDED) == 11 and all(field["doc"].startswith("Not in the paper") for field in ADDED.values())
+    assert len(ADDED) == 12 and all(field["doc"].startswith("Not in the paper") for field in ADDED.values())
     assert not any("not in the paper" in field["doc"].lower() for field in class_fields(LaSRO))
     shown = " ".join(CliRunner().invoke(app, ["show", "lasro"]).output.split())
     for name, field in ADDED.items():
@@ -32,9 +33,9 @@ def test_the_reference_marks_every_addition_as_not_in_the_paper() -> None:
 
 def test_every_addition_is_off_by_default() -> None:
     assert {name: field["default"] for name, field in ADDED.items()} == {
-        "replay": "1", "pairs": '"extremes"', "noise_correlation": "0.0", "reference_samples": "0", "negatives": "0",
-        "smoothing": "0.0", "purify": "0.0", "contrast": "0.0", "gradient_samples": "1", "unit_gradients": "false",
-        "restart_every": "0",
+        "replay": "1", "pairs": '"extremes"', "label_scale": "0.0", "noise_correlation": "0.0",
+        "reference_samples": "0", "negatives": "0", "smoothing": "0.0", "purify": "0.0", "contrast": "0.0",
+        "gradient_samples": "1", "unit_gradients": "false", "restart_every": "0",
     }  # fmt: skip
     assert ExtendedLaSRO().needs == LaSRO().needs
 
@@ -45,6 +46,7 @@ def test_every_addition_is_off_by_default() -> None:
         {"replay": 0},
         {"reference_samples": 8},
         {"smoothing": -0.1},
+        {"label_scale": -1.0},
         {"negatives": -1},
         {"gradient_samples": 0},
         {"restart_every": -1},
@@ -190,6 +192,26 @@ def test_pairs_of_examples_that_share_a_text_keep_their_metadata(
         brighter = [example.metadata["target"] == "OPEN" for example in rows.prompt.examples]
         assert rows.prompt.texts == ["a sign"] * len(rows) and 0 < sum(brighter) < len(rows)
         assert (better > worse).tolist() == brighter
+
+
+def test_labels_say_how_sure_the_rewards_are_and_teach_scores_in_their_units(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer({"algorithm.label_scale": 8.0, "algorithm.samples": 3, "regulariser": []})
+    ctx, method = trainer.ctx, trainer.algorithm
+    (pairs, *_) = method.surrogate_updates(collect(trainer), ctx)
+    assert isinstance(pairs, ComparedPairs) and float(pairs.gap.min()) > 0
+    images = [ctx.score(x, pairs.prompt.examples).values for x in (pairs.winner, pairs.loser)]
+    assert torch.allclose(pairs.gap, images[0] - images[1], atol=1e-6)
+
+    def loss(scale: float) -> Tensor:
+        """Return the loss of a surrogate whose scores are `scale` times the rewards."""
+        known = {True: scale * images[0], False: scale * images[1]}
+        ctx.surrogate.score = lambda x, prompt: torch.cat([known[True], known[False]])  # type: ignore[method-assign, union-attr]
+        return method.surrogate_loss(pairs, ctx)  # type: ignore[no-any-return]
+
+    best = (8 * pairs.gap).sigmoid()
+    entropy = -(best * best.log() + (1 - best) * (1 - best).log()).mean()
+    assert float(loss(8.0)) == pytest.approx(float(entropy), rel=1e-4)
+    assert float(loss(8.0)) < min(float(loss(4.0)), float(loss(16.0)))  # certainty would have the second as the best
 
 
 def test_as_many_rounds_are_kept_as_replay_states(make_trainer: MakeTrainer) -> None:

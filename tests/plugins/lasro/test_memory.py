@@ -55,8 +55,8 @@ def test_every_two_samples_of_a_group_are_paired_about_equally_often() -> None:
 def test_no_more_pairs_are_mixed_than_there_is_room_for(rounds: int, found: int) -> None:
     groups = 500
     examples = [Example(str(i)) for i in range(groups)]
-    winners, losers, own = mixed([(scored(groups), examples)] * rounds, "extremes", 64, generator())
-    assert len(winners) == len(losers) == len(own) == found
+    winners, losers, gaps, own = mixed([(scored(groups), examples)] * rounds, "extremes", 64, generator())
+    assert len(winners) == len(losers) == len(gaps) == len(own) == found
 
 
 def test_counterparts_pair_each_reference_sample_with_the_own_sample_of_its_noise() -> None:
@@ -77,8 +77,9 @@ def test_half_of_a_sample_is_of_counterparts_and_every_pair_has_its_own_example(
     for seed in range(3):
         memory.add(scored(4, seed=seed), examples)
     assert len(memory.rounds) == len(memory.changes) == 2
-    winner, loser, own = memory.sample("extremes", 8, generator())
+    winner, loser, gap, own = memory.sample("extremes", 8, generator())
     assert len(winner) == len(own) > 4 and bool((winner > loser).all())
+    assert torch.equal(gap, (winner - loser).flatten())  # here a reward is the sample itself
     for value, example in zip(winner.flatten().tolist(), own, strict=True):
         places = [row for kept, _ in memory.rounds for row in range(4) if value in kept.latents[row].flatten().tolist()]
         assert [examples[row] for row in places] == [example]
@@ -89,8 +90,8 @@ def test_a_memory_comes_back_from_a_checkpoint_with_its_counterparts(tmp_path: P
     for seed in range(2):
         memory.add(scored(4, seed=seed), signs())
     other.load_state_dict(load(save(tmp_path, 1, {"memory": memory.state_dict()}))["memory"])
-    for (winner, loser, examples), (same_winner, same_loser, same_examples) in [
+    for (*found, examples), (*same, same_examples) in [
         (memory.sample("random", 8, generator(seed)), other.sample("random", 8, generator(seed))) for seed in range(3)
     ]:
-        assert torch.equal(winner, same_winner) and torch.equal(loser, same_loser)
+        assert all(map(torch.equal, found, same))
         assert examples == same_examples and same_examples[0].place == "prompts.jsonl"
