@@ -171,7 +171,11 @@ def test_algorithms(name: str, form: Form, steps: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", EMBEDDED)
+@pytest.mark.parametrize(
+    "model",
+    # `test_algorithms` tries the teacher's form and sampler.
+    ["shapes_lcm", "shapes_turbo", pytest.param("shapes_teacher", marks=pytest.mark.long)],
+)
 @pytest.mark.parametrize("name", names("algorithm"))
 def test_algorithms_with_what_an_embedded_model_brings(name: str, model: str) -> None:
     run = alignkit.load(None, {"model.name": model, "algorithm.name": name})
