@@ -19,7 +19,7 @@ help:
 	@echo "            show in one PNG what they changed (a new folder in runs/)"
 	@echo "make test   install and run all checks: ruff, mypy, pytest"
 	@echo "make test-long"
-	@echo "            install and run the tests that take more than a minute each, which make test leaves out"
+	@echo "            install and run the tests that make test leaves out because they take long"
 	@echo "make lint   ruff and mypy alone"
 	@echo "make docs   write the generated parts of docs/ again"
 

@@ -94,7 +94,7 @@ def gallery(runs: Sequence[str | Path], rows: int = 8, steps: int | None = None)
     return draw_grid(
         torch.stack([before, *(_images(column.after, chosen) for column in columns)], dim=1),
         [first.before[place].prompt for place in chosen],
-        [f"before\n{first.config.model.name}", *(column.title for column in columns)],
+        [f"before\n{Path(first.config.model.name).name}", *(column.title for column in columns)],
         EDGE,
         [[first.caption(p, False), *(column.caption(p, True) for column in columns)] for p in chosen],
         _notes(columns, len(chosen), number),

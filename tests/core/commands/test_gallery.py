@@ -129,7 +129,7 @@ def test_a_column_is_titled_with_method_run_and_weights(
     ended: MakePoints, drawn: Any, exported: tuple[int, str], shown: str, tiny_lcm: Path
 ) -> None:
     alignkit.gallery([ended(exported=exported)])
-    assert drawn.columns == [f"before\n{tiny_lcm}", f"lasro\nrun: {shown}"]
+    assert drawn.columns == [f"before\n{tiny_lcm.name}", f"lasro\nrun: {shown}"]
 
 
 def test_what_is_not_the_papers_stands_in_the_title_and_if_it_is_long_in_the_notes_alone(
