@@ -1,27 +1,37 @@
-# `make demo` and `make test` need Python 3.11 or newer and a package index; everything goes into .venv.
+# `make demo`, `make test` and `make test-long` need Python 3.11 or newer and a package index; everything goes into .venv.
 # The packages take the pinned versions of constraints.txt. On Linux, PyPI's torch brings CUDA along; without a GPU
 #   make demo PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 # downloads far less.
 
 PYTHON ?= python3
 BIN := .venv/bin
-OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+NOW := $(shell date +%Y%m%d-%H%M%S)
+OUT ?= runs/demo-$(NOW)
+# More flags of the two trainings of `make demo`, as DRAFT='--set train.updates=60'.
+LASRO ?=
+DRAFT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs
+.PHONY: help demo test test-long lint docs
 
 help:
-	@echo "make demo   install and train: LaSRO on attribute binding, from the embedded model (a new folder in runs/)"
+	@echo "make demo   install and train LaSRO and DRaFT side by side on attribute binding, from the embedded model, and"
+	@echo "            show in one PNG what they changed (a new folder in runs/)"
 	@echo "make test   install and run all checks: ruff, mypy, pytest"
+	@echo "make test-long"
+	@echo "            install and run the tests that make test leaves out because they take long"
 	@echo "make lint   ruff and mypy alone"
 	@echo "make docs   write the generated parts of docs/ again"
 
 demo: .venv/.installed
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/alignkit train --algo lasro --reward attribute_binding --out $(OUT)
+	@$(BIN)/python examples/demo.py $(OUT) --lasro='$(LASRO)' --draft='$(DRAFT)'
 
 # Two processes of one thread: the networks of the tests are so small that a second thread mostly waits for the first.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-long: .venv/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m long
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

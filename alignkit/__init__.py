@@ -21,6 +21,7 @@ from alignkit.records import Batch, Example, PolicyFacts, PolicySettings, Predic
 
 if TYPE_CHECKING:
     from alignkit.commands.evaluate import evaluate
+    from alignkit.commands.gallery import gallery
     from alignkit.config.schema import check_ranges
     from alignkit.rewards.functions import reward
     from alignkit.runs.run import Run, load
@@ -51,6 +52,7 @@ __all__ = [
     "__version__",
     "check_ranges",
     "evaluate",
+    "gallery",
     "hookimpl",
     "load",
     "reward",
@@ -62,6 +64,7 @@ _LAZY = {
     "Update": "alignkit.training.trainer",
     "check_ranges": "alignkit.config.schema",
     "evaluate": "alignkit.commands.evaluate",
+    "gallery": "alignkit.commands.gallery",
     "load": "alignkit.runs.run",
     "reward": "alignkit.rewards.functions",
 }

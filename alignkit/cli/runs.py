@@ -1,4 +1,4 @@
-"""The commands about runs: check, train, prepare, sample, pairs and evaluate."""
+"""The commands about runs: check, train, prepare, sample, pairs, evaluate and gallery."""
 
 from __future__ import annotations
 
@@ -277,3 +277,37 @@ def evaluate_runs(
         for name in dict.fromkeys(row.run for row in of_kind):
             if found := verdict([row for row in of_kind if row.run == name]):
                 console.print(f"{name}, {kind} prompts: {found.text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def draw_gallery(
+    sources: Annotated[list[Path], typer.Argument(metavar="RUN...")],
+    rows: Annotated[int, typer.Option(min=1, help="Most prompts to show.")] = 8,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Number of sampler steps; by default the first that was measured.")
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The PNG to write.")] = Path("gallery.png"),
+) -> None:
+    """Show images and scores before training and after each run.
+
+    A row for each prompt, a column before training, and one for each run, with the same noise. The images are those
+    that runs keep at their points: before training, and of the weights that a run exports. No model is loaded.
+
+    Prompts are chosen by a fixed rule: sorted by the trained reward before training (of equals by their order in the
+    file; of the first run, if there are several), then taken at evenly spaced quantiles. The mean changes over all
+    prompts of the points stand below the images.
+
+    \b
+    alignkit gallery runs/first
+    alignkit gallery runs/first runs/second --rows 12 --steps 2 --out both.png
+    """
+    import io
+
+    from alignkit.commands.gallery import gallery
+    from alignkit.files import write_file
+
+    if out.exists():
+        raise AlignkitError(f"--out {out}: exists already; choose another name")
+    content = io.BytesIO()
+    gallery(sources, rows, steps).save(content, "PNG")
+    write_file(out, content.getvalue())
+    typer.echo(out)

@@ -1,4 +1,4 @@
-"""Draw a grid of images with prompts and column titles."""
+"""Draw a grid of images with prompts, column titles, and captions."""
 
 from __future__ import annotations
 
@@ -11,37 +11,74 @@ from torch import Tensor
 
 from alignkit.data.decode import to_uint8
 
+MARGIN, LINE = 4, 18
 
-def draw_grid(images: Tensor, prompts: Sequence[str], columns: Sequence[str], smallest: int = 128) -> Image.Image:
+
+def draw_grid(
+    images: Tensor,
+    prompts: Sequence[str],
+    columns: Sequence[str],
+    smallest: int = 128,
+    captions: Sequence[Sequence[str]] = (),
+    notes: Sequence[str] = (),
+) -> Image.Image:
     """Draw images (P, M, 3, H, W), uint8 or in [0, 1]: P rows titled with prompts, M columns with their names.
 
-    Images smaller than `smallest` pixels are enlarged by an integer factor without smoothing.
+    A name may have several lines. `captions`, P of M each, stand under the images, and `notes` under all of them, one
+    paragraph each. What is too long for its place is cut; notes are wrapped. Images smaller than `smallest` pixels are
+    enlarged by an integer factor without smoothing.
     """
     if images.is_floating_point():
         images = to_uint8(images)
     array = images.permute(0, 1, 3, 4, 2).cpu().numpy()
     factor = max(1, math.ceil(smallest / array.shape[3]))
     height, width = array.shape[2] * factor, array.shape[3] * factor
-    margin, caption, font = 4, 18, ImageFont.load_default(12)
-    size = (margin + len(columns) * (width + margin), caption + len(prompts) * (caption + height + margin))
-    sheet = Image.new("RGB", size, "white")
+    font = ImageFont.load_default(12)
+    titles = [name.split("\n") for name in columns]
+    sheet_width = MARGIN + len(columns) * (width + MARGIN)
+    header = LINE * max(map(len, titles), default=1)
+    row_height = LINE + height + LINE * bool(captions) + MARGIN
+    footer = [line for note in notes for line in _wrap(note, font, sheet_width - 2 * MARGIN)]
+    bottom = header + len(prompts) * row_height
+    sheet = Image.new("RGB", (sheet_width, bottom + LINE * len(footer) + MARGIN * bool(footer)), "white")
     pen = ImageDraw.Draw(sheet)
 
     def write(left: int, top: int, text: str, room: int) -> None:
-        text = " ".join(text.split())
-        if pen.textlength(text, font) > room:
-            too_long = bisect_right(
-                range(len(text)), room, key=lambda n: math.ceil(pen.textlength(text[:n] + "...", font))
-            )
-            text = text[: max(0, too_long - 1)] + "..."
-        pen.text((left, top + 2), text, fill="black", font=font)
+        pen.text((left, top + 2), _cut(text, font, room), fill="black", font=font)
 
-    for column, name in enumerate(columns):
-        write(margin + column * (width + margin), 0, name, width)
+    lefts = [MARGIN + column * (width + MARGIN) for column in range(len(columns))]
+    for left, lines in zip(lefts, titles, strict=True):
+        for place, line in enumerate(lines):
+            write(left, place * LINE, line, width)
     for row, prompt in enumerate(prompts):
-        top = caption + row * (caption + height + margin)
-        write(margin, top, prompt, size[0] - 2 * margin)
-        for column in range(len(columns)):
+        top = header + row * row_height
+        write(MARGIN, top, prompt, sheet_width - 2 * MARGIN)
+        for column, left in enumerate(lefts):
             image = Image.fromarray(array[row, column]).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(image, (margin + column * (width + margin), top + caption))
+            sheet.paste(image, (left, top + LINE))
+            if captions:
+                write(left, top + LINE + height, captions[row][column], width)
+    for place, line in enumerate(footer):
+        write(MARGIN, bottom + place * LINE, line, sheet_width - 2 * MARGIN)
     return sheet
+
+
+def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, room: int) -> str:
+    """Return the text in one line, its end replaced by dots if it is longer than `room` pixels."""
+    text = " ".join(text.split())
+    if font.getlength(text) > room:
+        too_long = bisect_right(range(len(text)), room, key=lambda n: math.ceil(font.getlength(text[:n] + "...")))
+        text = text[: max(0, too_long - 1)] + "..."
+    return text
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, room: int) -> list[str]:
+    """Split a text into lines of at most `room` pixels, as far as its words allow."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > room:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines

@@ -170,3 +170,21 @@ def test_the_images_of_a_grid_are_enlarged_and_otherwise_unchanged() -> None:
             expected = Image.fromarray(images[row, column].permute(1, 2, 0).numpy())
             assert small.tobytes() == expected.tobytes()
     assert draw_grid(images.float() / 255, ["a " * 400, "\u4e00\n\u00e9"], ["before", "after"]) == sheet
+
+
+def test_captions_stand_under_the_images_of_a_grid_and_notes_under_all_of_them() -> None:
+    images = torch.zeros(2, 2, 3, 64, 64, dtype=torch.uint8)
+    captions = [["reward 0.50", "reward 0.75"], ["", "reward 1.00 " * 9]]
+    sheet = draw_grid(images, ["a", "b"], ["before\nmodel", "after"], captions=captions, notes=["one " * 30, "two"])
+    lines = (sheet.height - 2 * 18 - 2 * (150 + 18) - 4) // 18
+    assert sheet.width == 4 + 2 * 132 and lines >= 4  # the first note takes several lines
+
+    def written(left: int, top: int, width: int) -> bool:
+        return sheet.crop((left, top, left + width, top + 18)).getextrema() != ((255, 255),) * 3
+
+    under = 2 * 18 + 18 + 128
+    assert written(4, 18, 128) and not written(136, 18, 128)  # the second line of the first title
+    assert written(4, under, 128) and written(136, under, 128)
+    assert not written(4, under + 168, 128) and written(136, under + 168, 128)
+    assert not written(132, under + 168, 4) and not written(264, under + 168, 4)
+    assert all(written(4, 2 * 18 + 2 * 168 + line * 18, 264) for line in range(lines))

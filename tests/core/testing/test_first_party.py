@@ -73,8 +73,14 @@ ELSEWHERE = {
 """Rewards that are checked in another file, where their small checkpoint or server is made."""
 DISTILLED = {"gors_lcm", "lcd", "rg_lcd"}
 """Methods that are latent consistency distillation, which is for the sampler lcm alone."""
-ALGORITHMS: dict[str, dict[str, Any]] = {"drpo": {"layers": ["down_blocks.0", "mid_block", "up_blocks.0"]}}
-"""Its own defaults name layers of larger networks."""
+FEWER: dict[str, dict[str, Any]] = {
+    "drpo": {"samples": 4, "positives": 2, "negatives": 2},
+    "gors_lcm": {"samples": 3},
+    "hybrid": {"samples": 4},
+}
+"""Fewer samples of each prompt than are meant for training: each is a row, and an update has four."""
+ALGORITHMS = FEWER | {"drpo": FEWER["drpo"] | {"layers": ["down_blocks.0", "mid_block", "up_blocks.0"]}}
+"""Fields for the tiny networks; drpo's own defaults name layers of larger ones."""
 FEW_STEPS = {"lasro"}
 """Methods that refuse a sampler of many steps."""
 SAMPLED: list[tuple[Form, str]] = [("lcm", "lcm"), ("teacher", "ddim")]
@@ -165,7 +171,11 @@ def test_algorithms(name: str, form: Form, steps: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", EMBEDDED)
+@pytest.mark.parametrize(
+    "model",
+    # `test_algorithms` tries the teacher's form and sampler.
+    ["shapes_lcm", "shapes_turbo", pytest.param("shapes_teacher", marks=pytest.mark.long)],
+)
 @pytest.mark.parametrize("name", names("algorithm"))
 def test_algorithms_with_what_an_embedded_model_brings(name: str, model: str) -> None:
     run = alignkit.load(None, {"model.name": model, "algorithm.name": name})
@@ -173,6 +183,7 @@ def test_algorithms_with_what_an_embedded_model_brings(name: str, model: str) ->
     if reason := refusal(algorithm, sampler):  # tests/plugins/shapes/test_bundles.py lists them with the reasons
         assert name in DISTILLED | FEW_STEPS and model != "shapes_lcm", reason
         return
+    algorithm = replace(algorithm, **FEWER.get(name, {}))
     if name == "lasro":
         algorithm = replace(algorithm, contrast=0.0)  # which takes two texts in a batch
     # Samplers of many steps are tried at three.
@@ -206,10 +217,14 @@ def published() -> dict[str, tuple[Form, Algorithm[Any, Any], Sampler]]:
 
 
 PUBLISHED = published()
+FIRST = {type(algorithm): key for key, (_, algorithm, _) in reversed(PUBLISHED.items())}.values()
+"""The first model of each method."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key", PUBLISHED)
+@pytest.mark.parametrize(
+    "key", [key if key in FIRST else pytest.param(key, marks=pytest.mark.long) for key in PUBLISHED]
+)
 def test_algorithms_with_what_a_published_model_brings(key: str) -> None:
     form, algorithm, sampler = PUBLISHED[key]
     if isinstance(algorithm, LaSRO):  # which has a weight for each step

@@ -1,0 +1,234 @@
+"""Show what runs changed: images of the same prompts and noise before training and after each run, with scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from alignkit.config.load import RunConfig, load
+from alignkit.config.recipes import departure
+from alignkit.data.decode import UNREADABLE
+from alignkit.errors import AlignkitError
+from alignkit.evaluation.rows import TOTAL, Row
+from alignkit.runs.grid import draw_grid
+from alignkit.runs.points import PointImage, read_point
+
+EDGE = 256
+"""Edge of an image, in pixels: larger ones are reduced to it, smaller ones enlarged by the next integer factor."""
+TITLE = 46
+"""Number of characters that fit above an image."""
+SAME = 2.0
+"""Largest mean difference, in levels of 0 to 255, of images that count as equal: machines round differently."""
+EXPORTED = {"best": "best point", "average": "average of the end", "last": "average of the end, not the exported last"}
+"""Words for the weights whose images are shown, by the rule by which the run exports."""
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A run, and its images at one number of steps: before training, and with the weights that it exports."""
+
+    folder: Path
+    config: RunConfig
+    before: list[PointImage]
+    after: list[PointImage]
+    means: list[Row]
+    """The rewards over all prompts: the trained one, and those held out without their parts."""
+    shown: str
+    """The weights that `after` is of."""
+
+    @property
+    def method(self) -> str:
+        """The algorithm, and what of its settings is not the paper's."""
+        departs = departure(self.config)
+        return f"{self.config.algorithm.name} ({departs})" if departs else self.config.algorithm.name
+
+    @property
+    def title(self) -> str:
+        method = self.method if len(self.method) <= TITLE else f"{self.config.algorithm.name} (not the paper's)"
+        return f"{method}\n{self.folder.name}: {self.shown}"
+
+    def caption(self, place: int, changed: bool) -> str:
+        """Return the scores of an image after training with their change, or those before."""
+        before, after = self.before[place].scores, self.after[place].scores
+        return ", ".join(
+            _score(row.reward, after.get(row.reward), before.get(row.reward))
+            if changed
+            else _score(row.reward, before.get(row.reward))
+            for row in self.means
+        )
+
+
+def gallery(runs: Sequence[str | Path], rows: int = 8, steps: int | None = None) -> Image.Image:
+    """Show images that runs kept at their points: a row for each prompt, a column before training, one for each run.
+
+    `runs` are folders of ended runs, `rows` the largest number of prompts, and `steps` the number of sampler steps, by
+    default the first of the first run. Prompts are sorted by the trained reward before training, in the first run, of
+    equals by their order in the file, and taken at evenly spaced quantiles; a prompt without a score is left out. No
+    model is loaded. Raises AlignkitError if a run has no points or has not ended, or if runs differ in prompts, noise
+    or the images before training.
+    """
+    if not runs or rows < 1:
+        raise AlignkitError(f"gallery: found {len(runs)} runs and {rows} rows, expected at least one of each")
+    folders = [Path(run) for run in runs]
+    configs = [_config(folder) for folder in folders]
+    number = configs[0].evaluate.steps[0] if steps is None else steps
+    columns = [_column(folder, config, number) for folder, config in zip(folders, configs, strict=True)]
+    first, *others = columns
+    for other in others:
+        _check_alike(first, other)
+    chosen = _quantiles([image.scores.get(TOTAL) for image in first.before], rows)
+    if not chosen:
+        raise AlignkitError(f"{first.folder}: found no score before training, expected a trained reward")
+    before = _images(first.before, chosen)
+    for other in others:
+        _check_images(first, other, before, _images(other.before, chosen))
+    return draw_grid(
+        torch.stack([before, *(_images(column.after, chosen) for column in columns)], dim=1),
+        [first.before[place].prompt for place in chosen],
+        [f"before\n{Path(first.config.model.name).name}", *(column.title for column in columns)],
+        EDGE,
+        [[first.caption(p, False), *(column.caption(p, True) for column in columns)] for p in chosen],
+        _notes(columns, len(chosen), number),
+    )
+
+
+def _config(folder: Path) -> RunConfig:
+    if not (folder / "run.toml").is_file():
+        raise AlignkitError(f"{folder}: no run.toml here; expected the folder of a run")
+    return load(folder / "run.toml")
+
+
+def _column(folder: Path, config: RunConfig, number: int) -> _Column:
+    """Read the points of a run. Raises AlignkitError if there are none, or none of the weights that it exports."""
+    points: dict[int, list[dict[str, Any]]] = {}
+    exported = None
+    for record in _records(folder / "metrics.jsonl"):
+        if "point" in record:
+            points[record["step"]] = record["point"]
+        elif "exported" in record:
+            exported = record
+    if exported is None:
+        raise AlignkitError(f"{folder}: the run has not ended; resume it with alignkit train --resume {folder}")
+    if not points:
+        raise AlignkitError(
+            f"{folder}: the run has no points, whose images are shown; train one with evaluate.points above 0, "
+            "evaluate.prompts and a reward"
+        )
+    if number not in config.evaluate.steps:
+        found = ", ".join(map(str, config.evaluate.steps))
+        raise AlignkitError(f"{folder}: found images of {found} steps, expected {number}; choose with --steps")
+    update = exported["exported"]
+    before, after = (
+        [image for image in read_point(folder / "points" / f"{step:06d}") if image.steps == number]
+        for step in (0, update)
+    )
+    means = [Row(**row) for row in points.get(update, ())]
+    means = [row for row in means if row.num_steps == number and (row.reward == TOTAL or row.held_out)]
+    shown = f"{EXPORTED[exported['weights']]}, update {update} of {config.train.updates}"
+    return _Column(folder, config, before, after, [row for row in means if "/" not in row.reward], shown)
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    except (OSError, ValueError) as error:
+        raise AlignkitError(f"{path}: cannot be read ({error}); expected a JSON object in each line") from error
+
+
+def _check_alike(one: _Column, other: _Column) -> None:
+    """Raise AlignkitError if two runs were measured on different prompts or noise."""
+    prompts = zip_longest((image.prompt for image in one.before), (image.prompt for image in other.before))
+    for place, (expected, found) in enumerate(prompts):
+        if expected != found:
+            raise AlignkitError(
+                f"{other.folder}: prompt {place} of its points is {_quoted(found)}, that of {one.folder} "
+                f"{_quoted(expected)}; expected runs with the same evaluate.prompts and evaluate.points_limit"
+            )
+    seed, its = one.config.evaluate.seed, other.config.evaluate.seed
+    if seed != its:
+        raise AlignkitError(
+            f"{other.folder}: evaluate.seed is {its}, that of {one.folder} {seed}; expected the same, for equal noise"
+        )
+
+
+def _quoted(prompt: str | None) -> str:
+    return "missing" if prompt is None else repr(prompt)
+
+
+def _check_images(one: _Column, other: _Column, before: Tensor, its: Tensor) -> None:
+    """Raise AlignkitError if the images of two runs before training differ."""
+    if before.shape != its.shape or (before.float() - its.float()).abs().mean((1, 2, 3)).max() > SAME:
+        raise AlignkitError(
+            f"{other.folder}: its images before training differ from those of {one.folder}; expected runs of one model "
+            "with one sampler"
+        )
+
+
+def _quantiles(scores: Sequence[float | None], count: int) -> list[int]:
+    """Return the places of at most `count` scores at evenly spaced quantiles, the lowest first."""
+    places = [place for _, place in sorted((score, place) for place, score in enumerate(scores) if score is not None)]
+    count = min(count, len(places))
+    return [places[(2 * i + 1) * len(places) // (2 * count)] for i in range(count)]
+
+
+def _images(kept: Sequence[PointImage], places: Sequence[int]) -> Tensor:
+    """Read the images at these places: (P, 3, H, W) uint8, reduced to `EDGE` pixels."""
+    found = []
+    for file in (kept[place].file for place in places):
+        try:
+            with Image.open(file) as image:
+                small = image.convert("RGB")
+        except UNREADABLE as error:
+            raise AlignkitError(f"{file}: cannot be read ({error}); expected an image as the run wrote it") from error
+        small.thumbnail((EDGE, EDGE))
+        found.append(torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1))
+    return torch.stack(found)
+
+
+def _score(name: str, value: float | None, before: float | None = None) -> str:
+    words = name.replace("_", " ")
+    if value is None:
+        return f"{words} not scored"
+    change = "" if before is None else f" ({round(value - before, 2) + 0.0:+.2f})"  # + 0.0: no -0.00
+    return f"{words} {value:.2f}{change}"
+
+
+def _notes(columns: Sequence[_Column], count: int, number: int) -> list[str]:
+    """State how the prompts were chosen, and what each run changed over all prompts of its points."""
+    first = columns[0]
+    notes = [
+        f"{count} of {len(first.before)} held-out prompts at {number} step{'s' * (number > 1)}, the same noise in all "
+        f"columns: sorted by the reward before training{f' ({first.folder.name})' * (len(columns) > 1)}, evenly spaced "
+        "quantiles. In brackets: the change since then."
+    ]
+    for column in columns:
+        trained = " and ".join(reward.name for reward in column.config.rewards)
+        means = "; ".join(
+            f"{row.reward.replace('_', ' ')} {row.before:.3f} to {row.after:.3f}, {row.difference:+.3f} "
+            f"[{row.low:+.3f}, {row.high:+.3f}]"
+            for row in column.means
+        )
+        notes.append(
+            f"{column.folder.name}: {column.method}, {column.shown}, reward: {trained}. Means over all "
+            f"{len(column.before)} prompts, with 95 % intervals of the change: {means}."
+        )
+        if any(_differ(mine.scores, its.scores) for mine, its in zip(first.before, column.before, strict=True)):
+            notes.append(
+                f"{column.folder.name} scores the images before training otherwise than {first.folder.name}, whose "
+                "scores stand in the first column: compare changes, not values."
+            )
+    return notes
+
+
+def _differ(one: Mapping[str, float | None], other: Mapping[str, float | None]) -> bool:
+    mine, its = one.get(TOTAL), other.get(TOTAL)
+    return mine is not None and its is not None and abs(mine - its) > 1e-3
