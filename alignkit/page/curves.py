@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from alignkit.page.record import AXES, Array
+from alignkit.page.record import AXES, MINUTES, Array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BINS = 160
 """Largest number of places at which a curve of one run has a value; curves of several runs have fewer."""
+FEW = 20
+"""Largest number of values that have a marker each."""
 INK, GRID, SURFACE = "#000901", "#000902", "#000903"
 """Stand-ins for colours of the style sheet: matplotlib takes no variables."""
 PREFIX = "this-chart-"
@@ -72,7 +74,8 @@ def reduced(x: Mapping[str, Array], y: Array, colour: int, bins: int = BINS) -> 
     middles = known[starts + counts // 2]
     low, high = (values, None) if size == 1 else (edge.reduceat(values, starts) for edge in (np.minimum, np.maximum))
     places = {axis: place[middles] for axis, place in x.items()}
-    return Series(colour, places, mean, low if reach or size > 1 else None, high), size * (2 * reach + 1)
+    band = low if reach or size > 1 else None
+    return Series(colour, places, mean, band, high, dotted=len(mean) <= FEW), size * (2 * reach + 1)
 
 
 def over_progress(series: Sequence[Series], ranges: Ranges, mark: Mapping[str, float] | None = None) -> str:
@@ -90,7 +93,7 @@ def over_progress(series: Sequence[Series], ranges: Ranges, mark: Mapping[str, f
                 _plot(axes, one, share(one.x[axis]), axis)
             if mark is not None:
                 axes.axvline(share(mark[axis]), color=INK, lw=0.8, ls=(0, (1, 2)), gid=axis)
-            for tick in _ticks(first, last):
+            for tick in _ticks(first, last, whole=axis != MINUTES):
                 axes.axvline(share(tick), color=GRID, lw=0.6, zorder=0, gid=axis)
                 axes.text(
                     share(tick), -0.045, _number(tick), transform=axes.get_xaxis_transform(), ha="center", va="top",
@@ -217,10 +220,10 @@ def _colour(index: int) -> str:
     return f"#0001{index % 8:02d}"
 
 
-def _ticks(first: float, last: float) -> list[float]:
+def _ticks(first: float, last: float, whole: bool) -> list[float]:
     from matplotlib.ticker import MaxNLocator
 
-    found = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(first, last)
+    found = MaxNLocator(5, steps=[1, 2, 5, 10], integer=whole).tick_values(first, last)
     return [float(tick) for tick in found if first <= tick <= last]
 
 

@@ -128,10 +128,9 @@ def _metric(records: Sequence[Record], name: str, limits: curves.Ranges) -> Char
         if values is None or found is None:
             continue
         one, window = found
-        missing = int(np.count_nonzero(~np.isfinite(values)))
-        notes += [f"mean of {window:,} updates"] * (window > 1) + [f"no finite value in {missing:,} updates"] * bool(
-            missing
-        )
+        missing = record.unknown[name]
+        notes += [f"mean of {window:,} updates"] * (window > 1)
+        notes += [f"not finite in {missing:,} update{'s' * (missing > 1)}"] * (missing > 0)
         series.append(one)
         keys.append((record.name, run))
     if not series:

@@ -23,6 +23,8 @@ SHARP = 128
 """Largest edge of an image that is embedded as it is."""
 LARGE, SMALL = 384, 144
 """Largest edges of other images, in the gallery and in the strip."""
+MARKUP = 500
+"""Characters around an image in the page, with its label."""
 COMPARED = 16
 """Prompts over which the change of pixels is measured at every point."""
 BROKEN = (OSError, ValueError, SyntaxError, Pillow.DecompressionBombError)
@@ -82,7 +84,9 @@ class Budget:
 
     def take(self, card: Card) -> bool:
         """Take the room of a card; False, and nothing taken, if there is too little."""
-        size = sum(len(image.data) for line in card.lines for image in line.images) + 3 * len(card.prompt)
+        images = [image for line in card.lines for image in line.images]
+        texts = sum(6 * len(name) + 40 for image in images for name in image.scores)  # 6: of an escaped character
+        size = sum(len(image.data) + MARKUP for image in images) + texts + 6 * len(card.prompt)
         if size > self.room:
             return False
         self.room -= size

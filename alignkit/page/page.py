@@ -93,10 +93,10 @@ def _images(records: Sequence[Record], room: int, left_out: list[str]) -> dict[s
             )
         return {"cards": [], "strips": []}
     orders = ordered(records, places, steps)
-    cards = gallery(records, orders, steps, Budget(room * 2 // 3))
-    used = sum(len(image.data) for card in cards for line in card.lines for image in line.images)
     chosen = list(dict.fromkeys(found[0] for found in orders.values() if found))
-    rows = strips(records, chosen, steps, Budget(room - used))
+    budget = Budget(room // 3)
+    rows = strips(records, chosen, steps, budget)
+    cards = gallery(records, orders, steps, Budget(room - room // 3 + budget.room))
     if len(cards) < len(places):
         left_out.append(f"The gallery shows {len(cards)} of {len(places)} prompts; the images of all are in points/")
     if len(rows) < len(chosen):
@@ -159,5 +159,7 @@ def _template() -> Template:
 
 
 def _clip(text: str, length: int = TEXT) -> str:
-    """Shorten a text, and say so."""
-    return text if len(text) <= length else f"{text[:length]} ... ({len(text) - length:,} more characters)"
+    """Shorten a text; of a long one, say by how much."""
+    if len(text) <= length:
+        return text
+    return f"{text[:length]} ... ({len(text) - length:,} more characters)" if length > 300 else f"{text[:length]}..."

@@ -65,6 +65,8 @@ class Record:
     environment: Mapping[str, Any] = field(default_factory=dict)
     metrics: dict[str, Array] = field(default_factory=dict)
     """By name: a value for each update, NaN where there is none."""
+    unknown: dict[str, int] = field(default_factory=dict)
+    """By name of the metric: the number of updates in which it was measured and not finite."""
     axes: dict[str, Array] = field(default_factory=dict)
     """By name of `AXES`: the place of each update. Rounds of the warm-up lie at update 0 and below."""
     evaluations: dict[int, list[Row]] = field(default_factory=dict)
@@ -206,6 +208,7 @@ def _read_metrics(record: Record, path: Path) -> None:
         for name, column in zip(names, _numbers(values).T, strict=True):
             if name not in TIMES:
                 record.metrics.setdefault(name, np.full(len(places), math.nan))[where] = column
+                record.unknown[name] = record.unknown.get(name, 0) + int(np.count_nonzero(np.isnan(column)))
     if places:
         record.axes = dict(zip(AXES, np.array(places, dtype=np.float64).T, strict=True))
         warmup = int(np.sum(record.axes[UPDATES] <= 0))

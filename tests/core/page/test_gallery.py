@@ -62,11 +62,11 @@ def test_images_are_left_out_where_there_is_no_room(write_run: Write) -> None:
     records = [read_record(write_run(prompts=PROMPTS))]
     orders = ordered(records, *shared(records))
     all_cards = gallery(records, orders, [1, 2], Budget(ROOM))
-    budget = Budget(4000)
+    budget = Budget(30_000)
     some = gallery(records, orders, [1, 2], budget)
     assert 0 < len(some) < len(all_cards) and budget.room >= 0
     size = sum(len(image.data) for card in some for line in card.lines for image in line.images)
-    assert size <= 4000 - budget.room
+    assert size <= 30_000 - budget.room
     assert gallery(records, orders, [1, 2], Budget(0)) == [] == strips(records, [0], [1], Budget(0))
     # Every order has its share of what there is room for.
     assert min(Counter(order for card in some for order in card.ranks).values()) >= 1

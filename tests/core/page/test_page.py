@@ -167,7 +167,7 @@ def test_metrics_that_are_never_finite_are_named(write_run: Write) -> None:
     folder = write_run(prompts=(), updates=0, ended=False)
     write_lines(folder, [update_line(step, lost=None, partly=None if step < 3 else 1.0) for step in range(1, 5)])
     text = plain(page_of(folder))
-    assert "No chart of lost: no finite value" in text and "no finite value in 2 updates" in text
+    assert "No chart of lost: no finite value" in text and "not finite in 2 updates" in text
 
 
 def test_reward_hacking_is_named_with_its_points(write_run: Write) -> None:
