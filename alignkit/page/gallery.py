@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image as Pillow
+from PIL import features
 
-from alignkit.page.record import Array, Image, Record, trained
+from alignkit.page.record import Array, Record, trained
 
 ORDERS = ("best", "worst", "most changed", "random")
 """Prompts by the largest rise and the largest fall of the trained reward, by the change of pixels, and at random."""
@@ -21,7 +23,7 @@ SEED = 0
 """Seed of the random order."""
 SHARP = 128
 """Largest edge of an image that is embedded as it is."""
-LARGE, SMALL = 384, 144
+LARGE, SMALL = 320, 128
 """Largest edges of other images, in the gallery and in the strip."""
 MARKUP = 500
 """Characters around an image in the page, with its label."""
@@ -106,12 +108,10 @@ def embed(path: Path, largest: int) -> tuple[str, bool]:
     except BROKEN:
         return "", False
     sharp, content = max(image.size) <= SHARP, io.BytesIO()
-    if sharp:
-        image.save(content, "PNG")
-    else:
+    kind = "png" if sharp else "webp" if features.check("webp") else "jpeg"
+    if not sharp:
         image.thumbnail((largest, largest), Pillow.Resampling.LANCZOS)
-        image.save(content, "JPEG", quality=82)
-    kind = "png" if sharp else "jpeg"
+    image.save(content, kind, quality=80)
     return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}", sharp
 
 
@@ -127,23 +127,23 @@ def small_pixels(path: Path) -> Array | None:
     return np.asarray(small, dtype=np.float64) / 255
 
 
-def change(before: Image, after: Image) -> float:
-    """Return the root mean square of the change of pixels, 0 to 1; NaN if an image cannot be read."""
-    first, second = small_pixels(before.path), small_pixels(after.path)
-    if first is None or second is None or first.shape != second.shape:
-        return float("nan")
-    return float(np.sqrt(np.mean((first - second) ** 2)))
+def change(before: Array | None, after: Array | None) -> float:
+    """Return the root mean square of the change of `small_pixels`, 0 to 1; NaN if one of both could not be read."""
+    if before is None or after is None or before.shape != after.shape:
+        return math.nan
+    return float(np.sqrt(np.mean((before - after) ** 2)))
 
 
 def drift(record: Record, steps: int) -> dict[int, float]:
     """Return by point the mean change of pixels from the images before training, at a number of steps."""
     start = record.points[0].images if 0 in record.points else {}
     keys = sorted(key for key in start if key[1] == steps)[:COMPARED]
+    before = {key: small_pixels(start[key].path) for key in keys}
     found = {}
     for update, point in record.points.items():
-        changes = [change(start[key], point.images[key]) for key in keys if key in point.images]
-        if changes and np.isfinite(changes).any():
-            found[update] = float(np.nanmean(changes))
+        changes = [change(before[key], small_pixels(point.images[key].path)) for key in keys if key in point.images]
+        if known := [value for value in changes if not math.isnan(value)]:
+            found[update] = sum(known) / len(known)
     return found
 
 
@@ -172,8 +172,8 @@ def ordered(records: Sequence[Record], places: Sequence[int], steps: Sequence[in
         risen = [after - before for before, after in scores if before is not None and after is not None]
         if risen:
             rises[place] = sum(risen) / len(risen)
-        changed = [value for before, after in both if np.isfinite(value := change(before, after))]
-        changes[place] = sum(changed) / len(changed) if changed else 0.0
+        changed = [change(small_pixels(before.path), small_pixels(after.path)) for before, after in both]
+        changes[place] = float(np.nan_to_num(changed).mean())
     by_rise = sorted(rises, key=rises.__getitem__)
     return {
         "best": by_rise[::-1],

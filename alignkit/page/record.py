@@ -137,7 +137,8 @@ def read_record(folder: Path) -> Record:
     record = Record(folder, folder.resolve().name)
     _read_settings(record)
     try:
-        record.environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+        found = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+        record.environment = found if isinstance(found, Mapping) else {}
     except (OSError, ValueError) as error:
         record.faults.append(f"environment.json: {_reason(error)}, so machine and commit are not shown")
     _read_metrics(record, path)

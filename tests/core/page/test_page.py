@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -215,3 +217,13 @@ def test_a_page_that_cannot_be_written_is_one_warning(
     monkeypatch.setattr("alignkit.page.page.render", lambda records: 1 / 0)
     keep_page(folder, warnings.append)
     assert len(warnings) == 3 and "ZeroDivisionError: division by zero" in warnings[2]
+
+
+def test_the_libraries_of_the_page_are_imported_when_one_is_written() -> None:
+    heavy = "{'matplotlib', 'jinja2', 'torch', 'PIL'}"
+    code = f"import sys, alignkit.cli.app, alignkit.page.facts; print(sorted({heavy} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    code = code.replace("alignkit.page.facts", "alignkit.runs.run")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "matplotlib" not in done.stdout
