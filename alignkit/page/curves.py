@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 BINS = 160
 """Largest number of places at which a curve of one run has a value; curves of several runs have fewer."""
+LARGEST = 1e100
+"""Larger values are shown as this one: sums of values at the limit of a float overflow."""
 FEW = 20
 """Largest number of values that have a marker each."""
 INK, GRID, SURFACE = "#000901", "#000902", "#000903"
@@ -64,7 +66,8 @@ def reduced(x: Mapping[str, Array], y: Array, colour: int, bins: int = BINS) -> 
     known = np.flatnonzero(np.isfinite(y))
     if not len(known):
         return None
-    values, size = y[known], math.ceil(len(known) / bins)
+    values = np.clip(y[known], -LARGEST, LARGEST)
+    size = math.ceil(len(known) / bins)
     starts = np.arange(0, len(known), size)
     counts = np.diff([*starts, len(known)])
     reach = len(starts) // 30
@@ -153,16 +156,17 @@ def _plot(axes: Axes, one: Series, x: Array, gid: str) -> None:
 
 def _limit(axes: Axes, series: Sequence[Series]) -> None:
     """Fit the vertical axis to curves and bands, without the outermost hundredth of the bands at each end."""
-    lines = np.concatenate([one.y for one in series])
     bands = [edge for one in series for edge in (one.low, one.high) if edge is not None]
-    low, high = np.min(lines), np.max(lines)
-    if bands:
-        edges = np.concatenate(bands)
-        low = min(low, np.quantile(edges, 0.01, method="lower"))
-        high = max(high, np.quantile(edges, 0.99, method="higher"))
+    edges = np.concatenate([*bands, []])
+    edges = edges[np.isfinite(edges)]
     bases = [one.base for one in series if one.base is not None]
-    low, high = min([low, *bases]), max([high, *bases])
-    room = (high - low) * 0.06 or max(abs(high) * 0.06, 1e-6)
+    shown = np.concatenate([*(one.y for one in series), bases])
+    if len(edges):
+        shown = np.append(shown, np.quantile(edges, 0.01, method="lower"))
+        shown = np.append(shown, np.quantile(edges, 0.99, method="higher"))
+    shown = shown[np.isfinite(shown)]
+    low, high = (np.min(shown), np.max(shown)) if len(shown) else (0.0, 1.0)
+    room = (high - low) / 16 or max(abs(high) / 16, 1e-6)
     axes.set_ylim(low - room, high + room)
 
 

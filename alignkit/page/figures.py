@@ -12,7 +12,7 @@ from alignkit.page import curves
 from alignkit.page.curves import Series
 from alignkit.page.facts import label, main_steps, steps_text
 from alignkit.page.gallery import drift
-from alignkit.page.record import AXES, SAMPLES, Record
+from alignkit.page.record import AXES, SAMPLES, Record, value_of
 
 FIRST = ("reward", "pair_accuracy", "rank_correlation", "surrogate_score", "loss", "grad_norm")
 """Metrics that are shown first; then terms of the loss, such as reference_loss; then all others, folded away."""
@@ -91,10 +91,10 @@ def _at_points(record: Record, reward: str, steps: int, colour: int) -> Series |
         for row in p.rows
         if (row.reward, row.num_steps) == (reward, steps)
     ]
-    found = [(place, row) for place, row in found if np.isfinite(record.value(row))]
+    found = [(place, row) for place, row in found if np.isfinite(value_of(row))]
     if not found:
         return None
-    value = np.array([record.value(row) for _, row in found])
+    value = np.array([value_of(row) for _, row in found])
     low = np.array([row.before + (row.low or 0.0) for _, row in found])
     high = np.array([row.before + (row.high or 0.0) for _, row in found])
     places = {axis: np.array([place[axis] for place, _ in found]) for axis in AXES}
@@ -189,12 +189,10 @@ def drift_charts(records: Sequence[Record]) -> list[Chart]:
         paths, keys = [], []
         for (record, steps, colour), changed in zip(curve, changes, strict=True):
             values = {
-                update: record.value(row)
+                update: value_of(row)
                 for update, point in record.points.items()
                 for row in point.rows
-                if (row.reward, row.num_steps) == (reward, steps)
-                and np.isfinite(record.value(row))
-                and update in changed
+                if (row.reward, row.num_steps) == (reward, steps) and np.isfinite(value_of(row)) and update in changed
             }
             if len(values) > 1:
                 paths.append((colour, np.array([changed[u] for u in values]), np.array(list(values.values()))))

@@ -56,7 +56,7 @@ def keep_page(folder: Path, warn: Callable[[str], object]) -> None:
 
 def render(records: Sequence[Record]) -> str:
     """Return the page as HTML."""
-    _tell_apart(records)
+    _name_apart(records)
     left_out: list[str] = [f"{record.name}: {fault}" for record in records for fault in record.faults]
     limits = figures.ranges(records)
     points = figures.point_charts(records, limits)
@@ -122,7 +122,7 @@ def _missing(records: Sequence[Record], context: dict[str, Any]) -> list[str]:
     return [reason for reason, found in reasons.items() if not found]
 
 
-def _tell_apart(records: Sequence[Record]) -> None:
+def _name_apart(records: Sequence[Record]) -> None:
     """Give runs whose folders have the same name their paths as names."""
     names = [record.name for record in records]
     for record in records:

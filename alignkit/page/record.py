@@ -122,10 +122,6 @@ class Record:
         found = self.settings.get(name, {})
         return found if isinstance(found, Mapping) else {}
 
-    def value(self, row: Row) -> float:
-        """Return the value of a row after training, or before if there is none after."""
-        return row.before if row.after is None else row.after
-
 
 def read_record(folder: Path) -> Record:
     """Read the folder of a run. Raises AlignkitError if it holds no `metrics.jsonl`."""
@@ -273,3 +269,8 @@ def _reason(error: OSError | ValueError) -> str:
 def trained(scores: Mapping[str, float]) -> float | None:
     """Return the trained reward of an image; of a run without one, the first score; None if it has no score."""
     return scores.get(TOTAL, next(iter(scores.values()), None))
+
+
+def value_of(row: Row) -> float:
+    """Return the mean of a row after training, or before if there is none after."""
+    return row.before if row.after is None else row.after

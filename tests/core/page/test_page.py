@@ -78,7 +78,7 @@ def test_several_runs_stand_side_by_side(write_run: Write) -> None:
     assert "0.100" in text and "0.900" in text
 
 
-def test_runs_with_folders_of_the_same_name_are_told_apart_by_their_paths(write_run: Write, tmp_path: Path) -> None:
+def test_runs_whose_folders_have_the_same_name_are_named_by_their_paths(write_run: Write, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     one, two = write_run("run"), write_run("a/run")
     text = plain(page_of(one, two))
@@ -170,6 +170,18 @@ def test_metrics_that_are_never_finite_are_named(write_run: Write) -> None:
     write_lines(folder, [update_line(step, lost=None, partly=None if step < 3 else 1.0) for step in range(1, 5)])
     text = plain(page_of(folder))
     assert "No chart of lost: no finite value" in text and "not finite in 2 updates" in text
+
+
+def test_numbers_at_the_edge_of_what_a_float_holds_make_a_page(write_run: Write) -> None:
+    folder = write_run(updates=2)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        for row in line.get("point", ()):
+            row.update(before=None)
+    lines += [update_line(step, huge=(-1) ** step * 1.7e308, tiny=5e-324, steady=3.0) for step in range(3, 400)]
+    write_lines(folder, lines)
+    page = page_of(folder)
+    assert "huge" in page and "nan" not in "".join(re.findall(r' d="[^"]*"', page))
 
 
 def test_reward_hacking_is_named_with_its_points(write_run: Write) -> None:
