@@ -20,7 +20,23 @@ PROMPTS = ["a red circle", "a blue square and a green star", "a white ring", "a 
 
 
 @pytest.fixture
-def tiny_run(tmp_path: Path, brightness: None, tiny_lcm: Path, tiny_teacher: Path) -> Callable[..., Run]:
+def no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs without their page, which takes about as long as a tiny run."""
+    monkeypatch.setattr("alignkit.runs.report.keep_page", lambda folder, warn: None)
+
+
+@pytest.fixture
+def pages(no_pages: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs with their page."""
+    from alignkit.page.page import keep_page
+
+    monkeypatch.setattr("alignkit.runs.report.keep_page", keep_page)
+
+
+@pytest.fixture
+def tiny_run(
+    tmp_path: Path, brightness: None, tiny_lcm: Path, tiny_teacher: Path, no_pages: None
+) -> Callable[..., Run]:
     """A function that makes short runs on the tiny pipelines in `tmp_path / output`, with the reward `brightness`."""
     import alignkit
 

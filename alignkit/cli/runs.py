@@ -1,4 +1,4 @@
-"""The commands about runs: check, train, prepare, sample, pairs, evaluate and gallery."""
+"""The commands about runs: check, train, prepare, sample, pairs, evaluate, gallery and report."""
 
 from __future__ import annotations
 
@@ -311,3 +311,23 @@ def draw_gallery(
     gallery(sources, rows, steps).save(content, "PNG")
     write_file(out, content.getvalue())
     typer.echo(out)
+
+
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN...")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The page; by default report.html in the run folder, or here.")
+    ] = None,
+) -> None:
+    """Write a page about runs: rewards, images, curves.
+
+    The page is one HTML file that needs no network. It shows what the run folders hold and loads no model. Every run
+    writes its own page when it ends; several runs stand side by side on one page, with win rates.
+
+    \b
+    alignkit report runs/first
+    alignkit report runs/first runs/control --out comparison.html
+    """
+    from alignkit.page.page import write_page
+
+    typer.echo(write_page(folders, out))

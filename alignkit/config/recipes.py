@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,19 +87,27 @@ def _fits(file: RunFile) -> RecipeConfig:
 def departure(config: RunConfig, registry: Registry | None = None) -> str:
     """Return in a few words what of a run is not the paper's: its recipe, else fields that are not in the paper and
     are set; empty if nothing is."""
-    if config.recipe not in NONE:
-        return f"recipe {config.recipe}, not the paper's"
-    added = list(_additions(config, registry or default_registry()))
+    surrogate = [("surrogate", config.surrogate)] if config.surrogate else []
+    regularisers = [("regulariser", one) for one in config.regularisers]
+    parts = [("algorithm", config.algorithm), ("sampler", config.sampler), *surrogate, *regularisers]
+    return departure_of(config.recipe, ((kind, one.name, one.fields) for kind, one in parts), registry)
+
+
+def departure_of(
+    recipe: str, parts: Iterable[tuple[str, str, Mapping[str, Any]]], registry: Registry | None = None
+) -> str:
+    """Return the `departure` of a recipe and parts: kind, name and fields each."""
+    if recipe not in NONE:
+        return f"recipe {recipe}, not the paper's"
+    added = list(_additions(parts, registry or default_registry()))
     return f"{', '.join(added)}, not the paper's" if added else ""
 
 
-def _additions(config: RunConfig, registry: Registry) -> Iterator[str]:
-    """Yield the fields of the algorithm and its parts that say "Not in the paper" and are not at their default."""
-    surrogate = [config.surrogate] if config.surrogate else []
-    parts = [("algorithm", config.algorithm), ("sampler", config.sampler), *(("surrogate", one) for one in surrogate)]
-    for kind, plugin in [*parts, *(("regulariser", one) for one in config.regularisers)]:
-        cls = registry.get(kind, plugin.name)
+def _additions(parts: Iterable[tuple[str, str, Mapping[str, Any]]], registry: Registry) -> Iterator[str]:
+    """Yield the fields of plugins that say "Not in the paper" and are not at their default."""
+    for kind, name, fields in parts:
+        cls = registry.get(kind, name)
         defaults, docs = schema.defaults(cls), schema.field_docs(cls)
-        for key, value in plugin.fields.items():
+        for key, value in fields.items():
             if OURS in docs.get(key, "") and value != defaults.get(key):
                 yield f"{kind}.{key}"

@@ -1,4 +1,4 @@
-"""Record and show the progress of a run: `metrics.jsonl`, the live table, image grids."""
+"""Record and show the progress of a run: `metrics.jsonl`, the live table, image grids, the page at the end."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from alignkit.evaluation.hacking import verdict
 from alignkit.evaluation.rows import Row
 from alignkit.evaluation.table import one_line, table
 from alignkit.files import write_file
+from alignkit.page.page import keep_page
 from alignkit.runs.grid import draw_grid
 
 FIRST = ("reward", "surrogate_score", "pair_accuracy", "rank_correlation", "surrogate", "loss", "grad_norm")
@@ -41,6 +42,8 @@ class Report:
     "best", "average" or "last", "text"} or a warning {"step", "warning"}; a value that is not finite is null. To resume
     from a checkpoint, pass the `lines` of the report at that time: later lines are dropped, so the file becomes that of
     an uninterrupted run except for times. Only one of several processes `writes`.
+
+    As a context, it writes the page about the run at the end, also after an AlignkitError.
     """
 
     def __init__(self, folder: Path, console: Console | None, total: int, lines: int = 0, writes: bool = True) -> None:
@@ -74,6 +77,8 @@ class Report:
         if self._live is not None:
             self._live.stop()
             self._live = None
+        if self._writes and (kind is None or issubclass(kind, AlignkitError)):
+            keep_page(self.folder, self.warn)
 
     def update(self, step: int, metrics: Mapping[str, float], images: int = 0) -> None:
         """Record an update that has just ended, and the number of images scored in it. Step 0 is the warm-up."""

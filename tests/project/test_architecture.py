@@ -21,6 +21,7 @@ FLOORS = (
     ("models",),
     ("rewards",),
     ("training", "evaluation"),
+    ("page",),
     ("runs",),
     ("testing",),
     ("commands", "serving"),

@@ -5,6 +5,7 @@ from importlib.metadata import entry_points, version
 from pathlib import Path
 
 import alignkit
+from alignkit.page.page import FOLDER
 from alignkit.registry import default_registry
 
 ROOT = Path(__file__).parents[2]
@@ -31,6 +32,11 @@ def test_a_recipe_lies_in_the_package_of_its_plugin_and_so_in_the_wheel() -> Non
     assert ours
     for row in ours:
         assert Path(row.target).is_relative_to(ROOT / "plugins" / row.plugin), row.target
+
+
+def test_the_templates_of_the_report_page_lie_in_its_package_and_so_in_the_wheel() -> None:
+    assert FOLDER.is_relative_to(ROOT / "alignkit")
+    assert {path.name for path in FOLDER.iterdir()} == {"page.html", "macros.html", "style.css", "script.js"}
 
 
 def test_the_installed_version_is_that_of_the_package() -> None:

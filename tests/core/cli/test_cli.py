@@ -22,7 +22,7 @@ from alignkit.config.sections import EvaluateConfig
 from alignkit.errors import ConfigError
 from alignkit.evaluation.rows import Row
 
-COMMANDS = ["list", "show", "check", "train", "sample", "score", "serve", "pairs", "evaluate", "gallery"]
+COMMANDS = ["list", "show", "check", "train", "sample", "score", "serve", "pairs", "evaluate", "gallery", "report"]
 PROMPT_COMMANDS = ["prompts lint", "prompts phrases", "prompts curate"]
 
 
