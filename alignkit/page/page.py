@@ -29,6 +29,8 @@ MOST_RUNS = 8
 TEXT = 6_000
 """Characters of a text that are shown."""
 MOST_WARNINGS = 50
+MARK = b'<meta name="generator" content="alignkit'
+"""Words by which a page is known, which alone may be written over."""
 FOLDER = Path(__file__).parent / "templates"
 
 
@@ -41,6 +43,8 @@ def write_page(folders: Sequence[str | Path], out: Path | None = None) -> Path:
         raise AlignkitError(f"report: found {len(folders)} runs, expected at most {MOST_RUNS}; compare them in parts")
     records = [read_record(Path(folder)) for folder in folders]
     path = out or (Path(folders[0]) / FILE if len(folders) == 1 else Path(FILE))
+    if path.is_file() and MARK not in path.read_bytes()[:2000]:
+        raise AlignkitError(f"{path}: found another file than a page of alignkit here; choose another name with --out")
     write_file(path, render(records).encode("utf-8", "replace"))  # half of a surrogate pair cannot be encoded
     return path
 

@@ -61,6 +61,16 @@ def test_the_page_lies_in_the_folder_of_the_run_or_where_it_is_wanted(
         write_page([one] * 9)
 
 
+def test_only_a_page_is_written_over(write_run: Write, tmp_path: Path) -> None:
+    folder, notes = write_run(), tmp_path / "notes.html"
+    page = write_page([folder])
+    assert write_page([folder]) == page
+    notes.write_text("mine")
+    with pytest.raises(AlignkitError, match=r"notes\.html: found another file than a page .* --out$"):
+        write_page([folder], notes)
+    assert notes.read_text() == "mine"
+
+
 def test_the_page_shows_what_was_run_and_what_came_of_it(write_run: Write) -> None:
     text = plain(page_of(write_run(warnings=["careful"])))
     for part in (
