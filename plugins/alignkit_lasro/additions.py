@@ -19,26 +19,7 @@ from alignkit.groups import Pairs, Scored
 from alignkit.rollout import States, Trajectories, encode_examples, run_sampler, states_of
 from alignkit_lasro.lasro import Collected, LaSRO, scored_groups
 from alignkit_lasro.memory import Memory, counterparts
-
-
-@dataclass(frozen=True)
-class PerturbedStates(States):
-    """States with the random numbers of their scores."""
-
-    other: Prompt | None = None
-    """Another prompt of each row, for `contrast`."""
-    blur: Tensor | None = None
-    """(N, G, *S) added to the clean latent before it is scored; G is `gradient_samples`."""
-    noise: Tensor | None = None
-    """(N, G, *S) unit normal, for `purify`."""
-
-
-@dataclass(frozen=True)
-class ComparedPairs(Pairs):
-    """Pairs with the difference of their rewards, for `label_scale`."""
-
-    gap: Tensor
-    """(N,) above 0."""
+from alignkit_lasro.rows import ComparedPairs, PerturbedStates
 
 
 @dataclass

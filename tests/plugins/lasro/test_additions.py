@@ -15,8 +15,9 @@ from alignkit.cli.app import app
 from alignkit.config.reference import class_fields
 from alignkit.errors import ConfigError
 from alignkit.training.trainer import Trainer
-from alignkit_lasro.additions import ComparedPairs, ExtendedLaSRO
+from alignkit_lasro.additions import ExtendedLaSRO
 from alignkit_lasro.lasro import LaSRO
+from alignkit_lasro.rows import ComparedPairs
 from method_checks import collect, copies, equal
 
 MakeTrainer = Callable[..., Trainer]

@@ -15,7 +15,8 @@ from alignkit.interfaces import Context
 from alignkit.records import Example, Transition
 from alignkit.rollout import encode_examples
 from alignkit.training.trainer import Trainer
-from alignkit_lasro.additions import ExtendedLaSRO, PerturbedStates, other_texts
+from alignkit_lasro.additions import ExtendedLaSRO, other_texts
+from alignkit_lasro.rows import PerturbedStates
 from method_checks import collect, updates
 
 MakeTrainer = Callable[..., Trainer]
