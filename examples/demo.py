@@ -1,4 +1,4 @@
-"""Train LaSRO and DRaFT at the same time, a process and a thread each, and show in one PNG what they changed.
+"""Train LaSRO and DRaFT at the same time, a process and a thread each, and show side by side what they changed.
 
 `make demo` runs it. Points and results of both are printed after their names; all that they print is in OUT/NAME.log.
 
@@ -126,9 +126,13 @@ def main() -> int:
                 print(f"the result of {training.method} is in {training.folder}", file=sys.stderr)
         return 1
     console.rule()
-    gallery = ["gallery", *(str(training.folder) for training in trainings), "--out", str(out / "gallery.png")]
-    console.print(Text(shlex.join(["alignkit", *gallery])), soft_wrap=True)
-    return subprocess.run([*ALIGNKIT, *gallery], env=ENVIRONMENT).returncode
+    gallery = ["gallery", *(str(training.folder) for training in trainings)]
+    status = 0
+    for name, flags in (("gallery.png", ()), ("gains.png", ("--pick", "rise"))):
+        arguments = [*gallery, *flags, "--out", str(out / name)]
+        console.print(Text(shlex.join(["alignkit", *arguments])), soft_wrap=True)
+        status = subprocess.run([*ALIGNKIT, *arguments], env=ENVIRONMENT).returncode or status
+    return status
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -285,6 +285,10 @@ def draw_gallery(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Number of sampler steps; by default the first that was measured.")
     ] = None,
+    pick: Annotated[
+        Literal["spread", "rise", "fall"],
+        typer.Option(help="Prompts: spread over all rewards before training, or those that rose or fell most."),
+    ] = "spread",
     out: Annotated[Path, typer.Option(metavar="FILE", help="The PNG to write.")] = Path("gallery.png"),
 ) -> None:
     """Show images and scores before training and after each run.
@@ -293,8 +297,9 @@ def draw_gallery(
     that runs keep at their points: before training, and of the weights that a run exports. No model is loaded.
 
     Prompts are chosen by a fixed rule: sorted by the trained reward before training (of equals by their order in the
-    file; of the first run, if there are several), then taken at evenly spaced quantiles. The mean changes over all
-    prompts of the points stand below the images.
+    file; of the first run, if there are several), then taken at evenly spaced quantiles. With --pick rise they are
+    those whose reward rose most, on average over the runs, which shows what training does, and not how often. The mean
+    changes over all prompts of the points stand below the images.
 
     \b
     alignkit gallery runs/first
@@ -308,7 +313,7 @@ def draw_gallery(
     if out.exists():
         raise AlignkitError(f"--out {out}: exists already; choose another name")
     content = io.BytesIO()
-    gallery(sources, rows, steps).save(content, "PNG")
+    gallery(sources, rows, steps, pick).save(content, "PNG")
     write_file(out, content.getvalue())
     typer.echo(out)
 

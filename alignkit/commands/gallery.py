@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -67,14 +67,18 @@ class _Column:
         )
 
 
-def gallery(runs: Sequence[str | Path], rows: int = 8, steps: int | None = None) -> Image.Image:
+Pick = Literal["spread", "rise", "fall"]
+
+
+def gallery(runs: Sequence[str | Path], rows: int = 8, steps: int | None = None, pick: Pick = "spread") -> Image.Image:
     """Show images that runs kept at their points: a row for each prompt, a column before training, one for each run.
 
     `runs` are folders of ended runs, `rows` the largest number of prompts, and `steps` the number of sampler steps, by
-    default the first of the first run. Prompts are sorted by the trained reward before training, in the first run, of
-    equals by their order in the file, and taken at evenly spaced quantiles; a prompt without a score is left out. No
-    model is loaded. Raises AlignkitError if a run has no points or has not ended, or if runs differ in prompts, noise
-    or the images before training.
+    default the first of the first run. With `pick` "spread", prompts are sorted by the trained reward before training,
+    in the first run, of equals by their order in the file, and taken at evenly spaced quantiles; with "rise" and "fall"
+    they are those whose trained reward rose or fell most, on average over the runs. A prompt without a score is left
+    out, and the image says how prompts were picked. No model is loaded. Raises AlignkitError if a run has no points or
+    has not ended, or if runs differ in prompts, noise or the images before training.
     """
     if not runs or rows < 1:
         raise AlignkitError(f"gallery: found {len(runs)} runs and {rows} rows, expected at least one of each")
@@ -85,7 +89,10 @@ def gallery(runs: Sequence[str | Path], rows: int = 8, steps: int | None = None)
     first, *others = columns
     for other in others:
         _check_alike(first, other)
-    chosen = _quantiles([image.scores.get(TOTAL) for image in first.before], rows)
+    if pick == "spread":
+        chosen = _quantiles([image.scores.get(TOTAL) for image in first.before], rows)
+    else:
+        chosen = _largest([_rise(columns, place) for place in range(len(first.before))], rows, pick == "fall")
     if not chosen:
         raise AlignkitError(f"{first.folder}: found no score before training, expected a trained reward")
     before = _images(first.before, chosen)
@@ -97,7 +104,7 @@ def gallery(runs: Sequence[str | Path], rows: int = 8, steps: int | None = None)
         [f"before\n{Path(first.config.model.name).name}", *(column.title for column in columns)],
         EDGE,
         [[first.caption(p, False), *(column.caption(p, True) for column in columns)] for p in chosen],
-        _notes(columns, len(chosen), number),
+        _notes(columns, len(chosen), number, pick),
     )
 
 
@@ -180,6 +187,23 @@ def _quantiles(scores: Sequence[float | None], count: int) -> list[int]:
     return [places[(2 * i + 1) * len(places) // (2 * count)] for i in range(count)]
 
 
+def _rise(columns: Sequence[_Column], place: int) -> float | None:
+    """Return the mean change of the trained reward of a prompt over the runs; None where a score is missing."""
+    rises = []
+    for column in columns:
+        before, after = (images[place].scores.get(TOTAL) for images in (column.before, column.after))
+        if before is None or after is None:
+            return None
+        rises.append(after - before)
+    return sum(rises) / len(rises)
+
+
+def _largest(values: Sequence[float | None], count: int, smallest: bool) -> list[int]:
+    """Return the places of the `count` largest values, or of the smallest; of equals the first."""
+    known = [(value if smallest else -value, place) for place, value in enumerate(values) if value is not None]
+    return [place for _, place in sorted(known)[:count]]
+
+
 def _images(kept: Sequence[PointImage], places: Sequence[int]) -> Tensor:
     """Read the images at these places: (P, 3, H, W) uint8, reduced to `EDGE` pixels."""
     found = []
@@ -202,13 +226,18 @@ def _score(name: str, value: float | None, before: float | None = None) -> str:
     return f"{words} {value:.2f}{change}"
 
 
-def _notes(columns: Sequence[_Column], count: int, number: int) -> list[str]:
+def _notes(columns: Sequence[_Column], count: int, number: int, pick: Pick) -> list[str]:
     """State how the prompts were chosen, and what each run changed over all prompts of its points."""
-    first = columns[0]
+    first, several = columns[0], len(columns) > 1
+    how = (
+        f"sorted by the reward before training{f' ({first.folder.name})' * several}, evenly spaced quantiles"
+        if pick == "spread"
+        else f"those whose reward {'rose' if pick == 'rise' else 'fell'} most{', mean of the runs' * several}: the "
+        "extremes, and not typical"
+    )
     notes = [
         f"{count} of {len(first.before)} held-out prompts at {number} step{'s' * (number > 1)}, the same noise in all "
-        f"columns: sorted by the reward before training{f' ({first.folder.name})' * (len(columns) > 1)}, evenly spaced "
-        "quantiles. In brackets: the change since then."
+        f"columns: {how}. In brackets: the change since before training."
     ]
     for column in columns:
         trained = " and ".join(reward.name for reward in column.config.rewards)

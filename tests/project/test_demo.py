@@ -23,7 +23,7 @@ from pathlib import Path
 arguments = sys.argv[1:]
 out = Path(arguments[arguments.index("--out") + 1])
 if arguments[0] == "gallery":
-    assert all((Path(run) / "result").exists() for run in arguments[1:-2])
+    assert all((Path(run) / "result").exists() for run in arguments[1:3])
     out.write_text("gallery")
     sys.exit()
 def stop(number, frame):
@@ -66,9 +66,12 @@ def test_points_are_shown_at_once_and_results_when_both_have_ended(tmp_path: Pat
         "lasro  point 0/2  reward 0.5",
     ]
     shown = re.findall(r"table of \w+|─ draft ─|alignkit gallery .*", results)
-    gallery = "alignkit gallery out/lasro out/draft --out out/gallery.png"
-    assert shown == ["table of lasro", "─ draft ─", "table of draft", gallery]
-    assert (tmp_path / "out" / "gallery.png").read_text() == "gallery"
+    galleries = [f"alignkit gallery out/lasro out/draft {flags}" for flags in (
+        "--out out/gallery.png", "--pick rise --out out/gains.png",
+    )]  # fmt: skip
+    assert shown == ["table of lasro", "─ draft ─", "table of draft", *galleries]
+    for name in ("gallery.png", "gains.png"):
+        assert (tmp_path / "out" / name).read_text() == "gallery"
     assert "1/2  reward 0.5  loss 1  0:00:01 left" in (tmp_path / "out" / "draft.log").read_text()
 
 
@@ -133,5 +136,6 @@ def test_the_demo_trains_both_methods_and_shows_them_side_by_side(tmp_path: Path
     done = subprocess.run(arguments, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("after 2 of 2 updates") == 2
-    with Image.open(tmp_path / "out" / "gallery.png") as image:
-        assert image.width > 3 * 256 and image.height > 6 * 256
+    for name in ("gallery.png", "gains.png"):
+        with Image.open(tmp_path / "out" / name) as image:
+            assert image.width > 3 * 256 and image.height > 6 * 256

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from typer.testing import CliRunner
 
 import alignkit
@@ -45,7 +46,7 @@ def ended(tiny_run: MakeRun) -> MakePoints:
         name: str = "run",
         overrides: dict[str, Any] | None = None,
         exported: tuple[int, str] | None = (4, "average"),
-        rise: float = 0.1,
+        rise: float | Tensor = 0.1,
         scores: list[float] = SCORES,
         prompts: list[str] = PROMPTS,
         level: int = 0,
@@ -97,6 +98,17 @@ def test_prompts_are_evenly_spaced_quantiles_of_the_reward_before_training(
     alignkit.gallery([ended()], rows=rows)
     assert drawn.prompts == [PROMPTS[place] for place in expected]
     assert drawn.images[:, 0, 0, 0, 0].tolist() == [10 * place for place in expected]
+
+
+@pytest.mark.parametrize(("pick", "expected"), [("rise", [1, 5, 3]), ("fall", [4, 2, 0])])
+def test_prompts_can_be_those_that_changed_most_on_average_over_the_runs(
+    ended: MakePoints, drawn: Any, pick: Any, expected: list[int]
+) -> None:
+    one, two = torch.tensor([0.1, 0.3, 0.0, 0.2, -0.1, 0.1]), torch.tensor([0.1, 0.3, 0.0, 0.2, -0.1, 0.4])
+    alignkit.gallery([ended("one", rise=one), ended("two", rise=two)], rows=3, pick=pick)
+    assert drawn.prompts == [PROMPTS[place] for place in expected]
+    word = {"rise": "rose", "fall": "fell"}[pick]
+    assert f"those whose reward {word} most, mean of the runs: the extremes, and not typical." in drawn.notes[0]
 
 
 def test_a_prompt_without_a_score_is_left_out(ended: MakePoints, drawn: Any) -> None:
