@@ -16,7 +16,7 @@ DRAFT ?= --set train.updates=190
 
 help:
 	@echo "make demo   install and train LaSRO and DRaFT side by side on attribute binding, from the embedded model, and"
-	@echo "            show in one PNG what they changed (a new folder in runs/)"
+	@echo "            show side by side what they changed (a new folder in runs/)"
 	@echo "make test   install and run all checks: ruff, mypy, pytest"
 	@echo "make test-long"
 	@echo "            install and run the tests that make test leaves out because they take long"

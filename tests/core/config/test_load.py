@@ -1,4 +1,4 @@
-"""Run files: mistakes and their messages, the resolution of paths, and the file that is written."""
+"""Mistakes in run files, and their messages."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from alignkit.config.bundles import find_bundle
-from alignkit.config.load import load, to_toml
+from alignkit.config.load import load
 from alignkit.config.sections import ModelConfig
 from alignkit.errors import AlignkitError, ConfigError
 
@@ -21,9 +20,6 @@ def problems(load_acme: Any, text: str | None, overrides: dict[str, Any] | None 
     with pytest.raises(ConfigError) as caught:
         load_acme(text, overrides)
     return str(caught.value).splitlines()
-
-
-# Mistakes
 
 
 def test_every_mistake_is_reported_with_its_file_and_line(load_acme: Any) -> None:
@@ -331,107 +327,6 @@ def test_a_mistake_in_the_models_own_settings_names_the_model(acme: Any) -> None
     )
     with pytest.raises(ConfigError, match=r'^model odd: train\.updates: found "x", expected integer'):
         load(None, {"model.name": "odd", "algorithm.name": "acme_plain"}, acme.registry())
-
-
-# Paths
-
-
-def test_paths_are_taken_from_the_files_folder_first(
-    load_acme: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    monkeypatch.chdir(elsewhere)
-    for path in (tmp_path / "both.txt", elsewhere / "both.txt", elsewhere / "here.txt"):
-        path.touch()
-    config = load_acme(
-        '[model]\nname = "acme_model"\n[algorithm]\nname = "acme_plain"\n[data]\nprompts = "both.txt"\n'
-        'images = "acme.data:Drawings"\n[evaluate]\nprompts = "here.txt"\n'
-    )
-    assert config.data.prompts == str(tmp_path / "both.txt")
-    assert config.evaluate.prompts == str(elsewhere / "here.txt")
-    assert config.data.images == "acme.data:Drawings"
-
-
-@pytest.mark.parametrize(
-    ("given", "found"),
-    [
-        ("shards/{00..03}.tar", "{root}/shards/{00..03}.tar"),
-        ("shards/*.tar", "{root}/shards/*.tar"),
-        ("s-*.tar", "{root}/s-*.tar"),
-        ("other/*.tar", "{here}/other/*.tar"),
-        ("shards", "{root}/shards"),
-        ("datasets:acme/images:test[:10]", "datasets:acme/images:test[:10]"),
-        ("datasets:images", "datasets:images"),
-    ],
-)
-def test_patterns_of_shards_are_resolved_by_their_folder_and_names_of_data_sets_not_at_all(
-    load_acme: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, found: str
-) -> None:
-    (tmp_path / "shards").mkdir()
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    config = load_acme(f'[model]\nname = "acme_model"\n[algorithm]\nname = "acme_plain"\n[data]\nimages = "{given}"\n')
-    expected = found.replace("{root}", str(tmp_path)).replace("{here}", str(tmp_path / "elsewhere"))
-    assert config.data.images == expected
-
-
-def test_a_model_folder_next_to_the_run_file_is_found(tiny_lcm: Path, tmp_path: Path) -> None:
-    (tmp_path / "mymodel").symlink_to(tiny_lcm)
-    (tmp_path / "run.toml").write_text('[model]\nname = "mymodel"\n', encoding="utf-8")
-    config = load(tmp_path / "run.toml", {"algorithm.name": "ddpo", "reward": ["pixel_check"]})
-    assert config.model.name == str(tiny_lcm.resolve()) and config.sampler.name == "lcm"
-
-
-def test_a_model_has_more_than_one_spelling(acme: Any) -> None:
-    assert find_bundle("acme-model", acme.registry()).path == "acme/model"
-
-
-def test_a_folder_without_a_pipeline_is_refused(load_acme: Any, tmp_path: Path) -> None:
-    assert problems(load_acme, None, {"model.name": str(tmp_path)}) == [
-        f"model.name: the folder {tmp_path} holds no diffusers pipeline (model_index.json is missing), "
-        "and no policy serves it"
-    ]
-
-
-@pytest.mark.parametrize("name", ["./gone", "/gone/model", "a/b/c"])
-def test_a_model_folder_that_is_missing_is_reported_at_once(load_acme: Any, name: str) -> None:
-    assert problems(load_acme, None, {"model.name": name}) == [
-        f"model.name: there is no folder {name}, and a hub id has the form owner/name"
-    ]
-
-
-# Writing
-
-
-@pytest.mark.parametrize("trained", [1, 2])
-@pytest.mark.parametrize("algorithm", ["acme_plain", "acme_steps"])
-def test_the_resolved_file_loads_to_an_equal_run(load_acme: Any, algorithm: str, trained: int) -> None:
-    config = load_acme(
-        None,
-        MODEL
-        | {
-            "algorithm.name": algorithm,
-            "algorithm.scales": [1, 2.5],
-            "algorithm.span": [3, 4],
-            "output": 'a "quoted" \\ name\nü\x7f',
-            "train.max_grad_norm": float("inf"),
-            "train.trackers": ["wandb"],
-            "model.guidance_scale": 7.5,
-            "reward": [{"name": "acme_red", "weight": 0.1}, {"name": "acme_blue"}][:trained],
-            "evaluate.rewards": ["acme_blue", "acme_red"],
-            "regulariser": [{"name": "acme_push", "weight": 0.5}, "acme_pull"][: trained - 1],
-        },
-    )
-    assert config.algorithm.fields["span"] == (3, 4)
-    text = to_toml(config)
-    again = load_acme(text)
-    assert again == config and to_toml(again) == text
-
-
-def test_the_resolved_file_writes_what_was_left_at_its_default(load_acme: Any) -> None:
-    text = to_toml(load_acme(None, MODEL))
-    assert "rows_per_pass = 32" in text and 'mode = "hard"' in text
 
 
 @pytest.mark.parametrize(
