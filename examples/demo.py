@@ -24,7 +24,7 @@ from rich.text import Text
 METHODS = ("lasro", "draft")
 ALIGNKIT = (sys.executable, "-m", "alignkit")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"}
-UPDATE = re.compile(r"\d+/\d+  ")
+UPDATE = re.compile(r"(warm-up )?\d+/\d+  ")
 """Beginning of the line of an update: "12/128  reward 0.61  loss ...  0:03:10 left"."""
 
 

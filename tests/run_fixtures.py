@@ -65,13 +65,13 @@ def tiny_run(
 @pytest.fixture
 def make_trainer(tiny_run: Callable[..., Run], tiny_teacher: Path) -> Callable[..., Trainer]:
     """A function that builds the trainer of a tiny run; `ddim=True` takes the teacher, with all steps stochastic."""
-
+    from alignkit.runs.display import Display
     from alignkit.runs.loop import Loop
 
     def make(overrides: Mapping[str, Any] | None = None, ddim: bool = False) -> Trainer:
         model = {"model.name": str(tiny_teacher), "sampler.name": "ddim", "sampler.eta": 1.0, "evaluate.steps": [3]}
         run = tiny_run(overrides=(model if ddim else {}) | dict(overrides or {}))
-        return Loop(run, run.folder, run.accelerator()).trainer
+        return Loop(run, run.folder, run.accelerator(), Display(None, 1)).trainer
 
     return make
 
@@ -83,9 +83,10 @@ def final_state(folder: Path) -> dict[str, Any]:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the records of a run without the fields that measure time."""
+    """Return the records of a run without the fields that measure time and memory."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
+    measured = ("seconds", "images_per_second", "memory_gib")
+    return [{k: v for k, v in json.loads(line).items() if k not in measured} for line in lines]
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -3,12 +3,68 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Any
 
 import typer
 
 from alignkit.registry import Component, plural
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class _Lasting:
+    """A stream that goes silent when it can no longer be written, as when its pipe is closed or its disk is full."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._silence()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._silence()
+
+    def _silence(self) -> None:
+        # What waits in the buffer is written once more when Python ends, and would change its exit status.
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def lasting_console(stderr: bool = False, plain: bool = False) -> Console:
+    """Return a console whose stream may close while the command runs; with `plain` it is never a terminal."""
+    from rich.console import Console
+
+    stream: Any = _Lasting(sys.stderr if stderr else sys.stdout)
+    return Console(file=stream, force_terminal=False if plain else None, markup=False, highlight=False)
+
+
+@contextmanager
+def loading(console: Console | None = None) -> Iterator[None]:
+    """Show that libraries load, which takes seconds, on a terminal; with a `console`, also in a log."""
+    shown = console or lasting_console(stderr=True)
+    what = "loading torch, diffusers and transformers"
+    if shown.is_terminal:
+        with shown.status(what):
+            yield
+    else:
+        if console is not None:
+            console.print(what)
+        yield
 
 
 def print_json(value: Any) -> None:

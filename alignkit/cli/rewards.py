@@ -12,7 +12,7 @@ import typer
 
 from alignkit.cli import options
 from alignkit.cli.options import Json, Model, Set
-from alignkit.cli.output import print_json
+from alignkit.cli.output import loading, print_json
 from alignkit.errors import AlignkitError
 
 Device = Annotated[str, typer.Option(help="Device to score on: auto, cpu, cuda, cuda:1, ...")]
@@ -41,7 +41,8 @@ def score(
     alignkit score pickscore samples/ --prompts prompts.txt --device cuda:1
     alignkit score attribute_binding samples/ --prompts prompts.jsonl --json
     """
-    from alignkit.commands.score import score_batches
+    with loading():
+        from alignkit.commands.score import score_batches
 
     overrides = options.overrides(None, None, model, None, None, None, assignments)
     _note_settings(reward, overrides)
@@ -119,7 +120,8 @@ def serve(
     alignkit serve image_reward --port 8190 --device cuda:1
     ALIGNKIT_TOKEN=... alignkit serve pickscore --host 0.0.0.0 --network
     """
-    from alignkit.serving.server import open_server
+    with loading():
+        from alignkit.serving.server import open_server
 
     overrides = options.overrides(None, None, model, None, None, None, assignments)
     _note_settings(reward, overrides)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,7 +24,7 @@ from alignkit.cli.options import (
     overrides,
     step_list,
 )
-from alignkit.cli.output import print_json, print_table
+from alignkit.cli.output import lasting_console, loading, print_json, print_table
 from alignkit.errors import AlignkitError
 
 WIDE = 110
@@ -47,19 +48,16 @@ def check(
     alignkit check run.toml
     alignkit check run.toml --algo lasro --set train.updates=500
     """
-    from alignkit.runs.run import load
+    with loading():
+        from alignkit.runs.run import load
 
     run = load(file, overrides(algo, reward, model, steps, out, seed, assignments, recipe))
     skipped = run.check()
-    config = run.config
     for what in skipped:
         typer.echo(f"skipped as broken: {what}")
     for warning in run.warnings():
         typer.echo(f"warning: {warning}")
-    rewards = " and ".join(r.name for r in config.rewards) or "no reward"
-    what = f"{config.algorithm.name} on {config.model.name}, {rewards}, {config.train.updates} updates"
-    departure = f"; {run.departure()}" if run.departure() else ""
-    typer.echo(f"{file or 'settings'}: no mistakes found ({what}{departure})")
+    typer.echo(f"{file or 'settings'}: no mistakes found ({run.description()})")
 
 
 def train(
@@ -74,7 +72,8 @@ def train(
     assignments: Set = None,
     resume: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Resume an interrupted run.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the run folder.")] = False,
-    plain: Annotated[bool, typer.Option("--plain", help="Print lines instead of a live table.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Print a line a round instead of a live view.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show all metrics.")] = False,
 ) -> None:
     """Train a model, from a run file, flags or both; flags win.
 
@@ -86,12 +85,12 @@ def train(
     alignkit train --resume runs/first
     alignkit train --resume runs/first --set scoring.on_error=skip
     """
-    from rich.console import Console
+    console = None if quiet else lasting_console(plain=plain)
+    notes = lasting_console(stderr=True)
+    with nullcontext() if console is None else loading(console):
+        from alignkit.runs.run import load
 
-    from alignkit.runs.run import load
-
-    run = load(file, overrides(algo, reward, model, steps, out, seed, assignments, recipe), resume=resume)
-    console = None if quiet else Console(force_terminal=False if plain else None)
+        run = load(file, overrides(algo, reward, model, steps, out, seed, assignments, recipe), resume=resume)
 
     received = signal.SIGINT
 
@@ -99,13 +98,14 @@ def train(
         nonlocal received
         received = signal.Signals(number)
         signal.signal(number, before[received])  # a second signal stops the run at once
-        typer.echo("stopping after this update; press Ctrl-C again to stop at once", err=True)
+        notes.print("stopping after this update; press Ctrl-C again to stop at once", soft_wrap=True)
         run.stop()
 
-    # Cluster schedulers send SIGTERM before they kill.
-    before = {one: signal.signal(one, stop) for one in (signal.SIGINT, signal.SIGTERM)}
+    # Cluster schedulers send SIGTERM before they kill, and a terminal that closes sends SIGHUP, unless nohup is used.
+    stopping = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    before = {one: signal.signal(one, stop) for one in stopping if signal.getsignal(one) != signal.SIG_IGN}
     try:
-        for _ in run.train(console=console):
+        for _ in run.train(console, verbose):
             continue
     except KeyboardInterrupt:
         run.stop()
@@ -113,9 +113,10 @@ def train(
         for one, handler in before.items():
             signal.signal(one, handler)
     if run.stopping:
-        typer.echo(f"stopped; resume with: alignkit train --resume {run.folder}", err=True)
+        notes.print(f"stopped; resume with: alignkit train --resume {run.folder}", soft_wrap=True)
         raise typer.Exit(128 + received)
-    typer.echo(run.folder)
+    if quiet:
+        lasting_console().print(run.folder, soft_wrap=True)
 
 
 def prepare_run(
@@ -139,8 +140,9 @@ def prepare_run(
     from rich.console import Console
     from rich.filesize import decimal
 
-    from alignkit.commands.prepare import prepare
-    from alignkit.runs.run import load
+    with loading():
+        from alignkit.commands.prepare import prepare
+        from alignkit.runs.run import load
 
     changes = overrides(algo, None, model, None, None, None, assignments, recipe)
     run = load(file, changes | ({"data.cache": cache} if cache is not None else {}))
@@ -168,7 +170,8 @@ def sample(
     alignkit sample runs/first "a red circle and a blue square"
     alignkit sample shapes_lcm "a green heart" --steps 1,2,4 --count 3 --out images
     """
-    from alignkit.runs.run import open_run
+    with loading():
+        from alignkit.runs.run import open_run
 
     images = [(prompt, copy) for prompt in range(len(prompts)) for copy in range(count)]
     plan: list[tuple[int | None, list[Path]]] = [(None, [out / f"{p:03d}_{c}.png" for p, c in images])]
@@ -212,9 +215,10 @@ def pairs(
     alignkit pairs runs/first --prompts my/prompts.txt --count 8 --out my/other
     alignkit train --algo diffusion_dpo --set data.pairs=my/pairs
     """
-    from alignkit.commands.pairs import make_pairs
-    from alignkit.data.prompt_sets import prompt_file
-    from alignkit.runs.run import open_run
+    with loading():
+        from alignkit.commands.pairs import make_pairs
+        from alignkit.data.prompt_sets import prompt_file
+        from alignkit.runs.run import open_run
 
     changes = overrides(None, reward, None, None, None, None, assignments)
     if prompts is not None:
@@ -255,11 +259,12 @@ def evaluate_runs(
     """
     from rich.console import Console
 
-    from alignkit.commands.evaluate import as_csv, evaluate
-    from alignkit.evaluation.hacking import verdict
-    from alignkit.evaluation.table import table
-    from alignkit.files import write_file
-    from alignkit.runs.run import open_run
+    with loading():
+        from alignkit.commands.evaluate import as_csv, evaluate
+        from alignkit.evaluation.hacking import verdict
+        from alignkit.evaluation.table import table
+        from alignkit.files import write_file
+        from alignkit.runs.run import open_run
 
     if csv is not None and csv.exists():
         raise AlignkitError(f"--csv {csv}: exists already; choose another name")
@@ -307,8 +312,9 @@ def draw_gallery(
     """
     import io
 
-    from alignkit.commands.gallery import gallery
-    from alignkit.files import write_file
+    with loading():
+        from alignkit.commands.gallery import gallery
+        from alignkit.files import write_file
 
     if out.exists():
         raise AlignkitError(f"--out {out}: exists already; choose another name")
@@ -333,6 +339,7 @@ def report(
     alignkit report runs/first
     alignkit report runs/first runs/control --out comparison.html
     """
-    from alignkit.page.page import write_page
+    with loading():
+        from alignkit.page.page import write_page
 
     typer.echo(write_page(folders, out))

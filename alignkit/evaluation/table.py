@@ -56,15 +56,21 @@ def table(rows: Sequence[Row], title: str = "", wide: bool = False) -> Table:
     return shown
 
 
-def one_line(rows: Sequence[Row]) -> str:
-    """Format the trained reward and the held-out ones, value and change by number of steps, without their parts."""
+def by_reward(rows: Sequence[Row]) -> tuple[str, dict[str, list[str]]]:
+    """Return the numbers of steps, as "1, 2 steps", and value and change at each of them for the trained reward and the
+    held-out ones, without their parts."""
     steps = sorted({row.num_steps for row in rows})
-    shown: dict[str, dict[int, str]] = {}
+    found: dict[str, dict[int, str]] = {}
     for row in rows:
         if row.reward == TOTAL or (row.held_out and "/" not in row.reward):
             now = f"{row.before:.3f}" if row.after is None else f"{row.after:.3f} ({row.difference:+.3f})"
-            shown.setdefault(row.reward, {})[row.num_steps] = now
-    values = (
-        f"{name} {', '.join(found.get(number, 'not scored') for number in steps)}" for name, found in shown.items()
-    )
-    return f"{'; '.join(values)} at {', '.join(map(str, steps))} step{'s' * (steps != [1])}"
+            found.setdefault(row.reward, {})[row.num_steps] = now
+    values = {name: [one.get(number, "not scored") for number in steps] for name, one in found.items()}
+    return f"{', '.join(map(str, steps))} step{'s' * (steps != [1])}", values
+
+
+def one_line(rows: Sequence[Row]) -> str:
+    """Format what `by_reward` returns in one line."""
+    steps, found = by_reward(rows)
+    shown = "; ".join(f"{name} {', '.join(values)}" for name, values in found.items())
+    return f"{shown} at {steps}"

@@ -25,6 +25,7 @@ MEANINGS = {
     "grad_norm": "gradient norm",
     "reference_loss": "drift: distance from the predictions before training",
     "images_per_second": "images a second",
+    "memory_gib": "memory in GiB",
 }
 MOST = 24
 """Largest number of charts of metrics."""

@@ -129,6 +129,13 @@ class Parts:
         """Return in a few words what of the run is not the paper's; empty if nothing is."""
         return departure(self.config)
 
+    def description(self) -> str:
+        """Return in one line what the run does: algorithm, model, rewards, updates, and its departure."""
+        config = self.config
+        rewards = " and ".join(reward.name for reward in config.rewards) or "no reward"
+        what = f"{config.algorithm.name} on {config.model.name}, {rewards}, {config.train.updates} updates"
+        return f"{what}; {found}" if (found := self.departure()) else what
+
     def warnings(self) -> list[str]:
         """Return a line for each setting that is allowed and probably not meant."""
         surrogate = self.config.surrogate

@@ -60,13 +60,14 @@ def note_environment(folder: Path) -> None:
     write_file(folder / "environment.json", json.dumps(environment(), indent=1))
 
 
-def export(folder: Path, policy: Policy, average: Mapping[str, Tensor], surrogate: Surrogate | None) -> None:
-    """Write the results of the run: the average weights as the policy exports them, and the surrogate."""
+def export(folder: Path, policy: Policy, average: Mapping[str, Tensor], surrogate: Surrogate | None) -> Path:
+    """Write the results of the run, the average weights as the policy exports them and the surrogate, and return where
+    the weights are."""
     partial = folder / ".export.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
-        policy.export(partial, average)
+        exported = policy.export(partial, average)
         if surrogate is not None:
             tensors = {n: t.detach().cpu().contiguous() for n, t in surrogate.module().state_dict().items()}
             save_file(tensors, partial / SURROGATE_FILE)
@@ -76,6 +77,7 @@ def export(folder: Path, policy: Policy, average: Mapping[str, Tensor], surrogat
                 shutil.rmtree(target)
             path.replace(target)
         partial.rmdir()
+        return folder / exported.name
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise AlignkitError(

@@ -13,18 +13,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from rich.console import Console
 from torch import Tensor
 
 from alignkit.errors import AlignkitError
 from alignkit.evaluation.choice import choose
 from alignkit.evaluation.measure import Measurement, compare, measure
+from alignkit.page.page import FILE as PAGE
 from alignkit.records import Example
 from alignkit.rewards.combine import Combination
 from alignkit.runs.build import Parts, facts_of
+from alignkit.runs.display import Display
 from alignkit.runs.folder import export
 from alignkit.runs.points import Points, planned, write_point
-from alignkit.runs.report import Report
+from alignkit.runs.report import SAMPLES, Report
 from alignkit.training.context import TrainContext
 from alignkit.training.trainer import Trainer, Update
 
@@ -32,14 +33,17 @@ SCORES = "scores.sqlite"
 """The file of a run folder that keeps scores of black boxes."""
 GRID = 8
 """Prompts in an image grid."""
+SHORT = 60
+"""Characters of a prompt that is short enough for a command to try."""
 
 
 class Loop:
     """Rounds until the last update, with evaluation, images and checkpoints between them."""
 
-    def __init__(self, parts: Parts, folder: Path, accelerator: Accelerator) -> None:
+    def __init__(self, parts: Parts, folder: Path, accelerator: Accelerator, display: Display) -> None:
         """Load all that training needs. Raises AlignkitError for what the user can fix."""
         self.parts, self.folder, self.config, self.accelerator = parts, folder, parts.config, accelerator
+        self._display = display
         config = parts.config
         # Initial weights of adapters and heads come from torch's global generator, which is the caller's.
         with torch.random.fork_rng():
@@ -61,12 +65,15 @@ class Loop:
     def _load(self) -> None:
         parts, config, accelerator = self.parts, self.config, self.accelerator
         algorithm = parts.algorithm()
+        self._display.stage(f"loading the model {config.model.name}")
         policy = parts.load_policy(accelerator.device)
         parts.check_methods(facts_of(policy))
         teacher = parts.load_teacher(accelerator.device)
         surrogate = parts.load_surrogate(policy)
         scoring = parts.scoring(self.folder / SCORES, lambda message: ctx.warn(message))
         self.rewards = parts.with_measured(scoring=scoring)
+        if self.rewards.names:
+            self._display.stage(f"loading the rewards {', '.join(self.rewards.names)}")
         self.rewards.load(accelerator.device)
         self._identities = self.rewards.identities()
         ctx = TrainContext(
@@ -122,15 +129,14 @@ class Loop:
             return self._points.best
         return self.trainer.average
 
-    def updates(self, console: Console | None, stopping: Callable[[], bool]) -> Iterator[Update]:
+    def updates(self, stopping: Callable[[], bool]) -> Iterator[Update]:
         """Train to the end, or until `stopping`, and save; yields after each update of the policy."""
         main = self.accelerator.is_main_process
-        with Report(self.folder, console, self.config.train.updates, self._lines, writes=main) as report:
-            if departure := self.parts.departure():
-                report.note(departure)
+        with Report(self.folder, self._display, self._lines, writes=main) as report:
             for message in self.trainer.ctx.warnings:
                 report.warn(message)
             if self._before is None and self.examples:
+                self._display.stage(f"measuring {len(self.examples)} held-out prompts before training")
                 with self._stopping_well(None):
                     self._before = self._measure()
                 report.evaluation(0, compare(self._before, held_out=self.rewards.held_out))
@@ -143,12 +149,23 @@ class Loop:
                     return
             with self._stopping_well(None):  # before what else may fail
                 if main:
-                    export(self.folder, self.policy, self.weights, self.trainer.ctx.surrogate)
+                    written = export(self.folder, self.policy, self.weights, self.trainer.ctx.surrogate)
             exported = self._report_export(report)
             if self._before is not None:
+                self._display.stage(f"measuring {len(self.examples)} held-out prompts after training")
                 with self._stopping_well(None):
                     after = self._measure()
                 self._show(report, self._before, after, exported)
+        if main:
+            self._show_results(written)
+
+    def _show_results(self, weights: Path) -> None:
+        """Show where the results are and a command to try them."""
+        images = sorted((self.folder / SAMPLES).glob("*.png"))
+        results = {"weights": weights, **({"images": images[-1]} if images else {}), "report": self.folder / PAGE}
+        short = (example.text for example in self.examples if len(example.text) <= SHORT)
+        command = ["alignkit", "sample", str(self.folder), next(short, "a prompt")]
+        self._display.results({name: path for name, path in results.items() if path.exists()}, command)
 
     def close(self) -> None:
         """Close rewards and trackers."""
@@ -170,6 +187,7 @@ class Loop:
                 self.accelerator.log(dict(update.metrics), step=step)
                 if not warming_up:
                     yield update
+            report.end_round()
         if self._points.due(last, ctx.update):
             with self._stopping_well(lambda: self._save(report, unmeasured=last)):
                 self._measure_point(report)
@@ -243,6 +261,7 @@ class Loop:
     def _measure_point(self, report: Report) -> None:
         """Measure the average of now on the prompts of points, and keep images, scores and weights in the folder."""
         update, average, examples = self.trainer.ctx.update, self.trainer.average, self._point_examples
+        self._display.stage(f"measuring {len(examples)} held-out prompts", log=False)
         found = self._measure_with(average, examples, len(examples))
         if self.accelerator.is_main_process:
             lora = partial(self.policy.export, weights=average) if update and self.config.model.lora_rank else None

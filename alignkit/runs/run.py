@@ -25,6 +25,7 @@ from alignkit.registry import responsible_plugin
 from alignkit.rollout import sample_images
 from alignkit.runs import folder as run_folder
 from alignkit.runs.build import Parts
+from alignkit.runs.display import Display
 from alignkit.runs.loop import Loop, exported
 from alignkit.training import checkpoint
 from alignkit.training.trainer import Update
@@ -101,18 +102,26 @@ class Run(Parts):
 
     # training
 
-    def train(self, console: Console | None = None) -> Iterator[Update]:
+    def train(self, console: Console | None = None, verbose: bool = False) -> Iterator[Update]:
         """Train; yield after each update of the policy. Ends early, after saving, if `stop` was called.
 
         Writes the run folder; a folder that holds a run is continued if this run was opened from it, else
-        rejected. Raises AlignkitError for what the user can fix.
+        rejected. Shows progress on `console`, with `verbose` every metric. Raises AlignkitError for what the user can
+        fix.
         """
         self.check()
         accelerator = self.accelerator()
         self._claim(accelerator)
+        config, shown = self.config, console if accelerator.is_main_process else None
+        warmup = config.surrogate.warmup if config.surrogate else 0
+        with Display(shown, config.train.updates, warmup, verbose) as display:
+            display.message(f"{self.folder}: {self.description()}")
+            yield from self._train(accelerator, display)
+
+    def _train(self, accelerator: Accelerator, display: Display) -> Iterator[Update]:
         saved = self._newest_checkpoint()
         try:
-            loop = Loop(self, self.folder, accelerator)
+            loop = Loop(self, self.folder, accelerator, display)
         except Exception:
             if not self._existing and accelerator.is_main_process:
                 run_folder.release(self.folder)  # so that the next try is not refused
@@ -121,7 +130,7 @@ class Run(Parts):
         try:
             if saved is not None:
                 loop.restore(saved)
-            yield from loop.updates(console, lambda: self.stopping)
+            yield from loop.updates(lambda: self.stopping)
             self.weights = loop.weights
         except Exception as error:
             if not isinstance(error, AlignkitError) and (origin := responsible_plugin(error)):

@@ -21,6 +21,7 @@ from alignkit.commands.evaluate import as_csv
 from alignkit.config.sections import EvaluateConfig
 from alignkit.errors import ConfigError
 from alignkit.evaluation.rows import Row
+from alignkit.runs.build import Parts
 
 COMMANDS = ["list", "show", "check", "train", "sample", "score", "serve", "pairs", "evaluate", "gallery", "report"]
 PROMPT_COMMANDS = ["prompts lint", "prompts phrases", "prompts curate"]
@@ -56,12 +57,14 @@ class FakeRun:
     def departure(self) -> str:
         return self.departs
 
+    description = Parts.description
+
     def check(self) -> list[str]:
         self.calls.append("check")
         return list(self.broken)
 
-    def train(self, console: object = None) -> Iterator[int]:
-        self.calls.append(("train", console is not None))
+    def train(self, console: object = None, verbose: bool = False) -> Iterator[int]:
+        self.calls.append(("train", console is not None, verbose))
         yield 1
         for _ in range(self.interrupts):
             signal.raise_signal(self.sends)
@@ -179,12 +182,12 @@ def test_flags_are_shorthands_for_keys(engine: Any) -> None:
         "sampler.name": "ddim",
     }
     assert (result.exit_code, result.stdout) == (0, "runs/first\n")
-    assert engine.calls == [("load", Path("run.toml"), overrides, None), ("train", False), "saved"]
+    assert engine.calls == [("load", Path("run.toml"), overrides, None), ("train", False, False), "saved"]
 
 
 def test_train_shows_its_progress_and_resumes(engine: Any) -> None:
-    assert run("train", "--resume", "runs/first").exit_code == 0
-    assert engine.calls == [("load", None, {}, Path("runs/first")), ("train", True), "saved"]
+    assert run("train", "--resume", "runs/first", "--verbose").exit_code == 0
+    assert engine.calls == [("load", None, {}, Path("runs/first")), ("train", True, True), "saved"]
 
 
 @pytest.mark.parametrize(("interrupts", "saved"), [(1, True), (2, False)])

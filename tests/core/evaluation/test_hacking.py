@@ -14,6 +14,7 @@ from rich.console import Console
 from alignkit.evaluation.hacking import verdict
 from alignkit.evaluation.measure import Measurement, compare
 from alignkit.evaluation.rows import Row
+from alignkit.runs.display import Display
 from alignkit.runs.report import Report
 
 ROSE = Row("reward", 2, 64, 0.5, 0.75, 0.25, 0.1, 0.4)
@@ -86,7 +87,7 @@ def test_measured_rewards_lead_to_the_verdict() -> None:
 
 def test_an_evaluation_shows_and_records_its_verdict_each_time(tmp_path: Path) -> None:
     console = Console(file=StringIO(), width=80)
-    with Report(tmp_path, console, total=10) as report:
+    with Report(tmp_path, Display(console, total=10)) as report:
         for step in (5, 10):
             report.evaluation(step, [ROSE, FELL])
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -282,10 +282,11 @@ def test_the_last_update_is_exported_averaged_or_not_and_points_change_nothing(
 
 def test_the_rule_follows_from_points_and_held_out_rewards(tiny_run: MakeRun, steady: Any) -> None:
     def rule(overrides: dict[str, Any]) -> str:
+        from alignkit.runs.display import Display
         from alignkit.runs.loop import Loop
 
         run = tiny_run(overrides=points({**overrides}))
-        return Loop(run, run.folder, run.accelerator()).export_rule
+        return Loop(run, run.folder, run.accelerator(), Display(None, 1)).export_rule
 
     assert rule({}) == "best"
     assert rule({"evaluate.rewards": []}) == "average"

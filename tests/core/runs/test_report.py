@@ -12,15 +12,18 @@ from rich.console import Console
 
 from alignkit.errors import AlignkitError
 from alignkit.evaluation.rows import Row
+from alignkit.runs.display import Display
 from alignkit.runs.grid import draw_grid
 from alignkit.runs.report import Report
 
 ROW = Row("attribute_binding", 2, 64, 0.5, 0.75, 0.25, 0.1, 0.4)
 
+TIMES = ("seconds", "images_per_second", "memory_gib")
+
 
 def lines(folder: Path) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in record.items() if k not in ("seconds", "images_per_second")} for record in found]
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in found]
 
 
 def shown(console: Console) -> str:
@@ -30,10 +33,6 @@ def shown(console: Console) -> str:
 
 def plain() -> Console:
     return Console(file=io.StringIO(), width=80)
-
-
-def terminal() -> Console:
-    return Console(file=io.StringIO(), width=100, height=50, force_terminal=True)
 
 
 def a_few_updates(report: Report, first: int, last: int) -> None:
@@ -46,7 +45,7 @@ def a_few_updates(report: Report, first: int, last: int) -> None:
 
 
 def test_each_event_is_one_json_line_on_disk_at_once(tmp_path: Path) -> None:
-    with Report(tmp_path, None, total=10) as report:
+    with Report(tmp_path, Display(None, total=10)) as report:
         report.update(1, {"reward": 0.5, "loss": float("nan")}, images=16)
         first = json.loads((tmp_path / "metrics.jsonl").read_text())
         assert first["reward"] == 0.5 and first["loss"] is None
@@ -64,15 +63,15 @@ def test_each_event_is_one_json_line_on_disk_at_once(tmp_path: Path) -> None:
 def test_a_resumed_run_writes_the_lines_of_an_unbroken_one(tmp_path: Path, killed_at: int) -> None:
     (tmp_path / "unbroken").mkdir()
     (tmp_path / "broken").mkdir()
-    with Report(tmp_path / "unbroken", None, total=6) as report:
+    with Report(tmp_path / "unbroken", Display(None, total=6)) as report:
         a_few_updates(report, 1, 6)
-    with Report(tmp_path / "broken", None, total=6) as report:
+    with Report(tmp_path / "broken", Display(None, total=6)) as report:
         a_few_updates(report, 1, 2)
         saved = report.lines
         a_few_updates(report, 3, killed_at)
     with (tmp_path / "broken" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "rew')  # what a kill may leave
-    with Report(tmp_path / "broken", None, total=6, lines=saved) as report:
+    with Report(tmp_path / "broken", Display(None, total=6), lines=saved) as report:
         assert report.step == 2
         a_few_updates(report, 3, 6)
     assert lines(tmp_path / "broken") == lines(tmp_path / "unbroken")
@@ -81,77 +80,36 @@ def test_a_resumed_run_writes_the_lines_of_an_unbroken_one(tmp_path: Path, kille
 def test_metrics_that_end_before_the_checkpoint_are_refused_untouched(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(AlignkitError, match="found 1 lines, expected the 4 of the checkpoint"):
-        Report(tmp_path, None, total=6, lines=4)
+        Report(tmp_path, Display(None, total=6), lines=4)
     assert lines(tmp_path) == [{"step": 1}]
 
 
 def test_a_warning_is_shown_once_a_run_even_across_a_resume(tmp_path: Path) -> None:
     console = plain()
-    with Report(tmp_path, console, total=6) as report:
+    with Report(tmp_path, Display(console, total=6)) as report:
         report.warn("careful [sic]")
         report.warn("careful [sic]")
-    with Report(tmp_path, console, total=6, lines=1) as report:
+    with Report(tmp_path, Display(console, total=6), lines=1) as report:
         report.warn("careful [sic]")
     assert shown(console).count("warning: careful [sic]") == 1
-
-
-def test_without_a_terminal_an_update_is_one_line_with_every_metric(tmp_path: Path) -> None:
-    console = plain()
-    with Report(tmp_path, console, total=200) as report:
-        report.update(0, {"surrogate_loss": 0.7})
-        report.update(1, {"of_my_own": 3.0, "grad_norm": 1.25, "reward": 0.5}, images=8)
-    warmup, update = shown(console).splitlines()
-    assert warmup.startswith("0/200  surrogate_loss 0.7") and warmup.endswith("warming up")
-    assert update.startswith("1/200  reward 0.5") and update.endswith(" left")
-    for part in ("of_my_own 3", "grad_norm 1.25", "images_per_second"):
-        assert part in update
-
-
-def test_on_a_terminal_a_table_shows_every_metric_with_its_mean(tmp_path: Path) -> None:
-    console = terminal()
-    with Report(tmp_path, console, total=200) as report:
-        report.update(1, {"reward": 0.25, "of_my_own": 3.0})
-        report.update(2, {"reward": 0.75, "of_my_own": 3.0})
-        report.warn("careful")
-        report.evaluation(2, [ROW])
-    text = shown(console)
-    for part in (
-        "update 2 of 200",
-        "reward",
-        "0.75",
-        "0.5",
-        "of_my_own",
-        "left",
-        "warning: careful",
-        "attribute_binding",
-    ):
-        assert part in text
-
-
-def test_an_error_inside_gives_the_terminal_back(tmp_path: Path) -> None:
-    console = terminal()
-    with pytest.raises(RuntimeError), Report(tmp_path, console, total=2):
-        raise RuntimeError
-    assert shown(console).endswith("\x1b[?25h")
 
 
 def test_a_folder_that_cannot_be_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(AlignkitError, match=r"metrics\.jsonl: could not be written"):
-        Report(tmp_path / "file", None, total=1)
+        Report(tmp_path / "file", Display(None, total=1))
 
 
 def test_a_process_that_does_not_write_leaves_no_trace(tmp_path: Path) -> None:
-    console = plain()
-    with Report(tmp_path, console, total=6, writes=False) as report:
+    with Report(tmp_path, Display(None, total=6), writes=False) as report:
         a_few_updates(report, 1, 6)
         report.grid(6, torch.rand(1, 1, 3, 8, 8), ["a red circle"], ["1 step"])
-    assert shown(console) == "" and list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_grid_is_saved_under_its_step(tmp_path: Path) -> None:
     images = torch.rand(2, 3, 3, 64, 64)
-    with Report(tmp_path, None, total=100) as report:
+    with Report(tmp_path, Display(None, total=100)) as report:
         path = report.grid(100, images, ["a red circle", "a blue square"], ["1 step", "2 steps", "4 steps"])
     assert path == tmp_path / "samples" / "000100.png"
     assert [other.name for other in path.parent.iterdir()] == ["000100.png"]

@@ -21,6 +21,7 @@ from alignkit.commands.evaluate import evaluate
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.models.diffusers_policy import DiffusersPolicy
 from alignkit.rollout import seeded_noises
+from alignkit.runs.display import Display
 from alignkit.runs.loop import Loop
 from alignkit.runs.run import Run, open_run
 
@@ -292,7 +293,7 @@ def test_what_learns_from_rewards_needs_one(algorithm: str, tiny_run: MakeRun) -
 
 def test_a_surrogate_can_start_from_that_of_another_run(finished: Run, tiny_run: MakeRun, tmp_path: Path) -> None:
     second = tiny_run("second", {"surrogate.init": str(finished.folder), "surrogate.warmup": 0, "train.updates": 1})
-    trainer = Loop(second, second.folder, second.accelerator()).trainer
+    trainer = Loop(second, second.folder, second.accelerator(), Display(None, 1)).trainer
     assert trainer.ctx.surrogate is not None
     saved = load_file(finished.folder / "surrogate.safetensors")
     assert all(torch.equal(saved[n], t) for n, t in trainer.ctx.surrogate.module().state_dict().items())

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from alignkit.rollout import sample
+from alignkit.runs.display import Display
 from alignkit.runs.loop import Loop
 from alignkit.runs.run import Run
 from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint
@@ -32,7 +33,7 @@ def test_a_later_run_starts_from_a_proxy_that_was_pre_trained(tiny_run: MakeRun)
     first = tiny_run("lrm", {**PROXY, "surrogate.warmup": 2, "train.updates": 0, "evaluate.prompts": ""})
     assert list(first.train()) == []
     second = tiny_run("run", {**PROXY, "surrogate.init": str(first.folder)})
-    trainer = Loop(second, second.folder, second.accelerator()).trainer
+    trainer = Loop(second, second.folder, second.accelerator(), Display(None, 1)).trainer
     saved = checkpoint.latest(first.folder / "checkpoints")
     assert saved is not None and trainer.ctx.surrogate is not None
     kept = checkpoint.load(saved)["trainer"]["surrogate"]
