@@ -12,7 +12,7 @@ LASRO ?= --set train.updates=100
 DRAFT ?= --set train.updates=190
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long lint docs
+.PHONY: help demo test test-long lint docs site
 
 help:
 	@echo "make demo   install and train LaSRO and DRaFT side by side on attribute binding, from the embedded model, and"
@@ -21,7 +21,8 @@ help:
 	@echo "make test-long"
 	@echo "            install and run the tests that make test leaves out because they take long"
 	@echo "make lint   ruff and mypy alone"
-	@echo "make docs   write the generated parts of docs/ again"
+	@echo "make docs   write the generated parts and the figures of docs/ again"
+	@echo "make site   build the pages of docs/ into site/, to read in a browser; a broken link is an error"
 
 demo: .venv/.installed
 	@$(BIN)/python examples/demo.py $(OUT) --lasro='$(LASRO)' --draft='$(DRAFT)'
@@ -40,6 +41,11 @@ lint: .venv/.installed-dev
 docs: .venv/.installed-dev
 	$(BIN)/python docs/generate.py
 
+# docs/ holds an extension that the build imports.
+site: .venv/.installed-dev
+	PYTHONPATH=docs $(BIN)/python -m zensical build --strict --clean
+	@echo "open site/index.html through a server, so that the search works: $(BIN)/python -m http.server -d site"
+
 # Stamps, so that a second call installs nothing; a change of pyproject.toml or constraints.txt installs again.
 .venv/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -53,5 +59,5 @@ docs: .venv/.installed-dev
 	@touch $@
 
 .venv/.installed-dev: pyproject.toml constraints.txt .venv/.made
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[datasets,dev,faiss,parquet,tensorboard]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[datasets,dev,docs,faiss,parquet,tensorboard]'
 	@touch $@ .venv/.installed

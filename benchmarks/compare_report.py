@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -46,29 +47,73 @@ def final(results: Mapping[str, Any], table: Table) -> list[Mapping[str, Any]]:
 
 def interval(values: Tensor, resamples: int = 2000) -> tuple[float, float, float]:
     """Return the mean of `values` (seeds, prompts) and its 95 % bootstrap interval over both seeds and prompts."""
-    seeds, prompts = values.shape
+    return _interval(tuple(map(tuple, values.double().tolist())), resamples)
+
+
+@functools.cache  # tables, pages and figures show the same intervals
+def _interval(numbers: tuple[tuple[float, ...], ...], resamples: int) -> tuple[float, float, float]:
+    values = torch.tensor(numbers, dtype=torch.float64)
+    seeds, prompts = _resamples(values.shape, resamples)
+    sums, known = ((seeds @ part * prompts).sum(1) for part in (values.nan_to_num(), (~values.isnan()).double()))
+    low, high = (sums / known).nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(values.nanmean()), low, high
+
+
+@functools.cache
+def _resamples(shape: tuple[int, ...], resamples: int) -> list[Tensor]:
+    """Return for each axis how often each of its places is in each resample with replacement: (resamples, places)."""
     generator = torch.Generator().manual_seed(0)
-    row = torch.randint(seeds, (resamples, seeds), generator=generator)
-    column = torch.randint(prompts, (resamples, prompts), generator=generator)
-    means = values.double()[row[:, :, None], column[:, None, :]].nanmean((1, 2))
-    low, high = means.nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return float(values.double().nanmean()), low, high
+    counts = []
+    for size in shape:
+        chosen = torch.randint(size, (resamples, size), generator=generator)
+        ones = torch.ones(chosen.shape, dtype=torch.float64)
+        counts.append(torch.zeros_like(ones).scatter_add_(1, chosen, ones))
+    return counts
+
+
+def changes(
+    found: Sequence[Mapping[str, Any]], base: Mapping[str, Any], what: str, table: Table
+) -> dict[int, tuple[float, float, float, float]]:
+    """Return the mean, the change against the base and its 95 % interval, by number of steps."""
+    numbers = {}
+    for k in table.steps:
+        values = torch.tensor([r["values"][str(k)][what] for r in found])
+        numbers[k] = (float(values.nanmean()), *interval(values - torch.tensor(base["values"][str(k)][what])))
+    return numbers
+
+
+HEADINGS = {"trained": "The reward that is trained on", "pixel_check": "The pixel check"}
 
 
 def render(results: Mapping[str, Any], table: Table) -> str:
     """Render the finished part of a table in markdown, or a sentence if no method was run."""
-    here = final(results, table)
-    base = next((r for r in here if not r["method"]), None)
-    if base is None or not any(r["method"] for r in here):
+    if not was_run(results, table):
         return "It has not been run.\n"
-    parts = []
-    for what, heading in (("trained", "The reward that is trained on"), ("pixel_check", "The pixel check")):
-        columns = [f"{k} step{'s' * (k > 1)}" for k in table.steps]
-        lines = [["method", *columns], ["---"] * (len(columns) + 1), ["base", *_cells([base], None, what, table)]]
-        lines += [[m, *_cells(found, base, what, table)] for m, found in _by_method(here, table)]
-        parts += [f"{heading}: mean, and change against the base with its interval.\n", _markdown(lines)]
+    return "\n".join([*(values(results, table, what) for what in HEADINGS), training(results, table)])
+
+
+def was_run(results: Mapping[str, Any], table: Table) -> bool:
+    """Return whether the base and a method of the table were run."""
+    methods = {bool(r["method"]) for r in final(results, table)}
+    return methods == {True, False}
+
+
+def values(results: Mapping[str, Any], table: Table, what: str) -> str:
+    """Render means and changes of one reward, "trained" or "pixel_check", of a table that was run."""
+    here = final(results, table)
+    base = next(r for r in here if not r["method"])
+    columns = [f"{k} step{'s' * (k > 1)}" for k in table.steps]
+    means = [f"{torch.tensor(base['values'][str(k)][what]).nanmean():.3f}" for k in table.steps]
+    lines = [["method", *columns], ["---"] * (len(columns) + 1), ["base", *means]]
+    lines += [[m, *_cells(found, base, what, table)] for m, found in by_method(here, table)]
+    return f"{HEADINGS[what]}: mean, and change against the base with its interval.\n\n{_markdown(lines)}"
+
+
+def training(results: Mapping[str, Any], table: Table) -> str:
+    """Render how the methods of a table that was run were trained, and by which command."""
+    here = final(results, table)
     lines = [["method", "samples", "updates", "learning rate", "seeds", "drift", "minutes a run"], ["---"] * 7]
-    for method, found in _by_method(here, table):
+    for method, found in by_method(here, table):
         drift = sum(sum(r["drift"].values()) / len(r["drift"]) for r in found) / len(found)
         minutes = sum(r["seconds"] for r in found) / len(found) / 60
         updates = sum(r["updates"] for r in found) / len(found)
@@ -77,14 +122,14 @@ def render(results: Mapping[str, Any], table: Table) -> str:
             [method, str(found[0]["samples"]), f"{updates:.0f}", f"{found[0]['rate']:g}", seeds, f"{drift:.3f}",
              f"{minutes:.1f}"]
         ]  # fmt: skip
-    parts += ["How it was trained; drift is the kernel distance of all images to the base's, mean over steps.\n"]
-    parts += [_markdown(lines)]
-    found = {r["git"] or "unknown" for r in here}
-    commits = ", ".join(sorted(git[:7] + ", changed" * git.endswith("-dirty") for git in found))
+    commits = ", ".join(
+        sorted(git[:7] + ", changed" * git.endswith("-dirty") for git in {r["git"] or "unknown" for r in here})
+    )
     cpus = ", ".join(sorted({r["cpu"] for r in here}))
     torches = ", ".join(sorted({r["versions"]["torch"] for r in here}))
-    parts += [f"`python benchmarks/compare_methods.py --tables {table.name}` on {commits}; {cpus}; torch {torches}.\n"]
-    return "\n".join(parts)
+    origin = f"`python benchmarks/compare_methods.py --tables {table.name}` on {commits}; {cpus}; torch {torches}."
+    text = "How it was trained; drift is the kernel distance of all images to the base's, mean over steps."
+    return f"{text}\n\n{_markdown(lines)}\n{origin}\n"
 
 
 def measured(results: Mapping[str, Any], algorithm: str) -> str:
@@ -93,7 +138,7 @@ def measured(results: Mapping[str, Any], algorithm: str) -> str:
     for table in TABLES.values():
         here = final(results, table)
         base = next((r for r in here if not r["method"]), None)
-        for method, found in _by_method(here, table) if base is not None else ():
+        for method, found in by_method(here, table) if base is not None else ():
             if table.methods[method].algorithm != algorithm:
                 continue
             cells = {what: _cells(found, base, what, table) for what in ("trained", "pixel_check")}
@@ -104,23 +149,18 @@ def measured(results: Mapping[str, Any], algorithm: str) -> str:
     return _markdown(lines) if len(lines) > 2 else "It has not been run in the comparison.\n"
 
 
-def _by_method(results: Sequence[Mapping[str, Any]], table: Table) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
+def by_method(results: Sequence[Mapping[str, Any]], table: Table) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
+    """Yield the methods of a table that were run, in its order, and their results."""
     for method in table.methods:
         if found := [r for r in results if r["method"] == method]:
             yield method, found
 
 
-def _cells(found: Sequence[Mapping[str, Any]], base: Mapping[str, Any] | None, what: str, table: Table) -> list[str]:
-    texts = []
-    for k in map(str, table.steps):
-        values = torch.tensor([r["values"][k][what] for r in found])
-        mean = float(values.nanmean())
-        if base is None:
-            texts.append(f"{mean:.3f}")
-            continue
-        change, low, high = interval(values - torch.tensor(base["values"][k][what]))
-        texts.append(f"{mean:.3f} ({change:+.3f} [{low:+.3f}, {high:+.3f}])")
-    return texts
+def _cells(found: Sequence[Mapping[str, Any]], base: Mapping[str, Any], what: str, table: Table) -> list[str]:
+    return [
+        f"{mean:.3f} ({change:+.3f} [{low:+.3f}, {high:+.3f}])"
+        for mean, change, low, high in changes(found, base, what, table).values()
+    ]
 
 
 def _markdown(lines: Sequence[Sequence[str]]) -> str:

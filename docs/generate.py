@@ -2,12 +2,14 @@
 
 A part stands between `<!-- generated: WHAT NAME -->` and `<!-- end -->`, where WHAT is `help` (a command's --help;
 "prompts/lint" is one of a group), `section` (a table of a section's keys), `fields` (a table of the fields of
-"KIND/NAME"), `comparison` (a table of benchmarks/compare_methods.py) or `measured` (what those say of an algorithm). A
-test compares.
+"KIND/NAME"), `comparison` (a table of benchmarks/compare_methods.py: figure and trained reward), `details` (the rest of
+it), `measured` (what those say of an algorithm), `eight_minutes` (the runs of benchmarks/eight_minutes.csv) or `readme`
+(the README, for the first page of the site). The figures are files in docs/images. A test compares all of them.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from pathlib import Path
@@ -23,9 +25,11 @@ from alignkit.registry import default_registry
 
 DOCS = Path(__file__).parent
 sys.path.append(str(DOCS.parent / "benchmarks"))
-import compare_report  # noqa: E402  (from the line above)
+import compare_figures  # noqa: E402  (from the line above)
+import compare_report  # noqa: E402
 from compare_tables import TABLES  # noqa: E402
 
+IMAGES = DOCS / "images"
 PART = re.compile(r"(<!-- generated: (\w+) ?(\S*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -67,17 +71,75 @@ def _table(fields: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def _comparison(table: str) -> str:
-    return compare_report.render(compare_report.read(compare_report.RESULTS), TABLES[table]).rstrip()
+@functools.cache
+def _results() -> dict[str, Any]:
+    return compare_report.read(compare_report.RESULTS)
+
+
+def _comparison(name: str) -> str:
+    table = TABLES[name]
+    figure = _shown(f"results/{name}", table.title)
+    return f"{figure}\n{compare_report.values(_results(), table, 'trained')}".rstrip()
+
+
+def _details(name: str) -> str:
+    table = TABLES[name]
+    parts = (compare_report.values(_results(), table, "pixel_check"), compare_report.training(_results(), table))
+    return "\n".join(parts).rstrip()
 
 
 def _measured(algorithm: str) -> str:
-    return compare_report.measured(compare_report.read(compare_report.RESULTS), algorithm).rstrip()
+    figure = _shown(f"methods/{algorithm}", algorithm, "../") + "\n" if algorithm in _algorithms() else ""
+    return figure + compare_report.measured(_results(), algorithm).rstrip()
+
+
+def _eight_minutes(_: str) -> str:
+    rows = [
+        "| | steps | VQA model before | change, 95 % interval | pixel check before | change, 95 % interval |",
+        "|---|---|---|---|---|---|",
+    ]
+    for line in compare_figures.eight_minutes():
+        cells = [line["run"] if line["steps"] == "1" else "", line["steps"]]
+        for what in ("vqa", "pixel"):
+            cells.append(line[f"{what}_before"])
+            cells.append("{} [{}, {}]".format(*(line[f"{what}_{part}"] for part in ("change", "low", "high"))))
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join([_shown("results/eight_minutes", "LaSRO and DRaFT, three seeds each"), *rows])
+
+
+def _readme(_: str) -> str:
+    """Return the README with links as docs/ needs them; what lies outside of docs/ is named and not linked."""
+    text = (DOCS.parent / "README.md").read_text(encoding="utf-8").replace("](docs/", "](")
+    outside = re.compile(r"\[([^\]]*)\]\((?!\w+:|#)([^)\s#]+)[^)\s]*\)")
+    return outside.sub(lambda m: m[0] if (DOCS / m[2]).exists() else m[1], text).rstrip()
+
+
+def _shown(name: str, what: str, up: str = "") -> str:
+    text = f"{what}: change of the trained reward and of the pixel check, with 95 % intervals"
+    return f"![{text}]({up}images/{name}.svg)\n"
 
 
 WRITERS = {
-    "help": _help, "section": _section, "fields": _fields, "comparison": _comparison, "measured": _measured,
+    "help": _help, "section": _section, "fields": _fields, "comparison": _comparison, "details": _details,
+    "measured": _measured, "eight_minutes": _eight_minutes, "readme": _readme,
 }  # fmt: skip
+
+
+def _algorithms() -> list[str]:
+    """Return the algorithms of which there are results."""
+    names = dict.fromkeys(method.algorithm for table in TABLES.values() for method in table.methods.values())
+    return list(names)
+
+
+def figures() -> dict[str, tuple[str, list[compare_figures.Block]]]:
+    """Return title and contents of each figure, by its name in docs/images."""
+    found = {
+        f"results/{name}": (table.title, compare_figures.of_table(_results(), table)) for name, table in TABLES.items()
+    }
+    found |= {f"methods/{name}": (name, compare_figures.of_algorithm(_results(), name)) for name in _algorithms()}
+    found["results/eight_minutes"] = ("Eight minutes of one core", compare_figures.of_eight_minutes())
+    return found
+
 
 if __name__ == "__main__":
     for path in sorted(DOCS.rglob("*.md")):
@@ -85,3 +147,10 @@ if __name__ == "__main__":
         if (new := fill(old)) != old:
             path.write_text(new, encoding="utf-8")
             print(f"wrote {path}")
+    for name, (title, blocks) in figures().items():
+        file = IMAGES / f"{name}.svg"
+        drawn = compare_figures.draw(blocks, title)
+        if not file.exists() or file.read_text(encoding="utf-8") != drawn:
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(drawn, encoding="utf-8")
+            print(f"wrote {file}")

@@ -20,6 +20,7 @@ from alignkit.page.record import AXES, MINUTES, Array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BINS = 160
 """Largest number of places at which a curve of one run has a value; curves of several runs have fewer."""
@@ -118,10 +119,10 @@ def by_steps(groups: Sequence[tuple[int, Mapping[int, tuple[float, float, float]
             x = np.array([steps.index(number) + shift for number in values])
             mean, low, high = (np.array([value[i] for value in values.values()]) for i in range(3))
             axes.plot(
-                x, mean, color=_colour(colour), ls=DASHES[colour % 4], lw=1.4, marker=MARKERS[colour % 8], ms=5,
+                x, mean, color=stand_in(colour), ls=DASHES[colour % 4], lw=1.4, marker=MARKERS[colour % 8], ms=5,
                 markeredgecolor=SURFACE,
             )  # fmt: skip
-            axes.vlines(x, low, high, color=_colour(colour), lw=1.4)
+            axes.vlines(x, low, high, color=stand_in(colour), lw=1.4)
         axes.set_xticks(range(len(steps)), [str(number) for number in steps])
         axes.set_xlim(-0.4, len(steps) - 0.6)
         axes.set_xlabel("number of steps", loc="right", fontweight="bold")
@@ -132,7 +133,7 @@ def trail(paths: Sequence[tuple[int, Array, Array]], label: str) -> str:
     """Plot paths through points, (colour, x, y) each; the last point is the largest."""
     with _chart() as (axes, result):
         for colour, x, y in paths:
-            shade = _colour(colour)
+            shade = stand_in(colour)
             axes.plot(x, y, color=shade, ls=DASHES[colour % 4], lw=1.2, marker="o", ms=2.5)
             axes.plot(x[-1:], y[-1:], color=shade, marker=MARKERS[colour % 8], ms=8, markeredgecolor=SURFACE)
         axes.set_xlabel(label, loc="right", fontweight="bold")
@@ -140,7 +141,7 @@ def trail(paths: Sequence[tuple[int, Array, Array]], label: str) -> str:
 
 
 def _plot(axes: Axes, one: Series, x: Array, gid: str) -> None:
-    shade = _colour(one.colour)
+    shade = stand_in(one.colour)
     if one.base is not None:
         axes.axhline(one.base, color=shade, lw=0.7, ls=(0, (1, 1.5)), gid=gid)
     if one.low is not None and one.high is not None and len(x) > 1:
@@ -172,7 +173,20 @@ def _limit(axes: Axes, series: Sequence[Series]) -> None:
 
 @contextmanager
 def _chart() -> Iterator[tuple[Axes, list[str]]]:
-    """Give axes to plot into, and a list that holds the SVG afterwards. No setting of the user's matplotlib counts."""
+    """Give axes to plot into, and a list that holds the SVG afterwards."""
+    with drawing(SIZE) as (figure, result):
+        axes = figure.add_axes((0.115, 0.21, 0.875, 0.76))
+        axes.patch.set_visible(False)
+        axes.locator_params(axis="y", nbins=5)
+        yield axes, result
+
+
+@contextmanager
+def drawing(size: tuple[float, float]) -> Iterator[tuple[Figure, list[str]]]:
+    """Give a figure of `size` inches, and a list that holds its SVG afterwards, an element for a page.
+
+    Colours are those of `stand_in`, `INK`, `GRID` and `SURFACE`. No setting of the user's matplotlib counts.
+    """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -190,12 +204,9 @@ def _chart() -> Iterator[tuple[Axes, list[str]]]:
                 "axes.formatter.useoffset": False, "axes.formatter.limits": (-4, 5),
             }
         )  # fmt: skip
-        figure = Figure(SIZE)
+        figure = Figure(size)
         FigureCanvasSVG(figure)
-        axes = figure.add_axes((0.115, 0.21, 0.875, 0.76))
-        axes.patch.set_visible(False)
-        axes.locator_params(axis="y", nbins=5)
-        yield axes, result
+        yield figure, result
         target = io.StringIO()
         empty = {"Date": None, "Creator": None, "Format": None, "Type": None}
         figure.savefig(target, format="svg", transparent=True, metadata=empty)
@@ -215,12 +226,13 @@ def _inline(svg: str) -> str:
     svg = re.sub(r' d="[^"]*"', lambda m: re.sub(r"(\.\d)\d+", r"\1", m[0].replace("\n", " ")), svg)
     svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{PREFIX}", svg)
     svg = re.sub(r"#0001(\d\d)", lambda m: f"var(--c{int(m[1])})", svg)
-    for stand_in, name in ((INK, "ink2"), (GRID, "line"), (SURFACE, "card")):
-        svg = svg.replace(stand_in, f"var(--{name})")
+    for shade, name in ((INK, "ink2"), (GRID, "line"), (SURFACE, "card")):
+        svg = svg.replace(shade, f"var(--{name})")
     return re.sub(r"\n\s*", "\n", svg)
 
 
-def _colour(index: int) -> str:
+def stand_in(index: int) -> str:
+    """Return the stand-in for a colour of the style sheet, of eight."""
     return f"#0001{index % 8:02d}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 import subprocess
@@ -10,7 +9,6 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -29,6 +27,7 @@ from alignkit.data.prompts import read_examples
 from alignkit.records import Example
 from alignkit.registry import default_registry
 from alignkit.testing import check_reward
+from docs_fixtures import generator
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -64,14 +63,6 @@ def command_lines() -> Iterator[tuple[str, str]]:
         for line in text.splitlines():
             if match := re.match(r"(?:#\s+|\s{2})?(alignkit (?!-)\S.*)$", line):
                 yield name, re.split(r"\s{3,}|\s#", match[1])[0]
-
-
-def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def slug(heading: str) -> str:
@@ -119,8 +110,9 @@ def test_every_command_and_section_is_on_its_page() -> None:
     cli = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     names = [*group.commands, *(f"prompts/{name}" for name in group.commands["prompts"].commands)]
     assert [name for name in names if f"<!-- generated: help {name} -->" not in cli] == []
-    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert [name for name in generator().TABLES if f"<!-- generated: comparison {name} -->" not in results] == []
+    for page, part in (("results", "comparison"), ("results_appendix", "details")):
+        results = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+        assert [name for name in generator().TABLES if f"<!-- generated: {part} {name} -->" not in results] == []
     run_files = (ROOT / "docs" / "run_files.md").read_text(encoding="utf-8")
     assert [s for s in SECTIONS - {"output", "seed"} if f"<!-- generated: section {s} -->" not in run_files] == []
 
