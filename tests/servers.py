@@ -1,4 +1,4 @@
-"""Servers for tests, in threads: a reward over HTTP, and an endpoint that imitates a vision language model."""
+"""Servers for tests, in threads: a reward over HTTP, an endpoint that imitates a vision language model, and images."""
 
 from __future__ import annotations
 
@@ -23,9 +23,20 @@ from alignkit.interfaces import Reward
 from alignkit.records import Example, Scores
 from alignkit.rewards.checked import Scoring
 from alignkit.rewards.weighted import WeightedRewards
+from alignkit.serving.answers import Pair
 from alignkit.serving.server import Limits, RewardServer
 
 MARK = "0123456789abcdef"
+
+
+def solid(pair: Pair) -> tuple[bytes, bytes]:
+    """Two images whose levels name the pair and which of both they are."""
+    files = []
+    for which in range(2):
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8), (pair.prompt, pair.copy, which)).save(file, "PNG")
+        files.append(file.getvalue())
+    return files[0], files[1]
 
 
 @contextmanager

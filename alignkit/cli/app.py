@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from alignkit import __version__
-from alignkit.cli import plugins, prompts, rewards, runs
+from alignkit.cli import pairs, plugins, prompts, rewards, runs
 from alignkit.commands.added import build
 from alignkit.errors import AlignkitError
 from alignkit.registry import Component, default_registry, normalise
@@ -104,7 +104,8 @@ app.command("prepare")(runs.prepare_run)
 app.command()(runs.sample)
 app.command()(rewards.score)
 app.command()(rewards.serve)
-app.command()(runs.pairs)
+app.command()(pairs.pairs)
+app.command()(pairs.prefer)
 app.command("evaluate")(runs.evaluate_runs)
 app.command("gallery")(runs.draw_gallery)
 app.command()(runs.report)

@@ -1,4 +1,4 @@
-"""The commands about runs: check, train, prepare, sample, pairs, evaluate, gallery and report."""
+"""The commands about runs: check, train, prepare, sample, evaluate, gallery and report."""
 
 from __future__ import annotations
 
@@ -186,51 +186,6 @@ def sample(
         for path, image in zip(paths, run.sample(prompts, steps=step, seed=seed, count=count), strict=True):
             image.save(path)
             typer.echo(path)
-
-
-def pairs(
-    source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL")],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the pairs; new or empty.")],
-    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts; by default those of training.")] = None,
-    reward: Rewards = None,
-    count: Annotated[int, typer.Option(min=2, help="Images per prompt.")] = 4,
-    every: Annotated[
-        bool, typer.Option("--every", help="Every two images that differ, not only best and worst.")
-    ] = False,
-    margin: Annotated[float, typer.Option(min=0, help="Smallest difference of two scores.")] = 0.0,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only this many prompts, from the top.")] = None,
-    steps: Steps = None,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    assignments: Set = None,
-    as_json: Json = False,
-) -> None:
-    """Make preference pairs with a model and a reward.
-
-    Generates several images of each prompt, scores them, and keeps the best and the worst. The folder holds the
-    images and pairs.jsonl, one line per pair with text, files, scores and seed. Name it as data.pairs in a run
-    file, for diffusion_dpo and for pso in its offline mode.
-
-    \b
-    alignkit pairs shapes_lcm --out my/pairs
-    alignkit pairs runs/first --prompts my/prompts.txt --count 8 --out my/other
-    alignkit train --algo diffusion_dpo --set data.pairs=my/pairs
-    """
-    with loading():
-        from alignkit.commands.pairs import make_pairs
-        from alignkit.data.prompt_sets import prompt_file
-        from alignkit.runs.run import open_run
-
-    changes = overrides(None, reward, None, None, None, None, assignments)
-    if prompts is not None:
-        changes["data.prompts"] = str(prompt_file(prompts).resolve())
-    run = open_run(source, changes)
-    made = make_pairs(run, out, count=count, limit=limit, steps=steps, seed=seed, every=every, margin=margin)
-    for what in made.skipped:
-        typer.echo(f"skipped as broken: {what}", err=True)
-    if as_json:
-        return print_json(dataclasses.asdict(made))
-    without = f"; {made.undecided} without a preference" if made.undecided else ""
-    typer.echo(f"{made.folder}: {made.pairs} pairs of {made.prompts} prompts{without}")
 
 
 def evaluate_runs(

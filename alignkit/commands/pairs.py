@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from alignkit.data.decode import to_uint8
-from alignkit.data.preferences import TABLE
+from alignkit.data.preferences import IMAGES, TABLE
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.records import Example
 from alignkit.rewards.weighted import WeightedRewards
@@ -22,8 +22,6 @@ from alignkit.rollout import sample_images
 
 if TYPE_CHECKING:
     from alignkit.runs.run import Run
-
-IMAGES = "images"
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,8 @@ class DataConfig(Section):
     caption_column: str = ""
     """Column of the caption in tables, .json members and data sets; empty: "text", "caption" or "prompt"."""
     pairs: str = ""
-    """Preference pairs, for algorithms that need them: a folder with pairs.jsonl (`alignkit pairs` makes one), a .jsonl
-    file, .parquet in Pick-a-Pic's columns or a folder of it, or "package.module:Class"."""
+    """Preference pairs, for algorithms that need them: a folder with pairs.jsonl (from `alignkit pairs` or `alignkit
+    prefer`), a .jsonl file, .parquet in Pick-a-Pic's columns or a folder of it, or "package.module:Class"."""
     on_error: Literal["raise", "skip"] = "raise"
     """Reaction to prompts, images and pairs that are missing or cannot be read: end the run, or leave them out and name
     them."""

@@ -21,6 +21,8 @@ from alignkit.records import PreferencePairs
 KEY = "data.pairs"
 TABLE = "pairs.jsonl"
 """File name of the table in a folder of pairs."""
+IMAGES = "images"
+"""Name of the folder next to it in which commands save the images."""
 EXPECTED = "a folder or a file of pairs"
 
 
@@ -54,7 +56,11 @@ class PairTable(Items[tuple[Tensor, Tensor, str]], Preferences):
 
     @abstractmethod
     def _read_table(self) -> Iterator[Row]:
-        """Yield every complete row."""
+        """Yield every complete row that prefers one of its images."""
+
+    def _note_undecided(self, undecided: int, count: int) -> None:
+        if undecided:
+            self.notes = [f"{KEY}: {undecided} of {count} rows of {self.source} prefer neither image and were left out"]
 
     @abstractmethod
     def _stored(self, location: Any) -> bytes:
@@ -82,12 +88,19 @@ class PairTable(Items[tuple[Tensor, Tensor, str]], Preferences):
 
 
 class JsonPairs(PairTable):
-    """Pairs of a .jsonl file: one object per line with "text", "winner" and "loser", paths relative to the file."""
+    """Pairs of a .jsonl file: one object per line with "text", "winner" and "loser", paths relative to the file.
+
+    Lines whose winner and loser are null prefer neither image; they are left out and counted in `notes`.
+    """
 
     def _read_table(self) -> Iterator[Row]:
-        for where, line in read_lines(self.source, KEY):
+        lines, undecided = read_lines(self.source, KEY), 0
+        for where, line in lines:
             try:
                 record = json_object(line)
+                if {"winner", "loser"} <= record.keys() and record["winner"] is record["loser"] is None:
+                    undecided += 1
+                    continue
                 names = (text_column(record, "", KEY), "winner", "loser")
                 text, winner, loser = (record[key] for key in names)
                 if not all(isinstance(value, str) and value.strip() for value in (text, winner, loser)):
@@ -104,6 +117,7 @@ class JsonPairs(PairTable):
                 leave_out(self._skipped, KEY, f"{where}: winner and loser are the same file, {winner}")
             else:
                 yield Row(where, text, winner, loser)
+        self._note_undecided(undecided, len(lines))
 
     def _stored(self, location: Any) -> bytes:
         return (self.source.parent / str(location)).read_bytes()
@@ -142,8 +156,7 @@ class ParquetPairs(PairTable):
                 else:
                     names = ("jpg_0", "jpg_1") if first else ("jpg_1", "jpg_0")
                     yield Row(where, caption, *((file, group, place, name) for name in names))
-        if undecided:
-            self.notes = [f"{KEY}: {undecided} of {count} rows of {self.source} prefer neither image and were left out"]
+        self._note_undecided(undecided, count)
 
     def _records(self, file: Path) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
         """Yield the row group, the position in it and the values of each row, without the images."""

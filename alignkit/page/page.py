@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +12,7 @@ from alignkit.files import write_file
 from alignkit.page import facts, figures
 from alignkit.page.curves import PREFIX
 from alignkit.page.gallery import Budget, gallery, ordered, shared, strips
+from alignkit.page.html import TEMPLATES, open_template
 from alignkit.page.record import UPDATES, Record, read_record
 from alignkit.page.wins import win_rates
 
@@ -31,7 +30,6 @@ TEXT = 6_000
 MOST_WARNINGS = 50
 MARK = b'<meta name="generator" content="alignkit'
 """Words by which a page is known, which alone may be written over."""
-FOLDER = Path(__file__).parent / "templates"
 
 
 def write_page(folders: Sequence[str | Path], out: Path | None = None) -> Path:
@@ -135,31 +133,15 @@ def _name_apart(records: Sequence[Record]) -> None:
 
 
 def _template() -> Template:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=FileSystemLoader(FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    script = (FOLDER / "script.js").read_text(encoding="utf-8")
-    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
-    environment.globals |= {
-        "style": Markup((FOLDER / "style.css").read_text(encoding="utf-8")),
-        "script": Markup(script),
-        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        "facts_of": facts,
-    }
-    environment.filters |= {
+    filters: dict[str, Callable[..., Any]] = {
         "svg": lambda svg, name: Markup(svg.replace(PREFIX, name)),
         "clip": _clip,
         "number": facts.number,
         "spread": facts.spread,
     }
-    return environment.get_template("page.html")
+    return open_template(TEMPLATES / "page.html", TEMPLATES / "script.js", filters, facts_of=facts)
 
 
 def _clip(text: str, length: int = TEXT) -> str:

@@ -178,8 +178,8 @@ class Parts:
             check_images(data.images, data.caption_column, skipped)
         if "pairs" in algorithm.needs and not data.pairs:
             raise ConfigError(
-                f"data.pairs: missing; algorithm {self.config.algorithm.name} needs preference pairs (`alignkit pairs` "
-                "makes them with a model and a reward)"
+                f"data.pairs: missing; algorithm {self.config.algorithm.name} needs preference pairs; make them "
+                "with a model and a reward (`alignkit pairs`), or choose them yourself (`alignkit prefer`)"
             )
         if "pairs" in algorithm.needs:
             check_pairs(data.pairs, skipped)

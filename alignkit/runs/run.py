@@ -175,6 +175,11 @@ class Run(Parts):
         """Return the newest checkpoint; None for a new run, and for one that ended before its first checkpoint."""
         return checkpoint.latest(self.folder / "checkpoints") if self._existing else None
 
+    def saved(self) -> str:
+        """Return the manifest of the newest checkpoint, which identifies the trained weights; empty without one."""
+        saved = self._newest_checkpoint()
+        return (saved / checkpoint.MANIFEST).read_text(encoding="utf-8") if saved else ""
+
     # sampling
 
     def policy(self) -> Policy:

@@ -1,4 +1,4 @@
-"""A JSON server over HTTP that limits the size of requests, their number at a time, and who may send them."""
+"""A server of JSON and pages over HTTP that limits the size of requests, their number, and who may send them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ TOKEN = "ALIGNKIT_TOKEN"
 
 _NUMBER = re.compile(r"[0-9]{1,15}")
 
-Route = Callable[[dict[str, Any]], dict[str, Any]]
+Route = Callable[[dict[str, Any]], dict[str, Any] | str]
+"""A function of the request's JSON object that returns the JSON object of the response, or the text of an HTML page."""
 
 
 def is_loopback(host: str) -> bool:
@@ -53,7 +54,7 @@ class Refusal(Exception):
 
 
 class JsonServer(ThreadingHTTPServer):
-    """A server whose requests and responses are JSON objects, with one thread per connection."""
+    """A server whose requests are JSON objects and whose responses are those or HTML pages; one thread a connection."""
 
     daemon_threads = True
     block_on_close = False
@@ -71,10 +72,9 @@ class JsonServer(ThreadingHTTPServer):
         max_bytes: int,
         max_requests: int,
     ) -> None:
-        """Bind the address. `routes` maps "GET /path" or "POST /path" to a function of the request's JSON object.
+        """Bind the address. `routes` maps "GET /path" or "POST /path" to a function, which may raise `Refusal`.
 
-        The function may raise `Refusal`. If there is a `token`, requests without it are refused. Raises OSError if the
-        address cannot be bound.
+        If there is a `token`, requests without it are refused. Raises OSError if the address cannot be bound.
         """
         self.routes, self.token, self.max_bytes = dict(routes), token, max_bytes
         self.max_requests, self.slots = max_requests, threading.BoundedSemaphore(max_requests)
@@ -117,7 +117,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.slots.release()
 
     def _answer(self) -> None:
-        status, body = 200, {}
+        status = 200
+        body: dict[str, Any] | str
         try:
             route = self.server.routes.get(f"{self.command} {self.path}")
             if route is None:
@@ -140,15 +141,19 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, body)
 
     def _admitted(self) -> bool:
-        """Check the token and the Host header; send the refusal and return False if either is wrong.
+        """Check the token, Host and Origin; send the refusal and return False if one of them is wrong.
 
         Without a token, the Host header must name this machine, because a web page can make its own domain name resolve
-        to it (DNS rebinding).
+        to it (DNS rebinding), and a request that a web page sends must come from a page of this server.
         """
         host = _host(self.headers.get("Host", ""))
         if host and not self.server.token and not is_loopback(host):  # browsers always send Host
             reason = f"found Host: {host[:80]}, expected localhost; a server with a token ({TOKEN}) accepts any host"
             self._send(403, {"error": reason})
+            return False
+        origin = self.headers.get("Origin")
+        if origin is not None and not self.server.token and origin != f"http://{self.headers.get('Host', '')}":
+            self._send(403, {"error": f"found Origin: {origin[:80]}, expected a page of this server"})
             return False
         expected = f"Bearer {self.server.token}".encode()
         if self.server.token and not hmac.compare_digest(self.headers.get("Authorization", "").encode(), expected):
@@ -178,13 +183,19 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(409, f"found protocol {found}, expected {PROTOCOL}; use the same version of alignkit")
         return body
 
-    def _send(self, status: int, body: dict[str, Any]) -> None:
-        data = json.dumps({"protocol": PROTOCOL, **body}, allow_nan=False).encode()
+    def _send(self, status: int, body: dict[str, Any] | str) -> None:
+        if isinstance(body, str):
+            data, kind = body.encode(), "text/html; charset=utf-8"
+        else:
+            data, kind = json.dumps({"protocol": PROTOCOL, **body}, allow_nan=False).encode(), "application/json"
         try:
             self._discard()
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(data)))
+            self.send_header("Cache-Control", "no-store")
+            self.send_header("X-Content-Type-Options", "nosniff")
+            self.send_header("X-Frame-Options", "DENY")  # another page could place ours under the user's clicks
             if status == 503:
                 self.send_header("Retry-After", "1")
             if self.close_connection:

@@ -5,8 +5,9 @@ from importlib.metadata import entry_points, version
 from pathlib import Path
 
 import alignkit
-from alignkit.page.page import FOLDER
+from alignkit.page.html import TEMPLATES
 from alignkit.registry import default_registry
+from alignkit.serving.chooser import TEMPLATES as PREFER
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -34,9 +35,11 @@ def test_a_recipe_lies_in_the_package_of_its_plugin_and_so_in_the_wheel() -> Non
         assert Path(row.target).is_relative_to(ROOT / "plugins" / row.plugin), row.target
 
 
-def test_the_templates_of_the_report_page_lie_in_its_package_and_so_in_the_wheel() -> None:
-    assert FOLDER.is_relative_to(ROOT / "alignkit")
-    assert {path.name for path in FOLDER.iterdir()} == {"page.html", "macros.html", "style.css", "script.js"}
+def test_the_templates_of_pages_lie_in_their_packages_and_so_in_the_wheel() -> None:
+    assert TEMPLATES.is_relative_to(ROOT / "alignkit")
+    assert {path.name for path in TEMPLATES.iterdir()} == {"page.html", "macros.html", "style.css", "script.js"}
+    assert PREFER.is_relative_to(ROOT / "alignkit")
+    assert {path.name for path in PREFER.iterdir()} == {"prefer.html", "prefer.css", "prefer.js"}
 
 
 def test_the_installed_version_is_that_of_the_package() -> None:

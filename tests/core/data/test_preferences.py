@@ -78,6 +78,21 @@ def test_the_text_of_a_pair_may_have_another_of_the_usual_names(folder: Path) ->
     assert numbers(open_pairs(str(folder), SIZE), 0, 5) == before
 
 
+def test_lines_that_prefer_neither_image_are_left_out_and_counted(folder: Path) -> None:
+    table = folder / "pairs.jsonl"
+    before = numbers(open_pairs(str(folder), SIZE), 0, 5)
+    with table.open("a") as lines:
+        lines.write(
+            '\n{"text": "a", "winner": null, "loser": null, "answer": "tie"}\n{"winner": null, "loser": null}\n'
+        )
+    pairs = open_pairs(str(folder), SIZE)
+    assert numbers(pairs, 0, 5) == before
+    assert list(pairs.notes) == [f"data.pairs: 2 of 7 rows of {table} prefer neither image and were left out"]
+    table.write_text('{"text": "a", "winner": null, "loser": null}\n')
+    with pytest.raises(ConfigError, match="contains no readable pair with a preferred image"):
+        open_pairs(str(folder), SIZE)
+
+
 def test_check_refuses_a_class_of_pairs_that_does_not_exist() -> None:
     check_pairs("alignkit_shapes.data:DrawingPairs")
     with pytest.raises(ConfigError, match=r"^data\.pairs: .*no attribute 'Nope'"):
@@ -85,6 +100,8 @@ def test_check_refuses_a_class_of_pairs_that_does_not_exist() -> None:
 
 
 BROKEN_LINES = [
+    ('{"text": "a", "winner": "0_w.png", "loser": null}', "expected a JSON object"),
+    ('{"text": "a", "winner": null}', "expected a JSON object"),
     ('{"text": "a", "winner": "0_w.png"}', 'expected a JSON object with "text", "winner" and "loser"'),
     ('{"text": 3, "winner": "0_w.png", "loser": "0_l.png"}', "expected a JSON object"),
     ('["a"]', "expected a JSON object"),

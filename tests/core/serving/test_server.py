@@ -197,6 +197,7 @@ def test_without_a_token_requests_for_another_host_are_refused() -> None:
             assert client.get("/spec", headers={"Host": host}).status_code == status
         assert "ALIGNKIT_TOKEN" in client.get("/spec", headers={"Host": "evil.example"}).json()["error"]
         assert client.get("/spec", headers={"Host": "[::1]:8188"}).status_code == 200
+        assert client.get("/spec", headers={"Origin": "http://evil.example"}).status_code == 403
     with serving(Red(), token="s3cret") as server, httpx2.Client(base_url=server.url, trust_env=False) as client:
         headers = {"Host": "rewards.example", "Authorization": "Bearer s3cret"}
         assert client.get("/spec", headers=headers).status_code == 200
