@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image as Pillow
 from torch import Tensor
 
-from alignkit.config.load import RunConfig, load
-from alignkit.config.recipes import departure
 from alignkit.data.decode import UNREADABLE
 from alignkit.errors import AlignkitError
 from alignkit.evaluation.rows import TOTAL, Row
+from alignkit.page.record import Image, Record, read_record
 from alignkit.runs.grid import draw_grid
-from alignkit.runs.points import PointImage, read_point
 
 EDGE = 256
 """Edge of an image, in pixels: larger ones are reduced to it, smaller ones enlarged by the next integer factor."""
@@ -36,24 +33,29 @@ EXPORTED = {"best": "best point", "average": "average of the end", "last": "aver
 class _Column:
     """A run, and its images at one number of steps: before training, and with the weights that it exports."""
 
-    folder: Path
-    config: RunConfig
-    before: list[PointImage]
-    after: list[PointImage]
+    record: Record
+    before: list[Image]
+    after: list[Image]
     means: list[Row]
     """The rewards over all prompts: the trained one, and those held out without their parts."""
     shown: str
     """The weights that `after` is of."""
 
     @property
+    def folder(self) -> Path:
+        return self.record.folder
+
+    @property
     def method(self) -> str:
         """The algorithm, and what of its settings is not the paper's."""
-        departs = departure(self.config)
-        return f"{self.config.algorithm.name} ({departs})" if departs else self.config.algorithm.name
+        name = str(self.record.section("algorithm").get("name", "unknown algorithm"))
+        return f"{name} ({self.record.departure})" if self.record.departure else name
 
     @property
     def title(self) -> str:
-        method = self.method if len(self.method) <= TITLE else f"{self.config.algorithm.name} (not the paper's)"
+        method = self.method
+        if len(method) > TITLE:
+            method = f"{method.partition(' (')[0]} (not the paper's)"
         return f"{method}\n{self.folder.name}: {self.shown}"
 
     def caption(self, place: int, changed: bool) -> str:
@@ -70,7 +72,7 @@ class _Column:
 Pick = Literal["spread", "rise", "fall"]
 
 
-def gallery(runs: Sequence[str | Path], rows: int = 8, steps: int | None = None, pick: Pick = "spread") -> Image.Image:
+def gallery(runs: Sequence[str | Path], rows: int = 8, steps: int | None = None, pick: Pick = "spread") -> Pillow.Image:
     """Show images that runs kept at their points: a row for each prompt, a column before training, one for each run.
 
     `runs` are folders of ended runs, `rows` the largest number of prompts, and `steps` the number of sampler steps, by
@@ -82,10 +84,9 @@ def gallery(runs: Sequence[str | Path], rows: int = 8, steps: int | None = None,
     """
     if not runs or rows < 1:
         raise AlignkitError(f"gallery: found {len(runs)} runs and {rows} rows, expected at least one of each")
-    folders = [Path(run) for run in runs]
-    configs = [_config(folder) for folder in folders]
-    number = configs[0].evaluate.steps[0] if steps is None else steps
-    columns = [_column(folder, config, number) for folder, config in zip(folders, configs, strict=True)]
+    records = [read_record(Path(run)) for run in runs]
+    number = min(_steps(records[0])) if steps is None else steps
+    columns = [_column(record, number) for record in records]
     first, *others = columns
     for other in others:
         _check_alike(first, other)
@@ -96,59 +97,57 @@ def gallery(runs: Sequence[str | Path], rows: int = 8, steps: int | None = None,
     if not chosen:
         raise AlignkitError(f"{first.folder}: found no score before training, expected a trained reward")
     before = _images(first.before, chosen)
+    model = Path(str(first.record.section("model").get("name", ""))).name
     for other in others:
         _check_images(first, other, before, _images(other.before, chosen))
     return draw_grid(
         torch.stack([before, *(_images(column.after, chosen) for column in columns)], dim=1),
         [first.before[place].prompt for place in chosen],
-        [f"before\n{Path(first.config.model.name).name}", *(column.title for column in columns)],
+        [f"before\n{model}", *(column.title for column in columns)],
         EDGE,
         [[first.caption(p, False), *(column.caption(p, True) for column in columns)] for p in chosen],
         _notes(columns, len(chosen), number, pick),
     )
 
 
-def _config(folder: Path) -> RunConfig:
-    if not (folder / "run.toml").is_file():
-        raise AlignkitError(f"{folder}: no run.toml here; expected the folder of a run")
-    return load(folder / "run.toml")
-
-
-def _column(folder: Path, config: RunConfig, number: int) -> _Column:
-    """Read the points of a run. Raises AlignkitError if there are none, or none of the weights that it exports."""
-    points: dict[int, list[dict[str, Any]]] = {}
-    exported = None
-    for record in _records(folder / "metrics.jsonl"):
-        if "point" in record:
-            points[record["step"]] = record["point"]
-        elif "exported" in record:
-            exported = record
-    if exported is None:
+def _steps(record: Record) -> set[int]:
+    """Return the numbers of steps of the images at the exported point. Raises AlignkitError if there are none."""
+    folder = record.folder
+    if record.exported is None:
         raise AlignkitError(f"{folder}: the run has not ended; resume it with alignkit train --resume {folder}")
-    if not points:
+    if not record.points:
         raise AlignkitError(
             f"{folder}: the run has no points, whose images are shown; train one with evaluate.points above 0, "
             "evaluate.prompts and a reward"
         )
-    if number not in config.evaluate.steps:
-        found = ", ".join(map(str, config.evaluate.steps))
-        raise AlignkitError(f"{folder}: found images of {found} steps, expected {number}; choose with --steps")
-    update = exported["exported"]
-    before, after = (
-        [image for image in read_point(folder / "points" / f"{step:06d}") if image.steps == number]
-        for step in (0, update)
+    found = [record.points[update].images if update in record.points else {} for update in (0, record.end)]
+    common = {number for _, number in found[0]} & {number for _, number in found[1]}
+    if not common:
+        reasons = "; ".join(fault for fault in record.faults if fault.startswith("points/"))
+        why = f": {reasons}" if reasons else ", expected those that it kept when it trained"
+        raise AlignkitError(f"{folder}: found no images of updates 0 and {record.end} in points/{why}")
+    return common
+
+
+def _column(record: Record, number: int) -> _Column:
+    """Return the images of a run at a number of steps. Raises AlignkitError if there are none."""
+    if number not in (found := _steps(record)):
+        raise AlignkitError(
+            f"{record.folder}: found images of {', '.join(map(str, sorted(found)))} steps, expected {number}; choose "
+            "with --steps"
+        )
+    before, after = record.points[0].images, record.points[record.end].images
+    places = sorted(place for place, steps in before.keys() & after.keys() if steps == number)
+    rows = [row for row in record.points[record.end].rows if row.num_steps == number and "/" not in row.reward]
+    exported = record.exported or {}
+    shown = f"{EXPORTED.get(str(exported.get('weights')), 'exported')}, update {record.end} of {record.total}"
+    return _Column(
+        record,
+        [before[place, number] for place in places],
+        [after[place, number] for place in places],
+        [row for row in rows if row.reward == TOTAL or row.held_out],
+        shown,
     )
-    means = [Row(**row) for row in points.get(update, ())]
-    means = [row for row in means if row.num_steps == number and (row.reward == TOTAL or row.held_out)]
-    shown = f"{EXPORTED[exported['weights']]}, update {update} of {config.train.updates}"
-    return _Column(folder, config, before, after, [row for row in means if "/" not in row.reward], shown)
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    except (OSError, ValueError) as error:
-        raise AlignkitError(f"{path}: cannot be read ({error}); expected a JSON object in each line") from error
 
 
 def _check_alike(one: _Column, other: _Column) -> None:
@@ -160,7 +159,7 @@ def _check_alike(one: _Column, other: _Column) -> None:
                 f"{other.folder}: prompt {place} of its points is {_quoted(found)}, that of {one.folder} "
                 f"{_quoted(expected)}; expected runs with the same evaluate.prompts and evaluate.points_limit"
             )
-    seed, its = one.config.evaluate.seed, other.config.evaluate.seed
+    seed, its = (column.record.section("evaluate").get("seed") for column in (one, other))
     if seed != its:
         raise AlignkitError(
             f"{other.folder}: evaluate.seed is {its}, that of {one.folder} {seed}; expected the same, for equal noise"
@@ -204,12 +203,12 @@ def _largest(values: Sequence[float | None], count: int, smallest: bool) -> list
     return [place for _, place in sorted(known)[:count]]
 
 
-def _images(kept: Sequence[PointImage], places: Sequence[int]) -> Tensor:
+def _images(kept: Sequence[Image], places: Sequence[int]) -> Tensor:
     """Read the images at these places: (P, 3, H, W) uint8, reduced to `EDGE` pixels."""
     found = []
-    for file in (kept[place].file for place in places):
+    for file in (kept[place].path for place in places):
         try:
-            with Image.open(file) as image:
+            with Pillow.open(file) as image:
                 small = image.convert("RGB")
         except UNREADABLE as error:
             raise AlignkitError(f"{file}: cannot be read ({error}); expected an image as the run wrote it") from error
@@ -240,7 +239,7 @@ def _notes(columns: Sequence[_Column], count: int, number: int, pick: Pick) -> l
         f"columns: {how}. In brackets: the change since before training."
     ]
     for column in columns:
-        trained = " and ".join(reward.name for reward in column.config.rewards)
+        trained = " and ".join(str(reward.get("name")) for reward in column.record.settings.get("reward", ()))
         means = "; ".join(
             f"{row.reward.replace('_', ' ')} {row.before:.3f} to {row.after:.3f}, {row.difference:+.3f} "
             f"[{row.low:+.3f}, {row.high:+.3f}]"

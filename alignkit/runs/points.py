@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,6 @@ from alignkit.records import Example
 
 PNG_SIZE = 256
 """Largest edge of an image that is kept as PNG; larger ones are JPEG."""
-
-
-@dataclass(frozen=True)
-class PointImage:
-    """An image of a point, as `write_point` keeps it."""
-
-    file: Path
-    prompt: str
-    steps: int
-    """Number of sampler steps."""
-    scores: Mapping[str, float | None]
-    """By name of the reward or part; None where it could not be scored."""
 
 
 def planned(count: int, updates: int) -> list[int]:
@@ -123,17 +111,3 @@ def write_point(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise AlignkitError(f"{folder}: could not be written ({error}); make room") from error
-
-
-def read_point(folder: Path) -> list[PointImage]:
-    """Read the images and scores of a point, in the order of its prompts. Raises AlignkitError if they are missing."""
-    path = folder / "scores.json"
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        return [PointImage(folder / e["file"], e["prompt"], e["steps"], e["scores"]) for e in entries]
-    except OSError as error:
-        raise AlignkitError(f"{path}: cannot be read ({error.strerror}); expected a point of a run here") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise AlignkitError(
-            f"{path}: found no list of files, prompts, steps and scores ({error!r}); expected it as the run wrote it"
-        ) from error
