@@ -42,7 +42,7 @@ PAPER = "paper"
 """Stands for no recipe, so no recipe has this name."""
 OWN_COMMANDS = {
     "list", "show", "check", "train", "prepare", "sample", "score", "serve", "pairs", "prefer", "evaluate", "gallery",
-    "report", "new", "check_plugin", "prompts",
+    "report", "export", "new", "check_plugin", "prompts",
 }  # fmt: skip
 """The commands of alignkit itself, which no plugin may replace."""
 RENAMED = {("reward", "shapes_reading"): "pixel_check"}

@@ -11,7 +11,7 @@ import alignkit
 
 run = alignkit.load(Path(__file__).with_name("first.toml"), overrides={"output": "runs/quickstart"})
 
-for update in run.train():  # a generator: break at any time, and resume from the last checkpoint
+for update in run.train():  # a generator: break at any time, and resume later
     print(f"update {update.step}: reward {update.reward:.3f}")
 
 for index, image in enumerate(run.sample(["a red circle and a blue square", "a green heart"], steps=2)):

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from alignkit import __version__
-from alignkit.cli import pairs, plugins, prompts, rewards, runs
+from alignkit.cli import pairs, plugins, prompts, results, rewards, runs
 from alignkit.commands.added import build
 from alignkit.errors import AlignkitError
 from alignkit.registry import Component, default_registry, normalise
@@ -109,6 +109,7 @@ app.command()(pairs.prefer)
 app.command("evaluate")(runs.evaluate_runs)
 app.command("gallery")(runs.draw_gallery)
 app.command()(runs.report)
+app.command("export")(results.export_run)
 app.command()(plugins.new)
 app.command("check-plugin")(plugins.check_plugin)
 app.add_typer(prompts.prompts_app, name="prompts")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
@@ -18,6 +19,7 @@ from alignkit import diffusion
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Policy
 from alignkit.models.encoder_cache import content_of, fingerprint, tokenizer_state
+from alignkit.models.lora_files import DIFFUSERS, UNET, write_lora
 from alignkit.models.modules import exchanged, outputs_of
 from alignkit.models.pipelines import (
     LORA_FILE,
@@ -341,7 +343,11 @@ class DiffusersPolicy(Policy):
             layers = {
                 name: value.detach().cpu().clone() for name, value in get_peft_model_state_dict(self.unet).items()
             }
-        # Without the adapter's metadata: alpha is the rank, as readers assume, and safetensors writes several entries
-        # of metadata in random order, which would make equal runs differ.
-        self.pipe.save_lora_weights(folder, unet_lora_layers=layers)
+        lora = self.lora
+        settings = {"r": lora.r, "lora_alpha": lora.lora_alpha, "target_modules": sorted(lora.target_modules or ())}
+        write_lora(
+            folder / LORA_FILE,
+            {f"{UNET}{name}": value for name, value in layers.items()},
+            {"format": "pt", DIFFUSERS: json.dumps({f"{UNET}{name}": value for name, value in settings.items()})},
+        )
         return folder / LORA_FILE

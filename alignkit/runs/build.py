@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -12,7 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from alignkit.config.bundles import find_bundle, find_policy
+from alignkit import __version__
+from alignkit.config.bundles import find_bundle, find_policy, is_hub_id
 from alignkit.config.load import RunConfig, SurrogateConfig
 from alignkit.config.recipes import departure
 from alignkit.data.images import check_images, open_images
@@ -135,6 +137,21 @@ class Parts:
         rewards = " and ".join(reward.name for reward in config.rewards) or "no reward"
         what = f"{config.algorithm.name} on {config.model.name}, {rewards}, {config.train.updates} updates"
         return f"{what}; {found}" if (found := self.departure()) else what
+
+    def metadata(self, examples: Sequence[Example]) -> dict[str, str]:
+        """Return the metadata of a file of weights that were trained on `examples`."""
+        config, source = self.config, find_bundle(self.config.model.name).path
+        texts = "\n".join(example.text for example in examples)
+        found = {
+            "version": __version__,
+            "base_model": source if is_hub_id(source) else config.model.name,
+            "algorithm": config.algorithm.name,
+            "not_in_the_paper": self.departure(),
+            "rewards": ", ".join(f"{r.name} ({r.weight:g})" if r.weight != 1 else r.name for r in config.rewards),
+            "seed": str(config.seed),
+            "prompts_sha256": hashlib.sha256(texts.encode("utf-8", "surrogatepass")).hexdigest() if texts else "",
+        }
+        return {f"alignkit.{name}": value for name, value in found.items() if value}
 
     def warnings(self) -> list[str]:
         """Return a line for each setting that is allowed and probably not meant."""

@@ -22,6 +22,8 @@ from alignkit.config.load import RunConfig, to_toml
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.files import write_file
 from alignkit.interfaces import Policy, Surrogate
+from alignkit.models.lora_files import note
+from alignkit.models.pipelines import LORA_FILE
 from alignkit.runs.build import SURROGATE_FILE
 
 
@@ -60,14 +62,22 @@ def note_environment(folder: Path) -> None:
     write_file(folder / "environment.json", json.dumps(environment(), indent=1))
 
 
-def export(folder: Path, policy: Policy, average: Mapping[str, Tensor], surrogate: Surrogate | None) -> Path:
-    """Write the results of the run, the average weights as the policy exports them and the surrogate, and return where
-    the weights are."""
+def export(
+    folder: Path,
+    policy: Policy,
+    weights: Mapping[str, Tensor],
+    surrogate: Surrogate | None,
+    metadata: Mapping[str, str],
+) -> Path:
+    """Write the results of the run, the weights as the policy exports them and the surrogate, and return where the
+    weights are. A LoRA file gets the `metadata`."""
     partial = folder / ".export.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
-        exported = policy.export(partial, average)
+        exported = policy.export(partial, weights)
+        if exported.name == LORA_FILE:
+            note(exported, metadata)
         if surrogate is not None:
             tensors = {n: t.detach().cpu().contiguous() for n, t in surrogate.module().state_dict().items()}
             save_file(tensors, partial / SURROGATE_FILE)

@@ -56,6 +56,8 @@ class Loop:
         """Lines of the record that a resumed run keeps."""
         self._unmeasured: int | None = None
         """The update before the last round, if the run broke off during an evaluation or point after it."""
+        self._left = False
+        """Whether the caller has left the generator of updates."""
         points = config.evaluate.points
         self._point_examples = parts.point_examples() if self.rewards.names else []
         self._points = Points(
@@ -90,6 +92,7 @@ class Loop:
         )
         skipped = parts.skipped()
         prompts = parts.prompts(skipped)
+        self._metadata = parts.metadata(prompts)
         images, pairs = parts.images(policy.image_size, skipped), parts.pairs(policy.image_size, skipped)
         if skipped:
             ctx.warn(f"data: {len(skipped)} skipped as broken: {'; '.join(skipped)}")
@@ -148,8 +151,7 @@ class Loop:
                 if stopping():
                     return
             with self._stopping_well(None):  # before what else may fail
-                if main:
-                    written = export(self.folder, self.policy, self.weights, self.trainer.ctx.surrogate)
+                written = self._export()
             exported = self._report_export(report)
             if self._before is not None:
                 self._display.stage(f"measuring {len(self.examples)} held-out prompts after training")
@@ -185,8 +187,11 @@ class Loop:
                     report.warn(message)
                 step = trainer.batches if warming_up else warmup + update.step
                 self.accelerator.log(dict(update.metrics), step=step)
-                if not warming_up:
-                    yield update
+                if not warming_up and not self._left:
+                    try:
+                        yield update
+                    except GeneratorExit:  # as a stop: the round is brought to its end and saved
+                        self._left = True
             report.end_round()
         if self._points.due(last, ctx.update):
             with self._stopping_well(lambda: self._save(report, unmeasured=last)):
@@ -199,7 +204,7 @@ class Loop:
         warmed_up = warming_up and not trainer.warming_up
         saving = resumed or warmed_up or _due(config.train.checkpoint_every, last, ctx.update)
         self._unmeasured = None
-        if saving or stopping() or trainer.finished:
+        if saving or stopping() or self._left or trainer.finished:
             self._save(report)
 
     def _save(self, report: Report, unmeasured: int | None = None) -> None:
@@ -212,6 +217,14 @@ class Loop:
             "rewards": self._identities,
         }
         self.trainer.save(self.folder / "checkpoints", state)
+        if not self.trainer.finished:  # so that a run has weights to use, however it ends
+            self._export()
+
+    def _export(self) -> Path:
+        """Write the weights and the surrogate of now into the folder, in one process."""
+        if not self.accelerator.is_main_process:
+            return self.folder
+        return export(self.folder, self.policy, self.weights, self.trainer.ctx.surrogate, self._metadata)
 
     @contextmanager
     def _stopping_well(self, save: Callable[[], None] | None, agreeing: bool = True) -> Iterator[None]:

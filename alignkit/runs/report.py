@@ -41,7 +41,7 @@ class Report:
     is null. To resume from a checkpoint, pass the `lines` of the report at that time: later lines are dropped, so the
     file becomes that of an uninterrupted run except for times and memory. Only one of several processes `writes`.
 
-    As a context, it writes the page about the run at the end, also after an AlignkitError.
+    As a context, it writes the page about the run at the end, also after an AlignkitError or where the caller leaves.
     """
 
     def __init__(self, folder: Path, display: Display, lines: int = 0, writes: bool = True) -> None:
@@ -68,7 +68,7 @@ class Report:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._writes and (kind is None or issubclass(kind, AlignkitError)):
+        if self._writes and (kind is None or issubclass(kind, AlignkitError | GeneratorExit)):
             keep_page(self.folder, self.warn)
 
     def update(self, step: int, metrics: Mapping[str, float], images: int = 0) -> None:

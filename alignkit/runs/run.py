@@ -26,6 +26,7 @@ from alignkit.rollout import sample_images
 from alignkit.runs import folder as run_folder
 from alignkit.runs.build import Parts
 from alignkit.runs.display import Display
+from alignkit.runs.export import Format, Weights, export
 from alignkit.runs.loop import Loop, exported
 from alignkit.training import checkpoint
 from alignkit.training.trainer import Update
@@ -179,6 +180,18 @@ class Run(Parts):
         """Return the manifest of the newest checkpoint, which identifies the trained weights; empty without one."""
         saved = self._newest_checkpoint()
         return (saved / checkpoint.MANIFEST).read_text(encoding="utf-8") if saved else ""
+
+    def export(
+        self,
+        out: str | Path = "",
+        format: Format = "diffusers",
+        *,
+        weights: Weights = "",
+        checkpoint: int | None = None,
+        scale: float = 1.0,
+    ) -> Path:
+        """Write the trained weights for other tools, as `alignkit.runs.export.export` does, and return the folder."""
+        return export(self, self.folder, self.policy, out, format, weights=weights, checkpoint=checkpoint, scale=scale)
 
     # sampling
 

@@ -73,6 +73,11 @@ def latest(folder: Path) -> Path | None:
     return next(reversed(_checkpoints(folder)), None)
 
 
+def steps(folder: Path) -> list[int]:
+    """Return the steps of the checkpoints in `folder`, oldest first."""
+    return [int(path.name) for path in _checkpoints(folder)]
+
+
 def load(path: Path) -> dict[str, Any]:
     """Return what `save` was given, bit for bit, tensors on the CPU.
 

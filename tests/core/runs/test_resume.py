@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import alignkit
 from alignkit.config.load import to_toml
 from alignkit.errors import PluginError
+from alignkit.models.pipelines import LORA_FILE
 from alignkit.runs.run import Run
 from alignkit.testing.expect import leaves
 from alignkit.training import checkpoint
@@ -30,26 +32,40 @@ def stop_after(run: Run, updates: int) -> None:
             run.stop()
 
 
-def test_a_stopped_run_that_is_resumed_ends_with_the_same_bits(tiny_run: MakeRun) -> None:
+def leave_after(run: Run, updates: int) -> None:
+    for update in run.train():
+        if update.step == updates:
+            break
+
+
+@pytest.mark.parametrize("end", [stop_after, leave_after])
+def test_a_run_that_is_stopped_or_left_has_its_weights_and_ends_with_the_same_bits(
+    tiny_run: MakeRun, end: Callable[[Run, int], None]
+) -> None:
     overrides = {"train.updates": 5, "evaluate.every": 2, "train.keep_checkpoints": 3}
     unbroken, broken = tiny_run("unbroken", overrides), tiny_run("broken", overrides)
     assert [u.step for u in unbroken.train()] == [1, 2, 3, 4, 5]
-    stop_after(broken, 3)
-    assert not list(broken.folder.glob("*.safetensors"))
-    assert [u.step for u in alignkit.load(resume=broken.folder).train()] == [4, 5]
-    assert_same(unbroken.folder, broken.folder)
-
-
-def test_a_run_that_was_left_between_checkpoints_goes_back_to_the_last(tiny_run: MakeRun) -> None:
-    unbroken, broken = tiny_run("unbroken"), tiny_run("broken")
-    list(unbroken.train())
-    for update in broken.train():
-        if update.step == 3:
-            break
+    end(broken, 3)
+    average = checkpoint.load(broken.folder / "checkpoints" / "000003")["trainer"]["average"]
+    exported = load_file(broken.folder / LORA_FILE)
+    assert leaves(sorted(t.flatten().tolist() for t in exported.values())) == leaves(
+        sorted(t.flatten().tolist() for t in average.values())
+    )
     resumed = alignkit.load(resume=broken.folder)
     resumed.sample(["a red circle"])  # to look at the state in between is no reason to lose it
-    assert [u.step for u in resumed.train()] == [3, 4]
+    assert [u.step for u in resumed.train()] == [4, 5]
     assert_same(unbroken.folder, broken.folder)
+
+
+def test_a_run_that_an_error_of_the_caller_ends_is_saved(tiny_run: MakeRun) -> None:
+    run = tiny_run()
+    updates = run.train()
+    with pytest.raises(ZeroDivisionError):
+        for update in updates:
+            1 / (update.step - 2)
+    updates.close()  # as Python does once nobody holds the generator
+    assert checkpoint.latest(run.folder / "checkpoints") == run.folder / "checkpoints" / "000002"
+    assert (run.folder / LORA_FILE).is_file()
 
 
 def test_full_fine_tuning_resumes_with_the_same_bits_and_is_exported_whole(tiny_run: MakeRun) -> None:
@@ -166,7 +182,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(tiny_run: MakeRun, plugin
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (broken.folder / "pytorch_lora_weights.safetensors").exists()
+    assert (broken.folder / LORA_FILE).is_file()  # of the last checkpoint
     steps = [u.step for u in alignkit.load(resume=broken.folder).train()]
     assert steps[0] >= 4 and steps[-1] == 8
     # Two processes start with different global generators of Python and NumPy; alignkit uses neither.
