@@ -12,7 +12,7 @@ LASRO ?= --set train.updates=100
 DRAFT ?= --set train.updates=190
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long lint docs site
+.PHONY: help demo test test-long lint docs site notebook
 
 help:
 	@echo "make demo   install and train LaSRO and DRaFT side by side on attribute binding, from the embedded model, and"
@@ -22,6 +22,8 @@ help:
 	@echo "            install and run the tests that make test leaves out because they take long"
 	@echo "make lint   ruff and mypy alone"
 	@echo "make docs   write the generated parts and the figures of docs/ again"
+	@echo "make notebook"
+	@echo "            run examples/quickstart.ipynb again and keep its outputs"
 	@echo "make site   build the pages of docs/ into site/, to read in a browser; a broken link is an error"
 
 demo: .venv/.installed
@@ -45,6 +47,11 @@ docs: .venv/.installed-dev
 site: .venv/.installed-dev
 	PYTHONPATH=docs $(BIN)/python -m zensical build --strict --clean
 	@echo "open site/index.html through a server, so that the search works: $(BIN)/python -m http.server -d site"
+
+# tqdm would put a warning with a path of this machine into the notebook.
+notebook: .venv/.installed-dev
+	PYTHONWARNINGS='ignore:IProgress not found' $(BIN)/jupyter execute --inplace --NotebookClient.record_timing=False \
+	  examples/quickstart.ipynb
 
 # Stamps, so that a second call installs nothing; a change of pyproject.toml or constraints.txt installs again.
 .venv/.made:

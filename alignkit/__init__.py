@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from alignkit.config.schema import check_ranges
     from alignkit.rewards.functions import reward
     from alignkit.runs.run import Run, load
-    from alignkit.training.trainer import Update
+    from alignkit.training.update import Update
 
 __all__ = [
     "Algorithm",
@@ -61,7 +61,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "Run": "alignkit.runs.run",
-    "Update": "alignkit.training.trainer",
+    "Update": "alignkit.training.update",
     "check_ranges": "alignkit.config.schema",
     "evaluate": "alignkit.commands.evaluate",
     "gallery": "alignkit.commands.gallery",

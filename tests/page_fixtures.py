@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,6 +48,35 @@ EVIL = [
     "half of a pair \ud83c",
 ]
 """Texts that must neither run nor break the layout."""
+
+
+class Elements(HTMLParser):
+    """The elements of a page with their attributes, and its visible text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[tuple[str, str]] = []
+        """Tag of the innermost element and text, in order."""
+        self.inside: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        self.inside.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.inside and self.inside.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        if not {"style", "script"} & set(self.inside):
+            self.text.append((self.inside[-1] if self.inside else "", data))
+
+
+def plain(page: str) -> str:
+    """Return the text of a page with single blanks."""
+    return " ".join(" ".join(text for _, text in Elements(page).text).split())
 
 
 def rows(update: int, rise: float = 0.01, count: int = 64) -> list[dict[str, Any]]:
@@ -123,3 +155,23 @@ def write_run(tmp_path: Path) -> Write:
         return folder
 
     return write
+
+
+@pytest.fixture
+def notebook(monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, str]]]:
+    """Pretend to run in the kernel of a notebook; return its outputs, each with all it has shown by MIME type."""
+    outputs: list[list[dict[str, str]]] = []
+
+    def display(bundle: dict[str, str], raw: bool, display_id: bool) -> Any:
+        shown = [bundle]
+        outputs.append(shown)
+        return SimpleNamespace(update=lambda bundle, raw: shown.append(bundle))
+
+    for name, contents in (
+        ("IPython", {"get_ipython": lambda: SimpleNamespace(kernel=object()), "version_info": (9, 0)}),
+        ("IPython.display", {"display": display}),
+    ):
+        module = ModuleType(name)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    return outputs

@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from alignkit.errors import ConfigError
+from alignkit.errors import AlignkitError, ConfigError
 from alignkit.evaluation.measure import Measurement, compare, measure
 from alignkit.evaluation.rows import Row
 from alignkit.evaluation.statistics import kernel_distance
+from alignkit.page.cells import rows_cell
+from alignkit.page.notebook import CellProgress, in_notebook
 from alignkit.records import Example
 from alignkit.rewards.weighted import WeightedRewards
 
 if TYPE_CHECKING:
+    import pandas
     from rich.console import Console
 
     from alignkit.runs.run import Run
@@ -29,31 +32,60 @@ DRIFT = "drift"
 """Name of the row with the kernel distance to the images of the model before training."""
 
 
+class Evaluation(list[Row]):
+    """The rows of an evaluation. A notebook shows them as a table."""
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return the rows as a pandas DataFrame, a column for each field of a row. Raises AlignkitError without pandas.
+
+        Example: `rows.to_frame().pivot(index="reward", columns="num_steps", values="difference")`.
+        """
+        try:
+            from pandas import DataFrame
+        except ModuleNotFoundError as error:
+            raise AlignkitError("to_frame: pandas is not installed; install it with: pip install pandas") from error
+        return DataFrame([asdict(row) for row in self], columns=[field.name for field in fields(Row)])
+
+    def _repr_html_(self) -> str:
+        return rows_cell(self)
+
+
 def evaluate(
     runs: Sequence[Run],
     steps: Sequence[int] | None = None,
     rewards: Sequence[str] = (),
     seen: bool = True,
     console: Console | None = None,
-) -> list[Row]:
+    progress: bool | None = None,
+) -> Evaluation:
     """Return the rows of all runs, sorted by prompts, number of steps and reward.
 
     `rewards` are measured in addition to those that a run names. With `seen`, training prompts are measured as well, as
     many as held-out ones. Runs that start from the same model and are measured in the same way share the measurement
-    before training. Progress is shown on `console`.
+    before training. Progress is shown on `console`; without one, in the cell of a notebook, and else nowhere. With
+    `progress` True it is shown in a terminal too, with False nowhere. The rows are a list that a notebook shows as a
+    table.
     """
     before: dict[str, Measurement] = {}
-    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=console is None) as progress:
+    with _bars(console, progress) as bars:
         rows = [
             replace(row, run=name, departure=run.departure() if run.weights else "")
             for run, name in zip(runs, _names(runs), strict=True)
-            for row in _rows(run, name, steps, rewards, seen, before, progress)
+            for row in _rows(run, name, steps, rewards, seen, before, bars)
         ]
     # Sorting is stable: runs stay in the order given.
     names = list(dict.fromkeys(row.reward for row in rows))
     kinds = list(dict.fromkeys(row.prompts for row in rows))
-    return sorted(rows, key=lambda row: (kinds.index(row.prompts), row.num_steps, names.index(row.reward)))
+    return Evaluation(sorted(rows, key=lambda row: (kinds.index(row.prompts), row.num_steps, names.index(row.reward))))
+
+
+def _bars(console: Console | None, wanted: bool | None) -> Progress | CellProgress:
+    """Return the display of progress: on the console, in the cell of a notebook, or none."""
+    if console is None and wanted is not False and in_notebook():
+        return CellProgress()
+    shown = wanted is not False and (console is not None or wanted is True)
+    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=console, transient=True, disable=not shown)
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
@@ -70,7 +102,7 @@ def _rows(
     extra: Sequence[str],
     seen: bool,
     before: dict[str, Measurement],
-    progress: Progress,
+    bars: Progress | CellProgress,
 ) -> list[Row]:
     config, settings = run.config, run.config.evaluate
     prompts: dict[str, list[Example]] = {"unseen": run.held_out()}
@@ -95,14 +127,14 @@ def _rows(
                 when: str, kind: str = kind, examples: Sequence[Example] = examples, rewards: WeightedRewards = rewards
             ) -> Measurement:
                 passes = len(examples) * settings.samples * sum(chosen)
-                task = progress.add_task(f"{name}, {kind} prompts, {when}", total=passes)
+                task = bars.add_task(f"{name}, {kind} prompts, {when}", total=passes)
                 try:
                     return measure(
                         policy, run.sampler(), rewards, examples, chosen, settings.seed, settings.batch_size,
-                        features=policy.features, samples=settings.samples, advance=partial(progress.advance, task),
+                        features=policy.features, samples=settings.samples, advance=partial(bars.advance, task),
                     )  # fmt: skip
                 finally:
-                    progress.remove_task(task)
+                    bars.remove_task(task)
 
             # Everything that the measurement before training depends on.
             model = replace(config.model, teacher="", lora_rank=0, lora_targets=[])

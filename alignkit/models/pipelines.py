@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
@@ -103,6 +104,8 @@ def load_pipeline(
                 given["unet"] = UNet2DConditionModel.from_pretrained(folder, dtype=dtype)
         with _blamed_on("model", source, "a diffusers pipeline"):
             index = DiffusionPipeline.load_config(source)
+            with errors_only():  # its module warns about processors of images that no pipeline here calls
+                getattr(diffusers, str(index.get("_class_name")), None)
             optional = {"safety_checker": None} if "safety_checker" in index else {}
             pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype, **optional, **given)
         missing = [name for name in NETWORKS if getattr(pipe, name, None) is None]

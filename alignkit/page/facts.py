@@ -167,14 +167,15 @@ def table(records: Sequence[Record]) -> list[TableRow]:
     found: list[tuple[int, Row]] = []
     for run, record in enumerate(records):
         rows = record.compared or list(record.evaluations.get(0, record.points[0].rows if 0 in record.points else ()))
-        found += [(run, row) for row in rows if row.reward != TOTAL or not _repeated(row, rows)]
+        found += [(run, row) for row in rows if row.reward != TOTAL or not repeated(row, rows)]
     ends = [0.0, *(end for _, row in found for end in (row.low, row.high) if end is not None and math.isfinite(end))]
     names = list(dict.fromkeys(row.reward for _, row in found))
     found.sort(key=lambda item: (names.index(item[1].reward), item[1].num_steps, item[0]))
     return [_formatted(run, row, min(ends), max(ends)) for run, row in found]
 
 
-def _repeated(row: Row, rows: Sequence[Row]) -> bool:
+def repeated(row: Row, rows: Sequence[Row]) -> bool:
+    """Whether a total equals one of its parts."""
     return any(other is not row and replace(other, reward=TOTAL) == row for other in rows)
 
 

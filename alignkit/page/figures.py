@@ -111,7 +111,7 @@ def metric_charts(records: Sequence[Record], limits: curves.Ranges) -> tuple[lis
     charts: dict[str, Chart] = {}
     left_out = []
     for name in [*first, *others]:
-        chart = _metric(records, name, limits) if len(charts) < MOST else None
+        chart = metric_chart(records, name, limits) if len(charts) < MOST else None
         if chart is None:
             left_out.append(name)
         else:
@@ -120,7 +120,8 @@ def metric_charts(records: Sequence[Record], limits: curves.Ranges) -> tuple[lis
     return shown, folded, left_out
 
 
-def _metric(records: Sequence[Record], name: str, limits: curves.Ranges) -> Chart | None:
+def metric_chart(records: Sequence[Record], name: str, limits: curves.Ranges) -> Chart | None:
+    """Plot one metric of all runs against progress; None if it has no finite value."""
     bins = max(30, curves.BINS * 2 // (1 + len(records)))
     keys, series, notes = [], [], []
     for run, record in enumerate(records):

@@ -107,6 +107,12 @@ def embed(path: Path, largest: int) -> tuple[str, bool]:
             image = opened.convert("RGB")
     except BROKEN:
         return "", False
+    return encode(image, largest)
+
+
+def encode(image: Pillow.Image, largest: int) -> tuple[str, bool]:
+    """Return a data URL of an image, and whether its pixels may be seen, as `embed` does."""
+    image = image.convert("RGB")
     sharp, content = max(image.size) <= SHARP, io.BytesIO()
     kind = "png" if sharp else "webp" if features.check("webp") else "jpeg"
     if not sharp:

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from alignkit import __version__
 from alignkit.errors import AlignkitError
 from alignkit.files import write_file
 from alignkit.page import facts, figures
-from alignkit.page.curves import PREFIX
 from alignkit.page.gallery import Budget, gallery, ordered, shared, strips
-from alignkit.page.html import TEMPLATES, open_template
 from alignkit.page.record import UPDATES, Record, read_record
+from alignkit.page.template import template
 from alignkit.page.wins import win_rates
-
-if TYPE_CHECKING:
-    from jinja2 import Template
 
 FILE = "report.html"
 """Name of the page in a run folder."""
@@ -25,8 +21,6 @@ LARGEST = 5_000_000
 """Bytes that a page stays below."""
 MOST_RUNS = 8
 """Runs of one page: as many as there are colours."""
-TEXT = 6_000
-"""Characters of a text that are shown."""
 MOST_WARNINGS = 50
 MARK = b'<meta name="generator" content="alignkit'
 """Words by which a page is known, which alone may be written over."""
@@ -80,9 +74,9 @@ def render(records: Sequence[Record]) -> str:
     left_out += _missing(records, context)
     if metrics_left:
         left_out.append(f"No chart of {', '.join(metrics_left)}: no finite value, or more than {figures.MOST} metrics")
-    template = _template()
-    room = LARGEST * 9 // 10 - len(template.render(context, cards=[], strips=[]).encode("utf-8", "replace"))
-    return template.render(context | _images(records, room, left_out))
+    page = template("page.html")
+    room = LARGEST * 9 // 10 - len(page.render(context, cards=[], strips=[]).encode("utf-8", "replace"))
+    return page.render(context | _images(records, room, left_out))
 
 
 def _images(records: Sequence[Record], room: int, left_out: list[str]) -> dict[str, Any]:
@@ -130,22 +124,3 @@ def _name_apart(records: Sequence[Record]) -> None:
     for record in records:
         if names.count(record.name) > 1:
             record.name = str(record.folder)
-
-
-def _template() -> Template:
-    from markupsafe import Markup
-
-    filters: dict[str, Callable[..., Any]] = {
-        "svg": lambda svg, name: Markup(svg.replace(PREFIX, name)),
-        "clip": _clip,
-        "number": facts.number,
-        "spread": facts.spread,
-    }
-    return open_template(TEMPLATES / "page.html", TEMPLATES / "script.js", filters, facts_of=facts)
-
-
-def _clip(text: str, length: int = TEXT) -> str:
-    """Shorten a text; of a long one, say by how much."""
-    if len(text) <= length:
-        return text
-    return f"{text[:length]} ... ({len(text) - length:,} more characters)" if length > 300 else f"{text[:length]}..."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ EVENTS = frozenset({"evaluation", "verdict", "point", "exported", "warning"})
 TIMES = ("step", "seconds")
 OPTIONAL = ("after", "difference", "low", "high", "before_low", "before_high", "after_low", "after_high")
 """Numbers of an evaluation's row that may be missing."""
+TAIL = 2**18
+"""Bytes at the end of `metrics.jsonl` that hold at least one record."""
 IMAGE_FILE = re.compile(r"(\d+)_(\d+)steps\.\w+")
 
 
@@ -141,6 +144,20 @@ def read_record(folder: Path) -> Record:
     return record
 
 
+def last_update(folder: Path) -> int:
+    """Return the last update in `metrics.jsonl`, from its end alone; 0 if there is none."""
+    try:
+        with (folder / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+            lines = file.read().splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        with suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            return int(json.loads(line)["step"])
+    return 0
+
+
 def _read_settings(record: Record) -> None:
     path = record.folder / "run.toml"
     try:
@@ -193,7 +210,7 @@ def _read_metrics(record: Record, path: Path) -> None:
                 record.verdict = str(event["verdict"]), str(event.get("text", ""))
             elif "exported" in event:
                 record.exported = event
-            elif rows := list(_rows(event.get("point", event.get("evaluation")))):
+            elif rows := list(rows_of(event.get("point", event.get("evaluation")))):
                 if "point" in event:
                     seconds += spent
                     points[step] = rows, samples, seconds / 60
@@ -223,7 +240,7 @@ def _numbers(rows: list[list[Any]]) -> Array:
         return np.array([[value if isinstance(value, float) else math.nan for value in row] for row in rows])
 
 
-def _rows(found: Any) -> Iterator[Row]:
+def rows_of(found: Any) -> Iterator[Row]:
     """Yield the rows of an evaluation or point that are complete; a mean that is null is NaN."""
     for item in found if isinstance(found, list) else ():
         with suppress(AttributeError, TypeError, ValueError, KeyError):

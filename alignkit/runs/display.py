@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -111,6 +111,9 @@ class Display:
         """Print a line about the round that has ended, if there is no view."""
         if self._live is None and self._pace is not None:
             self.message(self.line())
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        """Take in a record of `metrics.jsonl` that was just written; a view of all of them shows what it needs."""
 
     def point(self, step: int, rows: Sequence[Row]) -> None:
         """Show the rows of a point in the view."""

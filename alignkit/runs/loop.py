@@ -27,7 +27,8 @@ from alignkit.runs.folder import export
 from alignkit.runs.points import Points, planned, write_point
 from alignkit.runs.report import SAMPLES, Report
 from alignkit.training.context import TrainContext
-from alignkit.training.trainer import Trainer, Update
+from alignkit.training.trainer import Trainer
+from alignkit.training.update import Update
 
 SCORES = "scores.sqlite"
 """The file of a run folder that keeps scores of black boxes."""

@@ -146,6 +146,7 @@ class Report:
         except OSError as error:
             raise AlignkitError(f"{self._path}: could not be written ({error.strerror})") from error
         self.lines += 1
+        self._display.record(record)
 
 
 def memory_gib() -> float:

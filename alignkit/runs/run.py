@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -16,20 +17,25 @@ from rich.console import Console
 from torch import Tensor
 
 from alignkit.config.bundles import find_bundle, is_checkpoint
-from alignkit.config.load import RunConfig
+from alignkit.config.load import RunConfig, to_toml
 from alignkit.config.load import load as load_config
 from alignkit.data.decode import to_uint8
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.interfaces import Policy
+from alignkit.page.cells import images_cell, run_cell
+from alignkit.page.notebook import in_notebook
+from alignkit.page.plot import Plot, plot
+from alignkit.page.record import UPDATES, Record, last_update, read_record
 from alignkit.registry import responsible_plugin
 from alignkit.rollout import sample_images
 from alignkit.runs import folder as run_folder
 from alignkit.runs.build import Parts
+from alignkit.runs.cell import CellDisplay
 from alignkit.runs.display import Display
 from alignkit.runs.export import Format, Weights, export
 from alignkit.runs.loop import Loop, exported
 from alignkit.training import checkpoint
-from alignkit.training.trainer import Update
+from alignkit.training.update import Update
 
 RESUMABLE = {"scoring.retries", "scoring.retry_seconds", "scoring.retry_limit", "scoring.on_error"}
 """Settings that may change when a run is resumed: reactions to a reward that fails. They change no score."""
@@ -75,6 +81,13 @@ def open_run(source: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     return Run(load_config(None, {**chosen, "model.name": str(source)}))
 
 
+class Samples(list[Image.Image]):
+    """Images, each with its prompt as `info["prompt"]`. A notebook shows them with their prompts."""
+
+    def _repr_html_(self) -> str:
+        return images_cell([(image, str(image.info.get("prompt", ""))) for image in self])
+
+
 class Run(Parts):
     """One run. Nothing is loaded until it is needed; two runs share no state."""
 
@@ -86,6 +99,8 @@ class Run(Parts):
         self.rewrites = False
         """Whether the settings differ from those in the folder's run.toml and are to be written there."""
         self._existing = folder is not None
+        self._begun = self._existing
+        """Whether the run in the folder is this one."""
         self._unnamed = folder is None and not config.output
         self._policy: Policy | None = None
         self.weights: Mapping[str, Tensor] = {}
@@ -97,27 +112,67 @@ class Run(Parts):
         """Name in tables: that of its folder, or of the model if there is no folder yet."""
         return self.folder.name if (self.folder / "run.toml").is_file() else self.config.model.name
 
+    @property
+    def title(self) -> str:
+        """Method, model and rewards in a few words."""
+        rewards = " and ".join(reward.name for reward in self.config.rewards)
+        return f"{self.config.algorithm.name} on {self.config.model.name}{' for ' * bool(rewards)}{rewards}"
+
+    def __repr__(self) -> str:
+        update = last_update(self.folder) if self._begun else 0
+        return f"<Run {self.folder}: {self.title}, update {update} of {self.config.train.updates}>"
+
+    def _repr_html_(self) -> str:
+        return run_cell(self._record())
+
+    def _record(self) -> Record:
+        """Return what is known of the run: the contents of its folder, before training its settings alone."""
+        if self._begun and (self.folder / "metrics.jsonl").is_file():
+            return read_record(self.folder)
+        settings = tomllib.loads(to_toml(self.config))
+        return Record(self.folder, self.name, settings, departure=self.departure())
+
+    def plot(self, *metrics: str, against: str = UPDATES) -> Plot:
+        """Plot the run so far: rewards at its points and the main metrics of training, or the `metrics` that are named.
+
+        `against` is "updates", "samples" (scored images) or "minutes". Raises AlignkitError for a metric that the run
+        does not have, and before the first update.
+        """
+        return plot(self._record(), metrics, against)
+
     def stop(self) -> None:
         """Make a running `train` save and end after the update under way."""
         self.stopping = True
 
     # training
 
-    def train(self, console: Console | None = None, verbose: bool = False) -> Iterator[Update]:
+    def train(
+        self, console: Console | None = None, verbose: bool = False, progress: bool | None = None
+    ) -> Iterator[Update]:
         """Train; yield after each update of the policy. Ends early, after saving, if `stop` was called.
 
+        Progress is shown on `console`, with `verbose` every metric; without a console in the cell of a notebook, and
+        else nowhere. With `progress` True it is shown in a terminal too, with False nowhere.
+
         Writes the run folder; a folder that holds a run is continued if this run was opened from it, else
-        rejected. Shows progress on `console`, with `verbose` every metric. Raises AlignkitError for what the user can
-        fix.
+        rejected. Raises AlignkitError for what the user can fix.
         """
         self.check()
         accelerator = self.accelerator()
         self._claim(accelerator)
-        config, shown = self.config, console if accelerator.is_main_process else None
-        warmup = config.surrogate.warmup if config.surrogate else 0
-        with Display(shown, config.train.updates, warmup, verbose) as display:
+        if not accelerator.is_main_process:
+            progress = False
+        with self._display(console, verbose, progress) as display:
             display.message(f"{self.folder}: {self.description()}")
             yield from self._train(accelerator, display)
+
+    def _display(self, console: Console | None, verbose: bool, progress: bool | None) -> Display:
+        total, warmup = self.config.train.updates, self.config.surrogate.warmup if self.config.surrogate else 0
+        if progress is False:
+            return Display(None, total, warmup)
+        if console is None and in_notebook():
+            return CellDisplay(self.title, self.folder, total, warmup)
+        return Display(Console() if console is None and progress else console, total, warmup, verbose)
 
     def _train(self, accelerator: Accelerator, display: Display) -> Iterator[Update]:
         saved = self._newest_checkpoint()
@@ -159,6 +214,7 @@ class Run(Parts):
         for reason in gather_object([refused]):
             if reason is not None:
                 raise reason
+        self._begun = True
 
     def accelerator(self) -> Accelerator:
         """Return the accelerator for the devices, precision and processes of `[train]`."""
@@ -210,20 +266,20 @@ class Run(Parts):
                 )
         return self._policy
 
-    def sample(
-        self, prompts: Sequence[str], steps: int | None = None, seed: int = 0, count: int = 1
-    ) -> list[Image.Image]:
-        """Sample `count` images for each prompt, in that order.
+    def sample(self, prompts: Sequence[str], steps: int | None = None, seed: int = 0, count: int = 1) -> Samples:
+        """Sample `count` images for each prompt, in that order. Returns a list, which a notebook shows as a grid.
 
         Image i of a seed starts from the same noise at any number of steps.
         """
         sampler, policy = self.sampler(steps), self.policy()
         texts = [text for text in prompts for _ in range(count)]
-        found: list[Image.Image] = []
+        found = Samples()
         for start in range(0, len(texts), self.config.evaluate.batch_size):
             part = texts[start : start + self.config.evaluate.batch_size]
             with policy.using(self.weights):
                 images = sample_images(policy, sampler, part, [(seed, start + i) for i in range(len(part))])
             array = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
-            found += [Image.fromarray(a) for a in array]
+            for text, pixels in zip(part, array, strict=True):
+                found.append(Image.fromarray(pixels))
+                found[-1].info["prompt"] = text
         return found

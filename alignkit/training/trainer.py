@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from alignkit.training import checkpoint
 from alignkit.training.context import TrainContext
 from alignkit.training.optimizer import adamw, learning_rate, step
 from alignkit.training.regularisers import Loss, Regularisers, UpdateRows, Weighed
+from alignkit.training.update import Update
 
 RowsT = TypeVar("RowsT")
 
@@ -31,19 +32,6 @@ IDLE_ROUNDS = 10
 """Abort after this many consecutive rounds without training rows."""
 PAIRS_AT_ONCE = 32
 """Preference pairs in memory as images: an update of Diffusion-DPO has 2048, of SDXL 25 MB each."""
-
-
-@dataclass(frozen=True)
-class Update:
-    """One finished update of the policy."""
-
-    step: int
-    """1, 2, ..."""
-    metrics: Mapping[str, float]
-    """Metrics of this update; those of the first update of a round include what was logged while samples were
-    collected."""
-    reward: float = math.nan
-    """Mean true reward of the samples of this update's round; NaN if none was scored."""
 
 
 class Trainer:

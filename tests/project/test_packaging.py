@@ -37,7 +37,8 @@ def test_a_recipe_lies_in_the_package_of_its_plugin_and_so_in_the_wheel() -> Non
 
 def test_the_templates_of_pages_lie_in_their_packages_and_so_in_the_wheel() -> None:
     assert TEMPLATES.is_relative_to(ROOT / "alignkit")
-    assert {path.name for path in TEMPLATES.iterdir()} == {"page.html", "macros.html", "style.css", "script.js"}
+    names = {"page.html", "macros.html", "style.css", "script.js", "cells.html", "plot.svg"}
+    assert {path.name for path in TEMPLATES.iterdir()} == names
     assert PREFER.is_relative_to(ROOT / "alignkit")
     assert {path.name for path in PREFER.iterdir()} == {"prefer.html", "prefer.css", "prefer.js"}
 

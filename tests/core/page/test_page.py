@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -13,40 +12,11 @@ import pytest
 from alignkit.errors import AlignkitError
 from alignkit.page.page import LARGEST, keep_page, render, write_page
 from alignkit.page.record import read_record
-from page_fixtures import EVIL, SETTINGS, Write, rows, update_line, write_lines
-
-
-class Elements(HTMLParser):
-    """The elements of a page with their attributes, and its visible text."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[tuple[str, str]] = []
-        """Tag of the innermost element and text, in order."""
-        self.inside: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
-        self.inside.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        while self.inside and self.inside.pop() != tag:
-            pass
-
-    def handle_data(self, data: str) -> None:
-        if not {"style", "script"} & set(self.inside):
-            self.text.append((self.inside[-1] if self.inside else "", data))
+from page_fixtures import EVIL, SETTINGS, Elements, Write, plain, rows, update_line, write_lines
 
 
 def page_of(*folders: Path) -> str:
     return render([read_record(folder) for folder in folders])
-
-
-def plain(page: str) -> str:
-    """Return the text of a page with single blanks."""
-    return " ".join(" ".join(text for _, text in Elements(page).text).split())
 
 
 def test_the_page_lies_in_the_folder_of_the_run_or_where_it_is_wanted(
@@ -242,10 +212,10 @@ def test_a_page_that_cannot_be_written_is_one_warning(
 
 
 def test_the_libraries_of_the_page_are_imported_when_one_is_written() -> None:
-    heavy = "{'matplotlib', 'jinja2', 'torch', 'PIL'}"
+    heavy = "{'matplotlib', 'jinja2', 'torch', 'PIL', 'IPython'}"
     code = f"import sys, alignkit.cli.app, alignkit.page.facts; print(sorted({heavy} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     code = code.replace("alignkit.page.facts", "alignkit.runs.run")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "matplotlib" not in done.stdout
+    assert "matplotlib" not in done.stdout and "IPython" not in done.stdout

@@ -21,7 +21,8 @@ from alignkit.rewards.weighted import WeightedRewards
 from alignkit.testing.algorithm import assert_goes_on_from_its_checkpoint
 from alignkit.training import checkpoint
 from alignkit.training import trainer as train
-from alignkit.training.trainer import Trainer, Update
+from alignkit.training.trainer import Trainer
+from alignkit.training.update import Update
 from method_checks import copies, equal
 
 
