@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from alignkit.page.page import write_page
-from browser_fixtures import click
+from browser_fixtures import click, eventually
 from page_fixtures import EVIL, Write
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -29,8 +29,8 @@ def test_an_image_is_enlarged_and_the_slider_moves_between_before_and_after(brow
     opened(browser, write_page([write_run()]))
     assert not browser.find_element("id", "large").is_displayed()
     click(browser, ".card .shot")
+    eventually(browser, lambda: browser.find_element("id", "large-prompt").text == "a red circle")
     assert browser.find_element("id", "large").is_displayed()
-    assert browser.find_element("id", "large-prompt").text == "a red circle"
     assert style(browser, "#large-after", "clip-path") == "inset(0px 0px 0px 50%)"
     before, after = (browser.find_element("id", f"large-{when}") for when in ("before", "after"))
     assert before.size == after.size and before.size["width"] > 200
@@ -38,15 +38,15 @@ def test_an_image_is_enlarged_and_the_slider_moves_between_before_and_after(brow
     slider = browser.find_element("id", "slider")
     for _ in range(10):
         slider.send_keys("\ue014")  # arrow right
-    assert style(browser, "#large-after", "clip-path") == "inset(0px 0px 0px 40%)"
+    eventually(browser, lambda: style(browser, "#large-after", "clip-path") == "inset(0px 0px 0px 40%)")
     edge = float(style(browser, "#edge", "left").removesuffix("px"))
     assert edge == pytest.approx(0.4 * before.size["width"], abs=1)
     scores = [row.text for row in browser.find_elements("css selector", "#large-scores tr")]
     assert scores == ["reward 0.500 0.900", "shine 0.500 0.900", "pixels 0.250 0.250"]
     click(browser, "#next")
-    assert browser.find_element("id", "large-prompt").text != "a red circle"
+    eventually(browser, lambda: browser.find_element("id", "large-prompt").text != "a red circle")
     click(browser, "#close")
-    assert not browser.find_element("id", "large").is_displayed()
+    eventually(browser, lambda: not browser.find_element("id", "large").is_displayed())
     assert browser.get_log("browser") == []
 
 
@@ -58,10 +58,10 @@ def test_the_page_can_be_sorted_and_plotted_against_time(browser: Any, write_run
 
     assert shown() == ["a red circle", "a blue square", "a green star"]
     click(browser, "label:has([value=worst])")
-    assert shown() == ["a green star", "a blue square", "a red circle"]
+    eventually(browser, lambda: shown() == ["a green star", "a blue square", "a red circle"])
     assert style(browser, ".chart .updates", "display") == "inline"
     click(browser, "label:has([value=minutes])")
-    assert style(browser, ".chart .updates", "display") == "none"
+    eventually(browser, lambda: style(browser, ".chart .updates", "display") == "none")
     assert style(browser, ".chart .minutes", "display") == "inline"
     assert browser.get_log("browser") == []
 
