@@ -62,6 +62,14 @@ def note_environment(folder: Path) -> None:
     write_file(folder / "environment.json", json.dumps(environment(), indent=1))
 
 
+def export_weights(folder: Path, policy: Policy, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """Write weights as the policy exports them, and return where they are. A LoRA file gets the `metadata`."""
+    exported = policy.export(folder, weights)
+    if exported.name == LORA_FILE:
+        note(exported, metadata)
+    return exported
+
+
 def export(
     folder: Path,
     policy: Policy,
@@ -69,15 +77,12 @@ def export(
     surrogate: Surrogate | None,
     metadata: Mapping[str, str],
 ) -> Path:
-    """Write the results of the run, the weights as the policy exports them and the surrogate, and return where the
-    weights are. A LoRA file gets the `metadata`."""
+    """Write the results of the run, weights and surrogate, and return where the weights are."""
     partial = folder / ".export.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
-        exported = policy.export(partial, weights)
-        if exported.name == LORA_FILE:
-            note(exported, metadata)
+        exported = export_weights(partial, policy, weights, metadata)
         if surrogate is not None:
             tensors = {n: t.detach().cpu().contiguous() for n, t in surrogate.module().state_dict().items()}
             save_file(tensors, partial / SURROGATE_FILE)

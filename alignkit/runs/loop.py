@@ -23,7 +23,7 @@ from alignkit.records import Example
 from alignkit.rewards.combine import Combination
 from alignkit.runs.build import Parts, facts_of
 from alignkit.runs.display import Display
-from alignkit.runs.folder import export
+from alignkit.runs.folder import export, export_weights
 from alignkit.runs.points import Points, planned, write_point
 from alignkit.runs.report import SAMPLES, Report
 from alignkit.training.context import TrainContext
@@ -278,8 +278,9 @@ class Loop:
         self._display.stage(f"measuring {len(examples)} held-out prompts", log=False)
         found = self._measure_with(average, examples, len(examples))
         if self.accelerator.is_main_process:
-            lora = partial(self.policy.export, weights=average) if update and self.config.model.lora_rank else None
-            write_point(self.folder / "points" / f"{update:06d}", found, examples, self.config.evaluate.steps, lora)
+            lora = partial(export_weights, policy=self.policy, weights=average, metadata=self._metadata)
+            keeps = lora if update and self.config.model.lora_rank else None
+            write_point(self.folder / "points" / f"{update:06d}", found, examples, self.config.evaluate.steps, keeps)
         rows = self._points.compare(found)
         report.point(update, rows)
         self._points.add(update, found, rows, average)
