@@ -34,50 +34,42 @@ class ExtendedLaSRO(LaSRO):
     """
 
     replay: Annotated[int, Ge(1)] = 1
-    """Not in the paper. Rounds of scored samples that are kept for the surrogate. With 1, as in the paper, it sees each
-    sample in its own round only; where the true reward is the expensive part of a round, more make more of it."""
+    """Not in the paper. Rounds of scored samples that the surrogate learns from, the last one included. More than 1 pay
+    where the reward is the expensive part of a round."""
     pairs: Literal["extremes", "random"] = "extremes"
-    """Not in the paper but for "extremes". The two samples of a group that make a pair: best and worst, or any two
-    whose rewards differ."""
+    """Not in the paper but for "extremes". Pair the best and the worst sample of a group, or any two whose rewards
+    differ."""
     label_scale: Annotated[float, Ge(0)] = 0.0
-    """Not in the paper. Teach the surrogate that the better sample of a pair wins with probability sigmoid(label_scale
-    * difference of the rewards), instead of always: its scores become the rewards times this number. Most pairs of a
-    fine reward hardly differ, and to be certain about them teaches noise. 0: always, as in the paper."""
+    """Not in the paper. Let the better sample of a pair win with probability sigmoid(label_scale * difference of the
+    rewards), so that pairs that hardly differ teach little. 0: with certainty, as in the paper."""
     noise_correlation: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """Not in the paper. Correlation of the noises within a group, 0 for independent ones. Samples from nearly the same
-    noises share the layout and differ in what a gradient can change; between independent ones the layout hides it."""
+    """Not in the paper. Correlation of the noises within a group. Samples from similar noises share the layout and
+    differ in what a gradient can change."""
     reference_samples: Annotated[int, Ge(0)] = 0
     """Not in the paper. Number of the N_s samples that the model before training generates, from the noises of the
-    others. Pairs within one model's samples carry no information about what all of them have in common, so a drift of
-    the policy that the surrogate happens to like would never be corrected; samples without the drift correct it."""
+    others. They correct a surrogate that likes a drift common to all samples of the policy."""
     negatives: Annotated[int, Ge(0)] = 0
     """Not in the paper. Samples of other prompts of the batch that the reward also scores under each prompt, and that
-    join its group. Samples of one prompt are much alike; what the prompt asks for shows where it is missing altogether.
-    """
+    join its group: they lack what the prompt asks for."""
     smoothing: Annotated[float, Ge(0)] = 0.0
     """Not in the paper. Standard deviation of noise on the latents that the surrogate sees, while it learns and while
-    the policy follows it. Its gradient is then that of an average over a neighbourhood, and points away from real
-    images less often."""
+    the policy follows it. Its gradient is then an average over a neighbourhood."""
     purify: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """Not in the paper. Share of the schedule (0 to 1) at whose time the policy's prediction is noised, and from which
-    the teacher denoises it, before the surrogate scores it for the policy: diffusion purification (Nie et al., ICML
-    2022). The gradient then comes through the teacher, which passes what leads to another image and damps what merely
-    fools the surrogate. 0 leaves it out."""
+    """Not in the paper. Share of the schedule (0 to 1) at whose time the prediction is noised, and from which the
+    teacher denoises it, before the surrogate scores it (diffusion purification, Nie et al., ICML 2022). The gradient
+    through the teacher damps what merely exploits the surrogate. 0: off."""
     contrast: float = 0.0
     """Not in the paper. Share of a sample's surrogate score under another prompt of the batch that is subtracted from
-    that under its own before the policy follows it; removes the prompt-independent part. A policy first fools a
-    surrogate by what scores better under every prompt, since pairs, which share a prompt, say little of it."""
+    that under its own; removes the prompt-independent part, which a policy exploits first."""
     gradient_samples: Annotated[int, Ge(1)] = 1
     """Not in the paper. Noises, of `smoothing` and `purify`, over which the score that the policy follows is averaged.
     """
     unit_gradients: bool = False
-    """Not in the paper. Let every sample pull equally: the gradient by each prediction is scaled to length one, instead
-    of the scores being normalised and clipped (Eq. 12 and 13). Scores are log-odds, whose gradient is longest where a
-    sample is far off, and there it is least to be trusted."""
+    """Not in the paper. Scale the gradient by each prediction to length one, instead of normalising and clipping scores
+    (Eq. 12 and 13). Otherwise samples that are far off dominate, where the surrogate is least reliable."""
     restart_every: Annotated[int, Ge(0)] = 0
     """Not in the paper. Updates after which the policy goes back to where it began, while the surrogate and its samples
-    stay; 0: never. For teaching a surrogate: each policy that follows it shows another way in which it is wrong, and
-    the policies are thrown away."""
+    stay; 0: never. Trains a surrogate on the ways in which policies exploit it; these are thrown away."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

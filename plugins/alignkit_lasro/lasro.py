@@ -67,8 +67,8 @@ class LaSRO(Algorithm[Collected, States]):
     default_regularisers: ClassVar[Mapping[str, float]] = {"lcd": 1.0}
 
     samples: Annotated[int, Ge(1)] = 4
-    """N_s, initial noises of each prompt; not known. The coarser the reward, the more it takes to find two samples that
-    differ: 6 or more where it is a share of yes/no answers."""
+    """N_s, initial noises of each prompt; not known. A pair takes two samples whose rewards differ: 6 or more for
+    coarse rewards, such as a share of yes/no answers."""
     step_weights: Annotated[list[float], MinLen(1)] = field(default_factory=lambda: [1.0, 1.0])
     """c_1, c_2, ...: the weight of the reward term at each sampler step; not known. All zero is the control run."""
     policy_steps: Annotated[int, Ge(1)] = 1
@@ -77,22 +77,21 @@ class LaSRO(Algorithm[Collected, States]):
     """Sample new trajectories for each of the K_1 updates, as Algorithm 2 does, instead of following those that were
     scored."""
     surrogate_steps: Annotated[int, Ge(0)] = 1
-    """K_2, surrogate updates of each round; not known, and the more the coarser the reward. With 0 it is not adapted
-    online: it stays as surrogate.init or the warm-up, with one update a round, left it."""
+    """K_2, surrogate updates of each round; not known; more for coarse rewards. 0: it stays as surrogate.init or the
+    warm-up, with one update a round, left it."""
     pairs_per_update: Annotated[int, Ge(1)] = 64
     """Largest number of pairs in one surrogate update; not known."""
     percentile: Annotated[float, Gt(0), Le(1)] = 0.95
-    """Share of surrogate scores below the level at which the gradient of the reward term is cut off (Eq. 13); not
-    known."""
+    """Share of surrogate scores below the level above which a score has no gradient (Eq. 13); not known."""
     tracker_decay: Annotated[float, Ge(0), Lt(1)] = 0.9
     """Decay of the running mean and percentile of the surrogate's scores (Eq. 12), corrected for their start; not
-    known. The surrogate's scores spread while it learns, so a long memory would cut off far more than it should."""
+    known. A longer memory follows rising scores too slowly: most are cut off."""
     gradient_of: Literal["surrogate", "reward"] = "surrogate"
-    """Ablation (e): follow the gradient of the surrogate, or of the reward itself, through the decoder; the latter
-    takes a differentiable reward and no surrogate."""
+    """Ablation (e): follow the gradient of the surrogate, or without a surrogate that of a differentiable reward,
+    through the decoder."""
     states_from: Literal["rollout", "images"] = "rollout"
-    """Ablation (b): apply the reward term to the steps of the policy's own trajectories, or, as most methods do, to
-    captioned images noised to a random time of the distillation's solver."""
+    """Ablation (b): apply the reward term to the steps of the policy's own trajectories, or to captioned images noised
+    to a random time of the distillation's solver."""
     ode_steps: Annotated[int, Ge(1)] = 50
     """Solver steps of the distillation, for states_from = "images"; must be what the model was distilled with."""
 
