@@ -37,6 +37,9 @@ def overrides(
         "algorithm.name": algo, "model.name": model, "sampler.num_steps": steps, "output": out, "seed": seed,
         "recipe": recipe,
     }  # fmt: skip
+    for key in ("algorithm.name", "model.name", "output"):
+        if given[key] == "":
+            raise AlignkitError(f"{key}: found an empty name on the command line; name one, or leave out its flag")
     result: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if reward:
         result["reward"] = [_reward(text) for text in reward]

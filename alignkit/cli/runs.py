@@ -85,12 +85,18 @@ def train(
     alignkit train --resume runs/first
     alignkit train --resume runs/first --set scoring.on_error=skip
     """
+    changes = overrides(algo, reward, model, steps, out, seed, assignments, recipe)
+    if file is None and resume is None and not changes:
+        raise AlignkitError(
+            "train: found no run file and no settings; name some, as in: alignkit train --algo lasro --reward "
+            "attribute_binding"
+        )
     console = None if quiet else lasting_console(plain=plain)
     notes = lasting_console(stderr=True)
     with nullcontext() if console is None else loading(console):
         from alignkit.runs.run import load
 
-        run = load(file, overrides(algo, reward, model, steps, out, seed, assignments, recipe), resume=resume)
+        run = load(file, changes, resume=resume)
 
     received = signal.SIGINT
 

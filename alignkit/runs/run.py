@@ -77,6 +77,11 @@ def open_run(source: str | Path, overrides: Mapping[str, Any] | None = None) -> 
     if not {"sampler.name", "algorithm.name"} & chosen.keys():
         # Nothing is trained, so the sampler is the model's own and not the one for the default algorithm.
         own = find_bundle(str(source)).defaults.get("sampler", {})
+        if not own:  # a hub id that no plugin knows; it is not looked up
+            raise ConfigError(
+                f"{source}: found no folder of a run (alignkit train --out FOLDER) and no registered model "
+                "(alignkit list models); download another model of the hub and name its folder"
+            )
         chosen = {f"sampler.{key}": value for key, value in own.items()} | chosen
     return Run(load_config(None, {**chosen, "model.name": str(source)}))
 

@@ -185,6 +185,20 @@ def test_flags_are_shorthands_for_keys(engine: Any) -> None:
     assert engine.calls == [("load", Path("run.toml"), overrides, None), ("train", False, False), "saved"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "train: found no run file and no settings; name some, as in: alignkit train --algo lasro"),
+        (["train", "--algo", ""], "algorithm.name: found an empty name on the command line"),
+        (["train", "run.toml", "--model", ""], "model.name: found an empty name on the command line"),
+        (["check", "run.toml", "--out", ""], "output: found an empty name on the command line"),
+    ],
+)
+def test_commands_without_a_name_start_nothing(engine: Any, arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 1 and result.stderr.startswith(f"error: {message}") and engine.calls == []
+
+
 def test_train_shows_its_progress_and_resumes(engine: Any) -> None:
     assert run("train", "--resume", "runs/first", "--verbose").exit_code == 0
     assert engine.calls == [("load", None, {}, Path("runs/first")), ("train", True, True), "saved"]
@@ -197,7 +211,7 @@ def test_an_interrupted_run_stops_after_its_update_or_at_once_and_prints_how_to_
     engine.interrupts = interrupts
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for background jobs
     try:
-        result = run("train")
+        result = run("train", "run.toml")
         handler = signal.getsignal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, inherited)
@@ -209,7 +223,7 @@ def test_an_interrupted_run_stops_after_its_update_or_at_once_and_prints_how_to_
 def test_a_run_that_a_scheduler_ends_is_saved(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeRun, "sends", signal.SIGTERM)
     engine.interrupts = 1
-    result = run("train")
+    result = run("train", "run.toml")
     assert (result.exit_code, "saved" in engine.calls) == (143, True)
     assert result.stderr.endswith("stopped; resume with: alignkit train --resume runs/first\n")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

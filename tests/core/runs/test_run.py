@@ -347,3 +347,8 @@ def test_a_surrogate_that_begins_untrained_is_warned_of_before_anything_else(tin
     assert tiny_run("taught", {"surrogate.warmup": 1}).warnings() == []
     assert tiny_run("begun", {"surrogate.warmup": 0, "surrogate.init": str(run.folder)}).warnings() == []
     assert tiny_run("none", {"algorithm.gradient_of": "reward"}).warnings() == []
+
+
+def test_a_name_that_is_no_run_and_no_model_is_one_line_about_both() -> None:
+    with pytest.raises(ConfigError, match=r"^runs/nope: found no folder of a run .* and no registered model"):
+        open_run("runs/nope")
