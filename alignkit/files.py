@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from alignkit.errors import AlignkitError
@@ -26,6 +28,15 @@ def write_file(path: Path, content: str | bytes) -> None:
         if path.parent.is_dir():
             partial.unlink(missing_ok=True)
         raise AlignkitError(f"{path}: could not be written ({error.strerror}); its old content is unchanged") from error
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Raise AlignkitError in the place of an OSError, for a command whose --out is `folder`."""
+    try:
+        yield
+    except OSError as error:
+        raise AlignkitError(f"--out {folder}: cannot be written ({error.strerror or error})") from error
 
 
 def _sync(path: Path) -> None:

@@ -11,6 +11,7 @@ import typer
 
 from alignkit.cli.options import Json, Rewards, Set, Steps, overrides
 from alignkit.cli.output import loading, print_json
+from alignkit.errors import AlignkitError
 
 Prompts = Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts; by default those of training.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use only this many prompts, from the top.")]
@@ -18,7 +19,8 @@ NoiseSeed = Annotated[int, typer.Option(help="Seed of the noise.")]
 
 
 def pairs(
-    source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL")],
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL_OR_IMAGES")],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the pairs; new or empty.")],
     prompts: Prompts = None,
     reward: Rewards = None,
@@ -35,21 +37,31 @@ def pairs(
 ) -> None:
     """Make preference pairs with a model and a reward.
 
-    Generates several images of each prompt, scores them, and keeps the best and the worst. The folder holds the
-    images and pairs.jsonl, one line per pair with text, files, scores and seed. Name it as data.pairs in a run
-    file, for diffusion_dpo and for pso in its offline mode.
+    Generates several images of each prompt, scores them, and keeps the best and the worst. A folder of `alignkit
+    sample`, or another with metadata.jsonl, gives its images instead. The new folder holds the images and pairs.jsonl,
+    one line per pair with text, files, scores and seed. Name it as data.pairs in a run file, for diffusion_dpo and for
+    pso in its offline mode.
 
     \b
     alignkit pairs shapes_lcm --out my/pairs
     alignkit pairs runs/first --prompts my/prompts.txt --count 8 --out my/other
+    alignkit pairs samples --reward attribute_binding --out my/third
     alignkit train --algo diffusion_dpo --set data.pairs=my/pairs
     """
     with loading():
-        from alignkit.commands.pairs import make_pairs
-        from alignkit.runs.run import open_run
+        from alignkit.commands.pairs import make_pairs, pairs_of_images
+        from alignkit.data.image_files import METADATA
+        from alignkit.runs.run import load, open_run
 
-    run = open_run(source, _changes(prompts, reward, None, assignments))
-    made = make_pairs(run, out, count=count, limit=limit, steps=steps, seed=seed, every=every, margin=margin)
+    changes = _changes(prompts, reward, None, assignments)
+    if (Path(source) / METADATA).is_file():
+        for name in ("prompts", "count", "steps", "seed"):
+            if (given := context.get_parameter_source(name)) and given.name == "COMMANDLINE":
+                raise AlignkitError(f"--{name}: {source} holds images, and none is generated; leave it out")
+        made = pairs_of_images(load(None, changes), Path(source), out, limit=limit, every=every, margin=margin)
+    else:
+        run = open_run(source, changes)
+        made = make_pairs(run, out, count=count, limit=limit, steps=steps, seed=seed, every=every, margin=margin)
     for what in made.skipped:
         typer.echo(f"skipped as broken: {what}", err=True)
     if as_json:

@@ -23,7 +23,7 @@ def score(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER")],
     prompts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="One prompt per image, or one for all; by default a.txt for a.png."),
+        typer.Option(metavar="FILE", help="One prompt per image, or one for all; by default metadata.jsonl, or a.txt."),
     ] = None,
     device: Device = "auto",
     model: Model = None,
@@ -32,10 +32,12 @@ def score(
 ) -> None:
     """Score the images of a folder with a reward.
 
+    Prompts come from metadata.jsonl, as `alignkit sample` writes it, from a.txt for a.png, or from --prompts.
     Settings of the reward are those of a run with this model. Prints a line for each image as soon as it is scored,
     with the parts of its score, or why it could not be scored.
 
     \b
+    alignkit score attribute_binding samples
     alignkit score attribute_binding captioned/
     alignkit score attribute_binding samples/ --prompts prompts.txt
     alignkit score pickscore samples/ --prompts prompts.txt --device cuda:1
@@ -89,7 +91,7 @@ def _print_scores(records: Sequence[dict[str, Any]], columns: list[str] | None) 
         typer.echo("  ".join([f"{'score':>10}", *(f"{name:>8}" for name in names), "image  prompt"]))
     for record in records:
         score = "not scored" if record["score"] is None else f"{record['score']:.4f}"
-        cells = [f"{score:>10}", *_cells(record["parts"], columns), record["image"], record["prompt"]]
+        cells = [f"{score:>10}", *_cells(record["parts"], columns), record["image"], " ".join(record["prompt"].split())]
         typer.echo("  ".join([*cells, *([f"({record['reason']})"] if record["reason"] else [])]))
     return columns
 

@@ -168,30 +168,26 @@ def sample(
     steps: StepList = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 1,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the images.")] = Path("samples"),
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="A new or empty folder; by default samples, samples-2, ...")
+    ] = None,
 ) -> None:
     """Generate images with a trained run or a model.
+
+    The folder holds the images, metadata.jsonl with prompt, seed, steps and model of each, and grid.png with all side
+    by side. `alignkit score` and `alignkit pairs` read it, and so does data.images of a run file.
 
     \b
     alignkit sample runs/first "a red circle and a blue square"
     alignkit sample shapes_lcm "a green heart" --steps 1,2,4 --count 3 --out images
     """
     with loading():
+        from alignkit.commands.sample import sample as sample_images
         from alignkit.runs.run import open_run
 
-    images = [(prompt, copy) for prompt in range(len(prompts)) for copy in range(count)]
-    plan: list[tuple[int | None, list[Path]]] = [(None, [out / f"{p:03d}_{c}.png" for p, c in images])]
-    if numbers := step_list(steps):
-        plan = [(n, [out / f"{p:03d}_{n}steps_{c}.png" for p, c in images]) for n in numbers]
-    for path in (path for _, paths in plan for path in paths):
-        if path.exists():
-            raise AlignkitError(f"--out {out}: {path.name} exists already; choose another folder")
-    run = open_run(source)
-    out.mkdir(parents=True, exist_ok=True)
-    for step, paths in plan:
-        for path, image in zip(paths, run.sample(prompts, steps=step, seed=seed, count=count), strict=True):
-            image.save(path)
-            typer.echo(path)
+    numbers = step_list(steps)
+    for path in sample_images(open_run(source), prompts, out, steps=numbers, seed=seed, count=count):
+        typer.echo(path)
 
 
 def evaluate_runs(

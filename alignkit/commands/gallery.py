@@ -8,7 +8,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from PIL import Image as Pillow
 from torch import Tensor
@@ -17,10 +16,8 @@ from alignkit.data.decode import UNREADABLE
 from alignkit.errors import AlignkitError
 from alignkit.evaluation.rows import TOTAL, Row
 from alignkit.page.record import Image, Record, read_record
-from alignkit.runs.grid import draw_grid
+from alignkit.runs.grid import EDGE, draw_grid, reduced
 
-EDGE = 256
-"""Edge of an image, in pixels: larger ones are reduced to it, smaller ones enlarged by the next integer factor."""
 TITLE = 46
 """Number of characters that fit above an image."""
 SAME = 2.0
@@ -104,7 +101,7 @@ def gallery(runs: Sequence[str | Path], rows: int = 8, steps: int | None = None,
         torch.stack([before, *(_images(column.after, chosen) for column in columns)], dim=1),
         [first.before[place].prompt for place in chosen],
         [f"before\n{model}", *(column.title for column in columns)],
-        EDGE,
+        EDGE,  # smaller images are enlarged to it by the next integer factor
         [[first.caption(p, False), *(column.caption(p, True) for column in columns)] for p in chosen],
         _notes(columns, len(chosen), number, pick),
     )
@@ -209,11 +206,9 @@ def _images(kept: Sequence[Image], places: Sequence[int]) -> Tensor:
     for file in (kept[place].path for place in places):
         try:
             with Pillow.open(file) as image:
-                small = image.convert("RGB")
+                found.append(reduced(image))
         except UNREADABLE as error:
             raise AlignkitError(f"{file}: cannot be read ({error}); expected an image as the run wrote it") from error
-        small.thumbnail((EDGE, EDGE))
-        found.append(torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1))
     return torch.stack(found)
 
 

@@ -1,8 +1,9 @@
-"""Make preference pairs with a model and a reward, in the format that `[data] pairs` reads."""
+"""Make preference pairs with a reward, of a model's images or of image files, as `[data] pairs` reads them."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -13,10 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from alignkit.commands.score import captioned, score_files
 from alignkit.data.decode import to_uint8
 from alignkit.data.preferences import IMAGES, TABLE
 from alignkit.errors import AlignkitError, ConfigError
-from alignkit.records import Example
+from alignkit.files import writing
 from alignkit.rewards.weighted import WeightedRewards
 from alignkit.rollout import sample_images
 
@@ -58,10 +60,7 @@ def make_pairs(
     """
     if count < 2:
         raise ConfigError(f"count: found {count}, expected 2 or more images of each prompt")
-    if margin < 0:
-        raise ConfigError(f"margin: found {margin}, expected 0 or more")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out {out}: exists already; choose another folder")
+    _check(out, margin)
     skipped = run.skipped()
     examples, rewards = run.prompts(skipped)[:limit], WeightedRewards(run.trained_rewards(), scoring=run.scoring())
     sampler = run.sampler(steps)
@@ -72,7 +71,7 @@ def make_pairs(
     rewards.load(policy.device)
     size = max(1, run.config.evaluate.batch_size // count)
     made = undecided = 0
-    try:
+    with writing(out):
         (out / IMAGES).mkdir(parents=True, exist_ok=True)
         with (out / TABLE).open("x", encoding="utf-8") as table:
             for start in range(0, len(examples), size):
@@ -84,22 +83,54 @@ def make_pairs(
                 values = scores.values.masked_fill(~scores.valid, torch.nan).view(-1, count)
                 pixels = to_uint8(images.view(-1, count, *images.shape[1:])).cpu()
                 for place, row in enumerate(values.tolist()):
-                    origin = {"seed": seed, "steps": sampler.num_steps, "model": run.name}
+                    origin: dict[str, Any] = {"seed": seed, "steps": sampler.num_steps, "model": run.name}
                     chosen = list(preferred(row, every, margin))
-                    lines = _lines(examples[start + place], start + place, row, chosen, origin)
-                    for index in sorted({index for pair in chosen for index in pair}):
-                        _save(pixels[place, index], out / _name(start + place, index))
-                    table.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                    example, number = examples[start + place], start + place
+                    names = {i: f"{IMAGES}/{number:06d}_{i}.png" for pair in chosen for i in pair}
+                    for index, name in names.items():
+                        _save(pixels[place, index], out / name)
+                    if example.metadata:
+                        origin["metadata"] = dict(example.metadata)
+                    for line in _lines(example.text, names, row, chosen):
+                        table.write(json.dumps(line | origin, ensure_ascii=False) + "\n")
                     table.flush()
                     made, undecided = made + len(chosen), undecided + (not chosen)
-    except OSError as error:
-        raise AlignkitError(f"--out {out}: cannot be written ({error.strerror or error})") from error
-    if not made:
-        raise AlignkitError(
-            f"{out}: for none of the {len(examples)} prompts two images got different scores; generate more per prompt "
-            "(--count), lower --margin, or test the reward with alignkit score"
-        )
-    return Made(str(out), len(examples), made, undecided, tuple(skipped or ()))
+    return _made(Made(str(out), len(examples), made, undecided, tuple(skipped or ())))
+
+
+def pairs_of_images(
+    run: Run, folder: Path, out: Path, *, limit: int | None = None, every: bool = False, margin: float = 0.0
+) -> Made:
+    """Score the images of a folder with the run's rewards, and write pairs of those with the same prompt.
+
+    The images are found as by `alignkit score`; the chosen ones are copied. Images of a prompt are compared whatever
+    their seed and number of steps. Otherwise as `make_pairs`, whose lines also name seed, steps and model.
+    """
+    _check(out, margin)
+    files, examples = captioned(folder, None, run.config)
+    groups: dict[str, list[int]] = {}
+    for place, example in enumerate(examples):
+        groups.setdefault(example.text, []).append(place)
+    groups = dict(list(groups.items())[:limit])
+    places = [place for group in groups.values() for place in group]
+    values: list[float] = []
+    for _, scores in score_files(run, [files[p] for p in places], [examples[p] for p in places]):
+        values += scores.values.masked_fill(~scores.valid, torch.nan).tolist()
+    by_place = dict(zip(places, values, strict=True))
+    made = undecided = 0
+    with writing(out):
+        (out / IMAGES).mkdir(parents=True, exist_ok=True)
+        with (out / TABLE).open("x", encoding="utf-8") as table:
+            for group in groups.values():
+                row = [by_place[place] for place in group]
+                chosen = list(preferred(row, every, margin))
+                names = {i: f"{IMAGES}/{group[i]:06d}{files[group[i]].suffix}" for pair in chosen for i in pair}
+                for index, name in names.items():
+                    shutil.copyfile(files[group[index]], out / name)
+                for line in _lines(examples[group[0]].text, names, row, chosen):
+                    table.write(json.dumps(line, ensure_ascii=False) + "\n")
+                made, undecided = made + len(chosen), undecided + (not chosen)
+    return _made(Made(str(out), len(groups), made, undecided))
 
 
 def preferred(scores: Sequence[float], every: bool = False, margin: float = 0.0) -> Iterator[tuple[int, int]]:
@@ -117,22 +148,33 @@ def preferred(scores: Sequence[float], every: bool = False, margin: float = 0.0)
 
 
 def _lines(
-    example: Example, number: int, scores: Sequence[float], chosen: Sequence[tuple[int, int]], origin: Mapping[str, Any]
+    text: str, names: Mapping[int, str], scores: Sequence[float], chosen: Sequence[tuple[int, int]]
 ) -> Iterator[dict[str, Any]]:
     for winner, loser in chosen:
-        line = {
-            "text": example.text,
-            "winner": _name(number, winner),
-            "loser": _name(number, loser),
+        yield {
+            "text": text,
+            "winner": names[winner],
+            "loser": names[loser],
             "winner_score": scores[winner],
             "loser_score": scores[loser],
-            **origin,
         }
-        yield line | ({"metadata": dict(example.metadata)} if example.metadata else {})
 
 
-def _name(prompt: int, index: int) -> str:
-    return f"{IMAGES}/{prompt:06d}_{index}.png"
+def _check(out: Path, margin: float) -> None:
+    if margin < 0:
+        raise ConfigError(f"margin: found {margin}, expected 0 or more")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {out}: exists already; choose another folder")
+
+
+def _made(made: Made) -> Made:
+    """Return it, or raise AlignkitError if there is no pair."""
+    if not made.pairs:
+        raise AlignkitError(
+            f"{made.folder}: for none of the {made.prompts} prompts two images got different scores; generate more per "
+            "prompt (--count), lower --margin, or test the reward with alignkit score"
+        )
+    return made
 
 
 def _save(pixels: Tensor, path: Path) -> None:

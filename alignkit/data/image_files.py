@@ -18,6 +18,10 @@ from alignkit.errors import ConfigError
 
 KEY = "data.images"
 CAPTION_KEY = "data.caption_column"
+METADATA = "metadata.jsonl"
+"""File name of the table in a folder of images, as in the imagefolder of the `datasets` library."""
+GRID = "grid.png"
+"""File name of the overview that `alignkit sample` adds to its images; no line of the table names it."""
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 
@@ -41,7 +45,7 @@ def read_folder(folder: Path, skipped: list[str] | None = None) -> Iterator[Stor
     files = [path for path in found if path.suffix.lower() in SUFFIXES]
     if not any(path.with_suffix(".txt").is_file() for path in files):
         raise ConfigError(
-            f'{KEY}: {folder / "metadata.jsonl"} is missing; expected one JSON object per line with "file_name" and '
+            f'{KEY}: {folder / METADATA} is missing; expected one JSON object per line with "file_name" and '
             '"text", or a .txt file of the same name next to each image'
         )
     for path in files:
@@ -60,12 +64,14 @@ def read_folder(folder: Path, skipped: list[str] | None = None) -> Iterator[Stor
             leave_out(skipped, KEY, f"{path}: there is no image of this name; expected {', '.join(sorted(SUFFIXES))}")
 
 
-def read_table(table: Path, column: str = "", skipped: list[str] | None = None) -> Iterator[StoredImage]:
+def read_table(
+    table: Path, column: str = "", skipped: list[str] | None = None, key: str = KEY
+) -> Iterator[StoredImage]:
     """Yield the images of a .jsonl table: one JSON object per line with a caption and a path, "image" or "file_name".
 
-    Paths are relative to the table's folder. Other keys are metadata.
+    Paths are relative to the table's folder. Other keys are metadata. Messages begin with `key`.
     """
-    for where, line in read_lines(table, KEY):
+    for where, line in read_lines(table, key):
         try:
             record = json_object(line)
             path_key = "image" if "image" in record else "file_name"
@@ -73,13 +79,13 @@ def read_table(table: Path, column: str = "", skipped: list[str] | None = None) 
                 raise ValueError(f'expected the image\'s path as "image" or "file_name", found {line[:60]!r}')
             caption, metadata = _captioned(record, column)
         except ValueError as error:
-            leave_out(skipped, KEY, f"{where}: {error}")
+            leave_out(skipped, key, f"{where}: {error}")
             continue
         metadata.pop(path_key, None)
         if (table.parent / name).is_file():
             yield StoredImage(f"{where}: {name}", caption, metadata, table.parent / name)
         else:
-            leave_out(skipped, KEY, f"{where}: there is no file {table.parent / name}")
+            leave_out(skipped, key, f"{where}: there is no file {table.parent / name}")
 
 
 def read_shard(shard: Path, column: str = "", skipped: list[str] | None = None) -> Iterator[StoredImage]:

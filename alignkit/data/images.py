@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from alignkit.data.decode import read_image
-from alignkit.data.image_files import CAPTION_KEY, KEY, StoredImage, read_folder, read_shard, read_table, shards
+from alignkit.data.image_files import (
+    CAPTION_KEY,
+    KEY,
+    METADATA,
+    StoredImage,
+    read_folder,
+    read_shard,
+    read_table,
+    shards,
+)
 from alignkit.data.items import Items
 from alignkit.data.sources import Images, find_class, open_class
 from alignkit.data.text import choose_column, plain_columns
@@ -127,8 +136,8 @@ def open_images(source: str, size: int, column: str = "", skipped: list[str] | N
     path = Path(source)
     if source.startswith("datasets:") or any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         images: ImageSet = DatasetImages(source, size, column, skipped)
-    elif (path / "metadata.jsonl").is_file():
-        images = ImageFiles(list(read_table(path / "metadata.jsonl", column, skipped)), size, skipped)
+    elif (path / METADATA).is_file():
+        images = ImageFiles(list(read_table(path / METADATA, column, skipped)), size, skipped)
     elif path.is_dir():
         images = ImageFiles(list(read_folder(path, skipped)), size, skipped)
     elif path.suffix == ".jsonl":

@@ -165,8 +165,7 @@ class Parts:
         Raises ConfigError or PluginError for the first mistake.
         """
         sampler, algorithm, skipped = self.sampler(), self.algorithm(), self.skipped()
-        model, data, source = self.config.model, self.config.data, find_bundle(self.config.model.name).path
-        facts = find_policy(source, model.policy).facts(source, self._settings())
+        model, data, facts = self.config.model, self.config.data, self._facts()
         self._check_sampler(facts)
         for tracker in self.config.train.trackers:
             if find_spec(tracker) is None:
@@ -239,6 +238,17 @@ class Parts:
         for _, _, regulariser in self.regularisers():  # first: a regulariser may reject the sampler whatever its steps
             regulariser.check(sampler, facts)
         self.algorithm().check(sampler, facts)
+
+    def check_steps(self, steps: Sequence[int]) -> None:
+        """Raise ConfigError for a number of steps that the sampler cannot take on this model. Needs no weights."""
+        facts = self._facts()
+        for number in steps:
+            self.sampler(number).check(facts)
+
+    def _facts(self) -> PolicyFacts:
+        """Return what is known of the policy before its weights load."""
+        source = find_bundle(self.config.model.name).path
+        return find_policy(source, self.config.model.policy).facts(source, self._settings())
 
     def _check_sampler(self, facts: PolicyFacts) -> None:
         """Raise ConfigError for a sampler that cannot sample from such a policy, also at the steps of evaluations."""

@@ -5,13 +5,30 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from alignkit.data.decode import to_uint8
 
 MARGIN, LINE = 4, 18
+EDGE = 256
+"""Largest edge, in pixels, of images in a grid of images that are also kept as files."""
+
+
+def reduced(image: Image.Image) -> Tensor:
+    """Return an image as (3, h, w) uint8, larger edges reduced to `EDGE` pixels."""
+    small = image.convert("RGB")
+    small.thumbnail((EDGE, EDGE))
+    return torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1)
+
+
+def step_words(steps: int) -> str:
+    """Return a number of sampler steps in words: "1 step", "2 steps"."""
+    return f"{steps} step{'s' * (steps > 1)}"
 
 
 def draw_grid(
@@ -33,7 +50,7 @@ def draw_grid(
     array = images.permute(0, 1, 3, 4, 2).cpu().numpy()
     factor = max(1, math.ceil(smallest / array.shape[3]))
     height, width = array.shape[2] * factor, array.shape[3] * factor
-    font = ImageFont.load_default(12)
+    font = _font()
     titles = [name.split("\n") for name in columns]
     sheet_width = MARGIN + len(columns) * (width + MARGIN)
     header = LINE * max(map(len, titles), default=1)
@@ -63,7 +80,14 @@ def draw_grid(
     return sheet
 
 
-def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, room: int) -> str:
+def _font() -> ImageFont.FreeTypeFont:
+    """Return matplotlib's font, which has Greek, Cyrillic, Arabic and Hebrew; Pillow's own has Latin letters alone."""
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 11)
+
+
+def _cut(text: str, font: ImageFont.FreeTypeFont, room: int) -> str:
     """Return the text in one line, its end replaced by dots if it is longer than `room` pixels."""
     text = " ".join(text.split())
     if font.getlength(text) > room:
@@ -72,7 +96,7 @@ def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, room: in
     return text
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, room: int) -> list[str]:
+def _wrap(text: str, font: ImageFont.FreeTypeFont, room: int) -> list[str]:
     """Split a text into lines of at most `room` pixels, as far as its words allow."""
     lines = [""]
     for word in text.split():

@@ -115,7 +115,12 @@ class Run(Parts):
     @property
     def name(self) -> str:
         """Name in tables: that of its folder, or of the model if there is no folder yet."""
-        return self.folder.name if (self.folder / "run.toml").is_file() else self.config.model.name
+        return self.folder.name if self.has_folder else self.config.model.name
+
+    @property
+    def has_folder(self) -> bool:
+        """Whether there is a run folder. That of an untrained model without a name would belong to another run."""
+        return not self._unnamed and (self.folder / "run.toml").is_file()
 
     @property
     def title(self) -> str:
@@ -259,16 +264,17 @@ class Run(Parts):
     def policy(self) -> Policy:
         """Load the model of this run, and its `weights` if it was trained."""
         if self._policy is None:
-            self._policy = self.load_policy(
-                "cuda" if torch.cuda.is_available() and self.config.train.device != "cpu" else "cpu"
-            )
-            if saved := self._newest_checkpoint():
-                self.weights = exported(checkpoint.load(saved))
-            elif self._existing:
+            saved = self._newest_checkpoint()
+            if saved is None and self._existing:
                 raise ConfigError(
                     f"{self.folder}: no checkpoint to sample from; train the run first with "
                     f"alignkit train --resume {self.folder}"
                 )
+            self._policy = self.load_policy(
+                "cuda" if torch.cuda.is_available() and self.config.train.device != "cpu" else "cpu"
+            )
+            if saved is not None:
+                self.weights = exported(checkpoint.load(saved))
         return self._policy
 
     def sample(self, prompts: Sequence[str], steps: int | None = None, seed: int = 0, count: int = 1) -> Samples:
@@ -276,15 +282,21 @@ class Run(Parts):
 
         Image i of a seed starts from the same noise at any number of steps.
         """
+        return Samples(image for batch in self.sample_batches(prompts, steps, seed, count) for image in batch)
+
+    def sample_batches(
+        self, prompts: Sequence[str], steps: int | None = None, seed: int = 0, count: int = 1
+    ) -> Iterator[Samples]:
+        """Yield the images of `sample`, `evaluate.batch_size` at a time."""
         sampler, policy = self.sampler(steps), self.policy()
         texts = [text for text in prompts for _ in range(count)]
-        found = Samples()
         for start in range(0, len(texts), self.config.evaluate.batch_size):
             part = texts[start : start + self.config.evaluate.batch_size]
             with policy.using(self.weights):
                 images = sample_images(policy, sampler, part, [(seed, start + i) for i in range(len(part))])
             array = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+            found = Samples()
             for text, pixels in zip(part, array, strict=True):
                 found.append(Image.fromarray(pixels))
                 found[-1].info["prompt"] = text
-        return found
+            yield found

@@ -11,7 +11,6 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
@@ -69,10 +68,6 @@ class FakeRun:
         for _ in range(self.interrupts):
             signal.raise_signal(self.sends)
         self.calls.append("saved")
-
-    def sample(self, prompts: list[str], steps: int | None = None, seed: int = 0, count: int = 1) -> list[Image.Image]:
-        self.calls.append(("sample", prompts, steps, seed, count))
-        return [Image.new("RGB", (2, 2))] * (len(prompts) * count)
 
 
 @pytest.fixture
@@ -280,17 +275,6 @@ def test_debug_leaves_the_error_its_traceback(engine: Any) -> None:
 def test_a_flag_that_cannot_be_read_is_one_line(engine: Any, arguments: list[str], message: str) -> None:
     result = run(*arguments)
     assert result.exit_code == 1 and result.stderr.startswith(message) and result.stderr.count("\n") == 1
-
-
-def test_sample_writes_an_image_for_each_prompt_count_and_number_of_steps(engine: Any, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    arguments = ["sample", "m", "one", "two", "--steps", "1,2", "--count", "2", "--seed", "5", "--out", str(out)]
-    result = run(*arguments)
-    assert result.exit_code == 0 and len(result.stdout.splitlines()) == 8
-    assert (out / "001_2steps_1.png").is_file() and len(list(out.iterdir())) == 8
-    assert engine.calls == [("sample", ["one", "two"], steps, 5, 2) for steps in (1, 2)]
-    again = run(*arguments)
-    assert again.exit_code == 1 and "exists already" in again.stderr and len(engine.calls) == 2
 
 
 def test_score_prints_lines_or_json(engine: Any) -> None:
