@@ -12,11 +12,11 @@ import torch
 from PIL import Image as Pillow
 from torch import Tensor
 
-from alignkit.data.decode import UNREADABLE
 from alignkit.errors import AlignkitError
 from alignkit.evaluation.rows import TOTAL, Row
 from alignkit.page.record import Image, Record, read_record
-from alignkit.runs.grid import EDGE, draw_grid, reduced
+from alignkit.runs.grid import EDGE, draw_grid
+from alignkit.runs.points import load_images
 
 TITLE = 46
 """Number of characters that fit above an image."""
@@ -201,15 +201,7 @@ def _largest(values: Sequence[float | None], count: int, smallest: bool) -> list
 
 
 def _images(kept: Sequence[Image], places: Sequence[int]) -> Tensor:
-    """Read the images at these places: (P, 3, H, W) uint8, reduced to `EDGE` pixels."""
-    found = []
-    for file in (kept[place].path for place in places):
-        try:
-            with Pillow.open(file) as image:
-                found.append(reduced(image))
-        except UNREADABLE as error:
-            raise AlignkitError(f"{file}: cannot be read ({error}); expected an image as the run wrote it") from error
-    return torch.stack(found)
+    return load_images([kept[place] for place in places])
 
 
 def _score(name: str, value: float | None, before: float | None = None) -> str:

@@ -26,18 +26,33 @@ class Measurement:
     """By number of steps and name of the reward or part: (P,) float32 on the CPU, NaN where it could not be scored."""
     images: Tensor
     """(G, len(steps), 3, H, W) uint8, the first G prompts at each number of steps."""
+    shown: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    """The scores of `images` themselves, (G,) each; a value of the prompt is a mean over its samples."""
     features: dict[int, Tensor] = field(default_factory=dict)
     """By number of steps: features (N, D) of all images, if they were requested."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return values and images for a checkpoint, without the features."""
-        values = [[steps, name, column] for (steps, name), column in self.values.items()]
-        return {"values": values, "images": self.images}
+        values, shown = ([[*key, column] for key, column in table.items()] for table in (self.values, self.shown))
+        return {"values": values, "images": self.images, "shown": shown}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
         """Restore a measurement from `state_dict`."""
-        return cls({(steps, name): column for steps, name, column in state["values"]}, state["images"])
+        values, shown = (
+            {(steps, name): column for steps, name, column in table}
+            for table in (state["values"], state.get("shown", ()))
+        )
+        return cls(values, state["images"], shown)
+
+    def scores(self) -> list[dict[str, float]]:
+        """Return the scores of each of `images`, prompt by prompt, by name of the reward or part; NaN: not scored."""
+        steps = list(dict.fromkeys(number for number, _ in self.shown)) or range(self.images.shape[1])
+        return [
+            {name: float(column[place]) for (k, name), column in self.shown.items() if k == number}
+            for place in range(len(self.images))
+            for number in steps
+        ]
 
 
 @torch.no_grad()
@@ -65,6 +80,7 @@ def measure(
     """
     every = [*examples] * samples
     values: dict[tuple[int, str], Tensor] = {}
+    shown: dict[tuple[int, str], Tensor] = {}
     columns: list[Tensor] = []
     seen: dict[int, list[Tensor]] = {}
     for num_steps in steps:
@@ -90,8 +106,10 @@ def measure(
         total = {TOTAL: scores.values} if rewards.rewards else {}  # nothing to sum if all rewards are held out
         for name, found in {**total, **scores.parts}.items():
             values[num_steps, name] = found.cpu().view(samples, -1).nanmean(0)
+            shown[num_steps, name] = found.cpu()[: min(grid_size, len(examples))].clone()
         columns.append(torch.stack(kept))
-    return Measurement(values, torch.stack(columns, dim=1), {k: torch.cat(parts) for k, parts in seen.items()})
+    kept_features = {number: torch.cat(parts) for number, parts in seen.items()}
+    return Measurement(values, torch.stack(columns, dim=1), shown, kept_features)
 
 
 def compare(before: Measurement, after: Measurement | None = None, held_out: Sequence[str] = ()) -> list[Row]:

@@ -10,7 +10,7 @@ from alignkit import __version__
 from alignkit.errors import AlignkitError
 from alignkit.files import write_file
 from alignkit.page import facts, figures
-from alignkit.page.gallery import Budget, gallery, ordered, shared, strips
+from alignkit.page.gallery import Budget, embed, gallery, ordered, shared, strips
 from alignkit.page.record import UPDATES, Record, read_record
 from alignkit.page.template import template
 from alignkit.page.wins import win_rates
@@ -21,6 +21,8 @@ LARGEST = 5_000_000
 """Bytes that a page stays below."""
 MOST_RUNS = 8
 """Runs of one page: as many as there are colours."""
+GRID = 1200
+"""Largest edge of an image grid."""
 MOST_WARNINGS = 50
 MARK = b'<meta name="generator" content="alignkit'
 """Words by which a page is known, which alone may be written over."""
@@ -67,6 +69,7 @@ def render(records: Sequence[Record]) -> str:
         "warmed": any(record.axes[UPDATES][0] < 1 for record in records if record.axes),
         "charts": {"points": points, "shown": shown, "folded": folded, "steps": steps, "drifts": drifts},
         "wins": wins,
+        "grids": [],
         "left_out": left_out,
         "most_warnings": MOST_WARNINGS,
         "version": __version__,
@@ -87,7 +90,7 @@ def _images(records: Sequence[Record], room: int, left_out: list[str]) -> dict[s
             left_out.append(
                 "No gallery: there is no prompt with readable images before and after training in every run"
             )
-        return {"cards": [], "strips": []}
+        return {"cards": [], "strips": [], "grids": _grids(records)}
     orders = ordered(records, places, steps)
     chosen = list(dict.fromkeys(found[0] for found in orders.values() if found))
     budget = Budget(room // 3)
@@ -100,6 +103,14 @@ def _images(records: Sequence[Record], room: int, left_out: list[str]) -> dict[s
             f"The strip shows {len(rows)} of {len(chosen)} prompts, since more would make the file too large"
         )
     return {"cards": cards, "strips": rows, "steps": steps}
+
+
+def _grids(records: Sequence[Record]) -> list[tuple[int, str]]:
+    """Return places of runs and their newest image grid as a data URL."""
+    # The name stopped.png comes after all numbers.
+    newest = [max((record.folder / "samples").glob("*.png"), default=None) for record in records]
+    found = [(run, embed(path, GRID)[0]) for run, path in enumerate(newest) if path is not None]
+    return [(run, data) for run, data in found if data]
 
 
 def _missing(records: Sequence[Record], context: dict[str, Any]) -> list[str]:

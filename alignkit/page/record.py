@@ -229,7 +229,7 @@ def _read_metrics(record: Record, path: Path) -> None:
         record.axes[UPDATES][:warmup] = np.arange(1 - warmup, 1)
     for update, (rows, scored, minutes) in sorted(points.items()):
         place = dict(zip(AXES, (float(update), scored, minutes), strict=True))
-        record.points[update] = Point(place, rows, _images(record, update))
+        record.points[update] = Point(place, rows, read_images(record, update))
 
 
 def _numbers(rows: list[list[Any]]) -> Array:
@@ -256,7 +256,8 @@ def rows_of(found: Any) -> Iterator[Row]:
             )
 
 
-def _images(record: Record, update: int) -> dict[tuple[int, int], Image]:
+def read_images(record: Record, update: int) -> dict[tuple[int, int], Image]:
+    """Read the images of a point, by place of the prompt and number of steps, and add to the faults of `record`."""
     folder = record.folder / "points" / f"{update:06d}"
     try:
         entries = json.loads((folder / "scores.json").read_text(encoding="utf-8"))

@@ -25,7 +25,7 @@ from alignkit.models.quiet import errors_only, no_progress_bars
 from alignkit.page.record import read_record
 from alignkit.runs.build import Parts
 from alignkit.runs.card import model_card
-from alignkit.runs.loop import exported
+from alignkit.runs.points import exported
 from alignkit.training import checkpoint as checkpoints
 
 Format = Literal["diffusers", "peft", "kohya", "comfyui", "merged"]

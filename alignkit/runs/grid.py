@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,41 @@ from alignkit.data.decode import to_uint8
 MARGIN, LINE = 4, 18
 EDGE = 256
 """Largest edge, in pixels, of images in a grid of images that are also kept as files."""
+GRID = 8
+"""Prompts in the image grids of a run."""
+
+
+def comparison(
+    images: Sequence[Tensor],
+    prompts: Sequence[str],
+    steps: Sequence[int],
+    scores: Sequence[Sequence[Mapping[str, float | None]]] = (),
+    names: Sequence[str] = (),
+) -> Image.Image:
+    """Draw images before training, and those after it if there are any, side by side at each number of steps.
+
+    `images` has one or two entries (P, K, 3, H, W) of P prompts at K numbers of steps; `scores` has for each the
+    scores of its P * K images by name of the reward. `names` are those that are shown; by default all without "/".
+    """
+    words = ("before", "after")[: len(images)]
+    columns = [f"{step_words(number)}, {word}" for number in steps for word in words]
+    known = dict.fromkeys(name for found in scores for one in found for name in one)
+    chosen = [name for name in names or known if name in known and "/" not in name]
+    captions: list[list[str]] = []
+    for row in range(0, len(prompts) * len(steps), len(steps)) if chosen else ():
+        shown = [found[row + place] for place in range(len(steps)) for found in scores]
+        captions.append([" | ".join(_score(one.get(name)) for name in chosen) if one else "" for one in shown])
+    return draw_grid(
+        torch.stack(list(images), dim=2).flatten(1, 2),
+        prompts,
+        columns,
+        captions=captions,
+        notes=[f"Under each image: {' | '.join(chosen)}."] if captions else (),
+    )
+
+
+def _score(value: float | None) -> str:
+    return "not scored" if value is None or math.isnan(value) else f"{value:.2f}"
 
 
 def reduced(image: Image.Image) -> Tensor:

@@ -2,38 +2,39 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from PIL import Image
 from torch import Tensor
 
 from alignkit.errors import AlignkitError
 from alignkit.evaluation.choice import choose
 from alignkit.evaluation.measure import Measurement, compare, measure
+from alignkit.evaluation.rows import TOTAL
 from alignkit.page.page import FILE as PAGE
 from alignkit.records import Example
 from alignkit.rewards.combine import Combination
+from alignkit.rewards.weighted import WeightedRewards
 from alignkit.runs.build import Parts, facts_of
 from alignkit.runs.display import Display
 from alignkit.runs.folder import export, export_weights
-from alignkit.runs.points import Points, planned, write_point
+from alignkit.runs.grid import GRID, comparison
+from alignkit.runs.points import Points, planned, point_grid, read_point, write_point
 from alignkit.runs.report import SAMPLES, Report
+from alignkit.runs.trackers import Trackers
+from alignkit.training import checkpoint
 from alignkit.training.context import TrainContext
 from alignkit.training.trainer import Trainer
 from alignkit.training.update import Update
 
 SCORES = "scores.sqlite"
 """The file of a run folder that keeps scores of black boxes."""
-GRID = 8
-"""Prompts in an image grid."""
 SHORT = 60
 """Characters of a prompt that is short enough for a command to try."""
 
@@ -46,10 +47,17 @@ class Loop:
         self.parts, self.folder, self.config, self.accelerator = parts, folder, parts.config, accelerator
         self._display = display
         config = parts.config
-        # Initial weights of adapters and heads come from torch's global generator, which is the caller's.
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            self._load()
+        saved = checkpoint.latest(folder / "checkpoints")
+        # Before the weights load: a tracker may ask for a login.
+        self._trackers = Trackers(accelerator, config, folder, int(saved.name) if saved else None)
+        try:
+            # Initial weights of adapters and heads come from torch's global generator, which is the caller's.
+            with torch.random.fork_rng():
+                torch.manual_seed(config.seed)
+                self._load()
+        except BaseException:
+            self._trackers.close()
+            raise
         self.examples = parts.held_out()
         self._before: Measurement | None = None
         """The evaluation before training."""
@@ -79,6 +87,9 @@ class Loop:
             self._display.stage(f"loading the rewards {', '.join(self.rewards.names)}")
         self.rewards.load(accelerator.device)
         self._identities = self.rewards.identities()
+        trained = [TOTAL] if self.rewards.rewards else []
+        self._shown = [*trained, *self.rewards.held_out][:2]
+        """Names of the rewards whose scores stand under images."""
         ctx = TrainContext(
             accelerator=accelerator,
             policy=policy,
@@ -106,8 +117,6 @@ class Loop:
         self.trainer = Trainer(config, ctx, algorithm, prompts, images, pairs, skipped, parts.regularisers())
         algorithm.setup(ctx)
         self.trainer.regularisers.setup(ctx)
-        if config.train.trackers:
-            accelerator.init_trackers("alignkit", config=dict(_flat(asdict(config))))
 
     def restore(self, saved: Path) -> None:
         """Restore the checkpoint `saved`. Raises ConfigError if a reward's identity differs from that of then."""
@@ -136,7 +145,8 @@ class Loop:
     def updates(self, stopping: Callable[[], bool]) -> Iterator[Update]:
         """Train to the end, or until `stopping`, and save; yields after each update of the policy."""
         main = self.accelerator.is_main_process
-        with Report(self.folder, self._display, self._lines, writes=main) as report:
+        self._trackers.rounds = self.trainer.batches
+        with Report(self.folder, self._display, self._lines, main, self._trackers) as report:
             for message in self.trainer.ctx.warnings:
                 report.warn(message)
             if self._before is None and self.examples:
@@ -144,6 +154,7 @@ class Loop:
                 with self._stopping_well(None):
                     self._before = self._measure()
                 report.evaluation(0, compare(self._before, held_out=self.rewards.held_out))
+                report.grid(0, self._grid(self._before))
             if self._points.due(0, 0):
                 with self._stopping_well(None):
                     self._measure_point(report)
@@ -171,14 +182,14 @@ class Loop:
         self._display.results({name: path for name, path in results.items() if path.exists()}, command)
 
     def close(self) -> None:
-        """Close rewards and trackers."""
+        """Close rewards and trackers, and leave the group of processes."""
         self.rewards.close()
+        self._trackers.close()
         self.accelerator.end_training()
 
     def _round(self, report: Report, stopping: Callable[[], bool]) -> Iterator[Update]:
         """Run one round, and the evaluation and checkpoint that are due after it."""
         config, trainer, ctx = self.config, self.trainer, self.trainer.ctx
-        warmup = config.surrogate.warmup if config.surrogate else 0
         resumed, warming_up = self._unmeasured is not None, trainer.warming_up
         last = ctx.update if self._unmeasured is None else self._unmeasured
         with self._stopping_well(lambda: self._save(report) if trainer.interrupted else None, agreeing=False):
@@ -186,8 +197,6 @@ class Loop:
                 report.update(update.step, update.metrics, ctx.take_images())
                 for message in ctx.warnings:
                     report.warn(message)
-                step = trainer.batches if warming_up else warmup + update.step
-                self.accelerator.log(dict(update.metrics), step=step)
                 if not warming_up and not self._left:
                     try:
                         yield update
@@ -205,8 +214,11 @@ class Loop:
         warmed_up = warming_up and not trainer.warming_up
         saving = resumed or warmed_up or _due(config.train.checkpoint_every, last, ctx.update)
         self._unmeasured = None
-        if saving or stopping() or self._left or trainer.finished:
+        ended = stopping() or self._left
+        if saving or ended or trainer.finished:
             self._save(report)
+        if ended:
+            self._show_stopped(report)
 
     def _save(self, report: Report, unmeasured: int | None = None) -> None:
         state = {
@@ -256,21 +268,19 @@ class Loop:
         return self._measure_with(self.weights, examples, GRID, samples)
 
     def _measure_with(
-        self, weights: Mapping[str, Tensor], examples: Sequence[Example], images: int, samples: int = 1
+        self,
+        weights: Mapping[str, Tensor],
+        examples: Sequence[Example],
+        images: int,
+        samples: int = 1,
+        rewards: WeightedRewards | None = None,
     ) -> Measurement:
-        settings = self.config.evaluate
+        settings, rewards = self.config.evaluate, self.rewards if rewards is None else rewards
         with self.policy.using(weights):
             return measure(
-                self.policy,
-                self.parts.sampler(),
-                self.rewards,
-                examples,
-                settings.steps,
-                settings.seed,
-                settings.batch_size,
-                images,
-                samples=samples,
-            )
+                self.policy, self.parts.sampler(), rewards, examples, settings.steps, settings.seed,
+                settings.batch_size, images, samples=samples,
+            )  # fmt: skip
 
     def _measure_point(self, report: Report) -> None:
         """Measure the average of now on the prompts of points, and keep images, scores and weights in the folder."""
@@ -303,30 +313,29 @@ class Loop:
     def _show(self, report: Report, before: Measurement, after: Measurement, weights: int) -> None:
         step = self.trainer.ctx.update
         report.evaluation(step, compare(before, after, self.rewards.held_out), weights)
-        steps = self.config.evaluate.steps
-        columns = [f"{k} step{'s' * (k > 1)}, {when}" for k in steps for when in ("before", "after")]
-        pairs = torch.stack([before.images, after.images], dim=2).flatten(1, 2)
-        report.grid(step, pairs, [e.text for e in self.examples[: len(pairs)]], columns)
+        report.grid(step, self._grid(before, after))
 
+    def _grid(self, before: Measurement, after: Measurement | None = None) -> Image.Image:
+        found = [before] if after is None else [before, after]
+        prompts = [example.text for example in self.examples[: len(before.images)]]
+        scores = [measurement.scores() for measurement in found]
+        return comparison([m.images for m in found], prompts, self.config.evaluate.steps, scores, self._shown)
 
-def _flat(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, int | float | str]]:
-    """Yield the values of a config under dotted keys, as trackers take them: numbers, strings, and JSON of the rest."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value if isinstance(value, int | float | str) else json.dumps(value)
-
-
-def exported(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """Return the weights that a checkpoint's run exports: of a run that has not ended, the average."""
-    trainer, run = state["trainer"], state["run"]
-    rule, weights = run.get("exported", "average"), trainer["average"]
-    if rule == "last":
-        weights = trainer["policy"]
-    elif rule == "best" and run["points"]["best"] is not None:
-        weights = run["points"]["best"]
-    return dict(weights)
+    def _show_stopped(self, report: Report) -> None:
+        """Show images before training next to those of the newest point; without a point, those of now."""
+        update = max(self._points.rows, default=0)
+        if not self.accelerator.is_main_process:
+            return
+        try:
+            if update:
+                start, now = (read_point(self.folder, step) for step in (0, update))
+                report.grid(update, point_grid(start, now, self._shown), stopped=True)
+            elif self._before is not None:
+                unscored = WeightedRewards([], needed=False)
+                after = self._measure_with(self.weights, self.examples[:GRID], GRID, rewards=unscored)
+                report.grid(self.trainer.ctx.update, self._grid(self._before, after), stopped=True)
+        except AlignkitError as error:  # the run itself is saved
+            report.warn(f"the images of now were not saved ({error})")
 
 
 def _due(every: int, last: int, now: int) -> bool:

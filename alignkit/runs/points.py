@@ -10,15 +10,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
+from alignkit.data.decode import UNREADABLE
 from alignkit.errors import AlignkitError
 from alignkit.evaluation.choice import choose
 from alignkit.evaluation.measure import Measurement, compare
 from alignkit.evaluation.rows import Row
+from alignkit.page.record import Image as PointImage
+from alignkit.page.record import Record, read_images
 from alignkit.records import Example
+from alignkit.runs.grid import GRID, comparison, reduced
 
 PNG_SIZE = 256
 """Largest edge of an image that is kept as PNG; larger ones are JPEG."""
@@ -77,6 +82,17 @@ class Points:
         self.best = state["best"]
 
 
+def exported(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """Return the weights that a checkpoint's run exports: of a run that has not ended, the average."""
+    trainer, run = state["trainer"], state["run"]
+    rule, weights = run.get("exported", "average"), trainer["average"]
+    if rule == "last":
+        weights = trainer["policy"]
+    elif rule == "best" and run["points"]["best"] is not None:
+        weights = run["points"]["best"]
+    return dict(weights)
+
+
 def write_point(
     folder: Path,
     found: Measurement,
@@ -111,3 +127,47 @@ def write_point(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise AlignkitError(f"{folder}: could not be written ({error}); make room") from error
+
+
+def load_images(kept: Sequence[PointImage]) -> Tensor:
+    """Read images of points, reduced to `EDGE` pixels: (N, 3, h, w) uint8. Raises AlignkitError for a broken one."""
+    found = []
+    for file in (image.path for image in kept):
+        try:
+            with Image.open(file) as image:
+                found.append(reduced(image))
+        except UNREADABLE as error:
+            raise AlignkitError(f"{file}: cannot be read ({error}); expected an image as the run wrote it") from error
+    return torch.stack(found)
+
+
+def read_point(folder: Path, update: int) -> dict[tuple[int, int], PointImage]:
+    """Read the images of a point of the run in `folder`, by place of the prompt and number of steps, in that order.
+
+    Raises AlignkitError if there are none.
+    """
+    record = Record(folder, folder.name)
+    found = read_images(record, update)
+    if not found:
+        raise AlignkitError(f"{folder}: no images of the point at {update} ({'; '.join(record.faults)})")
+    return dict(sorted(found.items()))
+
+
+Point = Mapping[tuple[int, int], PointImage]
+
+
+def point_grid(start: Point, now: Point | None = None, names: Sequence[str] = ()) -> Image.Image:
+    """Show the first `GRID` prompts of a point: before training, and next to that `now` if it is given.
+
+    Both are as `read_point` returns them. `names` are the rewards whose scores stand under the images; by default all,
+    without their parts. Raises AlignkitError if an image is missing.
+    """
+    steps = list(dict.fromkeys(number for _, number in start))
+    keys = [key for key in start if key[0] < GRID]
+    points = [start] if now is None else [start, now]
+    missing = next((key for point in points for key in keys if key not in point), None)
+    if missing is not None or len(keys) % len(steps):
+        raise AlignkitError(f"{start[keys[0]].path.parent}: images are missing here or at a later point")
+    columns = [load_images([point[key] for key in keys]).unflatten(0, (-1, len(steps))) for point in points]
+    scores = [[point[key].scores for key in keys] for point in points]
+    return comparison(columns, [start[key].prompt for key in keys[:: len(steps)]], steps, scores, names)

@@ -14,8 +14,8 @@ from typing import Any, Self
 
 import psutil
 import torch
+from PIL import Image
 from rich.text import Text
-from torch import Tensor
 
 from alignkit.errors import AlignkitError
 from alignkit.evaluation.hacking import verdict
@@ -25,10 +25,12 @@ from alignkit.files import write_file
 from alignkit.page.page import keep_page
 from alignkit.page.record import EVENTS
 from alignkit.runs.display import Display
-from alignkit.runs.grid import draw_grid
+from alignkit.runs.trackers import Trackers
 
 SAMPLES = "samples"
 """The folder of a run folder that keeps image grids."""
+STOPPED = "stopped.png"
+"""The image grid of a run that was stopped."""
 
 
 class Report:
@@ -40,18 +42,22 @@ class Report:
     update, "weights": "best", "average" or "last", "text"} or a warning {"step", "warning"}; a value that is not finite
     is null. To resume from a checkpoint, pass the `lines` of the report at that time: later lines are dropped, so the
     file becomes that of an uninterrupted run except for times and memory. Only one of several processes `writes`.
+    `trackers` get all of it as well.
 
     As a context, it writes the page about the run at the end, also after an AlignkitError or where the caller leaves.
     """
 
-    def __init__(self, folder: Path, display: Display, lines: int = 0, writes: bool = True) -> None:
-        self.folder, self._display, self._writes = folder, display, writes
+    def __init__(
+        self, folder: Path, display: Display, lines: int = 0, writes: bool = True, trackers: Trackers | None = None
+    ) -> None:
+        self.folder, self._display, self._writes, self._trackers = folder, display, writes, trackers
         self._path = folder / "metrics.jsonl"
         kept = self._path.read_text(encoding="utf-8").splitlines(keepends=True)[:lines] if lines else []
         if len(kept) < lines or (kept and not kept[-1].endswith("\n")):
             raise AlignkitError(f"{self._path}: found {len(kept)} lines, expected the {lines} of the checkpoint")
         if writes:
             write_file(self._path, "".join(kept))
+            (folder / SAMPLES / STOPPED).unlink(missing_ok=True)  # the run goes on
         self.lines = len(kept)
         """Lines in `metrics.jsonl`."""
         records = [json.loads(line) for line in kept]
@@ -68,6 +74,8 @@ class Report:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for fault in self._trackers.close() if self._trackers is not None else ():
+            self.warn(fault)
         if self._writes and (kind is None or issubclass(kind, AlignkitError | GeneratorExit)):
             keep_page(self.folder, self.warn)
 
@@ -127,13 +135,16 @@ class Report:
         self._append({"step": step, "exported": update, "weights": weights, "text": text})
         self._display.message(Text(text))
 
-    def grid(self, step: int, images: Tensor, prompts: Sequence[str], columns: Sequence[str]) -> Path:
-        """Save images (P, M, 3, H, W), uint8 or in [0, 1], as `samples/<step>.png`: one row per prompt."""
-        path = self.folder / SAMPLES / f"{step:06d}.png"
+    def grid(self, step: int, sheet: Image.Image, stopped: bool = False) -> Path:
+        """Save a grid of images as `samples/<step>.png`, or as `samples/stopped.png` if the run is `stopped`."""
+        path = self.folder / SAMPLES / (STOPPED if stopped else f"{step:06d}.png")
         if self._writes:
             content = io.BytesIO()
-            draw_grid(images, prompts, columns).save(content, "PNG")
+            sheet.save(content, "PNG")
             write_file(path, content.getvalue())
+            if self._trackers is not None and not stopped:
+                for fault in self._trackers.image("images/evaluation", sheet, step):
+                    self.warn(fault)
         self._last = time.monotonic()
         return path
 
@@ -147,6 +158,8 @@ class Report:
             raise AlignkitError(f"{self._path}: could not be written ({error.strerror})") from error
         self.lines += 1
         self._display.record(record)
+        for fault in self._trackers.record(_finite(record)) if self._trackers is not None else ():
+            self.warn(fault)
 
 
 def memory_gib() -> float:

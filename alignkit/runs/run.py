@@ -33,7 +33,8 @@ from alignkit.runs.build import Parts
 from alignkit.runs.cell import CellDisplay
 from alignkit.runs.display import Display
 from alignkit.runs.export import Format, Weights, export
-from alignkit.runs.loop import Loop, exported
+from alignkit.runs.loop import Loop
+from alignkit.runs.points import exported
 from alignkit.training import checkpoint
 from alignkit.training.update import Update
 
@@ -210,7 +211,6 @@ class Run(Parts):
         refused: AlignkitError | None = None
         if self._unnamed:
             self.folder = gather_object([run_folder.free(self.folder)])[0]
-            accelerator.project_configuration.set_directories(str(self.folder))
             self._unnamed = False  # a second `train` is rejected, as for a named folder
         if accelerator.is_main_process:
             try:
@@ -234,8 +234,6 @@ class Run(Parts):
         return Accelerator(
             mixed_precision=train.precision,
             cpu=train.device == "cpu",
-            log_with=list(train.trackers) or None,
-            project_dir=str(self.folder),
         )
 
     def _newest_checkpoint(self) -> Path | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -43,10 +44,31 @@ def test_a_run_that_is_stopped_writes_a_page_of_what_there_is_and_another_when_i
     run = tiny_run(overrides=SMALL | POINTS)
     for _ in run.train():
         run.stop()
-    page = run.folder / "report.html"
+    page, samples = run.folder / "report.html", run.folder / "samples"
     assert "The run has not ended: 1 of 2 updates" in page.read_text(encoding="utf-8")
+    assert [path.name for path in sorted(samples.iterdir())] == ["000000.png", "stopped.png"]
     list(alignkit.load(resume=run.folder).train())
     assert "2 of 2 updates" in page.read_text(encoding="utf-8")
+    assert [path.name for path in sorted(samples.iterdir())] == ["000000.png", "000002.png"]
+
+
+@pytest.mark.parametrize("points", [0, 2])
+def test_a_run_that_is_stopped_has_images_of_then_and_now_and_its_page_shows_images(
+    tiny_run: MakeRun, points: int
+) -> None:
+    run = tiny_run(overrides=SMALL | {"train.learning_rate": 0.05, "evaluate.points": points, "evaluate.steps": [1]})
+    next(updates := run.train())
+    updates.close()  # as a stop
+    with Image.open(run.folder / "samples" / "stopped.png") as grid:
+        assert grid.size == (4 + 2 * 132, 18 + (5 if points else 2) * 168 + 18 + 4)
+        before, after = (grid.crop((left, 36, left + 128, 164)).tobytes() for left in (4, 136))
+    assert before != after
+    if points:
+        first = run.folder / "points" / "000000" / "000_1steps.png"
+        with Image.open(first) as image:
+            assert image.resize((128, 128), Image.Resampling.NEAREST).tobytes() == before
+    page = (run.folder / "report.html").read_text(encoding="utf-8")
+    assert ("The newest image grid of the run" in page) == (points == 0) and "<img" in page
 
 
 def test_a_run_that_an_error_ends_writes_a_page_of_what_there_is(

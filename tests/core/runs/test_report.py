@@ -13,7 +13,7 @@ from rich.console import Console
 from alignkit.errors import AlignkitError
 from alignkit.evaluation.rows import Row
 from alignkit.runs.display import Display
-from alignkit.runs.grid import draw_grid
+from alignkit.runs.grid import comparison, draw_grid
 from alignkit.runs.report import Report
 
 ROW = Row("attribute_binding", 2, 64, 0.5, 0.75, 0.25, 0.1, 0.4)
@@ -103,18 +103,35 @@ def test_a_folder_that_cannot_be_is_a_clear_error(tmp_path: Path) -> None:
 def test_a_process_that_does_not_write_leaves_no_trace(tmp_path: Path) -> None:
     with Report(tmp_path, Display(None, total=6), writes=False) as report:
         a_few_updates(report, 1, 6)
-        report.grid(6, torch.rand(1, 1, 3, 8, 8), ["a red circle"], ["1 step"])
+        report.grid(6, draw_grid(torch.rand(1, 1, 3, 8, 8), ["a red circle"], ["1 step"]))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_grid_is_saved_under_its_step(tmp_path: Path) -> None:
     images = torch.rand(2, 3, 3, 64, 64)
     with Report(tmp_path, Display(None, total=100)) as report:
-        path = report.grid(100, images, ["a red circle", "a blue square"], ["1 step", "2 steps", "4 steps"])
+        sheet = draw_grid(images, ["a red circle", "a blue square"], ["1 step", "2 steps", "4 steps"])
+        path = report.grid(100, sheet)
     assert path == tmp_path / "samples" / "000100.png"
     assert [other.name for other in path.parent.iterdir()] == ["000100.png"]
     with Image.open(path) as image:
         assert image.size[0] > 3 * 128 and image.size[1] > 2 * 128
+
+
+def test_images_before_and_after_stand_side_by_side_with_their_scores() -> None:
+    before, after = torch.zeros(2, 2, 3, 64, 64), torch.ones(2, 2, 3, 64, 64)
+    scores = [[{"reward": place / 4, "reward/part": 1.0} for place in range(4)], [{}] * 4]
+    sheet = comparison([before, after], ["a", "b"], [1, 2], scores)
+    assert sheet.size == (4 + 4 * 132, 18 + 2 * 168 + 18 + 4)
+    centres = [[sheet.getpixel((4 + c * 132 + 64, 18 + r * 168 + 18 + 64)) for c in range(4)] for r in range(2)]
+    assert centres == [[(0, 0, 0), (255, 255, 255)] * 2] * 2
+
+    def written(column: int, row: int) -> bool:
+        left, top = 4 + column * 132, 18 + row * 168 + 18 + 128
+        return sheet.crop((left, top, left + 128, top + 18)).getextrema() != ((255, 255),) * 3
+
+    assert [[written(c, r) for c in range(4)] for r in range(2)] == [[True, False] * 2] * 2
+    assert comparison([before], ["a", "b"], [1, 2]).size == (4 + 2 * 132, 18 + 2 * 150)
 
 
 def test_the_images_of_a_grid_are_enlarged_and_otherwise_unchanged() -> None:
