@@ -16,7 +16,7 @@ import tomllib
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import Distribution, EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +94,9 @@ class Registry:
     def __init__(self, plugins: Iterable[EntryPoint]) -> None:
         self._rows: dict[tuple[str, str], Component] = {}
         self._added: dict[tuple[str, str], Any] = {}
+        named = functools.cache(_named)  # plugins of one distribution share its object, which reads a file at each use
         for entry in sorted(plugins, key=lambda e: e.name):
-            for row in _read(entry):
+            for row in _read(entry, named(entry.dist) if entry.dist else ("an unknown distribution", "")):
                 other = self._rows.setdefault((row.kind, row.name), row)
                 if other is not row:
                     raise PluginError(
@@ -200,9 +201,15 @@ def source_line(error: BaseException) -> str:
     return f"{files[best].name}, line {frames[best][1]}"
 
 
-def _read(entry: EntryPoint) -> Iterator[Component]:
-    """Yield the components that a plugin registers, or a single row with the reason why it is broken."""
-    distribution = (entry.dist.name, entry.dist.version) if entry.dist else ("an unknown distribution", "")
+def _named(distribution: Distribution) -> tuple[str, str]:
+    return distribution.name, distribution.version
+
+
+def _read(entry: EntryPoint, distribution: tuple[str, str]) -> Iterator[Component]:
+    """Yield the components that a plugin registers, or a single row with the reason why it is broken.
+
+    `distribution` is the name and version of the one that brings it.
+    """
     rows: list[Component] = []
     try:
         # One manager per plugin, so that an exception in a hook affects that plugin alone.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -39,6 +40,31 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_lcm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a LatentConsistencyModelPipeline whose UNet embeds the guidance."""
     return _save(tmp_path_factory.mktemp("lcm"), "lcm")
+
+
+@pytest.fixture(scope="session")
+def read_pipelines(tiny_lcm: Path, tiny_teacher: Path) -> dict[str, Any]:
+    """The two pipelines above by their folders, as they are loaded with default settings."""
+    from alignkit.models.pipelines import load_pipeline
+
+    return {str(folder): load_pipeline(str(folder)) for folder in (tiny_lcm, tiny_teacher)}
+
+
+@pytest.fixture
+def kept_pipelines(read_pipelines: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Policies on copies of the two pipelines, which is faster than to load them; what they never change is shared."""
+    from alignkit.models import diffusers_policy, pipelines
+
+    def load(source: str, dtype: Any, **settings: Any) -> Any:
+        import torch
+
+        pipe = read_pipelines.get(source)
+        if pipe is None or dtype is not torch.float32 or any(settings.values()):
+            return pipelines.load_pipeline(source, dtype, **settings)
+        shared = pipe.tokenizer, pipe.text_encoder, pipe.scheduler
+        return copy.deepcopy(pipe, {id(part): part for part in shared})
+
+    monkeypatch.setattr(diffusers_policy, "load_pipeline", load)
 
 
 @pytest.fixture(scope="session")

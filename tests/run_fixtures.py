@@ -9,9 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from alignkit.testing.expect import differences
-from alignkit.training import checkpoint
-
 if TYPE_CHECKING:
     from alignkit.runs.run import Run
     from alignkit.training.trainer import Trainer
@@ -35,7 +32,7 @@ def pages(no_pages: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tiny_run(
-    tmp_path: Path, brightness: None, tiny_lcm: Path, tiny_teacher: Path, no_pages: None
+    tmp_path: Path, brightness: None, tiny_lcm: Path, tiny_teacher: Path, kept_pipelines: None, no_pages: None
 ) -> Callable[..., Run]:
     """A function that makes short runs on the tiny pipelines in `tmp_path / output`, with the reward `brightness`."""
     import alignkit
@@ -76,7 +73,12 @@ def make_trainer(tiny_run: Callable[..., Run], tiny_teacher: Path) -> Callable[.
     return make
 
 
+# The imports in functions spare the process that hands tests out to others from loading diffusers.
+
+
 def final_state(folder: Path) -> dict[str, Any]:
+    from alignkit.training import checkpoint
+
     saved = checkpoint.latest(folder / "checkpoints")
     assert saved is not None
     return checkpoint.load(saved)
@@ -102,6 +104,8 @@ def assert_same(folder: Path, other: Path) -> None:
 
 
 def assert_same_state(folder: Path, other: Path, but: str = "nothing") -> None:
+    from alignkit.testing.expect import differences
+
     assert not {name for name in differences(final_state(folder), final_state(other)) if but not in name}
 
 

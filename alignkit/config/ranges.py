@@ -7,7 +7,19 @@ import typing
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any
 
-from annotated_types import Ge, GroupedMetadata, Gt, IsFinite, Le, Lt, MaxLen, MinLen, MultipleOf, Predicate
+from annotated_types import (
+    BaseMetadata,
+    Ge,
+    GroupedMetadata,
+    Gt,
+    IsFinite,
+    Le,
+    Lt,
+    MaxLen,
+    MinLen,
+    MultipleOf,
+    Predicate,
+)
 
 Positive = IsFinite[Annotated[float, Gt(0)]]
 NotNegative = IsFinite[Annotated[float, Ge(0)]]
@@ -23,7 +35,9 @@ def split(hint: Any) -> tuple[Any, list[Any]]:
 
 def _single(metadata: Iterable[Any]) -> Iterator[Any]:
     for one in metadata:
-        yield from _single(one) if isinstance(one, GroupedMetadata) else [one]
+        # The first test is about the second as well, and far faster: the second class is a protocol.
+        single = isinstance(one, BaseMetadata) or not isinstance(one, GroupedMetadata)
+        yield from [one] if single else _single(one)
 
 
 def holds(constraint: Any, value: Any) -> bool:

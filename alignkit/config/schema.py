@@ -23,13 +23,14 @@ from alignkit.config.toml import format_value
 from alignkit.errors import PluginError
 
 
-def field_types(cls: type) -> dict[str, Any]:
+@functools.cache
+def field_types(cls: type) -> types.MappingProxyType[str, Any]:
     """Return the type of each field that can be set, with its annotations. A class that is no dataclass has none.
 
     Raises PluginError for an annotation that is not understood at run time (a name imported for type checkers only).
     """
     if not dataclasses.is_dataclass(cls):
-        return {}
+        return types.MappingProxyType({})
     result = {}
     for field in (f for f in dataclasses.fields(cls) if f.init):
         owner = next(k for k in cls.__mro__ if field.name in inspect.get_annotations(k))
@@ -40,7 +41,7 @@ def field_types(cls: type) -> dict[str, Any]:
             what = f"{cls.__module__}.{cls.__name__}.{field.name}"
             raise PluginError(f"{what}: the annotation cannot be read: {error}") from error
         result[field.name] = hints[field.name]
-    return result
+    return types.MappingProxyType(result)
 
 
 @functools.cache
@@ -97,7 +98,8 @@ def check_ranges(config: Any) -> None:
     Run files are checked before an object is built; call this in `__post_init__` for objects that Python builds
     directly. As in run files, nan is no number.
     """
-    values = {name: (getattr(config, name), hint) for name, hint in field_types(type(config)).items()}
+    cls: type = type(config)
+    values = {name: (getattr(config, name), hint) for name, hint in field_types(cls).items()}
     wrong = [
         f"{name}: found {format_value(value)}, expected {expected}"
         for name, (value, hint) in values.items()

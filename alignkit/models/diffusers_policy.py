@@ -20,7 +20,7 @@ from alignkit.errors import ConfigError
 from alignkit.interfaces import Policy
 from alignkit.models.encoder_cache import content_of, fingerprint, tokenizer_state
 from alignkit.models.lora_files import DIFFUSERS, UNET, write_lora
-from alignkit.models.modules import exchanged, outputs_of
+from alignkit.models.modules import exchanged, outputs_of, precision_of
 from alignkit.models.pipelines import (
     LORA_FILE,
     is_pipeline,
@@ -100,8 +100,10 @@ class DiffusersPolicy(Policy):
         if trainable:
             for parameter in self.unet.parameters() if self.lora is None else []:
                 parameter.requires_grad_(True)
-            for parameter in self.parameters():
-                parameter.data = parameter.data.float()
+        # Kept, because each search goes through all layers.
+        self._trained = {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
+        for parameter in self._trained.values():
+            parameter.data = parameter.data.float()
         # The reference of a LoRA is the network with the adapter off; a full fine-tuning must keep its initial weights.
         full = trainable and self.lora is None
         self._start = {name: p.detach().cpu().clone() for name, p in self.weights().items()} if full else None
@@ -169,7 +171,7 @@ class DiffusersPolicy(Policy):
         return torch.cat([self._cached("images", image, self._encode_image)["latents"] for image in images])
 
     def _encode_image(self, image: Tensor) -> dict[str, Tensor]:
-        pixels = (2 * image[None] - 1).to(self.device, self.vae.dtype)
+        pixels = (2 * image[None] - 1).to(self.device, precision_of(self.vae))
         latents: Tensor = self.vae.encode(pixels).latent_dist.mode().float() * self.vae.config.scaling_factor
         return {"latents": latents}
 
@@ -207,7 +209,7 @@ class DiffusersPolicy(Policy):
         }
 
     def decode(self, latents: Tensor) -> Tensor:
-        pixels: Tensor = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
+        pixels: Tensor = self.vae.decode((latents / self.vae.config.scaling_factor).to(precision_of(self.vae))).sample
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
@@ -287,7 +289,7 @@ class DiffusersPolicy(Policy):
         return self._null.select(torch.zeros(count, dtype=torch.long))
 
     def _predict(self, x: Tensor, t: Tensor, features: Tensor, pooled: Tensor | None, w: Tensor | None) -> Tensor:
-        dtype = self.unet.dtype
+        dtype = precision_of(self.unet)
         embedded = (
             None if w is None or not self._embed_dim else diffusion.guidance_embedding(w, self._embed_dim).to(dtype)
         )
@@ -309,10 +311,10 @@ class DiffusersPolicy(Policy):
     # training
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
+        return dict(self._trained)
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        return [p for p in self.unet.parameters() if p.requires_grad]
+        return list(self._trained.values())
 
     def using(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         return exchanged(self.weights(), weights)

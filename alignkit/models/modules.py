@@ -1,4 +1,4 @@
-"""Exchange the weights of a network for a while, and read the output of one of its layers."""
+"""Exchange the weights of a network for a while, read the output of one of its layers, and its precision."""
 
 from __future__ import annotations
 
@@ -37,3 +37,8 @@ def outputs_of(layer: torch.nn.Module) -> Iterator[list[Tensor]]:
         yield found
     finally:
         hook.remove()
+
+
+def precision_of(network: torch.nn.Module) -> torch.dtype:
+    """Return the type of the first parameter. The property `dtype` of diffusers looks through all layers each time."""
+    return next(network.parameters()).dtype

@@ -106,12 +106,12 @@ LIBRARIES = ("alignkit", "torch", "diffusers", "transformers", "peft", "accelera
 
 def environment() -> dict[str, Any]:
     """Return versions, plugins, source commit and hardware as JSON values; None for what is missing."""
-    plugins = {point.dist.name: point.dist.version for point in entry_points(group="alignkit") if point.dist}
+    distributions = {point.dist for point in entry_points(group="alignkit") if point.dist}
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: _version(name) for name in LIBRARIES},
-        "plugins": dict(sorted(plugins.items())),
+        "plugins": dict(sorted((one.name, one.version) for one in distributions)),
         "git": _git_commit(),
         "cpu": _cpu_name(),
         "cpu_count": os.cpu_count(),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from alignkit.groups import Scored, best_and_worst, extremes, rank_correlation
@@ -61,6 +60,8 @@ def correlation(scores: Tensor, rewards: Tensor) -> float:
 
 
 def test_the_rank_correlation_is_that_of_scipy_with_ties() -> None:
+    from scipy.stats import spearmanr
+
     scores = torch.rand(30, 6, generator=generator(1))
     rewards = torch.randint(0, 3, (30, 6), generator=generator(2)).float()
     rewards[0] = 1.0  # a group that does not vary is left out

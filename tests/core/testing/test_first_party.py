@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -193,10 +192,10 @@ def test_algorithms_with_what_an_embedded_model_brings(name: str, model: str) ->
     )  # fmt: skip
 
 
-def published() -> dict[str, tuple[Form, Algorithm[Any, Any], Sampler]]:
-    """Return the settings of the models of alignkit_models for the methods, each once, by "model-method"."""
-    found: dict[str, tuple[Form, Algorithm[Any, Any], Sampler]] = {}
-    for model, name in itertools.product(MODELS, names("algorithm")):
+def published(name: str) -> list[tuple[Form, Algorithm[Any, Any], Sampler]]:
+    """Return the settings of the models of alignkit_models for a method, each once."""
+    found: list[tuple[Form, Algorithm[Any, Any], Sampler]] = []
+    for model in MODELS:
         settings = {
             "model.name": model,
             "algorithm.name": name,
@@ -211,25 +210,21 @@ def published() -> dict[str, tuple[Form, Algorithm[Any, Any], Sampler]]:
         # tests/plugins/models/test_models.py lists them with the reasons.
         if refusal(algorithm, sampler):
             assert name in DISTILLED | FEW_STEPS and form != "lcm", (model, name)
-        elif (form, algorithm, short) not in found.values():
-            found[f"{model}-{name}"] = form, algorithm, short
+        elif (form, algorithm, short) not in found:
+            found.append((form, algorithm, short))
     return found
 
 
-PUBLISHED = published()
-FIRST = {type(algorithm): key for key, (_, algorithm, _) in reversed(PUBLISHED.items())}.values()
-"""The first model of each method."""
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "key", [key if key in FIRST else pytest.param(key, marks=pytest.mark.long) for key in PUBLISHED]
-)
-def test_algorithms_with_what_a_published_model_brings(key: str) -> None:
-    form, algorithm, sampler = PUBLISHED[key]
-    if isinstance(algorithm, LaSRO):  # which has a weight for each step
-        algorithm = replace(algorithm, step_weights=algorithm.step_weights[: sampler.num_steps])
-    check_algorithm(algorithm, sampler, form=form)
+@pytest.mark.parametrize("which", ["the first", pytest.param("the others", marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", names("algorithm"))
+def test_algorithms_with_what_published_models_bring(name: str, which: str) -> None:
+    found = published(name)
+    assert found
+    for form, algorithm, sampler in found[:1] if which == "the first" else found[1:]:
+        if isinstance(algorithm, LaSRO):  # which has a weight for each step
+            algorithm = replace(algorithm, step_weights=algorithm.step_weights[: sampler.num_steps])
+        check_algorithm(algorithm, sampler, form=form)
 
 
 @pytest.mark.parametrize(
