@@ -212,7 +212,8 @@ TABLES = {table.name: table for table in _tables}
 
 
 def quick(table: Table) -> Table:
-    """Return the table for a smoke test: one or two rounds of few samples, two rates, two numbers of steps."""
+    """Return the table for a smoke test: one or two rounds of few samples, two rates, two numbers of steps, one image
+    of each prompt."""
     small: Settings = {"data.batch_size": 2, "train.rows_per_update": 8}
     methods = {
         name: replace(
@@ -223,7 +224,7 @@ def quick(table: Table) -> Table:
         )
         for name, method in table.methods.items()
     }
-    return replace(table, steps=table.steps[:2], samples=16, rates=table.rates[:2], methods=methods)
+    return replace(table, steps=table.steps[:2], samples=16, rates=table.rates[:2], methods=methods, images=1)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from alignkit.rollout import encode_examples, run_sampler
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--updates", type=int, default=50)
+parser.add_argument("--prompts", type=int, default=8, help="prompts of each update")
 parser.add_argument("--out", type=Path, default=Path("runs/own_loop"))
 options = parser.parse_args()
-PROMPTS, N = 8, 6
+PROMPTS, N = options.prompts, 6
 
 # A run builds its parts from a run file or from settings; nothing has to train through it.
 run = alignkit.load(overrides={"model.name": "shapes_lcm", "reward": ["attribute_binding"], "evaluate.rewards": []})

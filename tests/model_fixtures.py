@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,8 +51,9 @@ def read_pipelines(tiny_lcm: Path, tiny_teacher: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def kept_pipelines(read_pipelines: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Policies on copies of the two pipelines, which is faster than to load them; what they never change is shared."""
+def kept_pipelines(read_pipelines: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Policies with copies of the networks of the two pipelines, which is faster than to load them; the rest is shared,
+    because they never change it."""
     from alignkit.models import diffusers_policy, pipelines
 
     def load(source: str, dtype: Any, **settings: Any) -> Any:
@@ -61,10 +62,13 @@ def kept_pipelines(read_pipelines: dict[str, Any], monkeypatch: pytest.MonkeyPat
         pipe = read_pipelines.get(source)
         if pipe is None or dtype is not torch.float32 or any(settings.values()):
             return pipelines.load_pipeline(source, dtype, **settings)
-        shared = pipe.tokenizer, pipe.text_encoder, pipe.scheduler
+        shared = pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler
         return copy.deepcopy(pipe, {id(part): part for part in shared})
 
     monkeypatch.setattr(diffusers_policy, "load_pipeline", load)
+    yield
+    for pipe in read_pipelines.values():
+        pipe.vae.disable_gradient_checkpointing()
 
 
 @pytest.fixture(scope="session")

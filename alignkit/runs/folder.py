@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -121,6 +122,7 @@ def environment() -> dict[str, Any]:
     }
 
 
+@functools.cache
 def _version(distribution: str) -> str | None:
     try:
         return version(distribution)

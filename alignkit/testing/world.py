@@ -117,8 +117,11 @@ def _home() -> tempfile.TemporaryDirectory[str]:
 
 
 def tiny_policy(form: Form = "lcm", trainable: bool = True) -> Policy:
-    """A policy on an untrained pipeline: latents of 4 x 8 x 8, images of 64 pixels. A new one at each call."""
-    return copy.deepcopy(_policy(form, trainable))
+    """A policy on an untrained pipeline: latents of 4 x 8 x 8, images of 64 pixels. Its network is new at each call."""
+    policy = _policy(form, trainable)
+    pipe = policy.pipe  # type: ignore[attr-defined]
+    frozen = pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler
+    return copy.deepcopy(policy, {id(part): part for part in frozen})
 
 
 @functools.cache

@@ -27,7 +27,7 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture
-def compare(tables: ModuleType) -> ModuleType:
+def compare(tables: ModuleType, no_pages: None) -> ModuleType:
     return importlib.import_module("compare_methods")
 
 
@@ -38,10 +38,11 @@ def report(tables: ModuleType) -> ModuleType:
 
 @pytest.fixture
 def small(tables: ModuleType) -> Any:
-    """DDPO on the two steps of `shapes_lcm`, four samples a round."""
+    """DDPO on the two steps of `shapes_lcm`, four samples a round, with a reward that needs no weights."""
     methods = {"DDPO": tables.Method("ddpo", "samples", {"algorithm.samples": 2, "algorithm.baseline": "batch"})}
     settings = {"model.name": "shapes_lcm", "sampler.name": "lcm", "sampler.num_steps": 2, "data.batch_size": 2}
-    return tables.Table("small", "Small", "none", settings, (1, 2), 8, (1e-4, 1e-3), methods)
+    settings |= {"reward": ["jpeg_compressibility"]}
+    return tables.Table("small", "Small", "none", settings, (1, 2), 8, (1e-4, 1e-3), methods, images=1)
 
 
 def read(out: Path) -> dict[str, Any]:

@@ -257,6 +257,6 @@ def test_the_data_of_the_docs_can_be_read(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_loop_of_ones_own_runs(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "examples" / "own_loop.py"), "--updates", "1", "--out", "lora"]
-    subprocess.run(command, check=True, cwd=tmp_path)
+    options = ["--updates", "1", "--prompts", "2", "--out", "lora"]
+    subprocess.run([sys.executable, str(ROOT / "examples" / "own_loop.py"), *options], check=True, cwd=tmp_path)
     assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").is_file()

@@ -172,8 +172,8 @@ def test_algorithms(name: str, form: Form, steps: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
-    # `test_algorithms` tries the teacher's form and sampler.
-    ["shapes_lcm", "shapes_turbo", pytest.param("shapes_teacher", marks=pytest.mark.long)],
+    # `test_algorithms` tries the teacher's form and sampler, and the plugins' own tests that of turbo models.
+    ["shapes_lcm", *(pytest.param(name, marks=pytest.mark.long) for name in ("shapes_turbo", "shapes_teacher"))],
 )
 @pytest.mark.parametrize("name", names("algorithm"))
 def test_algorithms_with_what_an_embedded_model_brings(name: str, model: str) -> None:
@@ -215,9 +215,14 @@ def published(name: str) -> list[tuple[Form, Algorithm[Any, Any], Sampler]]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("which", ["the first", pytest.param("the others", marks=pytest.mark.long)])
-@pytest.mark.parametrize("name", names("algorithm"))
+@pytest.mark.parametrize(
+    ("name", "which"),
+    [
+        ("lasro", "the first"),
+        *(pytest.param(name, "the first", marks=pytest.mark.long) for name in names("algorithm") if name != "lasro"),
+        *(pytest.param(name, "the others", marks=pytest.mark.long) for name in names("algorithm")),
+    ],
+)
 def test_algorithms_with_what_published_models_bring(name: str, which: str) -> None:
     found = published(name)
     assert found

@@ -307,5 +307,5 @@ def test_settings_that_cannot_learn_are_refused(fields: dict[str, Any]) -> None:
 def test_the_true_reward_rises_on_a_toy_reward(make: MakeTrainer) -> None:
     assert_the_true_reward_rises(make({
         "algorithm.samples": 8, "data.batch_size": 4, "sampler.num_steps": 4, "model.lora_rank": 8,
-        "train.updates": 14, "train.rows_per_update": 96, "train.rows_per_pass": 96, "train.learning_rate": 1e-2,
+        "train.updates": 8, "train.rows_per_update": 96, "train.rows_per_pass": 96, "train.learning_rate": 4e-2,
     }))  # fmt: skip

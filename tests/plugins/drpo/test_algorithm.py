@@ -299,8 +299,12 @@ def test_a_group_without_a_ranking_leaves_the_others(make_trainer: MakeTrainer) 
 
 
 @pytest.mark.parametrize(
-    ("form", "sampler"), [("lcm", LCM(1)), ("lcm", LCM(2)), ("turbo", Renoise(1)), ("turbo", Renoise(2))]
-)
+    ("form", "sampler"),
+    [
+        ("lcm", LCM(1)), ("turbo", Renoise(2)),
+        *(pytest.param(*one, marks=pytest.mark.long) for one in (("lcm", LCM(2)), ("turbo", Renoise(1)))),
+    ],
+)  # fmt: skip
 def test_it_keeps_the_promises_of_an_algorithm(form: Form, sampler: Any) -> None:
     check_algorithm(DrPO(**SMALL), sampler, form=form)
 

@@ -85,8 +85,14 @@ class Corner(Reward):
         return images[:, :, :8, :8].mean((1, 2, 3))
 
 
-@pytest.mark.parametrize("fields", [{"gradient_of": "reward"}, {"states_from": "images"}])
-@pytest.mark.parametrize("turbo", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "turbo"),
+    [
+        ({"gradient_of": "reward"}, False), ({"states_from": "images"}, True),
+        pytest.param({"gradient_of": "reward"}, True, marks=pytest.mark.long),
+        pytest.param({"states_from": "images"}, False, marks=pytest.mark.long),
+    ],
+)  # fmt: skip
 def test_an_ablation_keeps_the_promises_of_an_algorithm(fields: Mapping[str, Any], turbo: bool) -> None:
     if turbo:
         check_algorithm(LaSRO(**fields), Renoise(2), form="teacher", reward=Corner())
@@ -121,10 +127,16 @@ def test_the_pull_to_the_model_before_training_works_within_an_ablation(
     assert gradient(trainer, found["reference_loss"]).any()
 
 
-@pytest.mark.parametrize("model", ["shapes_lcm", "shapes_turbo"])
-@pytest.mark.parametrize("fields", [{"gradient_of": "reward"}, {"states_from": "images"}])
+@pytest.mark.parametrize(
+    ("model", "fields"),
+    [
+        ("shapes_lcm", {"states_from": "images"}), ("shapes_turbo", {"gradient_of": "reward"}),
+        pytest.param("shapes_lcm", {"gradient_of": "reward"}, marks=pytest.mark.long),
+        pytest.param("shapes_turbo", {"states_from": "images"}, marks=pytest.mark.long),
+    ],
+)  # fmt: skip
 def test_an_embedded_model_trains_an_ablation_with_the_pull_to_the_model_before_training(
-    model: str, fields: dict[str, Any], tmp_path: Path
+    model: str, fields: dict[str, Any], tmp_path: Path, no_pages: None
 ) -> None:
     short = {"surrogate.warmup": 0} if "states_from" in fields else {}
     run = alignkit.load(None, short | {
@@ -273,11 +285,12 @@ def test_the_pull_to_the_model_before_training_is_golden_and_leads_back(make_tra
     assert distances[-1] < 0.7 * distances[0]
 
 
-def test_a_turbo_model_trains(tmp_path: Path) -> None:
+def test_a_turbo_model_trains(tmp_path: Path, no_pages: None) -> None:
     run = alignkit.load(None, {
         "algorithm.name": "lasro", "model.name": "shapes_turbo", "regulariser": [{"name": "reference", "weight": 0.1}],
-        "data.batch_size": 4, "train.updates": 4, "train.rows_per_update": 8, "evaluate.prompts": "",
-        "surrogate.warmup": 0, "algorithm.surrogate_steps": 4, "output": str(tmp_path / "run"), "train.device": "cpu",
+        "data.batch_size": 4, "train.updates": 3, "train.rows_per_update": 8, "evaluate.prompts": "",
+        "reward": ["pixel_check"], "surrogate.warmup": 0, "algorithm.surrogate_steps": 4, "algorithm.samples": 4,
+        "output": str(tmp_path / "run"), "train.device": "cpu",
     })  # fmt: skip
     run.check()
     assert run.config.sampler.name == "renoise" and isinstance(run.algorithm(), LaSRO)

@@ -26,6 +26,7 @@ from method_checks import (
     collect,
     copies,
     equal,
+    toy_images,
     updates,
     whole_updates,
 )
@@ -93,7 +94,7 @@ def test_a_tracker_weighs_early_rounds_as_a_mean_and_late_ones_by_its_decay() ->
     assert tracker.bounds == pytest.approx((5.0, 6.0))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_about_as_many_scores_are_cut_off_as_the_percentile_says_while_the_surrogate_learns() -> None:
     run = alignkit.load(None, {
         "algorithm.name": "lasro", "model.name": "shapes_turbo", "surrogate.warmup": 6, "train.updates": 20,
@@ -101,6 +102,17 @@ def test_about_as_many_scores_are_cut_off_as_the_percentile_says_while_the_surro
     })  # fmt: skip
     clipped = [update.metrics["clipped"] for update in run.train()]
     assert len(clipped) == 20 and 0.01 <= sum(clipped) / 20 <= 0.12, clipped
+
+
+def test_some_scores_and_by_far_not_all_are_cut_off_while_a_new_surrogate_learns(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer({
+        **ALONE, "algorithm.samples": 6, "data.batch_size": 2, "train.updates": 6, "train.rows_per_update": 24,
+        "surrogate.warmup": 4, "surrogate.learning_rate": 1e-3, "train.learning_rate": 1e-4,
+    })  # fmt: skip
+    toy_images(trainer)
+    metrics = [update.metrics for _ in range(10) for update in trainer.round()]
+    clipped = [m["clipped"] for m in metrics if "clipped" in m]
+    assert len(clipped) == 6 and 0.01 <= sum(clipped) / 6 <= 0.35, clipped
 
 
 def test_fresh_samples_are_others_than_those_that_were_scored(make_trainer: MakeTrainer) -> None:
@@ -279,7 +291,7 @@ def test_a_reward_that_distinguishes_few_images_or_none_breaks_nothing(
 def test_the_true_reward_rises_on_a_toy_reward(make_trainer: MakeTrainer) -> None:
     assert_the_true_reward_rises(make_trainer({
         **ALONE, "algorithm.samples": 4, "data.batch_size": 4, "model.lora_rank": 8,
-        "train.updates": 20, "train.rows_per_update": 16, "train.learning_rate": 1e-2,
+        "train.updates": 12, "train.rows_per_update": 16, "train.learning_rate": 1e-2,
         "surrogate.warmup": 6, "surrogate.learning_rate": 1e-3,
     }))  # fmt: skip
 

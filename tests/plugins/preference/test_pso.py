@@ -173,8 +173,8 @@ def test_online_the_true_reward_rises_on_a_toy_reward(make: MakeTrainer) -> None
     """The reward is how far the first three channels of the latent lie above zero; it never gives a gradient."""
     trainer = make("pso", {
         "algorithm.pairs": 8, "algorithm.shared_noise": True, "data.batch_size": 4, "sampler.num_steps": 4,
-        "model.lora_rank": 8, "train.updates": 15, "train.rows_per_update": 96, "train.rows_per_pass": 96,
-        "train.learning_rate": 2e-3,
+        "model.lora_rank": 8, "train.updates": 6, "train.rows_per_update": 96, "train.rows_per_pass": 96,
+        "train.learning_rate": 1e-2,
     })  # fmt: skip
     policy = trainer.ctx.policy
     policy.decode = lambda latents: (latents[:, :3] / 20).sigmoid()  # type: ignore[method-assign]
@@ -195,7 +195,7 @@ def test_offline_the_preferred_side_becomes_more_likely_than_the_other(
     make: MakeTrainer, seen: Any, objective: str
 ) -> None:
     trainer = make("pso", OFFLINE | {
-        "algorithm.objective": objective, "model.lora_rank": 8, "train.updates": 25, "train.learning_rate": 1e-2,
+        "algorithm.objective": objective, "model.lora_rank": 8, "train.updates": 10, "train.learning_rate": 3e-2,
     })  # fmt: skip
     trainer.ctx.policy.encode_images = seen  # type: ignore[method-assign]
     fresh = updates(trainer)[0]  # noise that no update sees

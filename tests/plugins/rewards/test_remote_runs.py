@@ -13,9 +13,10 @@ import pytest
 import alignkit
 from alignkit.errors import ConfigError, TransientError
 from alignkit.rewards.weighted import WeightedRewards
+from alignkit.serving.server import open_server
 from alignkit.testing.expect import differences
 from alignkit.training import checkpoint
-from servers import Odd, serving
+from servers import Odd, running, serving
 
 
 @pytest.fixture(autouse=True)
@@ -57,9 +58,9 @@ def test_a_reward_that_no_longer_reports_its_identity_is_refused() -> None:
 
 
 @contextmanager
-def another_process(port: int = 0, reward: str = "jpeg_incompressibility") -> Iterator[str]:
+def another_process(reward: str) -> Iterator[str]:
     """Start `alignkit serve`, yield its URL, and kill the process at the end."""
-    command = [sys.executable, "-m", "alignkit", "serve", reward, "--port", str(port)]
+    command = [sys.executable, "-m", "alignkit", "serve", reward, "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -73,10 +74,10 @@ def another_process(port: int = 0, reward: str = "jpeg_incompressibility") -> It
 def test_a_run_whose_server_is_killed_stops_in_one_line_and_resumes_with_the_same_result(
     tiny_run: Callable[..., Any],
 ) -> None:
-    few: dict[str, Any] = {"evaluate.prompts": ""}
+    few: dict[str, Any] = {"evaluate.prompts": "", "algorithm.name": "ddpo", "algorithm.samples": 2}
     for _ in (local := tiny_run("local", {"reward": ["jpeg_incompressibility"], **few})).train():
         pass
-    with another_process() as url:
+    with another_process("jpeg_incompressibility") as url:
         run = tiny_run("remote", {"reward": [{"name": "remote", "url": url, "retries": 1}], **few})
         updates = run.train()
         while next(updates).step < 3:
@@ -90,9 +91,9 @@ def test_a_run_whose_server_is_killed_stops_in_one_line_and_resumes_with_the_sam
         list(alignkit.load(resume=run.folder).train())
     port = int(url.rpartition(":")[2])
     message = "found jpeg_compressibility of .*, expected jpeg_incompressibility of"
-    with another_process(port, "jpeg_compressibility"), pytest.raises(ConfigError, match=message):
+    with running(open_server("jpeg_compressibility", port=port)), pytest.raises(ConfigError, match=message):
         list(alignkit.load(resume=run.folder).train())
-    with another_process(port):
+    with running(open_server("jpeg_incompressibility", port=port)):
         for _ in alignkit.load(resume=run.folder).train():
             pass
     states = []
