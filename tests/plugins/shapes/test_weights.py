@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from alignkit.config.bundles import find_bundle
 from alignkit.data.prompts import read_examples
 from alignkit.records import Example
 from alignkit.rollout import sample, seeded_noises
-from alignkit.runs.run import open_run
+from alignkit.runs.run import Run, open_run
 from alignkit_rewards.attribute_binding import AttributeBinding
 from alignkit_shapes.build.questions import question
 from alignkit_shapes.models import FOLDER, WEIGHTS
@@ -62,12 +63,18 @@ def pixels(images: list) -> np.ndarray:  # type: ignore[type-arg]
     return np.stack([np.asarray(p) for p in images]).astype(np.float32)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
-def test_samples_of_shapes_lcm_equal_those_of_plain_diffusers(steps: int) -> None:
+@pytest.fixture(scope="module")
+def lcm() -> tuple[Run, Any, Any]:
+    """The run of shapes_lcm without training, its policy, and the pipeline of plain diffusers."""
     run = open_run("shapes_lcm")
-    policy = run.policy()
     pipe = LatentConsistencyModelPipeline.from_pretrained(WEIGHTS / "shapes_lcm")
     pipe.set_progress_bar_config(disable=True)
+    return run, run.policy(), pipe
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
+def test_samples_of_shapes_lcm_equal_those_of_plain_diffusers(lcm: tuple[Run, Any, Any], steps: int) -> None:
+    run, policy, pipe = lcm
     noises = seeded_noises(policy.latent_shape, steps, [(3, 0), (3, 1)])
     with torch.no_grad():
         ours = policy.decode(sample(policy, run.sampler(steps), policy.encode(HELD_OUT[:2]), noises))
@@ -101,14 +108,20 @@ def plain_turbo() -> StableDiffusionPipeline:
     return pipe
 
 
+@pytest.fixture(scope="module")
+def turbo() -> tuple[Run, Any]:
+    """The run of shapes_turbo without training, and its policy."""
+    run = open_run("shapes_turbo")
+    return run, run.policy()
+
+
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
 def test_samples_of_shapes_turbo_equal_those_of_plain_diffusers(
-    plain_turbo: StableDiffusionPipeline, steps: int
+    plain_turbo: StableDiffusionPipeline, turbo: tuple[Run, Any], steps: int
 ) -> None:
-    run = open_run("shapes_turbo")
+    run, policy = turbo
     assert run.config.sampler.name == "euler_ancestral" and run.config.sampler.fields["eta"] == 0
-    policy = run.policy()
     noises = seeded_noises(policy.latent_shape, steps, [(3, 0), (3, 1)])
     with torch.no_grad():
         ours = policy.decode(sample(policy, run.sampler(steps), policy.encode(HELD_OUT[:2]), noises))
@@ -118,10 +131,10 @@ def test_samples_of_shapes_turbo_equal_those_of_plain_diffusers(
     assert (ours - theirs).abs().max() < 1e-3
 
 
-def test_shapes_turbo_is_configured_like_sd_turbo(plain_turbo: StableDiffusionPipeline) -> None:
+def test_shapes_turbo_is_configured_like_sd_turbo(plain_turbo: StableDiffusionPipeline, turbo: tuple[Run, Any]) -> None:
     config = plain_turbo.scheduler.config
     assert (config.prediction_type, config.timestep_spacing, config.steps_offset) == ("epsilon", "trailing", 1)
-    policy = open_run("shapes_turbo").policy()
+    _, policy = turbo
     assert policy.guidance_scale == 1 and not policy.guidance_embedded
     assert torch.equal(policy.schedule(torch.arange(1000))[0], plain_turbo.scheduler.alphas_cumprod.sqrt())
 
@@ -139,12 +152,12 @@ def test_the_teacher_shows_what_its_prompts_name_in_plain_diffusers() -> None:
 
 @pytest.mark.parametrize(
     ("model", "bounds"),
-    [("shapes_lcm", ((1, 0.35, 0.7), (2, 0.5, 0.85))), ("shapes_turbo", ((1, 0.2, 0.6), (2, 0.55, 0.85)))],
+    [("lcm", ((1, 0.35, 0.7), (2, 0.5, 0.85))), ("turbo", ((1, 0.2, 0.6), (2, 0.55, 0.85)))],
 )
 def test_the_few_step_models_leave_room_for_improvement_towards_the_teacher(
-    model: str, bounds: tuple[tuple[int, float, float], ...]
+    request: pytest.FixtureRequest, model: str, bounds: tuple[tuple[int, float, float], ...]
 ) -> None:
-    check, run = PixelCheck(), open_run(model)
+    check, (run, *_) = PixelCheck(), request.getfixturevalue(model)
     for steps, low, high in bounds:
         images = torch.from_numpy(pixels(run.sample(HELD_OUT[:48], steps=steps))).permute(0, 3, 1, 2) / 255
         assert low < float(check(images, [Example(text) for text in HELD_OUT[:48]]).values.mean()) < high
