@@ -22,6 +22,7 @@ from alignkit.models.diffusers_policy import DiffusersPolicy
 from alignkit.models.encoder_cache import EncoderCache
 from alignkit.runs.run import Run
 from alignkit.training.checkpoint import latest
+from run_fixtures import metrics
 
 MakeRun = Callable[..., Run]
 
@@ -45,13 +46,11 @@ def settings(images: Path) -> dict[str, Any]:
 
 
 def left(folder: Path) -> dict[str, bytes | list[Any]]:
-    """Everything that a finished run writes, except for times and for the file that names its cache."""
+    """Everything that a finished run writes, except for times, memory and the file that names its cache."""
     saved = latest(folder / "checkpoints")
     assert saved is not None
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    records = [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
     files = [saved / "state.safetensors", *folder.glob("*.safetensors"), *folder.glob("samples/*.png")]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files} | {"metrics": records}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files} | {"metrics": metrics(folder)}
 
 
 def warnings(folder: Path) -> list[str]:
