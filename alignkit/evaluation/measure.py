@@ -83,6 +83,7 @@ def measure(
     shown: dict[tuple[int, str], Tensor] = {}
     columns: list[Tensor] = []
     seen: dict[int, list[Tensor]] = {}
+    shown_count = min(grid_size, len(examples))
     for num_steps in steps:
         at_steps = replace(sampler, num_steps=num_steps)
         kept: list[Tensor] = []
@@ -97,7 +98,7 @@ def measure(
                 images = sample_images(policy, sampler, [e.text for e in part], seeds)
                 if features is not None:
                     seen.setdefault(num_steps, []).append(features(images).cpu())
-                kept.extend(to_uint8(images[: max(0, grid_size - start)]).cpu())
+                kept.extend(to_uint8(images[: max(0, shown_count - start)]).cpu())
                 yield images, part
                 advance(num_steps * len(part))
 
@@ -106,7 +107,7 @@ def measure(
         total = {TOTAL: scores.values} if rewards.rewards else {}  # nothing to sum if all rewards are held out
         for name, found in {**total, **scores.parts}.items():
             values[num_steps, name] = found.cpu().view(samples, -1).nanmean(0)
-            shown[num_steps, name] = found.cpu()[: min(grid_size, len(examples))].clone()
+            shown[num_steps, name] = found.cpu()[:shown_count].clone()
         columns.append(torch.stack(kept))
     kept_features = {number: torch.cat(parts) for number, parts in seen.items()}
     return Measurement(values, torch.stack(columns, dim=1), shown, kept_features)

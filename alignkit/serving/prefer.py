@@ -68,11 +68,13 @@ def start(server: Chooser, run: Run) -> None:
     def generate(pair: Pair) -> tuple[bytes, bytes]:
         # One pair is one batch, so that its images do not depend on the pairs around it.
         text, place = server.examples[pair.prompt].text, 2 * (pair.copy * len(server.examples) + pair.prompt)
+        seeds = [(server.seed, place), (server.seed, place + 1)]
         with policy.using(run.weights):
-            images = sample_images(policy, sampler, [text, text], [(server.seed, place), (server.seed, place + 1)])
+            images = sample_images(policy, sampler, [text, text], seeds)
         if server.compares:
             with policy.reference():
-                images[1:] = sample_images(policy, sampler, [text], [(server.seed, place)])
+                # Two at a time as well: one alone is rounded in another way.
+                images[1:] = sample_images(policy, sampler, [text, text], seeds)[:1]
         first, second = (_png(Image.fromarray(i)) for i in to_uint8(images).permute(0, 2, 3, 1).cpu().numpy())
         return first, second
 

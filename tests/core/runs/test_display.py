@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -184,7 +185,10 @@ def test_a_run_outlives_its_pipe_and_saves_when_its_terminal_goes(tmp_path: Path
         "--set", "data.batch_size=2", "--out", str(tmp_path / "run"),
     ]  # fmt: skip
     record = tmp_path / "run" / "metrics.jsonl"
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as training:
+    pipe = subprocess.PIPE
+    # The tests may themselves run under nohup, which ignores the signal for all that it starts.
+    heard = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=heard) as training:
         assert training.stdout is not None
         assert training.stdout.readline() == "loading torch, diffusers and transformers\n"
         assert not record.parent.exists()  # it is shown before all else
@@ -194,6 +198,9 @@ def test_a_run_outlives_its_pipe_and_saves_when_its_terminal_goes(tmp_path: Path
             time.sleep(0.1)
         training.send_signal(signal.SIGHUP)
         training.stdout = None
-        _, told = training.communicate(timeout=120)
+        try:
+            _, told = training.communicate(timeout=120)
+        finally:
+            training.kill()
     assert training.returncode == 128 + signal.SIGHUP and "stopped; resume with: alignkit train --resume" in told
     assert any((tmp_path / "run" / "checkpoints").iterdir())
