@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,3 +114,28 @@ def assert_same_but_surroundings(folder: Path, other: Path) -> None:
     """Compare two runs, except for the states of the global RNGs, which checkpoints store for third-party code."""
     assert_same_state(folder, other, but=".rng.")
     assert metrics(folder) == metrics(other) and files(folder) == files(other)
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the one finished run of a module."""
+    return tmp_path_factory.mktemp("shelf")
+
+
+@pytest.fixture
+def trained_once(tiny_run: Callable[..., Run], shelf: Path, tmp_path: Path) -> Callable[[dict[str, Any]], Run]:
+    """A function that trains a tiny run once a module, and opens a copy in the folder of each test."""
+
+    def opened(overrides: dict[str, Any]) -> Run:
+        import alignkit
+
+        if not (shelf / "run").exists():
+            shutil.copy(tmp_path / "prompts.txt", shelf)
+            prompts = str(shelf / "prompts.txt")
+            run = tiny_run(overrides={**overrides, "data.prompts": prompts, "evaluate.prompts": prompts})
+            list(run.train())
+            run.folder.rename(shelf / "run")
+        shutil.copytree(shelf / "run", tmp_path / "run")
+        return alignkit.load(resume=tmp_path / "run")
+
+    return opened

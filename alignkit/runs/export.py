@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from httpx2 import HTTPError
 from huggingface_hub import HfApi
@@ -15,12 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from alignkit.config.bundles import find_bundle
 from alignkit.config.sections import ModelConfig
 from alignkit.errors import AlignkitError
 from alignkit.files import write_file
 from alignkit.interfaces import Policy
 from alignkit.models.lora_files import note, read_lora, scaled, write_kohya, write_lora, write_peft
-from alignkit.models.pipelines import LORA_FILE, load_pipeline
+from alignkit.models.pipelines import LORA_FILE, is_pipeline, load_pipeline
 from alignkit.models.quiet import errors_only, no_progress_bars
 from alignkit.page.record import read_record
 from alignkit.runs.build import Parts
@@ -57,8 +58,6 @@ def export(
     for name, found, known in (("format", format, get_args(Format)), ("weights", weights, get_args(Weights))):
         if found not in known:
             raise AlignkitError(f"export: found {name} {found!r}, expected one of {', '.join(filter(None, known))}")
-    if not (folder / "run.toml").is_file():
-        raise AlignkitError("export: found no run folder; train one with alignkit train --out FOLDER")
     lora = bool(parts.config.model.lora_rank)
     if not lora and (format not in ("diffusers", "merged") or scale != 1.0):
         raise AlignkitError(
@@ -75,7 +74,7 @@ def export(
         if lora:
             note(file, metadata)
         if format == "merged":
-            _merge(parts.config.model, policy(), file, scale, partial)
+            _merge(parts.config.model, file, scale, partial)
         elif not lora:
             shutil.move(file, partial / file.name)
         else:
@@ -156,15 +155,12 @@ def _write_lora(file: Path, format: Format, scale: float, folder: Path) -> None:
         write_kohya(folder, tensors, metadata)
 
 
-def _merge(model: ModelConfig, policy: Any, file: Path, scale: float, folder: Path) -> None:
-    """Write the pipeline of a run with its weights in the UNet."""
-    if not hasattr(policy, "pipe"):
-        raise AlignkitError(
-            f"export: {type(policy).__name__} is no pipeline of diffusers, so there is none to merge into"
-        )
-    pipe = load_pipeline(
-        policy.source, unet=model.unet, adapter=model.adapter, guidance_embedding=model.guidance_embedding
-    )
+def _merge(model: ModelConfig, file: Path, scale: float, folder: Path) -> None:
+    """Write the pipeline of a run with its weights, in `file`, in the UNet."""
+    source = find_bundle(model.name).path
+    if not is_pipeline(source):
+        raise AlignkitError(f"export: {source} is no diffusers pipeline, so there is none to merge into")
+    pipe = load_pipeline(source, unet=model.unet, adapter=model.adapter, guidance_embedding=model.guidance_embedding)
     if model.lora_rank:
         with errors_only():
             pipe.load_lora_weights(file.parent, weight_name=file.name)

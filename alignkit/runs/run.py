@@ -255,6 +255,8 @@ class Run(Parts):
         scale: float = 1.0,
     ) -> Path:
         """Write the trained weights for other tools, as `alignkit.runs.export.export` does, and return the folder."""
+        if not self.has_folder:
+            raise AlignkitError("export: found no run folder; train one with alignkit train --out FOLDER")
         return export(self, self.folder, self.policy, out, format, weights=weights, checkpoint=checkpoint, scale=scale)
 
     # sampling

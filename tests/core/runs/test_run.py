@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,23 +40,10 @@ VISIBLE = {"train.learning_rate": 0.05, "train.ema_decay": 0.5}
 """So large a step size that the weights soon differ visibly from the start."""
 
 
-@pytest.fixture(scope="module")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The one finished run of this module."""
-    return tmp_path_factory.mktemp("shelf")
-
-
 @pytest.fixture
-def finished(tiny_run: MakeRun, shelf: Path, tmp_path: Path) -> Run:
+def finished(trained_once: Callable[[dict[str, Any]], Run]) -> Run:
     """A run that has ended, opened from a folder of the test's own."""
-    if not (shelf / "run").exists():
-        shutil.copy(tmp_path / "prompts.txt", shelf)
-        prompts = str(shelf / "prompts.txt")
-        run = tiny_run(overrides={**VISIBLE, "data.prompts": prompts, "evaluate.prompts": prompts})
-        list(run.train())
-        run.folder.rename(shelf / "run")
-    shutil.copytree(shelf / "run", tmp_path / "run")
-    return alignkit.load(resume=tmp_path / "run")
+    return trained_once(VISIBLE)
 
 
 def test_a_run_leaves_all_that_is_promised(finished: Run) -> None:
