@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from alignkit.data.decode import to_uint8
+from alignkit.runs.lettering import GAP_NOTE, LINE, drawable, wrap, write
 
-MARGIN, LINE = 4, 18
+MARGIN = 4
 EDGE = 256
 """Largest edge, in pixels, of images in a grid of images that are also kept as files."""
 GRID = 8
@@ -77,7 +76,8 @@ def draw_grid(
     """Draw images (P, M, 3, H, W), uint8 or in [0, 1]: P rows titled with prompts, M columns with their names.
 
     A name may have several lines. `captions`, P of M each, stand under the images, and `notes` under all of them, one
-    paragraph each. What is too long for its place is cut; notes are wrapped. Images smaller than `smallest` pixels are
+    paragraph each. What is too long for its place is cut; notes are wrapped. Characters that no font of this computer
+    has are shown as "[..]", with the number of the prompt from 1, and a note. Images smaller than `smallest` pixels are
     enlarged by an integer factor without smoothing.
     """
     if images.is_floating_point():
@@ -85,59 +85,30 @@ def draw_grid(
     array = images.permute(0, 1, 3, 4, 2).cpu().numpy()
     factor = max(1, math.ceil(smallest / array.shape[3]))
     height, width = array.shape[2] * factor, array.shape[3] * factor
-    font = _font()
     titles = [name.split("\n") for name in columns]
     sheet_width = MARGIN + len(columns) * (width + MARGIN)
     header = LINE * max(map(len, titles), default=1)
     row_height = LINE + height + LINE * bool(captions) + MARGIN
-    footer = [line for note in notes for line in _wrap(note, font, sheet_width - 2 * MARGIN)]
+    shown = [drawable(prompt) for prompt in prompts]
+    gaps = [text != " ".join(prompt.split()) for text, prompt in zip(shown, prompts, strict=True)]
+    notes = [*notes, *([GAP_NOTE] if any(gaps) else [])]
+    footer = [line for note in notes for line in wrap(note, sheet_width - 2 * MARGIN)]
     bottom = header + len(prompts) * row_height
     sheet = Image.new("RGB", (sheet_width, bottom + LINE * len(footer) + MARGIN * bool(footer)), "white")
-    pen = ImageDraw.Draw(sheet)
-
-    def write(left: int, top: int, text: str, room: int) -> None:
-        pen.text((left, top + 2), _cut(text, font, room), fill="black", font=font)
-
     lefts = [MARGIN + column * (width + MARGIN) for column in range(len(columns))]
     for left, lines in zip(lefts, titles, strict=True):
         for place, line in enumerate(lines):
-            write(left, place * LINE, line, width)
-    for row, prompt in enumerate(prompts):
+            write(sheet, left, place * LINE, line, width)
+    for row, text in enumerate(shown):
         top = header + row * row_height
-        write(MARGIN, top, prompt, sheet_width - 2 * MARGIN)
+        # The number names a prompt whose text is not all there.
+        title = f"prompt {row + 1}: {text}" if gaps[row] else text
+        write(sheet, MARGIN, top, title, sheet_width - 2 * MARGIN)
         for column, left in enumerate(lefts):
             image = Image.fromarray(array[row, column]).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(image, (left, top + LINE))
             if captions:
-                write(left, top + LINE + height, captions[row][column], width)
+                write(sheet, left, top + LINE + height, captions[row][column], width)
     for place, line in enumerate(footer):
-        write(MARGIN, bottom + place * LINE, line, sheet_width - 2 * MARGIN)
+        write(sheet, MARGIN, bottom + place * LINE, line, sheet_width - 2 * MARGIN)
     return sheet
-
-
-def _font() -> ImageFont.FreeTypeFont:
-    """Return matplotlib's font, which has Greek, Cyrillic, Arabic and Hebrew; Pillow's own has Latin letters alone."""
-    import matplotlib
-
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 11)
-
-
-def _cut(text: str, font: ImageFont.FreeTypeFont, room: int) -> str:
-    """Return the text in one line, its end replaced by dots if it is longer than `room` pixels."""
-    text = " ".join(text.split())
-    if font.getlength(text) > room:
-        too_long = bisect_right(range(len(text)), room, key=lambda n: math.ceil(font.getlength(text[:n] + "...")))
-        text = text[: max(0, too_long - 1)] + "..."
-    return text
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont, room: int) -> list[str]:
-    """Split a text into lines of at most `room` pixels, as far as its words allow."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > room:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines

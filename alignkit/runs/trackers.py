@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,12 +18,15 @@ from PIL import Image
 
 from alignkit.config.load import RunConfig, to_toml
 from alignkit.errors import AlignkitError, ConfigError
+from alignkit.files import write_file
 from alignkit.page.gallery import COMPARED, change, small_pixels
 from alignkit.page.record import EVENTS
 from alignkit.runs.points import Point, point_grid, read_point
 
 FOLDER = "trackers"
 """The folder of a run folder for the files of trackers."""
+WANDB_ID = "wandb_id.txt"
+"""Name of the file in `FOLDER` with the id of the run in Weights & Biases, by which a resumed run goes on in it."""
 PROJECT = "alignkit"
 """The project of Weights & Biases that runs belong to."""
 AXIS = "update"
@@ -123,7 +127,12 @@ def _start(name: str, config: RunConfig, folder: Path, after: int | None) -> Gen
         text = "\n".join(f"    {line}" for line in to_toml(config).splitlines())  # indented: code in Markdown
         board.log({"settings": text}, step=0)
         return board
-    wandb = WandBTracker(PROJECT, dir=str(folder / FOLDER), name=folder.name)
+    kept = folder / FOLDER / WANDB_ID
+    own_id = kept.read_text(encoding="utf-8").strip() if kept.exists() else ""
+    if not own_id:
+        own_id = uuid.uuid4().hex[:16]
+        write_file(kept, own_id)
+    wandb = WandBTracker(PROJECT, dir=str(folder / FOLDER), name=folder.name, id=own_id, resume="allow")
     wandb.start()
     wandb.store_init_configuration(dict(_flat(asdict(config))))
     wandb.run.define_metric(AXIS)

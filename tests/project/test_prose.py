@@ -43,11 +43,12 @@ REPLACED = {
 
 ALLOWED = {
     "alignkit/runs/grid.py": {"draw"},
+    "alignkit/runs/lettering.py": {"drawn"},
     "plugins/alignkit_shapes/": {"draw", "drawn"},
     "plugins/alignkit_rewards/phrases.py": {"behind", "beside", "picture", "walk"},
     "plugins/alignkit_rewards/vlm_judge.py": {"judge", "asked"},
 }
-"""Files, by the beginning of their names, in which a word is right: two programs draw, one has lists of English words,
+"""Files, by the beginning of their names, in which a word is right: three programs draw, one has lists of English words,
 and one has the instructions of a VQA model."""
 
 OLD_WORD = re.compile(rf"\b({'|'.join(REPLACED)})s?\b", re.IGNORECASE)

@@ -136,7 +136,7 @@ def test_images_before_and_after_stand_side_by_side_with_their_scores() -> None:
 
 def test_the_images_of_a_grid_are_enlarged_and_otherwise_unchanged() -> None:
     images = torch.randint(0, 256, (2, 2, 3, 64, 64), dtype=torch.uint8)
-    sheet = draw_grid(images, ["a " * 400, "\u4e00\n\u00e9"], ["before", "after"])
+    sheet = draw_grid(images, ["a " * 400, "\u03b1\n\u00e9"], ["before", "after"])
     assert sheet.size == (4 + 2 * 132, 18 + 2 * 150)
     for row in range(2):
         for column in range(2):
@@ -144,7 +144,7 @@ def test_the_images_of_a_grid_are_enlarged_and_otherwise_unchanged() -> None:
             small = sheet.crop((left, top, left + 128, top + 128)).resize((64, 64), Image.Resampling.NEAREST)
             expected = Image.fromarray(images[row, column].permute(1, 2, 0).numpy())
             assert small.tobytes() == expected.tobytes()
-    assert draw_grid(images.float() / 255, ["a " * 400, "\u4e00\n\u00e9"], ["before", "after"]) == sheet
+    assert draw_grid(images.float() / 255, ["a " * 400, "\u03b1\n\u00e9"], ["before", "after"]) == sheet
 
 
 def test_captions_stand_under_the_images_of_a_grid_and_notes_under_all_of_them() -> None:

@@ -138,13 +138,30 @@ def test_wandb_gets_settings_images_and_an_axis_of_updates(tiny_run: MakeRun, wa
     module = wandb()
     run = tiny_run(overrides=DDPO)
     list(run.train())
-    assert module.started == {"project": "alignkit", "dir": str(run.folder / "trackers"), "name": run.folder.name}
+    own = {"name": run.folder.name, "id": (run.folder / "trackers" / "wandb_id.txt").read_text(), "resume": "allow"}
+    assert module.started == {"project": "alignkit", "dir": str(run.folder / "trackers"), **own}
     assert module.settings["algorithm.fields.samples"] == 2 and module.settings["evaluate.steps"] == "[1, 2]"
     assert module.metrics == [("update", None), ("*", "update")] and module.finished
     assert [values["update"] for values in module.logged if "train/reward" in values] == [1, 2]
     images = [values for values in module.logged if "images/evaluation" in values]
     with Image.open(run.folder / "samples" / "000002.png") as grid:
         assert images[-1]["images/evaluation"] == [grid.size] and len(images) == 2
+
+
+def test_a_resumed_run_goes_on_in_its_run_of_wandb(tiny_run: MakeRun, wandb: Callable[..., FakeWandb]) -> None:
+    overrides = DDPO | {"evaluate.prompts": "", "train.checkpoint_every": 1}
+    ids = []
+    for name in ("one", "other"):
+        module = wandb()
+        run = tiny_run(name, overrides)
+        list(run.train())
+        ids.append(module.started["id"])
+    assert ids[0] != ids[1] and all(ids)
+    shutil.rmtree(run.folder / "checkpoints" / "000002")
+    module = wandb()
+    list(alignkit.load(resume=run.folder).train())
+    assert module.started["id"] == ids[1]
+    assert [values["update"] for values in module.logged if "train/reward" in values] == [2]
 
 
 def test_a_tracker_that_fails_is_a_warning_and_one_that_does_not_start_an_error(
