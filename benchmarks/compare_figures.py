@@ -18,6 +18,7 @@ from alignkit.page import curves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 EIGHT_MINUTES = Path(__file__).parent / "eight_minutes.csv"
 """What `alignkit evaluate` printed for the runs of eight minutes: mean before, change and its interval."""
@@ -96,7 +97,7 @@ def draw(blocks: Sequence[Block], title: str) -> str:
     height = LEGEND + sum(inner) + sum(HEADING + AXIS + TITLE * bool(block.title) for block in blocks)
     panel = (WIDTH - LEFT - RIGHT - GAP) / 2
     with curves.drawing((WIDTH, height)) as (figure, result):
-        _legend(figure, steps, height)
+        legend(figure, steps, height, "change, 95 % interval; filled: it excludes 0")
         top = height - LEGEND
         for block, size in zip(blocks, inner, strict=True):
             if block.title:
@@ -110,7 +111,7 @@ def draw(blocks: Sequence[Block], title: str) -> str:
                 _panel(axes, block, i, steps)
                 axes.set_title(name, fontsize=8, loc="left", color=curves.INK, pad=4)
             top -= AXIS
-    return _file(result[0], title, _words(blocks))
+    return svg_file(result[0], title, _words(blocks))
 
 
 def _height(row: Sequence[Mapping[int, Change]]) -> float:
@@ -146,8 +147,8 @@ def _panel(axes: Axes, block: Block, at: int, steps: Sequence[int]) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:+g}".replace("-", "\N{MINUS SIGN}") if value else "0")
 
 
-def _legend(figure: Any, steps: Sequence[int], height: float) -> None:
-    """Name the markers of the numbers of steps, and what a filled one means."""
+def legend(figure: Figure, steps: Sequence[int], height: float, note: str) -> None:
+    """Name the markers of the numbers of steps at the top of a figure of `height` inches, with a note at the right."""
     axes = figure.add_axes((0, 1 - 0.26 / height, 1, 0.26 / height))
     axes.set_axis_off()
     axes.set_xlim(0, WIDTH)
@@ -157,9 +158,7 @@ def _legend(figure: Any, steps: Sequence[int], height: float) -> None:
         shade = curves.stand_in(place)
         axes.plot([x], [0.5], color=shade, marker=curves.MARKERS[place], ms=5.5, ls="")
         axes.text(x + 0.1, 0.5, f"{k} step{'s' * (k > 1)}", va="center", color=curves.INK)
-    axes.text(
-        WIDTH - RIGHT, 0.5, "change, 95 % interval; filled: it excludes 0", va="center", ha="right", color=curves.INK
-    )
+    axes.text(WIDTH - RIGHT, 0.5, note, va="center", ha="right", color=curves.INK)
 
 
 def _words(blocks: Sequence[Block]) -> list[str]:
@@ -173,8 +172,11 @@ def _words(blocks: Sequence[Block]) -> list[str]:
     ]
 
 
-def _file(svg: str, title: str, words: Sequence[str]) -> str:
-    """Return an element of the report page as a file of its own, with the colours of the page's style sheet."""
+def svg_file(svg: str, title: str, words: Sequence[str]) -> str:
+    """Return an element of the report page as a file of its own, with the colours of the page's style sheet.
+
+    `words` says line by line what the figure shows.
+    """
     style = (Path(curves.__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")
     schemes = re.findall(r":root \{(.*?)\}", style, re.DOTALL)[:2]
     light, dark = (" ".join(re.findall(r"--(?:c\d|ink2|line|card): [^;]+;", scheme)) for scheme in schemes)

@@ -10,7 +10,8 @@ learning rate, a seed. Each method is first run once with each rate of the table
 with the best trained reward on *training* prompts, mean over the numbers of steps, is then run with every seed. A cell
 ends after the round in which it reaches its number of samples (`Method.samples_per_prompt`). Tuning runs are not
 shorter, because the rate that raises a reward fastest may lose it again. The number of updates and of queries of the
-reward is up to the method. Every cell uses the same noises for the held-out prompts.
+reward is up to the method. Every cell uses the same noises for the held-out prompts. A final cell is also measured at
+ten points on its way, for the curves of docs/algorithms.
 
 A finished cell writes `result.json` into its folder in `--out` and is not run again; an interrupted one continues from
 its checkpoint. So the comparison can be run cell by cell, extended by seeds and methods, and divided among processes
@@ -28,12 +29,12 @@ import json
 import re
 import shutil
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from compare_report import RESULT, RESULTS, read, render, trained_mean
 from compare_tables import TABLES, Cell, Method, Table, quick, tuning_cells
 from rich.console import Console
@@ -46,13 +47,17 @@ from alignkit.evaluation import measure as evaluation
 from alignkit.evaluation.statistics import kernel_distance
 from alignkit.files import write_file
 from alignkit.interfaces import Algorithm, Context
+from alignkit.page.record import MINUTES, read_record
 from alignkit.records import Batch
 from alignkit.runs.folder import environment
+from alignkit.runs.points import planned
 from alignkit.runs.run import Run
 from alignkit.training import checkpoint
 from alignkit_shapes.models import FOLDER, WEIGHTS
 
 PIXEL_CHECK = "pixel_check"
+POINTS, POINT_PROMPTS = 10, 64
+"""Places, evenly spaced over its samples, at which a final cell is measured, and the number of prompts."""
 TRAIN, HELD_OUT = FOLDER / "prompts" / "train.txt", FOLDER / "prompts" / "held_out.txt"
 
 
@@ -98,24 +103,33 @@ def samples_of_a_round(run: Run, method: Method) -> int:
     return run.config.data.batch_size * int(each)
 
 
-def train(cell: Cell, folder: Path) -> tuple[Run, dict[str, Any]]:
-    """Train the cell in `folder`, or continue it; return the run, and its samples, updates and seconds."""
+def train(cell: Cell, folder: Path, rounds: int = 0) -> tuple[Run, dict[str, Any]]:
+    """Train the cell in `folder`, or continue it, up to this number of rounds that generate samples; 0: to its end.
+
+    Returns the run, and its samples, updates and seconds so far. These are the seconds of its rounds, without loading.
+    """
     if (folder / "run.toml").is_file() and checkpoint.latest(folder / "checkpoints") is None:
         shutil.rmtree(folder)  # interrupted before the first checkpoint
     existing = (folder / "run.toml").is_file()
     source = (folder / "run.toml", {}) if existing else (None, {**cell.settings(), "output": str(folder)})
     run = Budgeted(config.load(*source), folder=folder if existing else None)
     saved = checkpoint.latest(folder / "checkpoints") if existing else None
-    trainer = checkpoint.load(saved)["trainer"] if saved else {"batches": 0, "update": 0}
+    run.rounds = checkpoint.load(saved)["trainer"]["batches"] if saved else 0
     method = cell.table.methods[cell.method]
-    each = samples_of_a_round(run, method)
-    run.rounds, run.limit = trainer["batches"], method.free_rounds + -(-cell.samples // each)
-    start, updates = time.monotonic(), trainer["update"]
+    rounds = rounds or rounds_of(run, cell)
+    run.limit = method.free_rounds + rounds
     if run.rounds < run.limit:
-        for update in run.train(Console(quiet=True)):
-            updates = update.step
-    samples = (run.limit - method.free_rounds) * each
-    return run, {"samples": samples, "updates": updates, "seconds": round(time.monotonic() - start, 1)}
+        for _ in run.train(Console(quiet=True)):
+            pass
+    record = read_record(folder)
+    seconds = 60 * float(record.axes[MINUTES][-1])
+    samples = rounds * samples_of_a_round(run, method)
+    return run, {"samples": samples, "updates": record.last, "seconds": round(seconds, 1)}
+
+
+def rounds_of(run: Run, cell: Cell) -> int:
+    """Return the number of rounds in which the cell generates its samples."""
+    return -(-cell.samples // samples_of_a_round(run, cell.table.methods[cell.method]))
 
 
 def measure(run: Run, table: Table, prompts: Path, limit: int, average: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -144,8 +158,8 @@ def measure(run: Run, table: Table, prompts: Path, limit: int, average: Mapping[
 class Comparison:
     """The cells that were run, with their results in a folder."""
 
-    def __init__(self, folder: Path, prompts: int, console: Console) -> None:
-        self.folder, self.prompts, self.console = folder, prompts, console
+    def __init__(self, folder: Path, prompts: int, points: int, console: Console) -> None:
+        self.folder, self.prompts, self.points, self.console = folder, prompts, points, console
         self.results = read(folder)
         self._features: dict[str, dict[int, Tensor]] = {}
 
@@ -177,7 +191,9 @@ class Comparison:
         self.console.print(f"[bold]{cell.key}[/]")
         table, outcome = cell.table, {}
         if cell.method:
-            run, outcome = train(cell, self.folder / cell.key)
+            outcome["points"] = self._points(cell) if self.points and not cell.tuning else []
+            run, ended = train(cell, self.folder / cell.key)
+            outcome |= ended
             run.policy()  # loads the trained weights
             outcome["resolved"] = config.to_toml(replace(run.config, output="")).replace(str(FOLDER), FOLDER.name)
         else:
@@ -196,9 +212,37 @@ class Comparison:
         }  # fmt: skip
         (self.folder / cell.key).mkdir(parents=True, exist_ok=True)
         write_file(self.folder / cell.key / RESULT, json.dumps(self.results[cell.key]))
+        self._measured(cell).unlink(missing_ok=True)
         for k, values in found["values"].items():
             means = "  ".join(f"{name} {sum(v) / len(v):.3f}" for name, v in values.items())
             self.console.print(f"  {k} steps: {means}")
+
+    def _points(self, cell: Cell) -> list[dict[str, Any]]:
+        """Train the cell to its end in parts; return what was measured before, between and after them.
+
+        Each has samples, minutes, and the means of both rewards over the first held-out prompts, by number of steps.
+        """
+        folder = self.folder / cell.key
+        start = Run(config.load(None, {**cell.settings(), "output": str(folder)}))
+        ends = [0, *planned(self.points, rounds_of(start, cell))]
+        file = self._measured(cell)
+        points = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        for rounds in ends[len(points) :]:
+            run, at = train(cell, folder, rounds) if rounds else (start, {"samples": 0, "seconds": 0.0})
+            table = replace(cell.table, images=1)
+            run.policy()
+            found = measure(run, table, HELD_OUT, min(POINT_PROMPTS, self.prompts), run.weights if rounds else {})
+            means = {
+                k: {name: round(float(torch.tensor(v).nanmean()), 4) for name, v in values.items()}
+                for k, values in found["values"].items()
+            }
+            points.append({"samples": at["samples"], "minutes": round(at["seconds"] / 60, 2), "values": means})
+            write_file(file, json.dumps(points))  # an interrupted cell cannot go back to it
+        return points
+
+    def _measured(self, cell: Cell) -> Path:
+        """Return the file with the points of a cell that has not ended."""
+        return self.folder / f"{cell.key}.points.json"
 
     def _base_features(self, table: Table) -> dict[int, Tensor]:
         if table.name not in self._features:
@@ -240,7 +284,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a smoke test: few samples, eight prompts, one seed")
     parser.add_argument("--render", action="store_true", help="print the tables of the existing results; run nothing")
     options = parser.parse_args(arguments)
-    comparison = Comparison(options.out, 8 if options.quick else options.prompts, Console(width=100))
+    prompts, points = (8, 0) if options.quick else (options.prompts, POINTS)
+    comparison = Comparison(options.out, prompts, points, Console(width=100))
     tables = [quick(TABLES[name]) if options.quick else TABLES[name] for name in options.tables.split(",")]
     if options.render:
         for table in tables:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import functools
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ from alignkit.registry import default_registry
 
 DOCS = Path(__file__).parent
 sys.path.append(str(DOCS.parent / "benchmarks"))
-import compare_figures  # noqa: E402  (from the line above)
+import compare_curves  # noqa: E402  (from the line above)
+import compare_figures  # noqa: E402
 import compare_report  # noqa: E402
 from compare_tables import TABLES  # noqa: E402
 
@@ -90,6 +93,9 @@ def _details(name: str) -> str:
 
 def _measured(algorithm: str) -> str:
     figure = _shown(f"methods/{algorithm}", algorithm, "../") + "\n" if algorithm in _algorithms() else ""
+    if compare_curves.of_algorithm(_results(), algorithm):
+        figure += f"![{algorithm}: trained reward and pixel check over samples and minutes]"
+        figure += f"(../images/methods/{algorithm}_curve.svg)\n\n"
     return figure + compare_report.measured(_results(), algorithm).rstrip()
 
 
@@ -131,14 +137,17 @@ def _algorithms() -> list[str]:
     return list(names)
 
 
-def figures() -> dict[str, tuple[str, list[compare_figures.Block]]]:
-    """Return title and contents of each figure, by its name in docs/images."""
-    found = {
-        f"results/{name}": (table.title, compare_figures.of_table(_results(), table)) for name, table in TABLES.items()
-    }
-    found |= {f"methods/{name}": (name, compare_figures.of_algorithm(_results(), name)) for name in _algorithms()}
-    found["results/eight_minutes"] = ("Eight minutes of one core", compare_figures.of_eight_minutes())
-    return found
+def figures() -> dict[str, Callable[[], str]]:
+    """Return the functions that draw the figures, by the names of their files in docs/images without ending."""
+    results, found = _results(), {}
+    for name, table in TABLES.items():
+        found[f"results/{name}"] = partial(compare_figures.draw, compare_figures.of_table(results, table), table.title)
+    for name in _algorithms():
+        found[f"methods/{name}"] = partial(compare_figures.draw, compare_figures.of_algorithm(results, name), name)
+        if rows := compare_curves.of_algorithm(results, name):
+            found[f"methods/{name}_curve"] = partial(compare_curves.draw, rows, name)
+    eight = partial(compare_figures.draw, compare_figures.of_eight_minutes(), "Eight minutes of one core")
+    return {**found, "results/eight_minutes": eight}
 
 
 if __name__ == "__main__":
@@ -147,9 +156,8 @@ if __name__ == "__main__":
         if (new := fill(old)) != old:
             path.write_text(new, encoding="utf-8")
             print(f"wrote {path}")
-    for name, (title, blocks) in figures().items():
-        file = IMAGES / f"{name}.svg"
-        drawn = compare_figures.draw(blocks, title)
+    for name, draw in figures().items():
+        file, drawn = IMAGES / f"{name}.svg", draw()
         if not file.exists() or file.read_text(encoding="utf-8") != drawn:
             file.parent.mkdir(exist_ok=True)
             file.write_text(drawn, encoding="utf-8")

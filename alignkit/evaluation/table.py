@@ -33,7 +33,10 @@ def table(rows: Sequence[Row], title: str = "", wide: bool = False) -> Table:
     # Without `wide`, the table fits into 80 columns.
     departures = dict.fromkeys((row.run, row.departure) for row in rows if row.departure)
     notes = "\n".join(f"{run}: {departure}" if several else departure for run, departure in departures)
-    shown = Table(title=title or notes or None, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown = Table(
+        title=title or notes or None, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
+        min_width=len(caption or ""),
+    )  # fmt: skip
     for heading in headings:
         # Names may wrap to a second line; numbers never do.
         is_text = heading in texts

@@ -8,6 +8,7 @@ import sys
 from html import unescape
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
@@ -37,10 +38,9 @@ def test_there_is_a_figure_for_every_table_and_every_algorithm_of_one() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_figure_is_what_the_results_give(figures: ModuleType, name: str) -> None:
+def test_a_figure_is_what_the_results_give(name: str) -> None:
     kept = (IMAGES / f"{name}.svg").read_text(encoding="utf-8")
-    title, blocks = generator().figures()[name]
-    drawn = figures.draw(blocks, title)
+    drawn = generator().figures()[name]()
     assert words(drawn) == words(kept), "run `make docs`"
     # Another version of matplotlib may write the same picture in other words.
     if f"matplotlib=={matplotlib.__version__}\n" in (ROOT / "constraints.txt").read_text(encoding="utf-8"):
@@ -75,6 +75,35 @@ def test_markers_are_filled_where_the_interval_excludes_0(figures: ModuleType) -
     light, dark = re.findall(r":root \{(.*?)\}", unescape(svg))
     assert light != dark and {"--c0", "--c7", "--ink2", "--line", "--card"} <= set(re.findall(r"--\w+", light))
     assert set(re.findall(r"--\w+", light)) == set(re.findall(r"--\w+", dark)) >= set(re.findall(r"var\((--\w+)", svg))
+
+
+def test_curves_show_the_points_of_every_row_that_has_some(
+    figures: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, tables = importlib.import_module("compare_curves"), importlib.import_module("compare_tables")
+    small = tables.Table("small", "Small", "none", {}, (1, 2), 20, (1e-4,), {"DDPO": tables.Method("ddpo", "samples")})
+    monkeypatch.setattr(module, "TABLES", {"small": small})
+
+    def run(seed: int, rise: float) -> dict[str, Any]:
+        points = [
+            {"samples": 10 * i, "minutes": i / 2,
+             "values": {k: {"trained": 0.5 + i * rise, "pixel_check": 0.25} for k in ("1", "2")}}
+            for i in range(3)
+        ]  # fmt: skip
+        return {"table": "small", "method": "DDPO", "rate": 1e-4, "seed": seed, "tuning": False, "points": points}
+
+    results = {f"run-{seed}-20": run(seed, seed / 10) for seed in (1, 2)}
+    (row,) = module.of_algorithm(results, "ddpo")
+    assert row.over("minutes") == [0.0, 0.5, 1.0]
+    assert row.values("trained", 1)[2] == pytest.approx((0.8, 0.7, 0.9))
+    svg = module.draw([row], "ddpo")
+    assert words(svg)[0] == (
+        "Small: DDPO, trained reward, 1 step: 0.500 at 0 samples, 0.650 at 10 samples, 0.800 at 20 samples"
+    )
+    texts = {text.text for text in ElementTree.fromstring(svg).iter(f"{SVG}text")}
+    assert {"Small: DDPO", "trained reward, over samples", "pixel check, held out, over minutes", "2 steps"} <= texts
+    del results["run-1-20"]["points"], results["run-2-20"]["points"]
+    assert module.of_algorithm(results, "ddpo") == []
 
 
 def test_every_image_stands_on_a_page() -> None:

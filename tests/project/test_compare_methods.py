@@ -50,6 +50,10 @@ def read(out: Path) -> dict[str, Any]:
     return {f.parent.relative_to(out).as_posix(): json.loads(f.read_text()) for f in sorted(out.rglob("result.json"))}
 
 
+def mean_of(result: dict[str, Any]) -> float:
+    return float(torch.tensor(result["values"]["1"]["trained"]).mean())
+
+
 NAMES = [("lcm", 8), ("lcm_size", 4), ("turbo", 8), ("size", 6), ("rg_lcd", 4), ("offline", 3)]
 
 
@@ -111,6 +115,9 @@ def test_the_comparison_is_made_cell_by_cell_and_rendered(
     assert len(results) == 4 and tuned[final["rate"]] == max(tuned.values())
     assert final["samples"] == 8 and final["updates"] == 2 and set(final["drift"]) == {"1", "2"}
     assert len(final["values"]["2"]["pixel_check"]) == 3
+    assert [point["samples"] for point in final["points"]] == [0, 4, 8] and not list(out.rglob("*points.json"))
+    assert final["points"][2]["minutes"] > final["points"][1]["minutes"] > final["points"][0]["minutes"] == 0
+    assert final["points"][2]["values"]["1"]["trained"] == pytest.approx(mean_of(final), abs=1e-4)  # of the same images
     with pytest.raises(ConfigError, match=r"--methods: found 'dddpo', expected one or more of 'DDPO', 'ddpo'$"):
         compare.main([*base, "--methods", "ddpo,dddpo"])
     before = sorted(file.stat().st_mtime_ns for file in out.rglob("result.json"))
@@ -119,6 +126,7 @@ def test_the_comparison_is_made_cell_by_cell_and_rendered(
     # A run at a rate that is not the best stays in the folder but is not shown in the tables.
     (other,) = {1e-4, 1e-3} - {final["rate"]}
     assert len(report.final({**results, "other": {**final, "rate": other}}, small)) == 2
+    monkeypatch.setattr(compare, "POINTS", 0)
     # A row with its own rate is not tuned, and one with its own number of samples generates that many.
     longer = replace(small.methods["DDPO"], rate=other, samples=12)
     monkeypatch.setitem(compare.TABLES, "small", replace(small, methods={**small.methods, "DDPO, longer": longer}))

@@ -48,8 +48,8 @@ ALLOWED = {
     "plugins/alignkit_rewards/phrases.py": {"behind", "beside", "picture", "walk"},
     "plugins/alignkit_rewards/vlm_judge.py": {"judge", "asked"},
 }
-"""Files, by the beginning of their names, in which a word is right: three programs draw, one has lists of English words,
-and one has the instructions of a VQA model."""
+"""Files, by the beginning of their names, in which a word is right: three programs draw, one has lists of English
+words, and one has the instructions of a VQA model."""
 
 OLD_WORD = re.compile(rf"\b({'|'.join(REPLACED)})s?\b", re.IGNORECASE)
 QUOTED = re.compile(r"``.*?``|`[^`]*`|\"[^\"]*\"")
