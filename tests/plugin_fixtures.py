@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from alignkit.config.load import RunConfig, load
+from alignkit.errors import ConfigError
 from alignkit.registry import GROUP, Registry, default_registry
 
 
@@ -320,3 +321,10 @@ def load_acme(acme: PluginFolder, tmp_path: Path) -> Callable[..., RunConfig]:
         return load(tmp_path / "run.toml" if text is not None else None, overrides, acme.registry())
 
     return build
+
+
+def problems(load_acme: Any, text: str | None, overrides: dict[str, Any] | None = None) -> list[str]:
+    """Return the lines of the error that a run file and overrides cause."""
+    with pytest.raises(ConfigError) as caught:
+        load_acme(text, overrides)
+    return str(caught.value).splitlines()

@@ -17,7 +17,7 @@ from typing import Any
 
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.files import write_file
-from alignkit.page.html import open_template
+from alignkit.page.template import open_template
 from alignkit.records import Example
 from alignkit.serving.answers import CHOICES, Answers, Pair, digest
 from alignkit.serving.http import PROTOCOL, JsonServer, Refusal, Route

@@ -5,7 +5,7 @@ from importlib.metadata import entry_points, version
 from pathlib import Path
 
 import alignkit
-from alignkit.page.html import TEMPLATES
+from alignkit.page.template import TEMPLATES
 from alignkit.registry import default_registry
 from alignkit.serving.chooser import TEMPLATES as PREFER
 
