@@ -44,19 +44,23 @@ class TableRow:
     """"up" or "down" if the interval of the change lies above or below 0, else empty."""
 
 
-def number(value: float | None, signed: bool = False) -> str:
-    """Format a value with three decimals, or in short form if it is large or small."""
+def number(value: float | None, signed: bool = False, size: float | None = None) -> str:
+    """Format a value with three decimals, or in short form if `size`, by default its own, is large or small."""
     if value is None or not math.isfinite(value):
         return "n/a"
+    size = abs(value) if size is None else size
     text = f"{value:+.3f}" if signed else f"{value:.3f}"
-    if abs(value) >= 1e4 or 0 < abs(value) < 5e-4:
+    if size >= 1e4 or 0 < size < 5e-4:
         text = f"{value:+.2e}" if signed else f"{value:.2e}"
     return text.replace("-", MINUS)
 
 
 def spread(low: float | None, high: float | None, signed: bool = False) -> str:
     """Format an interval; empty if there is none."""
-    return "" if low is None or high is None else f"[{number(low, signed)}, {number(high, signed)}]"
+    if low is None or high is None:
+        return ""
+    size = max(abs(low), abs(high))
+    return f"[{number(low, signed, size)}, {number(high, signed, size)}]"
 
 
 def label(record: Record, reward: str) -> str:

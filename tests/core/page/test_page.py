@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from alignkit.errors import AlignkitError
+from alignkit.page.facts import spread
 from alignkit.page.page import LARGEST, keep_page, render, write_page
 from alignkit.page.record import read_record
 from page_fixtures import EVIL, SETTINGS, Elements, Write, plain, rows, update_line, write_lines
@@ -63,6 +64,12 @@ def test_runs_whose_folders_have_the_same_name_are_named_by_their_paths(write_ru
     one, two = write_run("run"), write_run("a/run")
     text = plain(page_of(one, two))
     assert str(one) in text and str(two) in text
+
+
+def test_the_ends_of_an_interval_have_one_form() -> None:
+    assert spread(-0.003, 2.5e-4, signed=True) == "[\N{MINUS SIGN}0.003, +0.000]"
+    assert spread(1e-5, 2e-4) == "[1.00e\N{MINUS SIGN}05, 2.00e\N{MINUS SIGN}04]"
+    assert spread(None, 1.0) == ""
 
 
 def test_the_page_needs_nothing_from_elsewhere(write_run: Write) -> None:
