@@ -138,6 +138,12 @@ class Policy(ABC):
         """Write the trained part with these weights into `folder`, for use without alignkit. Returns what was written.
         Equal weights give equal files."""
 
+    @abstractmethod
+    def read_export(self, folder: Path) -> dict[str, Tensor]:
+        """Return the weights that `export` wrote into `folder`, by the names of `weights`, on the policy's device.
+
+        Raises ConfigError if they are missing or of another form."""
+
 
 @dataclass
 class Sampler(ABC):

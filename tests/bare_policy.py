@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignkit.interfaces import Policy
@@ -37,3 +37,6 @@ class BarePolicy(Policy, ABC):
     def export(self, folder: Path, weights: Mapping[str, Tensor]) -> Path:
         save_file({name: value.detach().clone() for name, value in weights.items()}, folder / "weights.safetensors")
         return folder / "weights.safetensors"
+
+    def read_export(self, folder: Path) -> dict[str, Tensor]:
+        return load_file(folder / "weights.safetensors")

@@ -252,6 +252,22 @@ def reference_to_nothing(base: Any) -> dict[str, Any]:
     return {"reference": reference}
 
 
+@case("read_export: found weights .*, expected ")
+def reads_a_part(base: Any) -> dict[str, Any]:
+    def read_export(self: Any, folder: Path) -> dict[str, torch.Tensor]:
+        return dict(list(base.read_export(self, folder).items())[1:])
+
+    return {"read_export": read_export}
+
+
+@case("read_export: .* and what export was given")
+def reads_the_start(base: Any) -> dict[str, Any]:
+    def read_export(self: Any, folder: Path) -> dict[str, torch.Tensor]:
+        return {name: value.detach().clone() for name, value in self.weights().items()}
+
+    return {"read_export": read_export}
+
+
 @case("export: found other files for equal weights")
 def stamps_files(base: Any) -> dict[str, Any]:
     def export(self: Any, folder: Path, weights: Mapping[str, Tensor]) -> Path:

@@ -197,6 +197,11 @@ def evaluate_runs(
         list[str] | None, typer.Option(metavar="NAME", help="Another reward to measure; repeatable.")
     ] = None,
     unseen: Annotated[bool, typer.Option("--unseen", help="Held-out prompts only.")] = False,
+    win_rate: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Show how often each run wins by this reward.")
+    ] = None,
+    fid: Annotated[str | None, typer.Option(metavar="FOLDER", help="Real images: measure FID and KID to them.")] = None,
+    points: Annotated[bool, typer.Option("--points", help="Measure the weights of every point of a run too.")] = False,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the rows to a CSV file.")] = None,
     assignments: Set = None,
     as_json: Json = False,
@@ -206,20 +211,29 @@ def evaluate_runs(
     Uses training prompts and held-out prompts, and gives 95 % intervals. Drift is the distance of the images from
     those of the model before training: a kernel distance in that model's own features, 0 if nothing changed.
 
+    --fid takes a folder of images, or what data.images takes. FID and KID are distances to these images in the same
+    features, so they are not those of papers, which use an Inception network; both are free of the bias of few images.
+    With --points, the line below the table names the point with the smallest FID (the elbow rule of LaSRO's appendix
+    E), which `alignkit export RUN --checkpoint N` takes. --win-rate compares images of the same prompt and noise: each
+    run with its model before training, and every two runs.
+
     Terminals of 110 columns, JSON and CSV also show intervals of the means, next to those of the difference.
 
     \b
     alignkit evaluate runs/first
     alignkit evaluate runs/first runs/control --steps 1,2,4,8 --csv table.csv
     alignkit evaluate runs/first --unseen --json
+    alignkit evaluate runs/first runs/control --win-rate attribute_binding
+    alignkit evaluate runs/first --unseen --points --fid my/photos
     alignkit evaluate runs/first --set 'evaluate.rewards=[{name = "clip_score", checkpoint = "my/clip"}]'
     """
     from rich.console import Console
 
     with loading():
         from alignkit.commands.evaluate import as_csv, evaluate
+        from alignkit.evaluation.choice import elbow
         from alignkit.evaluation.hacking import verdict
-        from alignkit.evaluation.table import table
+        from alignkit.evaluation.table import table, wins_table
         from alignkit.files import write_file
         from alignkit.runs.run import open_run
 
@@ -227,18 +241,27 @@ def evaluate_runs(
         raise AlignkitError(f"--csv {csv}: exists already; choose another name")
     changes = overrides(None, None, None, None, None, None, assignments)
     runs = [open_run(source, changes) for source in sources]
-    rows = evaluate(runs, step_list(steps), reward or (), not unseen, Console(stderr=True))
+    rows = evaluate(
+        runs, step_list(steps), reward or (), not unseen, Console(stderr=True),
+        win_rate=win_rate or "", real=fid or "", points=points,
+    )  # fmt: skip
     if csv is not None:
         write_file(csv, as_csv(rows))
     if as_json:
-        return print_json([dataclasses.asdict(row) for row in rows])
+        every = [dataclasses.asdict(row) for row in rows]
+        return print_json({"rows": every, "wins": [dataclasses.asdict(w) for w in rows.wins]} if win_rate else every)
     console = Console()
     for kind in dict.fromkeys(row.prompts for row in rows):
         of_kind = [row for row in rows if row.prompts == kind]
         console.print(table(of_kind, wide=console.width >= WIDE))
         for name in dict.fromkeys(row.run for row in of_kind):
-            if found := verdict([row for row in of_kind if row.run == name]):
-                console.print(f"{name}, {kind} prompts: {found.text}", markup=False, highlight=False, soft_wrap=True)
+            own = [row for row in of_kind if row.run == name]
+            found = verdict([row for row in own if row.update is None])
+            for text in (found.text if found else "", elbow(own)):
+                if text:
+                    console.print(f"{name}, {kind} prompts: {text}", markup=False, highlight=False, soft_wrap=True)
+    if rows.wins:
+        console.print(wins_table(rows.wins))
 
 
 def draw_gallery(

@@ -1,22 +1,27 @@
-"""Compare runs: every reward before and after training, on seen and unseen prompts, and the drift of the images."""
+"""Compare runs: every reward before and after training, on seen and unseen prompts, the drift of the images, their
+distance to real ones, and win rates."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from alignkit.data.real import real_images
 from alignkit.errors import AlignkitError, ConfigError
-from alignkit.evaluation.measure import Measurement, compare, measure
-from alignkit.evaluation.rows import Row
+from alignkit.evaluation.measure import Measurement, compare, measure, win_rates
+from alignkit.evaluation.realism import BLOCKS, DISTANCES, distances
+from alignkit.evaluation.rows import TOTAL, Row
 from alignkit.evaluation.statistics import kernel_distance
+from alignkit.evaluation.wins import WinRate
 from alignkit.page.cells import rows_cell
 from alignkit.page.notebook import CellProgress, in_notebook
 from alignkit.records import Example
@@ -33,7 +38,9 @@ DRIFT = "drift"
 
 
 class Evaluation(list[Row]):
-    """The rows of an evaluation. A notebook shows them as a table."""
+    """The rows of an evaluation, and the win rates if a reward was named for them. A notebook shows them as a table."""
+
+    wins: Sequence[WinRate] = ()
 
     def to_frame(self) -> pandas.DataFrame:
         """Return the rows as a pandas DataFrame, a column for each field of a row. Raises AlignkitError without pandas.
@@ -57,26 +64,75 @@ def evaluate(
     seen: bool = True,
     console: Console | None = None,
     progress: bool | None = None,
+    win_rate: str = "",
+    real: str = "",
+    points: bool = False,
 ) -> Evaluation:
     """Return the rows of all runs, sorted by prompts, number of steps and reward.
 
     `rewards` are measured in addition to those that a run names. With `seen`, training prompts are measured as well, as
-    many as held-out ones. Runs that start from the same model and are measured in the same way share the measurement
+    many as held-out ones. `win_rate` names a reward: how often an image of a run has a higher score than that of the
+    model before training, and of every other run, from the same prompt and noise, stands in `wins` of the result.
+    `real` names images as data.images does, or a folder of plain images: FID and KID to them, in the features of the
+    model before training, are rows too. With `points` the weights that a run kept at its points are measured as well;
+    their rows have `update`. Runs that start from the same model and are measured in the same way share the measurement
     before training. Progress is shown on `console`; without one, in the cell of a notebook, and else nowhere. With
     `progress` True it is shown in a terminal too, with False nowhere. The rows are a list that a notebook shows as a
     table.
     """
     before: dict[str, Measurement] = {}
+    measured: list[Measured] = []
     with _bars(console, progress) as bars:
         rows = [
             replace(row, run=name, departure=run.departure() if run.weights else "")
             for run, name in zip(runs, _names(runs), strict=True)
-            for row in _rows(run, name, steps, rewards, seen, before, bars)
+            for row in _rows(run, name, steps, rewards, seen, before, bars, measured, real, points)
         ]
     # Sorting is stable: runs stay in the order given.
     names = list(dict.fromkeys(row.reward for row in rows))
     kinds = list(dict.fromkeys(row.prompts for row in rows))
-    return Evaluation(sorted(rows, key=lambda row: (kinds.index(row.prompts), row.num_steps, names.index(row.reward))))
+    result = Evaluation(
+        sorted(rows, key=lambda row: (kinds.index(row.prompts), row.num_steps, names.index(row.reward)))
+    )
+    if win_rate:
+        result.wins = list(_wins(measured, win_rate))
+    return result
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run on one kind of prompts."""
+
+    name: str
+    kind: str
+    alike: str
+    """Equal for runs that are measured in the same way, so that their images make pairs."""
+    before: Measurement
+    after: Measurement
+    trained: bool
+
+
+def _wins(measured: Sequence[Measured], reward: str) -> Iterator[WinRate]:
+    """Yield the win rates of each run over its model before training, and of every two runs."""
+    known = sorted({name for m in measured for _, name in m.after.each} - {TOTAL})
+    if reward not in known:
+        raise ConfigError(f"--win-rate: found {reward!r}, expected one of {', '.join(known)}")
+    for m in measured:
+        if m.trained:
+            yield from _of_kind(win_rates(m.name, m.after, "before training", m.before, reward), m.kind)
+    for one, other in combinations(measured, 2):
+        if one.kind != other.kind or one.name == other.name:
+            continue
+        if one.alike != other.alike:
+            raise ConfigError(
+                f"--win-rate: {one.name} and {other.name} are not measured alike; give both the same prompts, seed and "
+                f"settings of {reward} with --set evaluate.prompts=..., evaluate.seed=... and reward.{reward}.KEY=..."
+            )
+        yield from _of_kind(win_rates(one.name, one.after, other.name, other.after, reward), one.kind)
+
+
+def _of_kind(found: Sequence[WinRate], kind: str) -> list[WinRate]:
+    return [replace(rate, prompts=kind) for rate in found]
 
 
 def _bars(console: Console | None, wanted: bool | None) -> Progress | CellProgress:
@@ -103,6 +159,9 @@ def _rows(
     seen: bool,
     before: dict[str, Measurement],
     bars: Progress | CellProgress,
+    measurements: list[Measured],
+    real: str,
+    points: bool,
 ) -> list[Row]:
     config, settings = run.config, run.config.evaluate
     prompts: dict[str, list[Example]] = {"unseen": run.held_out()}
@@ -117,7 +176,11 @@ def _rows(
         for examples in prompts.values():
             rewards.check(examples)
         policy = run.policy()
+        photos = policy.features(real_images(real, policy.image_size).to(policy.device)).cpu() if real else None
         rewards.load(policy.device)
+        weights: dict[int | None, Mapping[str, Tensor]] = {None: run.weights}
+        if points:
+            weights |= {update: policy.read_export(folder) for update, folder in run.points()}
         rows: list[Row] = []
         for kind, examples in prompts.items():
             if not examples:
@@ -142,12 +205,18 @@ def _rows(
             if key not in before:
                 with policy.reference():
                     before[key] = measured("before")
-            with policy.using(run.weights):
-                after = measured("after")
-            found = compare(before[key], after, rewards.held_out) + drift(
-                before[key].features, after.features, len(examples)
-            )
-            rows += [replace(row, prompts=kind) for row in found]
+            for update, used in weights.items():
+                with policy.using(used):
+                    after = measured("after" if update is None else f"update {update}")
+                found = compare(before[key], after, rewards.held_out)
+                found += drift(before[key].features, after.features, len(examples))
+                if photos is not None:
+                    found += realism(before[key].features, after.features, photos, len(examples))
+                rows += [replace(row, prompts=kind, update=update) for row in found]
+                if update is None:
+                    alike = repr((config.rewards, settings.seed, settings.samples, examples, chosen, extra))
+                    one = Measured(name, kind, alike, before[key], after, bool(run.weights))
+                    measurements.append(one)
     return rows
 
 
@@ -162,6 +231,29 @@ def drift(before: Mapping[int, Tensor], after: Mapping[int, Tensor], prompts: in
             continue
         distance, low, high = kernel_distance(features, after[num_steps], prompts)
         rows.append(Row(DRIFT, num_steps, prompts, 0.0, distance, distance, low, high))
+    return rows
+
+
+def realism(before: Mapping[int, Tensor], after: Mapping[int, Tensor], real: Tensor, prompts: int) -> list[Row]:
+    """Return the rows of FID and KID by number of steps, between features (N, D) of images and (M, D) of `real` ones.
+
+    Raises ConfigError for too few prompts or real images.
+    """
+    if min(prompts, len(real)) < BLOCKS:
+        raise ConfigError(
+            f"--fid: found {prompts} prompts and {len(real)} real images, expected at least {BLOCKS} of each; raise "
+            "evaluate.limit or name more images"
+        )
+    rows = []
+    for num_steps, features in before.items():
+        for name, distance in DISTANCES.items():
+            first, second, change = distances(distance, features, after[num_steps], real, prompts)
+            rows.append(
+                Row(
+                    name, num_steps, prompts, first.value, second.value, change.value, change.low, change.high,
+                    first.low, first.high, second.low, second.high,
+                )
+            )  # fmt: skip
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Choose among the points of a run: the highest trained reward at which no held-out reward fell."""
+"""Choose among the points of a run: the highest trained reward at which no held-out reward fell; the smallest FID."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from alignkit.evaluation.hacking import ENOUGH, fallen
+from alignkit.evaluation.realism import FID
 from alignkit.evaluation.rows import TOTAL, Row
 
 
@@ -56,4 +57,24 @@ def _hacked(update: int, rises: Mapping[int, float], falls: Mapping[int, Sequenc
     return (
         f"update {update}: trained reward {rises[update]:+.3f}, but {row.reward} {row.difference:+.3f} "
         f"[{row.low:+.3f}, {row.high:+.3f}] at {row.num_steps} step{'s' * (row.num_steps > 1)}"
+    )
+
+
+def elbow(rows: Sequence[Row]) -> str:
+    """Return in one line the point of a run with the smallest FID and its reward; empty without such rows.
+
+    The elbow rule (LaSRO, 2411.15247, appendix E): beyond that point the reward rises at the expense of realism. FID
+    is the mean over numbers of steps.
+    """
+
+    def mean(update: int, name: str) -> float:
+        found = [row.after for row in rows if (row.update, row.reward) == (update, name) and row.after is not None]
+        return sum(found) / len(found)
+
+    updates = sorted({row.update for row in rows if row.update is not None and row.reward == FID})
+    if not updates:
+        return ""
+    best = min(updates, key=lambda update: mean(update, FID))
+    return (
+        f"the smallest {FID} of the points is {mean(best, FID):.3f}, at update {best}, reward {mean(best, TOTAL):.3f}"
     )

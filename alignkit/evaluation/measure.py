@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -12,6 +13,7 @@ from torch import Tensor
 from alignkit.data.decode import to_uint8
 from alignkit.evaluation.rows import TOTAL, Row
 from alignkit.evaluation.statistics import bootstrap, interval
+from alignkit.evaluation.wins import WinRate, win_rate
 from alignkit.interfaces import Policy, Sampler
 from alignkit.records import Example
 from alignkit.rewards.weighted import WeightedRewards, joined
@@ -30,9 +32,11 @@ class Measurement:
     """The scores of `images` themselves, (G,) each; a value of the prompt is a mean over its samples."""
     features: dict[int, Tensor] = field(default_factory=dict)
     """By number of steps: features (N, D) of all images, if they were requested."""
+    each: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    """The scores of all images, (samples, P) each; `values` are their means over the samples."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return values and images for a checkpoint, without the features."""
+        """Return values and images for a checkpoint, without the features and the scores of all images."""
         values, shown = ([[*key, column] for key, column in table.items()] for table in (self.values, self.shown))
         return {"values": values, "images": self.images, "shown": shown}
 
@@ -80,6 +84,7 @@ def measure(
     """
     every = [*examples] * samples
     values: dict[tuple[int, str], Tensor] = {}
+    each: dict[tuple[int, str], Tensor] = {}
     shown: dict[tuple[int, str], Tensor] = {}
     columns: list[Tensor] = []
     seen: dict[int, list[Tensor]] = {}
@@ -106,11 +111,28 @@ def measure(
         scores = joined(rewards.score_each(batches()))
         total = {TOTAL: scores.values} if rewards.rewards else {}  # nothing to sum if all rewards are held out
         for name, found in {**total, **scores.parts}.items():
-            values[num_steps, name] = found.cpu().view(samples, -1).nanmean(0)
+            each[num_steps, name] = found.cpu().view(samples, -1)
+            values[num_steps, name] = each[num_steps, name].nanmean(0)
             shown[num_steps, name] = found.cpu()[:shown_count].clone()
         columns.append(torch.stack(kept))
     kept_features = {number: torch.cat(parts) for number, parts in seen.items()}
-    return Measurement(values, torch.stack(columns, dim=1), shown, kept_features)
+    return Measurement(values, torch.stack(columns, dim=1), shown, kept_features, each)
+
+
+def win_rates(first: str, one: Measurement, second: str, other: Measurement, reward: str) -> list[WinRate]:
+    """Return how often an image of `one` scores higher than that of `other` from the same prompt and noise.
+
+    One win rate for each number of steps. Pairs of which an image could not be scored are left out.
+    """
+    found = []
+    for (num_steps, name), scores in one.each.items():
+        if name != reward or (num_steps, name) not in other.each:
+            continue
+        columns = torch.stack([scores, other.each[num_steps, name]]).permute(2, 1, 0)  # (P, samples, 2)
+        pairs = [[(a, b) for a, b in some.tolist() if not (math.isnan(a) or math.isnan(b))] for some in columns]
+        if rate := win_rate(first, second, reward, num_steps, pairs):
+            found.append(rate)
+    return found
 
 
 def compare(before: Measurement, after: Measurement | None = None, held_out: Sequence[str] = ()) -> list[Row]:

@@ -34,5 +34,7 @@ class Row:
     """Name of the run, if the table holds several."""
     departure: str = ""
     """The part of the run's settings that is not the paper's, in a few words; empty: none."""
+    update: int | None = None
+    """Update of the checkpoint, if every checkpoint of the run was measured; None: the weights that it exports."""
     held_out: bool = False
     """Whether the reward is measured but not trained on."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 from rich.table import Table
 
 from alignkit.evaluation.rows import TOTAL, Row
+from alignkit.evaluation.wins import WinRate
 
 
 def table(rows: Sequence[Row], title: str = "", wide: bool = False) -> Table:
@@ -21,7 +22,7 @@ def table(rows: Sequence[Row], title: str = "", wide: bool = False) -> Table:
 
     compared = any(row.after is not None for row in rows)
     several = len({row.run for row in rows}) > 1
-    texts = ["reward", *(["run"] if several else [])]
+    texts = ["reward", *(["run"] if several else []), *(["update"] if any(r.update is not None for r in rows) else [])]
     headings = ["steps", *texts, "before", *(["after", "change", "95 % interval"] if compared else [])]
     counts = sorted({row.count for row in rows})
     which = {"unseen": "that were not trained on", "seen": "of the training file"}
@@ -46,7 +47,7 @@ def table(rows: Sequence[Row], title: str = "", wide: bool = False) -> Table:
             continue
         cells = [
             str(row.num_steps),
-            *(getattr(row, name) for name in texts),
+            *("end" if getattr(row, name) is None else str(getattr(row, name)) for name in texts),
             mean(row.before, row.before_low, row.before_high),
         ]
         if compared:
@@ -56,6 +57,23 @@ def table(rows: Sequence[Row], title: str = "", wide: bool = False) -> Table:
                 f"[{row.low:+.3f}, {row.high:+.3f}]",
             ]
         shown.add_row(*(cell.removeprefix("-") if cell == "-0.000" else cell for cell in cells))
+    return shown
+
+
+def wins_table(wins: Sequence[WinRate]) -> Table:
+    """Format win rates."""
+    from rich import box
+    from rich.table import Table
+
+    kinds = len({rate.prompts for rate in wins}) > 1
+    shown = Table(title=f"win rates by {wins[0].reward}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in (["prompts"] * kinds) + ["first", "second"]:
+        shown.add_column(heading, overflow="fold")
+    for heading in ("steps", "first wins", "95 % interval", "ties"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for rate in wins:
+        cells = [rate.first, rate.second, str(rate.num_steps), f"{rate.rate:.3f}"]
+        shown.add_row(*[rate.prompts] * kinds, *cells, f"[{rate.low:.3f}, {rate.high:.3f}]", f"{rate.ties:.3f}")
     return shown
 
 

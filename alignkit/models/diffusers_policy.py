@@ -13,6 +13,8 @@ from typing import TypeVar
 import torch
 from diffusers import LCMScheduler
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from alignkit import diffusion
@@ -353,3 +355,19 @@ class DiffusersPolicy(Policy):
             {"format": "pt", DIFFUSERS: json.dumps({f"{UNET}{name}": value for name, value in settings.items()})},
         )
         return folder / LORA_FILE
+
+    def read_export(self, folder: Path) -> dict[str, Tensor]:
+        file = folder / (LORA_FILE if self.lora is not None else "unet/diffusion_pytorch_model.safetensors")
+        try:
+            found = load_file(file, device=str(self.device))
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{file}: cannot be read ({error})") from error
+        names = self.weights()
+        if self.lora is not None:
+            # peft puts the name of its adapter before the last part: "lora_A.default.weight" is "lora_A.weight".
+            exported = {name: UNET + name.replace(".default.", ".") for name in names}
+        else:
+            exported = {name: name for name in names}
+        if missing := [key for key in exported.values() if key not in found]:
+            raise ConfigError(f"{file}: has no {missing[0]}; expected what a run of this model exports")
+        return {name: found[key].to(names[name].dtype) for name, key in exported.items()}

@@ -1,32 +1,15 @@
-"""Win rates: how often the image of one run scores higher than that of another, on the same prompt and noise."""
+"""Win rates of the runs on a page: against the model before training, and against each other."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 
 from alignkit.evaluation.rows import TOTAL
+from alignkit.evaluation.wins import WinRate, win_rate
 from alignkit.page.record import Image, Record
 
 Images = Mapping[tuple[int, int], Image]
-
-
-@dataclass(frozen=True)
-class WinRate:
-    """The share of prompts on which `first` scores higher than `second`; a tie counts half."""
-
-    first: str
-    second: str
-    reward: str
-    num_steps: int
-    count: int
-    """Number of prompts."""
-    rate: float
-    low: float
-    """Lower end of the 95 % interval (Wilson 1927), which has a width at 0 and 1 too; `high` is the upper end."""
-    high: float
 
 
 def win_rates(records: Sequence[Record]) -> list[WinRate]:
@@ -58,13 +41,6 @@ def _rates(first: str, these: Images, second: str, those: Images, summed: bool) 
     for reward, column in columns.items():
         for steps in sorted({number for _, number in keys}):
             pairs = [pair for pair, (_, number) in zip(column, keys, strict=True) if number == steps]
-            wins = [((a > b) + (a >= b)) / 2 for a, b in pairs if a is not None and b is not None]
-            if wins:
-                yield WinRate(first, second, reward, steps, len(wins), *_wilson(sum(wins) / len(wins), len(wins)))
-
-
-def _wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float, float]:
-    """Return a share of `count` and its score interval."""
-    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    reach = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
-    return share, max(0.0, middle - reach), min(1.0, middle + reach)
+            known = [[(a, b)] for a, b in pairs if a is not None and b is not None]
+            if found := win_rate(first, second, reward, steps, known):
+                yield found

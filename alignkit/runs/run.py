@@ -245,6 +245,14 @@ class Run(Parts):
         saved = self._newest_checkpoint()
         return (saved / checkpoint.MANIFEST).read_text(encoding="utf-8") if saved else ""
 
+    def points(self) -> list[tuple[int, Path]]:
+        """Return the updates of the points that kept their weights, and the folders that hold these."""
+        folder = self.folder / "points"
+        if not self.has_folder:
+            return []
+        found = [(update, folder / f"{update:06d}") for update in checkpoint.steps(folder) if update]
+        return [(update, point) for update, point in found if any(point.glob("*.safetensors"))]
+
     def export(
         self,
         out: str | Path = "",

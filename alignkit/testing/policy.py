@@ -246,12 +246,16 @@ def _other_weights(policy: Policy, prompt: Prompt, images: Tensor) -> None:
 
 
 def _export(policy: Policy, weights: dict[str, Tensor]) -> None:
-    """Check that equal weights give equal files, and other weights other files."""
+    """Check that equal weights give equal files, other weights other files, and that the files are read back."""
     halved = {name: p / 2 for name, p in weights.items()}
     with tempfile.TemporaryDirectory() as folder:
         written = [_exported(policy, Path(folder) / str(i), w) for i, w in enumerate((weights, weights, halved))]
+        found = policy.read_export(Path(folder) / "2")
     expect(written[0] == written[1], "export: found other files for equal weights")
     expect(written[0] != written[2], "export: found the same files for other weights")
+    expect(found.keys() == weights.keys(), f"read_export: found weights {list(found)}, expected {list(weights)}")
+    for name, value in found.items():
+        same(value, halved[name], f"read_export: {name} and what export was given", NEARLY)
 
 
 def _exported(policy: Policy, folder: Path, weights: dict[str, Tensor]) -> dict[str, bytes]:

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 from alignkit.commands.evaluate import as_csv, evaluate
 from alignkit.errors import ConfigError
+from alignkit.evaluation.choice import elbow
 from alignkit.evaluation.rows import Row
 from alignkit.evaluation.table import table
 from alignkit.runs.run import Run, open_run
@@ -148,3 +150,41 @@ def test_features_are_those_of_the_model_before_training(tiny_run: MakeRun, tmp_
             parameter += 0.3
     assert torch.equal(policy.features(images), before)
     torch.testing.assert_close(policy.features(images[1:2]), before[1:2], rtol=1e-4, atol=1e-5)
+
+
+def test_runs_are_compared_image_by_image(trained: list[Run]) -> None:
+    rows = evaluate(trained, steps=[1], seen=False, win_rate="brightness")
+    pairs = {(w.first, w.second): w for w in rows.wins}
+    assert list(pairs) == [("first", "before training"), ("second", "before training"), ("first", "second")]
+    assert all(w.count == 5 and w.prompts == "unseen" and w.low <= w.rate <= w.high for w in rows.wins)
+    with pytest.raises(ConfigError, match="--win-rate: found 'beauty', expected one of brightness"):
+        evaluate(trained, steps=[1], seen=False, win_rate="beauty")
+    other = open_run(trained[1].folder, {"evaluate.seed": 5})
+    with pytest.raises(ConfigError, match="first and second are not measured alike"):
+        evaluate([trained[0], other], steps=[1], seen=False, win_rate="brightness")
+
+
+def test_points_and_the_distance_to_real_images_are_rows(tiny_run: MakeRun, tmp_path: Path) -> None:
+    prompts = tmp_path / "twenty.txt"
+    prompts.write_text("\n".join(f"a red circle {i}" for i in range(20)), encoding="utf-8")
+    evaluation = {"evaluate.points": 2, "evaluate.limit": 20, "evaluate.prompts": str(prompts)}
+    run = tiny_run("pointed", {**QUICK, "train.updates": 2, "train.learning_rate": 0.05, **evaluation})
+    list(run.train())
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for i in range(24):
+        pixels = torch.randint(256, (16, 16, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(photos / f"{i}.png")
+    opened = open_run(run.folder)
+    rows = evaluate([opened], steps=[1], seen=False, real=str(photos), points=True)
+    found = {(row.reward, row.update): row for row in rows}
+    assert {update for name, update in found if name == "fid"} == {None, 1, 2}
+    fid = found["fid", None]
+    assert fid.before > 0 and fid.after is not None and fid.difference == pytest.approx(fid.after - fid.before)
+    # The run exports the weights of its last update, without an average; so does its last point.
+    assert found["reward", 2].after == pytest.approx(found["reward", None].after)
+    assert found["reward", 1].after != found["reward", 2].after
+    assert elbow(rows).startswith("the smallest fid of the points is ")
+    with pytest.raises(ConfigError, match="contains no image"):
+        evaluate([opened], steps=[1], seen=False, real=str(tmp_path / "pointed" / "checkpoints"))

@@ -150,6 +150,11 @@ class FlowPoints(Policy):
         state |= {name: value.detach().cpu().contiguous() for name, value in weights.items()}
         return save(folder, state)
 
+    def read_export(self, folder: Path) -> dict[str, Tensor]:
+        """The trained part of such a checkpoint."""
+        state = load_file(folder / WEIGHTS)
+        return {name: state[name] for name in self.weights()}
+
 
 def _features_of(text: str) -> Tensor:
     """(TEXT,) numbers in [-1, 1]; zeros for the empty text."""
