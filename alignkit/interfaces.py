@@ -215,7 +215,13 @@ class Reward(ABC):
 
     def check(self, examples: Iterable[Example]) -> None:
         """Raise ConfigError naming an example that can never be scored. Called before any weight loads, and again
-        with fewer of them, or none, to find the first that is rejected."""
+        with fewer of them, or none, to find the first that is rejected. Sends nothing to other machines."""
+        return
+
+    def check_server(self, examples: Iterable[Example]) -> None:
+        """Ask the server that scores, where there is one, whether it is there and can score the examples.
+
+        As `check`, and after it; `alignkit check` calls it with --servers alone. Sends no image."""
         return
 
     def explain(self, example: Example) -> list[str]:

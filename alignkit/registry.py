@@ -12,7 +12,6 @@ import importlib
 import inspect
 import os
 import re
-import tomllib
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import pluggy
 
 from alignkit import hookspecs, interfaces
 from alignkit.errors import AlignkitError, PluginError
+from alignkit.files import parse_toml, read_text
 
 GROUP = "alignkit"
 DISABLE = "ALIGNKIT_DISABLE_PLUGINS"
@@ -250,8 +250,8 @@ def _checked_name(kind: str, name: str) -> str:
 
 def _about_recipe(name: str, path: Path) -> str:
     """Return "ALGORITHM: COMMENT" from the file of a recipe, with its first comment; raises for an unusable file."""
-    text = path.read_text(encoding="utf-8")
-    algorithm = tomllib.loads(text).get("algorithm", {}).get("name")
+    text = read_text(path)
+    algorithm = parse_toml(text).get("algorithm", {}).get("name")
     if not algorithm:
         raise ValueError(f"recipe {name}: {path} names no algorithm; write [algorithm] with name = ...")
     comments = (line.strip("# ") for line in text.splitlines() if line.startswith("#"))

@@ -19,6 +19,7 @@ Steps = Annotated[int | None, typer.Option(help="Steps of the sampler (sampler.n
 Out = Annotated[str | None, typer.Option(metavar="FOLDER", help="The run folder (output).")]
 Seed = Annotated[int | None, typer.Option(help="Seed of all randomness (seed).")]
 StepList = Annotated[str | None, typer.Option(metavar="N[,N...]", help="Numbers of sampler steps, as 1,2,4.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Import code and send tokens as the run file says.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key, in TOML; repeatable.")]
 
 

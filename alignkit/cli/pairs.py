@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from alignkit.cli.options import Json, Rewards, Set, Steps, overrides
+from alignkit.cli.options import Json, Rewards, Set, Steps, Trust, overrides
 from alignkit.cli.output import loading, print_json
 from alignkit.errors import AlignkitError
 
@@ -33,6 +33,7 @@ def pairs(
     steps: Steps = None,
     seed: NoiseSeed = 0,
     assignments: Set = None,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Make preference pairs with a model and a reward.
@@ -60,7 +61,7 @@ def pairs(
                 raise AlignkitError(f"--{name}: {source} holds images, and none is generated; leave it out")
         made = pairs_of_images(load(None, changes), Path(source), out, limit=limit, every=every, margin=margin)
     else:
-        run = open_run(source, changes)
+        run = open_run(source, changes, trust)
         made = make_pairs(run, out, count=count, limit=limit, steps=steps, seed=seed, every=every, margin=margin)
     for what in made.skipped:
         typer.echo(f"skipped as broken: {what}", err=True)

@@ -21,6 +21,7 @@ from alignkit.cli.options import (
     Set,
     StepList,
     Steps,
+    Trust,
     overrides,
     step_list,
 )
@@ -41,18 +42,26 @@ def check(
     out: Out = None,
     seed: Seed = None,
     assignments: Set = None,
+    trust: Trust = False,
+    servers: Annotated[bool, typer.Option("--servers", help="Also ask the servers of rewards.")] = False,
 ) -> None:
     """Find all mistakes in a run file before any weight loads.
 
+    A run file is a program. Lists the code that it would import, with the place of each, and the addresses that it
+    would send to. Nothing is sent without --servers.
+
     \b
     alignkit check run.toml
+    alignkit check run.toml --servers
     alignkit check run.toml --algo lasro --set train.updates=500
     """
     with loading():
         from alignkit.runs.run import load
 
-    run = load(file, overrides(algo, reward, model, steps, out, seed, assignments, recipe))
-    skipped = run.check()
+    run = load(file, overrides(algo, reward, model, steps, out, seed, assignments, recipe), trust=trust)
+    for line in run.disclosure():
+        typer.echo(line)
+    skipped = run.check(servers)
     for what in skipped:
         typer.echo(f"skipped as broken: {what}")
     for warning in run.warnings():
@@ -71,6 +80,7 @@ def train(
     seed: Seed = None,
     assignments: Set = None,
     resume: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Resume an interrupted run.")] = None,
+    trust: Trust = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the run folder.")] = False,
     plain: Annotated[bool, typer.Option("--plain", help="Print a line a round instead of a live view.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show all metrics.")] = False,
@@ -96,7 +106,7 @@ def train(
     with nullcontext() if console is None else loading(console):
         from alignkit.runs.run import load
 
-        run = load(file, changes, resume=resume)
+        run = load(file, changes, resume=resume, trust=trust)
 
     received = signal.SIGINT
 
@@ -132,6 +142,7 @@ def prepare_run(
     model: Model = None,
     cache: Annotated[str | None, typer.Option(metavar="FOLDER", help="The cache (data.cache).")] = None,
     assignments: Set = None,
+    trust: Trust = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -151,7 +162,7 @@ def prepare_run(
         from alignkit.runs.run import load
 
     changes = overrides(algo, None, model, None, None, None, assignments, recipe)
-    run = load(file, changes | ({"data.cache": cache} if cache is not None else {}))
+    run = load(file, changes | ({"data.cache": cache} if cache is not None else {}), trust=trust)
     prepared, notes = prepare(run, None if quiet or as_json else Console(stderr=True))
     for note in notes:
         typer.echo(note, err=True)
@@ -204,6 +215,7 @@ def evaluate_runs(
     points: Annotated[bool, typer.Option("--points", help="Measure the weights of every point of a run too.")] = False,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the rows to a CSV file.")] = None,
     assignments: Set = None,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Measure rewards and drift before and after training.
@@ -240,7 +252,7 @@ def evaluate_runs(
     if csv is not None and csv.exists():
         raise AlignkitError(f"--csv {csv}: exists already; choose another name")
     changes = overrides(None, None, None, None, None, None, assignments)
-    runs = [open_run(source, changes) for source in sources]
+    runs = [open_run(source, changes, trust) for source in sources]
     rows = evaluate(
         runs, step_list(steps), reward or (), not unseen, Console(stderr=True),
         win_rate=win_rate or "", real=fid or "", points=points,

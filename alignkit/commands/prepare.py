@@ -44,7 +44,7 @@ def prepare(run: Run, console: Console | None = None) -> tuple[list[Prepared], l
     cache = run.encoder_cache()
     if cache is None:
         raise ConfigError("data.cache: missing; name a folder for the encoded data")
-    run.check()
+    run.check(servers=False)
     skipped = run.skipped()
     # Guidance needs the empty prompt.
     texts = dict.fromkeys(

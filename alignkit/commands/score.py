@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from alignkit.config.load import RunConfig
 from alignkit.config.load import load as load_config
-from alignkit.data.decode import UNREADABLE, as_rgb
+from alignkit.data.decode import UNREADABLE, as_rgb, open_image
 from alignkit.data.image_files import GRID, METADATA, read_table
 from alignkit.data.prompts import read_examples
 from alignkit.errors import AlignkitError, ConfigError
@@ -141,7 +140,7 @@ def _batches(files: Sequence[Path], examples: Sequence[Example], most: int) -> I
 def _read(file: Path) -> Tensor:
     """Read an image as (3, H, W) uint8. Raises AlignkitError if that fails."""
     try:
-        with Image.open(file) as opened:
+        with open_image(file) as opened:
             return torch.from_numpy(np.array(as_rgb(opened))).permute(2, 0, 1).contiguous()
     except UNREADABLE as error:
         raise AlignkitError(f"{file}: cannot be read as an image ({error})") from error

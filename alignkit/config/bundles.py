@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from alignkit.errors import AlignkitError, ConfigError
+from alignkit.files import read_json
 from alignkit.interfaces import ModelBundle, Policy
 from alignkit.records import PolicySettings
 from alignkit.registry import Registry, default_registry
@@ -72,7 +72,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     """Return the parts of the diffusers pipeline in a folder, by name. Raises ConfigError for an unreadable index."""
     index = folder / INDEX
     try:
-        parts = json.loads(index.read_text(encoding="utf-8"))
+        parts = read_json(index)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model: {index} is not a readable pipeline index ({error})") from error
     return parts if isinstance(parts, dict) else {}

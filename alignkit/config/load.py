@@ -32,6 +32,7 @@ from alignkit.config.sections import (
     TrainConfig,
 )
 from alignkit.config.sources import LISTS, RESOLVED, Layer, Layers, RunFile, model_layer, nest
+from alignkit.config.trust import texts
 from alignkit.data.prompt_sets import prompt_file
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.interfaces import ModelBundle
@@ -76,13 +77,17 @@ RENAMED = {
 
 
 def load(
-    path: str | Path | None = None, overrides: Mapping[str, Any] | None = None, registry: Registry | None = None
+    path: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    registry: Registry | None = None,
+    trust: bool = False,
 ) -> RunConfig:
     """Load the run that the run file at `path` (None: defaults alone) and `overrides` describe.
 
     Keys of `overrides` are dotted ("train.updates", "reward.clip_score.weight"); "reward" is a list of names or
-    tables and replaces the list of the file; "recipe" is the name of a recipe, or "paper" for none. Raises ConfigError
-    with one line for each mistake.
+    tables and replaces the list of the file; "recipe" is the name of a recipe, or "paper" for none. Without `trust`,
+    the run refuses code from outside of installed distributions, and addresses for tokens, that the file alone names
+    (`alignkit.config.trust`). Raises ConfigError with one line for each mistake.
     """
     registry = registry or default_registry()
     file = RunFile(Path(path)) if path else None
@@ -93,7 +98,8 @@ def load(
     local = file.resolve(model) if file else Path(model)
     registered = any(row.kind == "model" for row in registry.named(model))
     bundle = find_bundle(model if registered or not local.is_dir() else str(local), registry)
-    return _Loader(registry, model, bundle, file, changes).run()
+    config = _Loader(registry, model, bundle, file, changes).run()
+    return config if trust or file is None else replace(config, stated=frozenset(texts(changes)))
 
 
 def to_toml(config: RunConfig) -> str:

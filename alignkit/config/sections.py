@@ -9,6 +9,7 @@ from annotated_types import Ge, Gt, IsFinite, Le, Lt, MinLen
 
 from alignkit.config.ranges import NotNegative, Positive
 from alignkit.config.schema import check_ranges
+from alignkit.imports import CodeName
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,12 @@ class DataConfig(Section):
     _held_out appended."""
     prompt_column: str = ""
     """Column of the prompt in .jsonl and .parquet files; empty: "text", "prompt" or "caption"."""
-    images: str = ""
+    images: CodeName = ""
     """Captioned images, for algorithms and regularisers that need them: a folder, a .jsonl file, .tar shards as
     "shards/{0000..0012}.tar", a data set as "datasets:owner/name", or "package.module:Class"."""
     caption_column: str = ""
     """Column of the caption in tables, .json members and data sets; empty: "text", "caption" or "prompt"."""
-    pairs: str = ""
+    pairs: CodeName = ""
     """Preference pairs, for algorithms that need them: a folder with pairs.jsonl (from `alignkit pairs` or `alignkit
     prefer`), a .jsonl file, .parquet in Pick-a-Pic's columns or a folder of it, or "package.module:Class"."""
     on_error: Literal["raise", "skip"] = "raise"
@@ -296,6 +297,8 @@ class RunConfig(Section):
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    stated: frozenset[str] | None = field(default=None, compare=False, repr=False)
+    """Texts among the settings that the user stated, and not a run file alone; None: all are the user's own."""
 
 
 TOP: dict[str, Any] = {"output": str, "seed": Annotated[int, Ge(0)], "recipe": str}

@@ -3,7 +3,6 @@ each."""
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,15 @@ from typing import Any
 from alignkit.config import toml
 from alignkit.config.sections import PLAIN, PLUGINS, TOP
 from alignkit.errors import ConfigError
+from alignkit.files import parse_toml, read_text
 from alignkit.registry import nearest, normalise
 
 LISTS = {"reward": "reward", "regulariser": "regulariser", "evaluate.rewards": "reward"}
 """Sections that list plugins, by name or by table, and the kind of plugin. Single fields, of overrides and of models,
 stand under the section's name and a dot."""
 
+MOST_BYTES = 1 << 20
+"""Largest run file."""
 RESOLVED = "resolved"
 """The key of a run file that holds every setting, those of its recipe included."""
 
@@ -28,13 +30,13 @@ class RunFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.text = path.read_text(encoding="utf-8-sig")
-            self.tree = tomllib.loads(self.text)
+            self.text = read_text(path, MOST_BYTES)
+            self.tree = parse_toml(self.text)
             self.resolved = self.tree.pop(RESOLVED, False)
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path}: not valid TOML: {error}") from None
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path}: not UTF-8 text: {error}") from None
+        except ValueError as error:
+            raise ConfigError(f"{path}: not valid TOML: {error}") from None
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read as a run file: {error.strerror}") from None
         if not isinstance(self.resolved, bool):

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
 from alignkit.errors import ConfigError
+from alignkit.files import parse_toml
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -22,8 +22,8 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
         raise ConfigError(f"--set {text}: expected key.path=value, for example train.updates=100")
     try:
-        parsed = tomllib.loads(f"value = {value}")
-    except tomllib.TOMLDecodeError as error:
+        parsed = parse_toml(f"value = {value}")
+    except ValueError as error:
         if value.startswith(("[", "{", '"', "'")):
             raise ConfigError(f"--set {key}: found {value}, expected a TOML value: {error}") from None
         return key, value

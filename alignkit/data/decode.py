@@ -4,14 +4,32 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 """Exceptions that Pillow raises for a file that is not a complete image."""
+
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+"""Formats of images that are read, as Pillow names them. Others, whatever a file is called, are never tried: Pillow
+would start Ghostscript for PostScript."""
+
+
+def open_image(source: Path | bytes, formats: Sequence[str] = FORMATS) -> Image.Image:
+    """Open an image file, or the bytes of one, as a context; its pixels are decoded later.
+
+    Raises one of `UNREADABLE` for a file in none of the `formats`.
+    """
+    try:
+        return Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=list(formats))
+    except UnidentifiedImageError as error:
+        raise ValueError(f"it is no image; expected {' or '.join(formats)}") from error
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -40,7 +58,7 @@ def middle_square(image: Image.Image, size: int) -> Tensor:
 
 def read_image(data: bytes, size: int) -> Tensor:
     """Decode an image file to its middle square, (3, size, size) float32 in [0, 1]. Raises one of `UNREADABLE`."""
-    with Image.open(io.BytesIO(data)) as opened:
+    with open_image(data) as opened:
         return middle_square(as_rgb(opened), size)
 
 

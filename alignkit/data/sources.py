@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from alignkit.errors import ConfigError
+from alignkit.imports import import_name
 from alignkit.records import Example, PreferencePairs
 
 T = TypeVar("T")
@@ -31,14 +32,14 @@ def find_class(source: str, base: type[T], key: str, expected: str) -> Callable[
 
     Raises ConfigError, which names the setting `key` and says what else was `expected`.
     """
-    module, _, name = source.partition(":")
     try:
-        found: Any = getattr(importlib.import_module(module), name)
-    except Exception as error:  # a user's module may raise anything
+        found: Any = import_name(source)
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
         raise ConfigError(
             f'{key}: found {source!r}, expected {expected}, or "package.module:Class" ({error})'
         ) from error
-    if not (issubclass(found, base) if isinstance(found, type) else callable(found)):
+    fits = issubclass(found, base) if isinstance(found, type) else callable(found) and not inspect.isbuiltin(found)
+    if not fits:
         raise ConfigError(f"{key}: {source} is not an {base.__module__}.{base.__qualname__}")
     chosen: Callable[[int], T] = found
     return chosen

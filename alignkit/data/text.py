@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from alignkit.errors import ConfigError
+from alignkit.files import parse_json, read_bytes
 
 COLUMNS = ("prompt", "caption", "text")
 """Default names of the column that holds the text."""
@@ -54,7 +54,7 @@ def read_lines(path: Path, key: str) -> list[tuple[str, str]]:
     """Read the non-empty lines of a text file as (location, line), for example ("p.txt, line 3", "a red car")."""
     try:
         # Not splitlines(), which also splits at characters that JSON strings may contain.
-        data = path.read_bytes()
+        data = read_bytes(path)
         lines = data.decode("utf-8-sig").split("\n")
     except OSError as error:
         raise ConfigError(f"{key}: {path} cannot be read ({error.strerror})") from error
@@ -67,11 +67,8 @@ def read_lines(path: Path, key: str) -> list[tuple[str, str]]:
 
 def json_object(text: str | bytes) -> dict[str, Any]:
     """Parse a JSON object. Raises ValueError for anything else."""
-    try:
-        record = json.loads(text)
-    except json.JSONDecodeError as error:  # without error.lineno, which is not the line of the file
-        raise ValueError(f"not JSON: {error.msg} at character {error.pos + 1}") from error
+    record = parse_json(text)
     if not isinstance(record, dict):
-        raise ValueError(f"not a JSON object: found {record!r}")
+        raise ValueError(f"not a JSON object: found {str(record)[:60]}")
     # The rows of a table share their few names, which would else be in memory once a row.
     return {sys.intern(name): value for name, value in record.items()}

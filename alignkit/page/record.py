@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ import numpy as np
 from alignkit.config.recipes import departure_of
 from alignkit.errors import AlignkitError
 from alignkit.evaluation.rows import TOTAL, Row
+from alignkit.files import parse_json, parse_toml, read_json, read_text
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 UPDATES, SAMPLES, MINUTES = "updates", "samples", "minutes"
@@ -136,7 +135,7 @@ def read_record(folder: Path) -> Record:
     record = Record(folder, folder.resolve().name)
     _read_settings(record)
     try:
-        found = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+        found = read_json(folder / "environment.json")
         record.environment = found if isinstance(found, Mapping) else {}
     except (OSError, ValueError) as error:
         record.faults.append(f"environment.json: {_reason(error)}, so machine and commit are not shown")
@@ -153,16 +152,16 @@ def last_update(folder: Path) -> int:
     except OSError:
         return 0
     for line in reversed(lines):
-        with suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            return int(json.loads(line)["step"])
+        with suppress(ValueError, KeyError, TypeError, OverflowError):
+            return int(parse_json(line, halves=True)["step"])
     return 0
 
 
 def _read_settings(record: Record) -> None:
     path = record.folder / "run.toml"
     try:
-        record.settings_text = path.read_text(encoding="utf-8")
-        record.settings = tomllib.loads(record.settings_text)
+        record.settings_text = read_text(path)
+        record.settings = parse_toml(record.settings_text)
     except (OSError, ValueError) as error:
         record.faults.append(f"run.toml: {_reason(error)}, so settings are not shown")
         return
@@ -191,9 +190,9 @@ def _read_metrics(record: Record, path: Path) -> None:
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
-                event = json.loads(line)
+                event = parse_json(line, halves=True)
                 step = int(event["step"])
-            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            except (ValueError, KeyError, TypeError, OverflowError):
                 broken += 1
                 continue
             spent = _finite(event.get("seconds")) or 0.0
@@ -260,7 +259,7 @@ def read_images(record: Record, update: int) -> dict[tuple[int, int], Image]:
     """Read the images of a point, by place of the prompt and number of steps, and add to the faults of `record`."""
     folder = record.folder / "points" / f"{update:06d}"
     try:
-        entries = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+        entries = read_json(folder / "scores.json", halves=True)
     except (OSError, ValueError) as error:
         record.faults.append(f"points/{folder.name}/scores.json: {_reason(error)}, so its images are not shown")
         return {}

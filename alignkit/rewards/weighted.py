@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from copy import copy
 from typing import Any
@@ -77,18 +77,22 @@ class WeightedRewards:
         """Whether every reward of the sum is differentiable."""
         return all(reward.differentiable for _, _, reward in self.rewards)
 
-    def check(self, examples: Iterable[Example]) -> None:
-        """Raise ConfigError that names an example that can never be scored, with its location if it is known."""
+    def check(self, examples: Iterable[Example], servers: bool = True) -> None:
+        """Raise ConfigError that names an example that can never be scored, with its location if it is known.
+
+        Without `servers` nothing is sent to those that score."""
         examples = list(examples)
         for member in self._members:
-            with blaming(member.name, member.reward, "in check"):
-                try:
-                    member.reward.check(examples)
-                except ConfigError as error:
-                    place = _refused(member.reward, examples).place
-                    if place:
-                        raise ConfigError(f"{place}: {error}") from error
-                    raise
+            checks = [member.reward.check, member.reward.check_server] if servers else [member.reward.check]
+            for check in checks:
+                with blaming(member.name, member.reward, "in check"):
+                    try:
+                        check(examples)
+                    except ConfigError as error:
+                        place = _refused(check, examples).place
+                        if place:
+                            raise ConfigError(f"{place}: {error}") from error
+                        raise
 
     def load(self, device: torch.device) -> None:
         """Load every reward."""
@@ -176,13 +180,13 @@ class WeightedRewards:
         return Scores(total.masked_fill(~valid, torch.nan), valid, parts, reasons)
 
 
-def _refused(reward: Reward, examples: Sequence[Example]) -> Example:
+def _refused(check: Callable[[Sequence[Example]], None], examples: Sequence[Example]) -> Example:
     """Find the first example that `check` refuses, by bisection; Example("") if the cause is not an example."""
     fine, refused = -1, len(examples)
     while refused - fine > 1:
         count = (fine + refused) // 2
         try:
-            reward.check(examples[:count])
+            check(examples[:count])
             fine = count
         except ConfigError:
             refused = count

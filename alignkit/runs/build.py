@@ -17,6 +17,7 @@ from alignkit import __version__
 from alignkit.config.bundles import find_bundle, find_policy, is_hub_id
 from alignkit.config.load import RunConfig, SurrogateConfig
 from alignkit.config.recipes import departure
+from alignkit.config.trust import disclosure, refuse
 from alignkit.data.images import check_images, open_images
 from alignkit.data.preferences import check_pairs, open_pairs
 from alignkit.data.prompts import read_examples
@@ -41,6 +42,7 @@ class Parts:
         self.config = config
 
     def _plugin(self, kind: str, config: Any) -> Any:
+        refuse(self.config, kind)
         return default_registry().get(kind, config.name)(**config.fields)
 
     def sampler(self, num_steps: int | None = None) -> Sampler:
@@ -75,6 +77,7 @@ class Parts:
         named, uses = self.trained_rewards(), self.algorithm().uses_rewards
         fields, kept = self.config.evaluate.held_out_rewards(), {name for name, _, _ in named}
         names = [name for name in dict.fromkeys([*fields, *further]) if name not in kept]
+        refuse(self.config, "evaluate.rewards")
         held_out = [] if uses else [(name, reward) for name, _, reward in named]
         held_out += [(name, default_registry().get("reward", name)(**fields.get(name, {}))) for name in names]
         return WeightedRewards(named if uses else [], held_out, scoring, needed=uses)
@@ -121,10 +124,12 @@ class Parts:
         """Open the captioned images to train on, at `size` pixels; None if nobody needs any."""
         data = self.config.data
         needed = self.who_needs("images")
+        refuse(self.config, "data.images")
         return open_images(data.images, size, data.caption_column, skipped) if needed else None
 
     def pairs(self, size: int, skipped: list[str] | None = None) -> Preferences | None:
         """Open the preference pairs to train on, at `size` pixels; None if the algorithm needs none."""
+        refuse(self.config, "data.pairs")
         return open_pairs(self.config.data.pairs, size, skipped) if "pairs" in self.algorithm().needs else None
 
     def departure(self) -> str:
@@ -159,11 +164,17 @@ class Parts:
         found = [self.config.evaluate.unmeasured(), surrogate.untrained() if surrogate else ""]
         return [warning for warning in found if warning]
 
-    def check(self) -> list[str]:
+    def disclosure(self) -> list[str]:
+        """Return a line for each piece of code that the run imports beyond alignkit, and each address it sends to."""
+        return disclosure(self.config)
+
+    def check(self, servers: bool = True) -> list[str]:
         """Check all that needs no weights; returns what will be skipped as broken, with its place.
 
+        Without `servers` nothing is sent to those of rewards.
         Raises ConfigError or PluginError for the first mistake.
         """
+        refuse(self.config)
         sampler, algorithm, skipped = self.sampler(), self.algorithm(), self.skipped()
         model, data, facts = self.config.model, self.config.data, self._facts()
         self._check_sampler(facts)
@@ -211,9 +222,9 @@ class Parts:
                 "none with these settings; use other rewards, or settings of either that need no gradient (`alignkit "
                 f"show {self.config.algorithm.name}`)"
             )
-        rewards.check(self.prompts(skipped))
+        rewards.check(self.prompts(skipped), servers)
         if held_out := self.held_out():
-            self.with_measured().check([*held_out, *self.point_examples()])
+            self.with_measured().check([*held_out, *self.point_examples()], servers)
         if self.config.train.export == "best" and self.config.train.updates and not (uses and self.point_examples()):
             raise ConfigError(
                 'train.export: found "best", which compares the points of a run by the reward that it trains on; '

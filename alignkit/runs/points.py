@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
-from alignkit.data.decode import UNREADABLE
+from alignkit.data.decode import UNREADABLE, open_image
 from alignkit.errors import AlignkitError
 from alignkit.evaluation.choice import choose
 from alignkit.evaluation.measure import Measurement, compare
@@ -134,7 +134,7 @@ def load_images(kept: Sequence[PointImage]) -> Tensor:
     found = []
     for file in (image.path for image in kept):
         try:
-            with Image.open(file) as image:
+            with open_image(file) as image:
                 found.append(reduced(image))
         except UNREADABLE as error:
             raise AlignkitError(f"{file}: cannot be read ({error}); expected an image as the run wrote it") from error

@@ -43,15 +43,19 @@ RESUMABLE = {"scoring.retries", "scoring.retry_seconds", "scoring.retry_limit", 
 
 
 def load(
-    path: str | Path | None = None, overrides: Mapping[str, Any] | None = None, resume: str | Path | None = None
+    path: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    resume: str | Path | None = None,
+    trust: bool = False,
 ) -> Run:
     """Return the run that a run file and overrides describe, or, with `resume`, the one in that run folder.
 
-    A resumed run accepts overrides of `RESUMABLE` only, and writes them into its run.toml when it trains. Raises
-    ConfigError with a line for every mistake; loads no weights.
+    `trust` lets the file, or the run folder, name code from anywhere and addresses that get a token; names in
+    `overrides` need none. A resumed run accepts overrides of `RESUMABLE` only, and writes them into its run.toml when
+    it trains. Raises ConfigError with a line for every mistake; loads no weights.
     """
     if resume is None:
-        return Run(load_config(path, overrides))
+        return Run(load_config(path, overrides, trust=trust))
     folder = Path(resume)
     if path is not None or (overrides or {}).keys() - RESUMABLE:
         raise ConfigError(
@@ -60,16 +64,16 @@ def load(
         )
     if not (folder / "run.toml").is_file():
         raise ConfigError(f"--resume {folder}: no run.toml here; expected the folder of a run that was started before")
-    run = open_run(folder, overrides)
+    run = open_run(folder, overrides, trust)
     run.rewrites = bool(overrides)
     return run
 
 
-def open_run(source: str | Path, overrides: Mapping[str, Any] | None = None) -> Run:
-    """Return the run in a run folder, or for the name of a model an untrained run of it. `overrides` as for `load`."""
+def open_run(source: str | Path, overrides: Mapping[str, Any] | None = None, trust: bool = False) -> Run:
+    """Return the run in a run folder, or for the name of a model an untrained run of it. The rest is as for `load`."""
     folder = Path(source)
     if (folder / "run.toml").is_file():
-        return Run(load_config(folder / "run.toml", overrides), folder=folder)
+        return Run(load_config(folder / "run.toml", overrides, trust=trust), folder=folder)
     if folder.is_dir() and not is_checkpoint(folder):
         raise ConfigError(
             f"{folder}: contains neither run.toml nor a checkpoint that a policy serves (`alignkit list policies`)"

@@ -92,8 +92,7 @@ class Answers:
             **record, "winner": winner, "loser": loser, "answer": choice, "left": images[0], "right": images[1],
             "prompt": pair.prompt, "copy": pair.copy,
         }  # fmt: skip
-        # Half of a surrogate pair cannot be encoded; with a backslash it is the escape that JSON has for it.
-        data = json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        data = json.dumps(line, ensure_ascii=False).encode() + b"\n"
         self._unchanged()
         try:
             self._append(data)

@@ -17,11 +17,18 @@ from urllib.parse import urlsplit
 
 from alignkit import __version__
 from alignkit.errors import AlignkitError, PluginError, TransientError
+from alignkit.files import parse_json
+from alignkit.serving.connections import Connections
 
 PROTOCOL = 1
 """Protocol version, sent in every request and response. Requests with another version are refused."""
 TOKEN = "ALIGNKIT_TOKEN"
 """Name of the environment variable with the token; if it is set, clients must send it."""
+
+MOST_CONNECTIONS = 512
+"""Connections at a time, each with a thread. The limit of files that a process may open is 1024 on most machines."""
+SECONDS = 60.0
+"""Time for a client to send a request, and again to read the answer; a server cuts off those that take longer."""
 
 _NUMBER = re.compile(r"[0-9]{1,15}")
 
@@ -60,7 +67,7 @@ class JsonServer(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 128  # connections not yet accepted; many processes may connect at once
     patience = 60.0
-    """Seconds that a request waits for a free slot before it gets status 503."""
+    """Seconds that a complete request waits for a free slot before it gets status 503."""
 
     def __init__(
         self,
@@ -78,6 +85,7 @@ class JsonServer(ThreadingHTTPServer):
         """
         self.routes, self.token, self.max_bytes = dict(routes), token, max_bytes
         self.max_requests, self.slots = max_requests, threading.BoundedSemaphore(max_requests)
+        self.connections = Connections(MOST_CONNECTIONS, max_requests * max_bytes, SECONDS)
         host = host.strip("[]")
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), _Handler)
@@ -87,6 +95,23 @@ class JsonServer(ThreadingHTTPServer):
         """The URL of this server, with the actual port if port 0 was requested."""
         host, port = self.server_address[:2]
         return f"http://[{host!s}]:{port}" if self.address_family == socket.AF_INET6 else f"http://{host!s}:{port}"
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start the thread of a connection, where there is room for it."""
+        if self.connections.add(request):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection."""
+        self.connections.remove(request)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """Cut off late clients; `serve_forever` calls it twice a second."""
+        super().service_actions()
+        self.connections.cut_late()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Print errors, except those of clients that disconnect."""
@@ -99,31 +124,41 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version = f"alignkit/{__version__}"
     sys_version = ""
-    timeout = 60  # seconds without data from the client before the connection is closed
+    timeout = SECONDS  # also where no `serve_forever` runs
+
+    def handle_one_request(self) -> None:
+        self.server.connections.begin(self.connection)
+        super().handle_one_request()
 
     def do_GET(self) -> None:
-        if self._admitted():
-            self._answer()
+        self._answer()
 
     def do_POST(self) -> None:
-        if not self._admitted():  # before the request takes up a slot
-            return
+        self._answer()
+
+    def _respond(self) -> dict[str, Any] | str:
+        """Return the response of the route. A request takes a slot once it is complete, so slow clients hold none."""
+        route = self.server.routes.get(f"{self.command} {self.path}")
+        if route is None:
+            raise Refusal(404, f"there is no {self.command} {self.path[:80]} here")
+        data = self._read_body() if self.command == "POST" else b""
+        self.server.connections.work(self.connection)
+        if self.command == "GET":
+            return route({})
         if not self.server.slots.acquire(timeout=self.server.patience):
-            self._send(503, {"error": f"{self.server.max_requests} requests are in progress; try again"})
-            return
+            raise Refusal(503, f"{self.server.max_requests} requests are in progress; try again")
         try:
-            self._answer()
+            return route(_parsed(data))
         finally:
             self.server.slots.release()
 
     def _answer(self) -> None:
+        if not self._admitted():
+            return
         status = 200
         body: dict[str, Any] | str
         try:
-            route = self.server.routes.get(f"{self.command} {self.path}")
-            if route is None:
-                raise Refusal(404, f"there is no {self.command} {self.path[:80]} here")
-            body = route(self._body() if self.command == "POST" else {})
+            body = self._respond()
         except Refusal as refusal:
             status, body = refusal.status, {"error": str(refusal)}
         except TransientError as error:
@@ -161,7 +196,7 @@ class _Handler(BaseHTTPRequestHandler):
             return False
         return True
 
-    def _body(self) -> dict[str, Any]:
+    def _read_body(self) -> bytes:
         # A web page cannot send this type to another origin without a preflight request, which this server refuses.
         if self.headers.get_content_type() != "application/json":
             raise Refusal(415, "expected Content-Type: application/json")
@@ -170,24 +205,24 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(411, "expected a Content-Length header")
         if int(length) > self.server.max_bytes:
             raise Refusal(413, f"found {length} bytes, expected {self.server.max_bytes} or fewer")
-        data = self.rfile.read(int(length))
+        data = bytearray()
+        while len(data) < int(length):
+            piece = self.rfile.read1(min(int(length) - len(data), 1 << 16))
+            if not piece:
+                raise ConnectionError("the client disconnected")
+            if not self.server.connections.receive(self.connection, len(piece)):
+                self.close_connection = True
+                raise Refusal(503, "other requests take all memory for requests; try again")
+            data += piece
         del self.headers["Content-Length"]  # nothing is left for _discard to read
-        try:
-            body = json.loads(data)
-        except (ValueError, RecursionError):
-            body = None
-        if not isinstance(body, dict):
-            raise Refusal(400, "expected a JSON object")
-        if body.get("protocol") != PROTOCOL:
-            found = str(body.get("protocol"))[:20]
-            raise Refusal(409, f"found protocol {found}, expected {PROTOCOL}; use the same version of alignkit")
-        return body
+        return bytes(data)
 
     def _send(self, status: int, body: dict[str, Any] | str) -> None:
         if isinstance(body, str):
             data, kind = body.encode(), "text/html; charset=utf-8"
         else:
             data, kind = json.dumps({"protocol": PROTOCOL, **body}, allow_nan=False).encode(), "application/json"
+        self.server.connections.answer(self.connection)
         try:
             self._discard()
             self.send_response(status)
@@ -216,3 +251,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Log nothing, because one line per request would hide the errors."""
+
+
+def _parsed(data: bytes) -> dict[str, Any]:
+    """Return the JSON object of a request. Raises Refusal for anything else."""
+    try:
+        body = parse_json(data)
+    except ValueError as error:
+        raise Refusal(400, f"expected a JSON object: {error}") from None
+    if not isinstance(body, dict):
+        raise Refusal(400, "expected a JSON object")
+    if body.get("protocol") != PROTOCOL:
+        found = str(body.get("protocol"))[:20]
+        raise Refusal(409, f"found protocol {found}, expected {PROTOCOL}; use the same version of alignkit")
+    return body

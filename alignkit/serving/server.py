@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 import math
 import os
@@ -28,12 +27,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from alignkit import __version__
 from alignkit.config.load import RewardConfig
 from alignkit.config.load import load as load_config
-from alignkit.data.decode import UNREADABLE, as_rgb
+from alignkit.data.decode import UNREADABLE, as_rgb, open_image
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.models.device import find_device
 from alignkit.records import Example
@@ -55,7 +53,8 @@ class Limits:
     pixels: int = 64 << 20
     """Pixels of all images in a request together."""
     requests: int = 4
-    """Requests that are read or scored at a time. Others wait; after a minute they get status 503."""
+    """Requests that are decoded or scored at a time; others wait, and after a minute get status 503. Those that are
+    still on their way take as much memory as this number of the largest ones at most."""
 
 
 def open_server(
@@ -185,7 +184,10 @@ class RewardServer(JsonServer):
             found = f"{len(items)} images of {width}x{height}"
             raise Refusal(413, f"found {found}, expected {self.limits.pixels} pixels or fewer")
         with self._lock:
-            levels = torch.from_numpy(np.stack([_levels(file) for file in files])).to(self.device)
+            decoded = [_levels(file) for file in files]
+            if len({one.shape for one in decoded}) > 1:  # PNG files may say that they lie on their side
+                raise Refusal(400, "found images of several sizes once they stand upright, expected one size")
+            levels = torch.from_numpy(np.stack(decoded)).to(self.device)
             # In the memory layout of a decoder's output: sums over another layout differ in the last bit.
             images = levels.permute(0, 3, 1, 2).contiguous().float() / 255
             scores = self.rewards.score(images, examples, self.chunk)
@@ -233,7 +235,7 @@ def _size(file: bytes) -> tuple[int, int]:
 def _levels(file: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Decode a PNG file to 8-bit RGB levels (H, W, 3)."""
     try:
-        with Image.open(io.BytesIO(file), formats=["PNG"]) as image:
+        with open_image(file, ["PNG"]) as image:
             return np.asarray(as_rgb(image))
     except UNREADABLE as error:
         raise Refusal(400, f"an image cannot be read ({error})") from None

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignkit.errors import AlignkitError
-from alignkit.files import _sync
+from alignkit.files import _sync, read_json
 
 TENSORS, STRUCTURE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 
@@ -87,7 +87,7 @@ def load(path: Path) -> dict[str, Any]:
         good = _newest_complete([other for other in _checkpoints(path.parent) if other != path])
         remedy = f"delete {path} to resume from {good.name}" if good else "no other is complete, start the run again"
         raise AlignkitError(f"{fault}; {remedy}")
-    structure = json.loads((path / STRUCTURE).read_text(encoding="utf-8"))
+    structure = read_json(path / STRUCTURE)
     state: dict[str, Any] = _unpack(structure, load_file(path / TENSORS))
     return state
 
@@ -164,7 +164,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 def _fault(path: Path) -> str:
     """Explain what is wrong with a checkpoint; "" if nothing is."""
     try:
-        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = read_json(path / MANIFEST)["files"]
         expected = {name: (files[name]["size"], files[name]["sha256"]) for name in (TENSORS, STRUCTURE)}
     except OSError as error:
         return f"{path / MANIFEST}: cannot be read ({error.strerror}), so this is no complete checkpoint"

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from alignkit.files import parse_json
 from alignkit_rewards.endpoint import Answer
 
 
@@ -61,7 +62,8 @@ def first_object(text: str) -> dict[str, Any]:
     """
     for start in (at.start() for at in re.finditer(r'\{(?=\s*["}])', text)):  # skips braces of the surrounding prose
         try:
-            found, _ = json.JSONDecoder().raw_decode(text, start)
+            _, end = json.JSONDecoder().raw_decode(text, start)
+            found = parse_json(text[start:end])
         except (ValueError, RecursionError):
             break
         if found:

@@ -1,4 +1,4 @@
-"""Query a server over HTTP: bounded time per answer, retries, parallel requests, no secrets in messages.
+"""Query a server over HTTP: bounded time and size of answers, retries, parallel requests, no secrets in messages.
 
 Only JSON and PNG go over the wire, never a pickle: unpickling executes code chosen by the sender.
 """
@@ -6,6 +6,7 @@ Only JSON and PNG go over the wire, never a pickle: unpickling executes code cho
 from __future__ import annotations
 
 import io
+import json
 import os
 import random
 import re
@@ -17,13 +18,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
+from urllib.parse import urlsplit
 
+import anyio
+from anyio.from_thread import BlockingPortal, start_blocking_portal
 from PIL import Image
 from torch import Tensor
 
 from alignkit.data.decode import to_uint8
 from alignkit.errors import ConfigError, TransientError
+from alignkit.files import parse_json
 from alignkit.serving.http import is_loopback
 
 A = TypeVar("A")
@@ -32,6 +37,9 @@ B = TypeVar("B")
 RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504})
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 """Seconds before the second try, doubled for each further try; and the upper limit, whatever the server requests."""
+
+MOST_BYTES = 16 << 20
+"""Largest answer. That of `alignkit serve` takes some hundred bytes an image."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +67,12 @@ class Endpoint:
     """Name of that variable; empty for no token."""
     concurrency: int
     timeout: float
-    """Seconds to wait for an answer, and after which a request is not retried."""
+    """Seconds for a request and its whole answer, and after which a request is not retried."""
     retries: int
     """Further tries of a request that failed in a way that may pass. One request takes less than two timeouts."""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", self.url):
+        if not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", self.url) or not _has_host(self.url):
             raise ConfigError(f"{self.reward}: url is {self.url!r}, expected http://HOST:PORT or https://HOST")
         if "@" in self.url:
             raise ConfigError(
@@ -91,20 +99,23 @@ class Endpoint:
                 f"{self.reward}: the environment variable {self.key_env} holds a token with characters that cannot be "
                 "sent in a header; expected printable ASCII"
             )
-        with httpx2.Client(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+        client = httpx2.AsyncClient(
+            # A compressed answer could be a thousand times as large as what is counted.
+            headers={"Accept-Encoding": "identity", **({"Authorization": f"Bearer {key}"} if key else {})},
             timeout=httpx2.Timeout(self.timeout, connect=min(self.timeout, 10.0)),
             limits=httpx2.Limits(max_connections=self.concurrency),
             trust_env=not is_loopback(httpx2.URL(self.url).host),  # a proxy cannot reach this machine's loopback
-        ) as client:
-            yield Connection(self, client, key)
+        )
+        # A thread of its own can end a request at any moment; a blocking client only between two pieces of it.
+        with start_blocking_portal() as portal, portal.wrap_async_context_manager(client):
+            yield Connection(self, client, portal, key)
 
 
 class Connection:
     """Open connections to an endpoint; thread-safe."""
 
-    def __init__(self, endpoint: Endpoint, client: Any, key: str) -> None:
-        self.endpoint, self._client, self._key = endpoint, client, key
+    def __init__(self, endpoint: Endpoint, client: Any, portal: BlockingPortal, key: str) -> None:
+        self.endpoint, self._client, self._portal, self._key = endpoint, client, portal, key
         self._stopping = threading.Event()
 
     def map(self, function: Callable[[A], B], items: Sequence[A]) -> list[B]:
@@ -130,12 +141,15 @@ class Connection:
         import httpx2
 
         end, url, begun = self.endpoint, self.endpoint.url.rstrip("/") + path, monotonic()
+        content = None if body is None else json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
         for attempt in range(end.retries + 1):
             wait = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT) * random.SystemRandom().uniform(0.75, 1.25)
             try:
-                response = self._client.request(method, url, json=body)
+                response = self._portal.call(self._exchange, method, url, content)
             except httpx2.TransportError as error:
-                problem = " ".join(f"{type(error).__name__} {error}".split())
+                problem = " ".join(f"{type(error).__name__} {_reason(error)}".split())
+            except TimeoutError:
+                problem = f"no whole answer within {end.timeout:g} seconds"
             else:
                 answer = Answer(response.status_code, _json(response), self._reason(response))
                 if answer.status not in RETRYABLE:
@@ -150,6 +164,29 @@ class Connection:
         tries = f"{attempt + 1} {'try' if attempt == 0 else 'tries'}"
         raise TransientError(f"{end.reward}: no answer from {url} in {tries} ({problem}); check that the server is up")
 
+    async def _exchange(self, method: str, url: str, content: bytes | None) -> Any:
+        """Send one request and return the response, read to its end.
+
+        Raises TimeoutError when the time is over, wherever the exchange stands, and ConfigError for too large an
+        answer.
+        """
+        import httpx2
+
+        headers = {} if content is None else {"Content-Type": "application/json"}
+        with anyio.fail_after(self.endpoint.timeout):
+            async with self._client.stream(method, url, content=content, headers=headers) as response:
+                if response.headers.get("Content-Encoding", "identity") != "identity":
+                    self._refuse(url, "compresses its answer, which no request allows")
+                data = bytearray()
+                async for piece in response.aiter_raw():
+                    data += piece
+                    if len(data) > MOST_BYTES:
+                        self._refuse(url, f"answers with more than {MOST_BYTES >> 20} MiB")
+                return httpx2.Response(response.status_code, headers=response.headers, content=bytes(data))
+
+    def _refuse(self, url: str, what: str) -> NoReturn:
+        raise ConfigError(f"{self.endpoint.reward}: {url} {what}; correct the url")
+
     def _check_status(self, answer: Answer, url: str) -> None:
         """Raise ConfigError for a refused token and for a redirect."""
         end = self.endpoint
@@ -160,7 +197,7 @@ class Connection:
                 f"right one into the environment variable that {end.key_field} names"
             )
         if 300 <= answer.status < 400:
-            raise ConfigError(f"{end.reward}: {url} answers with a redirect, which is not followed; correct the url")
+            self._refuse(url, "answers with a redirect, which is not followed")
 
     def _reason(self, response: Any) -> str:
         """Return the error message of `alignkit serve` or an OpenAI-style API, or else the beginning of the text."""
@@ -174,10 +211,27 @@ class Connection:
         return text if len(text) <= 300 else text[:300] + "..."
 
 
+def _reason(error: BaseException) -> str:
+    """Return the message of the system's error at the root of `error`, else its own."""
+    found: list[BaseException] = [error]
+    for one in found:  # grows while it is gone through
+        causes = [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
+        found += [cause for cause in causes if cause is not None and cause not in found]
+    numbers = [one.errno for one in found if isinstance(one, OSError) and one.errno and one.errno > 0]
+    return os.strerror(numbers[0]) if numbers else str(error)
+
+
+def _has_host(url: str) -> bool:
+    try:
+        return bool(urlsplit(url).hostname) and urlsplit(url).port != 0
+    except ValueError:  # a port of letters, half of the brackets of an IPv6 address
+        return False
+
+
 def _json(response: Any) -> Any:
     try:
-        return response.json()
-    except (ValueError, RecursionError):
+        return parse_json(response.content)
+    except ValueError:
         return None
 
 

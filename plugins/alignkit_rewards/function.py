@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +12,7 @@ from torch import Tensor
 
 from alignkit import Example, Reward, Scores
 from alignkit.errors import ConfigError
+from alignkit.imports import CodeName, import_name, is_name
 from alignkit.rewards.functions import scores_of
 
 
@@ -25,7 +23,7 @@ class Function(Reward):
     The function gets images (N, 3, H, W) float32 in [0, 1] and N examples with `text` and `metadata`.
     """
 
-    target: str = ""
+    target: CodeName = ""
     """The function, as "module:function"; the module is in the working directory or installed."""
     gradient: bool = False
     """Whether the values have a useful gradient with respect to the pixels. This is not verified."""
@@ -70,14 +68,11 @@ class Function(Reward):
 
     def _import(self) -> Any:
         wanted = 'expected "module:function", such as --set reward.function.target=my_rewards:sharpness'
-        module, _, name = self.target.partition(":")
-        if not module or not name:
+        if not is_name(self.target):
             raise ConfigError(f"function: target is {self.target!r}, {wanted}")
-        if os.getcwd() not in sys.path:  # the command `alignkit` does not add it
-            sys.path.append(os.getcwd())
         try:
-            function = getattr(importlib.import_module(module), name)
-        except Exception as error:
+            function = import_name(self.target)
+        except (Exception, SystemExit) as error:  # a user's module may raise anything
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise ConfigError(f"function: target {self.target!r} cannot be imported ({reason}); {wanted}") from error
         if not callable(function):

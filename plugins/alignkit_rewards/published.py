@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignkit.errors import ConfigError
+from alignkit.files import read_json
 from alignkit_rewards.checkpoints import load_errors
 
 Translated = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
@@ -71,7 +71,7 @@ def converted(
     """
     status = file.resolve().stat()
     config_file = file.parent / "config.json"
-    config_text = config_file.is_file() and config_file.read_text()
+    config_text = config_file.is_file() and config_file.read_bytes()
     parts = (reward, file.resolve(), status.st_size, status.st_mtime_ns, config_text)
     folder = cache() / f"{reward}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
     if folder.is_dir():
@@ -81,7 +81,7 @@ def converted(
         expectation = "expected the config.json of the model or its tokenizer, or no file"
         with load_errors(reward, "configuration", str(config_file), expectation):
             # The file may belong to a tokenizer in the same folder; then it describes another model.
-            if json.loads(config_file.read_text()).get("model_type") == config.model_type:
+            if read_json(config_file).get("model_type") == config.model_type:
                 config = type(config).from_pretrained(file.parent)
     weights, head = translate(read_weights(reward, "checkpoint", file))
     with torch.device("meta"):

@@ -16,6 +16,7 @@ from torch import Tensor
 from alignkit import Example, Reward, Scores, check_ranges
 from alignkit.config.ranges import Positive
 from alignkit.errors import ConfigError, PluginError
+from alignkit.imports import Token
 from alignkit.serving.http import PROTOCOL, TOKEN
 from alignkit_rewards.endpoint import Connection, Endpoint, as_png
 
@@ -32,7 +33,7 @@ class Remote(Reward):
     serves: str = ""
     """Fingerprint that the server must have, as it prints at its start; empty accepts whatever it serves when the run
     begins. Scores are cached only if this is set and the served reward has a fingerprint of its own."""
-    token_env: str = TOKEN
+    token_env: Annotated[str, Token("url")] = TOKEN
     """The environment variable with the server's token; nothing is sent if it is not set."""
     images_per_request: Annotated[int, Ge(1)] = 16
     """Images per request."""
@@ -65,14 +66,17 @@ class Remote(Reward):
         return low, high
 
     def check(self, examples: Iterable[Example]) -> None:
-        """Let the server check the prompts. This also detects a missing server before any weights load."""
-        items = [{"text": example.text, "metadata": dict(example.metadata)} for example in examples]
-        for item in items:
+        """Raise ConfigError for a prompt that cannot be sent."""
+        for item in _items(examples):
             try:
                 json.dumps(item, ensure_ascii=False, allow_nan=False).encode()
             except (TypeError, ValueError) as error:
                 reason = " ".join(str(error).split())
                 raise ConfigError(f"remote: the prompt {item['text']!r} cannot be sent as JSON ({reason})") from error
+
+    def check_server(self, examples: Iterable[Example]) -> None:
+        """Let the server check the prompts. This also detects a missing server before any weights load."""
+        items = _items(examples)
         with self._endpoint.connect() as connection:
             self._identify(connection)
             for start in range(0, len(items), 1000):
@@ -134,6 +138,11 @@ class Remote(Reward):
     def _score(self, connection: Connection, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Send one request and return the answer for each item."""
         body = self._request(connection, "POST", "/score", {"fingerprint": self._spec["fingerprint"], "items": items})
+        if body.get("fingerprint") != self._spec["fingerprint"]:
+            raise ConfigError(
+                f"remote: {self.url} answered with fingerprint {str(body.get('fingerprint'))[:40]}, expected "
+                f"{self._spec['fingerprint']}, as at its first answer; keep one reward at this address"
+            )
         answers = body.get("items")
         if not isinstance(answers, list) or len(answers) != len(items):
             found = len(answers) if isinstance(answers, list) else "no"
@@ -156,6 +165,7 @@ class Remote(Reward):
             and all(type(limits.get(key)) is int and limits[key] > 0 for key in ("items", "bytes", "pixels"))
             and isinstance(bounds, list)
             and len(bounds) == 2
+            and all(bound is None or (_is_number(bound) and math.isfinite(bound)) for bound in bounds)
         )
         if not complete:
             raise ConfigError(
@@ -193,6 +203,10 @@ class Remote(Reward):
         return answer.body
 
 
+def _items(examples: Iterable[Example]) -> list[dict[str, Any]]:
+    return [{"text": example.text, "metadata": dict(example.metadata)} for example in examples]
+
+
 def _is_answer(answer: Any) -> bool:
     """Whether it is {"valid": false}, or {"valid": true, "score": number, "parts": numbers by name}."""
     if not isinstance(answer, dict) or not isinstance(answer.get("valid"), bool):
@@ -201,4 +215,8 @@ def _is_answer(answer: Any) -> bool:
     if not isinstance(parts, dict):
         return False
     numbers = [*([answer.get("score")] if answer["valid"] else []), *parts.values()]
-    return all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
+    return all(_is_number(n) and math.isfinite(n) for n in numbers)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

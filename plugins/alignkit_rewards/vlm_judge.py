@@ -20,6 +20,7 @@ from torch import Tensor
 from alignkit import Example, Reward, Scores, check_ranges
 from alignkit.config.ranges import Positive
 from alignkit.errors import AlignkitError, ConfigError
+from alignkit.imports import Token
 from alignkit_rewards.answers import Unusable, content, first_choice, first_object, grades, scores, viescore, yes_and_no
 from alignkit_rewards.bertscore import Comparison, Measure
 from alignkit_rewards.checkpoints import Precision
@@ -96,7 +97,7 @@ class VlmJudge(Reward):
     """Whether to send the JSON schema of the answer (`response_format`); set it to false if the endpoint rejects it."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Extra keys of each request, such as {chat_template_kwargs = {enable_thinking = false}}; they take precedence."""
-    key_env: str = "ALIGNKIT_JUDGE_KEY"
+    key_env: Annotated[str, Token("url")] = "ALIGNKIT_JUDGE_KEY"
     """The environment variable with the endpoint's key; nothing is sent if it is not set."""
     concurrency: Annotated[int, Ge(1)] = 8
     """Images scored at once."""
@@ -137,11 +138,13 @@ class VlmJudge(Reward):
         return None if self.mode == "caption" else 0.0, 10.0 if self.mode == "viescore" else 1.0
 
     def check(self, examples: Iterable[Example]) -> None:
-        """Compare `model` with the endpoint's list of models, if it has one, before any weights load."""
         if not self.model:
             raise ConfigError("vlm_judge: model is missing; set reward.vlm_judge.model to its name at the endpoint")
         if self.mode == "caption":
             self._comparison.check(examples)
+
+    def check_server(self, examples: Iterable[Example]) -> None:
+        """Compare `model` with the endpoint's list of models, if it has one, before any weights load."""
         with self._endpoint.connect() as connection:
             answer = connection.request("GET", "/models")
         models = answer.body.get("data") if answer.status == 200 and isinstance(answer.body, dict) else None

@@ -16,7 +16,7 @@ CORE = ROOT / "alignkit"
 FLOORS = (
     ("errors", "records"),
     ("files", "interfaces", "hookspecs"),
-    ("registry", "diffusion", "rollout", "advantage", "groups"),
+    ("imports", "registry", "diffusion", "rollout", "advantage", "groups"),
     ("data", "distillation"),
     ("config",),
     ("models",),

@@ -58,8 +58,11 @@ class FakeRun:
 
     description = Parts.description
 
-    def check(self) -> list[str]:
-        self.calls.append("check")
+    def disclosure(self) -> list[str]:
+        return [f"imports {self.departs}"] if self.departs else []
+
+    def check(self, servers: bool = True) -> list[str]:
+        self.calls.append("check --servers" if servers else "check")
         return list(self.broken)
 
     def train(self, console: object = None, verbose: bool = False) -> Iterator[int]:
@@ -76,7 +79,9 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
     module: Any = ModuleType("alignkit.runs.run")
     module.calls, module.interrupts, module.error = [], 0, None
 
-    def load(path: Path | None = None, overrides: Any = None, resume: Path | None = None) -> FakeRun:
+    def load(
+        path: Path | None = None, overrides: Any = None, resume: Path | None = None, trust: bool = False
+    ) -> FakeRun:
         if module.error:
             raise module.error
         module.calls.append(("load", path, overrides, resume))
@@ -93,7 +98,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
         module.calls.append(("evaluate", len(runs), steps, rewards, seen))
         return [Row("acme_red", 2, 64, 0.5, 0.75, 0.25, 0.125, 0.375)]
 
-    def open_run(source: str, overrides: Any = None) -> FakeRun:
+    def open_run(source: str, overrides: Any = None, trust: bool = False) -> FakeRun:
         module.opened = overrides
         return FakeRun(module.calls)
 
@@ -232,9 +237,16 @@ def test_check_prints_one_line_where_all_is_well(engine: Any) -> None:
 def test_check_states_what_is_not_the_papers(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeRun, "departs", "recipe acme_slow, not the paper's")
     expected = (
+        "imports recipe acme_slow, not the paper's\n"
         "run.toml: no mistakes found (acme on tiny, shine and size, 3 updates; recipe acme_slow, not the paper's)\n"
     )
     assert run("check", "run.toml").stdout == expected
+
+
+def test_check_asks_no_server_unless_told_to(engine: Any) -> None:
+    run("check", "run.toml")
+    run("check", "run.toml", "--servers")
+    assert [call for call in engine.calls if "check" in call] == ["check", "check --servers"]
 
 
 def test_check_names_held_out_rewards_that_are_never_measured(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:

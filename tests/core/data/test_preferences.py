@@ -236,7 +236,7 @@ def test_a_row_without_a_pair_is_refused_or_left_out_with_its_number(
 def test_an_image_in_parquet_that_is_broken_or_missing_is_named(tmp_path: Path) -> None:
     records = [record(0, 1.0), record(1, 0.0, jpg_1=b"no image"), record(2, 1.0, jpg_0=None)]
     path = str(write_parquet(tmp_path / "p.parquet", records))
-    with pytest.raises(AlignkitError, match=r"row 1 cannot be read \(jpg_1: cannot identify"):
+    with pytest.raises(AlignkitError, match=r"row 1 cannot be read \(jpg_1: it is no image"):
         open_pairs(path, SIZE).batch(0, 3, 0)
     skipped: list[str] = []
     assert numbers(open_pairs(path, SIZE, skipped), 0, 3) == [0, 0, 0]

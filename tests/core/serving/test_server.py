@@ -171,6 +171,18 @@ def test_every_other_path_is_not_found(path: str, send: Send) -> None:
     assert send("POST", path, json=body())[0] == 404
 
 
+def test_a_png_file_that_lies_on_its_side_is_turned_and_compared_then(send: Send) -> None:
+    def item(size: tuple[int, int], turned: bool) -> dict[str, Any]:
+        file, exif = io.BytesIO(), Image.Exif()
+        exif[0x0112] = 6 if turned else 1
+        Image.new("RGB", size).save(file, "png", exif=exif)
+        return {**ONE, "png": base64.b64encode(file.getvalue()).decode()}
+
+    status, answer = send("POST", "/score", json=body(item((16, 8), False), item((16, 8), True)))
+    assert status == 400 and answer["error"].startswith("found images of several sizes once they stand upright")
+    assert send("POST", "/score", json=body(item((16, 8), True), item((16, 8), True)))[0] == 200
+
+
 def test_too_many_requests_at_a_time_are_refused_with_503(server: RewardServer, send: Send) -> None:
     server.patience = 0.05
     for _ in range(2):
@@ -307,7 +319,7 @@ def test_an_edited_function_is_another_reward_and_its_cached_scores_are_not_foun
         assert scored(server) == [1.0]  # cached
     with served("images.mean((1, 2, 3)) * 10") as server:
         with pytest.raises(ConfigError, match=f"serves function with fingerprint .*, expected {first}; start the serv"):
-            Remote(url=server.url, serves=first).check([])
+            Remote(url=server.url, serves=first).check_server([])
         assert scored(server) == [10.0]
     cache.close()
 
@@ -330,11 +342,11 @@ def test_the_command_serves_until_it_is_terminated(tmp_path: Path) -> None:
         images = (torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 255).round() / 255
         examples = [Example("a")] * 3
         with pytest.raises(ConfigError, match="refuses the token"):
-            Remote(url=url, token_env="").check(examples)
+            Remote(url=url, token_env="").check_server(examples)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("ALIGNKIT_TOKEN", "s3cret")
             remote = Remote(url=url, serves=mark)
-            remote.check(examples)
+            remote.check_server(examples)
             remote.load(torch.device("cpu"))
             assert torch.equal(remote(images, examples).values, JpegIncompressibility(70)(images, examples))
         process.send_signal(signal.SIGTERM)  # SIGINT is ignored by what a shell put into the background

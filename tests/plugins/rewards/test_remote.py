@@ -34,7 +34,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def client(server: RewardServer, **fields: Any) -> Remote:
     reward = Remote(url=server.url, **fields)
-    reward.check([Example("a red circle")])
+    reward.check_server([Example("a red circle")])
     reward.load(CPU)
     return reward
 
@@ -123,7 +123,7 @@ def test_a_prompt_that_the_reward_cannot_score_is_found_by_check() -> None:
     with serving(Odd()) as server:
         remote = Remote(url=server.url)
         with pytest.raises(ConfigError, match=r"remote: http\S+ cannot score a prompt: odd: the prompt 'unscorable 7'"):
-            remote.check([*(Example("fine") for _ in range(2500)), Example("unscorable 7")])
+            remote.check_server([*(Example("fine") for _ in range(2500)), Example("unscorable 7")])
         with pytest.raises(ConfigError, match="remote: the prompt 'a' cannot be sent as JSON"):
             remote.check([Example("a", {"when": object()})])
 
@@ -156,7 +156,7 @@ def test_a_missing_server_is_reported_in_one_line() -> None:
     with pytest.raises(
         TransientError, match=rf"remote: no answer from {url}/spec in 3 tries \(ConnectError .*\); check"
     ):
-        Remote(url=url, retries=2).check([])
+        Remote(url=url, retries=2).check_server([])
 
 
 def test_a_server_that_answers_too_late_is_not_retried(images: Tensor, examples: list[Example]) -> None:
@@ -169,7 +169,7 @@ def test_a_server_that_answers_too_late_is_not_retried(images: Tensor, examples:
 
     with serving(Slow()) as server:
         remote = client(server, timeout=0.2, retries=9)
-        with pytest.raises(TransientError, match=r"in 1 try \(ReadTimeout"):
+        with pytest.raises(TransientError, match=r"in 1 try \(no whole answer within 0.2 seconds\)"):
             remote(images, examples)
         done.set()
 
@@ -179,7 +179,7 @@ def test_another_reward_at_the_same_address_is_refused(images: Tensor, examples:
         remote = client(server, serves="first")
         port = server.server_address[1]
         with pytest.raises(ConfigError, match="serves served with fingerprint first, expected second; start"):
-            Remote(url=server.url, serves="second").check([])
+            Remote(url=server.url, serves="second").check_server([])
     with serving(Odd(), fingerprint="second", port=port):
         with pytest.raises(ConfigError, match=r"status 409: .* fingerprint first, this server has second"):
             remote(images, examples)
@@ -211,24 +211,25 @@ def test_a_server_of_another_protocol_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("alignkit.serving.http.PROTOCOL", 2)
     message = "uses protocol 2, this alignkit uses 1; install the same version of alignkit"
     with serving(Odd()) as server, pytest.raises(ConfigError, match=message):
-        Remote(url=server.url).check([])
+        Remote(url=server.url).check_server([])
 
 
 def test_a_server_that_is_not_alignkit_serve_is_reported() -> None:
     endpoint = servers.Endpoint(lambda *_: "")
     message = r"/spec is not served by `alignkit serve` \(status 404: Not Found\); correct the url"
     with servers.running(endpoint), pytest.raises(ConfigError, match=message):
-        Remote(url=endpoint.url).check([])
+        Remote(url=endpoint.url).check_server([])
 
 
 @pytest.fixture
 def lying(request: Any) -> Iterator[str]:
     """The URL of a server that answers every score request with `request.param`."""
+    other = {"fingerprint": "other"} if request.param == "of another server" else {}
     routes = {
         "GET /spec": lambda _: {"name": "x", "fingerprint": "f", "bounds": [None, None],
                                 "limits": {"items": 9, "bytes": 1 << 20, "pixels": 1 << 20}},
         "POST /check": lambda _: {"problem": None},
-        "POST /score": lambda _: {"items": request.param},
+        "POST /score": lambda _: {"fingerprint": "f", "items": request.param} | other,
     }  # fmt: skip
     server = JsonServer("127.0.0.1", 0, routes, token="", max_bytes=1 << 20, max_requests=4)
     with servers.running(server):
@@ -281,16 +282,24 @@ def test_a_malformed_answer_is_an_error_and_never_a_score(
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("lying", ["of another server"], indirect=True)
+def test_an_answer_with_another_fingerprint_is_refused(lying: str, images: Tensor, examples: list[Example]) -> None:
+    remote = Remote(url=lying)
+    remote.load(CPU)
+    with pytest.raises(ConfigError, match="answered with fingerprint other, expected f"):
+        remote(images, examples)
+
+
 def test_the_token_comes_from_the_environment_and_is_never_shown(
     images: Tensor, examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(Odd(), token="s3cret") as server:
         remote = Remote(url=server.url)
         with pytest.raises(ConfigError, match=r"refuses the token, none was sent \(status 401.*that token_env names"):
-            remote.check([])
+            remote.check_server([])
         monkeypatch.setenv("ALIGNKIT_TOKEN", "wr0ng")
         with pytest.raises(ConfigError, match="the one in the environment variable ALIGNKIT_TOKEN") as caught:
-            remote.check([])
+            remote.check_server([])
         assert "wr0ng" not in str(caught.value)
         monkeypatch.setenv("HOUSE_TOKEN", "s3cret\n")
         remote = client(server, token_env="HOUSE_TOKEN")
@@ -300,7 +309,7 @@ def test_the_token_comes_from_the_environment_and_is_never_shown(
         with pytest.raises(
             ConfigError, match=r"HOUSE_TOKEN holds a token with characters that cannot be sent"
         ) as caught:
-            remote.check([])
+            remote.check_server([])
         assert "cret" not in str(caught.value)
 
 

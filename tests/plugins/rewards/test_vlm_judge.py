@@ -48,7 +48,7 @@ def endpoint() -> Iterator[Callable[..., Endpoint]]:
 
 def judge(server: Endpoint, **fields: Any) -> VlmJudge:
     reward = VlmJudge(url=server.url, model="judge", **fields)
-    reward.check([])
+    reward.check_server([])
     reward.load(CPU)
     return reward
 
@@ -301,7 +301,7 @@ def test_an_unknown_model_is_reported_before_weights_load(
 ) -> None:
     server = endpoint(by_brightness("yes_no"))
     with pytest.raises(ConfigError, match=r"has no model 'jugde', expected one of judge, other"):
-        VlmJudge(url=server.url, model="jugde").check([])
+        VlmJudge(url=server.url, model="jugde").check_server([])
     with pytest.raises(ConfigError, match=r"vlm_judge: model is missing; set reward.vlm_judge.model"):
         VlmJudge(url=server.url).check([])
     with pytest.raises(ConfigError, match=r"no model 'jugde', or no chat completions \(status 404: The model `jugde`"):
