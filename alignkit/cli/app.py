@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -59,6 +61,12 @@ class _Group(TyperGroup):
                 raise
             _print_error(error)
             raise typer.Exit(1) from None
+        except OSError as error:  # of a file that nothing above expected to fail; a closed pipe has no name
+            if ctx.params["debug"] or error.filename is None:
+                raise
+            reason = (error.strerror or type(error).__name__).lower()
+            _print_error(AlignkitError(f"{error.filename}: {reason}; correct the path, or its permissions"))
+            raise typer.Exit(1) from None
 
 
 def _added() -> list[Component]:
@@ -67,7 +75,9 @@ def _added() -> list[Component]:
 
 def _print_error(error: AlignkitError) -> None:
     for line in str(error).splitlines():
-        typer.secho(f"error: {line}", fg="red", err=True)
+        # Messages quote files and servers, whose control characters would reach the terminal.
+        plain = "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in line)
+        typer.secho(f"error: {plain}", fg="red", err=True)
 
 
 app = typer.Typer(
@@ -90,6 +100,9 @@ def main(
     if version:
         typer.echo(f"alignkit {__version__}")
         raise typer.Exit
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may lack characters, such as Greek ones in code page 1252
+            stream.reconfigure(errors="backslashreplace")
     # Set before the libraries are imported: their notes on optional packages do not concern this run.
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")

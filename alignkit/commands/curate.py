@@ -168,13 +168,15 @@ class TextEmbedding:
 
         source = encoder or find_bundle(model).path
         inner = ({}, {}) if encoder else ({"subfolder": "text_encoder"}, {"subfolder": "tokenizer"})
+        # Without the argument, transformers asks on the terminal whether to run code that comes with a checkpoint.
+        code = {"trust_remote_code": False}
         wanted = "expected a hub id or a folder of a CLIP, BERT, T5 or sentence encoder with its tokenizer"
         try:
             with no_progress_bars():
                 network, report = AutoModel.from_pretrained(
-                    source, dtype=torch.float32, output_loading_info=True, **inner[0]
+                    source, dtype=torch.float32, output_loading_info=True, **code, **inner[0]
                 )
-                self._words: Any = AutoTokenizer.from_pretrained(source, **inner[1])
+                self._words: Any = AutoTokenizer.from_pretrained(source, **code, **inner[1])
             config = network.config
             most = getattr(getattr(config, "text_config", config), "max_position_embeddings", 512)
             self._limit = min(self._words.model_max_length, most)

@@ -35,6 +35,7 @@ from alignkit.config.sources import LISTS, RESOLVED, Layer, Layers, RunFile, mod
 from alignkit.config.trust import texts
 from alignkit.data.prompt_sets import prompt_file
 from alignkit.errors import AlignkitError, ConfigError
+from alignkit.files import path_fault
 from alignkit.interfaces import ModelBundle
 from alignkit.registry import Registry, default_registry, nearest, normalise
 
@@ -96,6 +97,8 @@ def load(
     named = [m["name"] for t in trees if isinstance(m := t.get("model"), Mapping) and isinstance(m.get("name"), str)]
     model = named[-1] if named else ModelConfig().name
     local = file.resolve(model) if file else Path(model)
+    if fault := path_fault(model) or path_fault(local):
+        raise ConfigError(f"model.name: found {model[:60]!r}, which cannot be a path: {fault}")
     registered = any(row.kind == "model" for row in registry.named(model))
     bundle = find_bundle(model if registered or not local.is_dir() else str(local), registry)
     config = _Loader(registry, model, bundle, file, changes).run()
@@ -204,7 +207,10 @@ class _Loader:
     def _value(self, key: str, hint: type) -> Any:
         value = next(layer.tree[key] for layer in reversed(self.layers.layers) if key in layer.tree)
         try:
-            return schema.convert(value, hint)
+            converted = schema.convert(value, hint)
+            if key == "output" and (fault := path_fault(converted)):
+                raise ValueError(f"found {value[:60]!r}, which cannot be a path: {fault}")
+            return converted
         except (TypeError, ValueError) as error:
             self.layers.problem(key, "", str(error))
 
@@ -330,6 +336,8 @@ class _Loader:
         """Make a path absolute: from the folder of `file` if it exists there, else from the working directory."""
         if f"{section}.{key}" not in PATHS or not isinstance(value, str) or not value:
             return value
+        if fault := path_fault(value) or (path_fault(file.resolve(value)) if file else ""):
+            raise ValueError(f"found {value[:60]!r}, which cannot be a path: {fault}")
         if re.fullmatch(r"[A-Za-z_][\w.]*:\w+|datasets:.+", value):
             return value
         if section == "model" and any(row.kind == "model" for row in self.registry.named(value)):

@@ -6,14 +6,15 @@ Missing files and captions are found here; no image is opened.
 from __future__ import annotations
 
 import glob
+import itertools
 import re
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignkit.data.text import choose_column, json_object, leave_out, read_lines
+from alignkit.data.text import choose_column, json_object, leave_out, read_lines, too_long
 from alignkit.errors import ConfigError
 
 KEY = "data.images"
@@ -22,6 +23,8 @@ METADATA = "metadata.jsonl"
 """File name of the table in a folder of images, as in the imagefolder of the `datasets` library."""
 GRID = "grid.png"
 """File name of the overview that `alignkit sample` adds to its images; no line of the table names it."""
+MOST_SHARDS = 100_000
+"""Most files that the braces of a pattern may stand for."""
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 
@@ -159,7 +162,9 @@ def _captioned(record: Mapping[str, Any], column: str) -> tuple[str, dict[str, A
 
 def _text(caption: Any) -> str:
     if not (isinstance(caption, str) and caption.strip()):
-        raise ValueError(f"expected a non-empty string as the caption, found {caption!r}")
+        raise ValueError(f"expected a non-empty string as the caption, found {repr(caption)[:60]}")
+    if too_long(caption):
+        raise ValueError(too_long(caption))
     return caption
 
 
@@ -168,19 +173,25 @@ def shards(pattern: str) -> list[Path]:
     if Path(pattern).is_file():
         return [Path(pattern)]
     found = []
-    for name in _braces(pattern):
+    names = list(itertools.islice(_braces(pattern), MOST_SHARDS + 1))
+    if len(names) > MOST_SHARDS:
+        raise ConfigError(
+            f"{KEY}: {pattern[:60]} stands for more than {MOST_SHARDS:,} files; correct the numbers in its braces"
+        )
+    for name in names:
         found += sorted(glob.glob(name)) if re.search(r"[*?[]", name) else [name]
     return [Path(name) for name in found]
 
 
 def _braces(pattern: str) -> Iterator[str]:
-    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*))\}", pattern)
+    match = re.search(r"\{(?:(\d{1,12})\.\.(\d{1,12})|([^{}]*))\}", pattern)
     if match is None:
         yield pattern
         return
     first, last, names = match.groups()
     if first is not None:
-        parts = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+        numbers = range(int(first), int(last) + 1)
+        parts: Iterable[str] = (f"{number:0{len(first)}d}" for number in numbers)
     else:
         parts = names.split(",")
     for part in parts:

@@ -14,7 +14,7 @@ from torch import Tensor
 from alignkit.data.decode import UNREADABLE, read_image
 from alignkit.data.items import Items
 from alignkit.data.sources import Preferences, find_class, open_class
-from alignkit.data.text import json_object, leave_out, read_lines, text_column
+from alignkit.data.text import json_object, leave_out, read_lines, text_column, too_long
 from alignkit.errors import ConfigError
 from alignkit.records import PreferencePairs
 
@@ -105,6 +105,8 @@ class JsonPairs(PairTable):
                 text, winner, loser = (record[key] for key in names)
                 if not all(isinstance(value, str) and value.strip() for value in (text, winner, loser)):
                     raise ValueError
+                if too_long(text):
+                    raise ConfigError(too_long(text))
             except (ValueError, KeyError, ConfigError) as error:
                 expected = 'a JSON object with "text", "winner" and "loser" as non-empty strings'
                 why = f" ({error})" if isinstance(error, ConfigError) else ""
@@ -150,6 +152,8 @@ class ParquetPairs(PairTable):
                 elif first not in (0, 1) or second not in (None, 1 - first):
                     found = f"label_0 is {first} and label_1 {second}"
                     leave_out(self._skipped, KEY, f"{where}: {found}, expected 1 and 0")
+                elif isinstance(caption, str) and too_long(caption):
+                    leave_out(self._skipped, KEY, f"{where}: {too_long(caption)}")
                 elif not (isinstance(caption, str) and caption.strip()):
                     found = f"found {caption!r}"
                     leave_out(self._skipped, KEY, f"{where}: expected a non-empty string as caption, {found}")

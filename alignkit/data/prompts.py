@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from alignkit.data.prompt_sets import PROMPT_SETS, prompt_file
-from alignkit.data.text import choose_column, json_object, leave_out, plain_columns, read_lines, text_column
+from alignkit.data.text import choose_column, json_object, leave_out, plain_columns, read_lines, text_column, too_long
 from alignkit.errors import ConfigError
 from alignkit.records import Example
 from alignkit.registry import nearest
@@ -35,12 +35,17 @@ def read_examples(
         name, rows = _read_parquet(path, column, key)
         for number, row in enumerate(rows):
             where = f"{path}, row {number}"
-            if isinstance(text := row.pop(name), str) and text.strip():
+            if isinstance(text := row.pop(name), str) and text.strip() and too_long(text):
+                leave_out(skipped, key, f"{where}: {too_long(text)}")
+            elif isinstance(text, str) and text.strip():
                 examples.append(Example(text, row, where))
             else:
                 leave_out(skipped, key, f"{where}: expected a non-empty string as {name}, found {text!r}")
     else:
         for where, line in read_lines(path, key):
+            if path.suffix != ".jsonl" and too_long(line):
+                leave_out(skipped, key, f"{where}: {too_long(line)}")
+                continue
             if path.suffix != ".jsonl":
                 examples.append(Example(line.strip(), place=where))
                 continue
@@ -49,6 +54,8 @@ def read_examples(
                 text = record.pop(text_column(record, column, "data.prompt_column"))
                 if not (isinstance(text, str) and text.strip()):
                     raise ValueError(f"the text is {text!r}")
+                if too_long(text):
+                    raise ValueError(too_long(text))
                 examples.append(Example(text, record, where))
             except (ValueError, ConfigError) as error:
                 wanted = f'"{column}"' if column else '"prompt", "caption" or "text"'

@@ -14,6 +14,17 @@ COLUMNS = ("prompt", "caption", "text")
 """Default names of the column that holds the text."""
 
 
+MOST_CHARACTERS = 10_000
+"""Longest text of a prompt or caption. Text encoders read a hundredth of it, and rewards take apart every word."""
+
+
+def too_long(text: str) -> str:
+    """Return why a text cannot be a prompt or caption if it is longer than `MOST_CHARACTERS`, else ""."""
+    if len(text) <= MOST_CHARACTERS:
+        return ""
+    return f"the text has {len(text):,} characters, expected {MOST_CHARACTERS:,} or fewer"
+
+
 def leave_out(skipped: list[str] | None, key: str, what: str) -> None:
     """Note a broken item in `skipped`, or raise a ConfigError that begins with `key` if there is no such list."""
     if skipped is None:

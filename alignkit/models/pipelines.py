@@ -12,12 +12,12 @@ import diffusers
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from alignkit.config.bundles import INDEX, is_hub_id, read_index
-from alignkit.errors import ConfigError
+from alignkit.errors import AlignkitError, ConfigError
+from alignkit.models.hub import unreachable
 from alignkit.models.quiet import errors_only, no_progress_bars
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -153,6 +153,13 @@ def _blamed_on(key: str, source: str, what: str) -> Iterator[None]:
     """Turn any error while loading into a ConfigError of one line that names `key` and `source`."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except AlignkitError:
+        raise
+    except Exception as error:  # tensors of a stranger's file can break a library anywhere
+        if unreachable(error):
+            raise ConfigError(
+                f"{key}: {source} is not on this disk, and the hub (https://huggingface.co) cannot be reached; connect "
+                "this machine, or name a folder"
+            ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"{key}: {source} cannot be loaded as {what}: {reason}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -21,6 +20,7 @@ from alignkit.config.load import RunConfig, to_toml
 from alignkit.config.load import load as load_config
 from alignkit.data.decode import to_uint8
 from alignkit.errors import AlignkitError, ConfigError
+from alignkit.files import parse_toml
 from alignkit.interfaces import Policy
 from alignkit.page.cells import images_cell, run_cell
 from alignkit.page.notebook import in_notebook
@@ -144,7 +144,7 @@ class Run(Parts):
         """Return what is known of the run: the contents of its folder, before training its settings alone."""
         if self._begun and (self.folder / "metrics.jsonl").is_file():
             return read_record(self.folder)
-        settings = tomllib.loads(to_toml(self.config))
+        settings = parse_toml(to_toml(self.config))
         return Record(self.folder, self.name, settings, departure=self.departure())
 
     def plot(self, *metrics: str, against: str = UPDATES) -> Plot:

@@ -32,6 +32,7 @@ from alignkit import __version__
 from alignkit.config.load import RewardConfig
 from alignkit.config.load import load as load_config
 from alignkit.data.decode import UNREADABLE, as_rgb, open_image
+from alignkit.data.text import too_long
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.models.device import find_device
 from alignkit.records import Example
@@ -214,6 +215,8 @@ def _example(item: dict[str, Any]) -> Example:
     text, metadata = item.get("text"), item.get("metadata", {})
     if not isinstance(text, str) or not isinstance(metadata, dict):
         raise Refusal(400, "expected each item to have text, a string, and metadata, an object")
+    if too_long(text):
+        raise Refusal(413, too_long(text))
     return Example(text, metadata)
 
 

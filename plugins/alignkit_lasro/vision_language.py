@@ -85,10 +85,12 @@ class VisionLanguage(PairwiseSurrogate):
 
     def _whole(self, cls: Any, source: str, new: tuple[str, ...] = ()) -> Any:
         """Return a checkpoint as the class `cls`; only weights with names that begin with `new` may be missing."""
-        found, expected = AutoConfig.from_pretrained(source).model_type, cls.config_class.model_type
+        # Without the argument, transformers asks on the terminal whether to run code that comes with the checkpoint.
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        found, expected = config.model_type, cls.config_class.model_type
         if found != expected:
             raise ValueError(f"found a model of type {found}, expected {expected}")
-        self._tokenizer = AutoTokenizer.from_pretrained(source)
+        self._tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         network, info = cls.from_pretrained(source, output_loading_info=True)
         missing = sorted(name for name in info["missing_keys"] if not name.startswith(new))
         if missing:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from alignkit.errors import ConfigError
 from alignkit.models.encoder_cache import fingerprint, tokenizer_state
+from alignkit.models.hub import unreachable
 from alignkit.models.quiet import errors_only, no_progress_bars
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -91,7 +92,7 @@ def load_model(
     _check_folder(reward, field, source, wanted)
     errors = load_errors(reward, field, source, wanted)
     with errors, _hub_errors(reward, field, source, remedy), no_progress_bars():
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         expected = getattr(model_class, "config_class", None)
         if expected is not None and not isinstance(config, expected):
             raise ConfigError(f"{reward}: the {field} {source!r} is a {config.model_type} model; {wanted}")
@@ -124,7 +125,7 @@ def load_tokenizer(
     _check_folder(reward, "tokenizer", source, wanted)
     hub_errors = _hub_errors(reward, "tokenizer", source, f"put its files ({_TOKENIZER_FILES_TEXT}) {place}")
     with load_errors(reward, "tokenizer", source, wanted), hub_errors:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     # If the files are missing, transformers may return a tokenizer that knows nothing but its special tokens.
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
         raise ConfigError(f"{reward}: the tokenizer {source!r} knows no words; {wanted}")
@@ -195,15 +196,10 @@ def _check_folder(reward: str, field: str, source: str, wanted: str) -> None:
 @contextmanager
 def _hub_errors(reward: str, field: str, repository: str, remedy: str) -> Iterator[None]:
     """Raise a ConfigError with `remedy` if the hub is unreachable and the files read inside are not cached."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
     try:
         yield
     except Exception as error:
-        cause: BaseException | None = error
-        while cause and not isinstance(cause, LocalEntryNotFoundError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None or local_folder(repository):
+        if not unreachable(error) or local_folder(repository):
             raise
         raise ConfigError(
             f"{reward}: https://huggingface.co/{repository}, the {field}, could not be reached and is not cached; "

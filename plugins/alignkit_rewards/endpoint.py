@@ -72,7 +72,7 @@ class Endpoint:
     """Further tries of a request that failed in a way that may pass. One request takes less than two timeouts."""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"https?://[^/?#\s]+(/[^?#\s]*)?", self.url) or not _has_host(self.url):
+        if not re.fullmatch(r"https?://[^/?#\s\x00-\x1f]+(/[^?#\s\x00-\x1f]*)?", self.url) or not _has_host(self.url):
             raise ConfigError(f"{self.reward}: url is {self.url!r}, expected http://HOST:PORT or https://HOST")
         if "@" in self.url:
             raise ConfigError(

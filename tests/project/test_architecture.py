@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -106,3 +107,18 @@ def test_no_plugin_imports_another(plugin: str) -> None:
         others = {module.partition(".")[0] for module in imports(path)} & (set(PLUGINS) - {plugin})
         # The tools that made the embedded world are no part of its plugin.
         assert not others or "build" in path.parts, f"{path.relative_to(ROOT)} imports {others}"
+
+
+@pytest.mark.parametrize(
+    ("call", "file"),
+    [
+        (r"\bImage\.open\(", "alignkit/data/decode.py"),
+        (r"\btomllib\.loads?\(", "alignkit/files.py"),
+        (r"\bhttpx2\.(Async)?Client\(|\burlopen\(|\brequests\.", "plugins/alignkit_rewards/endpoint.py"),
+        (r"\bimport_module\(module", "alignkit/imports.py"),
+    ],
+)
+def test_what_strangers_send_enters_through_one_door(call: str, file: str) -> None:
+    paths = [path for folder in ("alignkit", "plugins") for path in (ROOT / folder).rglob("*.py")]
+    found = [p.relative_to(ROOT).as_posix() for p in paths if re.search(call, p.read_text(encoding="utf-8"))]
+    assert [name for name in found if name != "alignkit/registry.py"] == [file]

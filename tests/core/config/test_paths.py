@@ -77,3 +77,20 @@ def test_a_model_folder_that_is_missing_is_reported_at_once(load_acme: Any, name
     with pytest.raises(ConfigError) as caught:
         load_acme(None, {"model.name": name})
     assert str(caught.value) == f"model.name: there is no folder {name}, and a hub id has the form owner/name"
+
+
+@pytest.mark.parametrize(
+    "key", ["output", "data.prompts", "data.cache", "model.name", "model.adapter", "scoring.cache"]
+)
+@pytest.mark.parametrize(
+    ("path", "fault"),
+    [("a\0b", "no NUL"), ("a" * 300, "255 bytes at most"), ("a/" * 3000, "too long"), ("loop/x", "symbolic links")],
+)
+def test_a_text_that_can_be_no_path_is_reported_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, path: str, fault: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    with pytest.raises(ConfigError, match=f"{key}: found .*, which cannot be a path: .*{fault}") as caught:
+        load(None, {key: path, "algorithm.name": "ddpo", "reward": ["jpeg_compressibility"]})
+    assert len(str(caught.value).splitlines()) == 1

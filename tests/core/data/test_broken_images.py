@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from alignkit.data.decode import FORMATS, open_image
+from alignkit.data.image_files import shards
 from alignkit.data.images import check_images, open_images
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.records import Example
@@ -187,3 +189,36 @@ def test_a_broken_row_of_a_data_set_is_named_by_its_number(tmp_path: Path) -> No
     skipped: list[str] = []
     assert seen(tmp_path / "saved", skipped) == {"image a": COLOURS["a"]}
     assert ["row 1" in skipped[0], "row 2" in skipped[1], len(skipped)] == [True, True, 2]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.eps"])
+def test_a_file_in_another_format_is_refused_whatever_it_is_called(tmp_path: Path, name: str) -> None:
+    # Pillow would hand PostScript to Ghostscript.
+    file = tmp_path / name
+    Image.new("RGB", (8, 8)).save(file, "EPS")
+    with Image.open(file) as opened:
+        assert opened.format == "EPS"
+    for source in (file, file.read_bytes()):
+        with pytest.raises(ValueError, match="it is no image; expected PNG or JPEG or"):
+            open_image(source)
+
+
+@pytest.mark.parametrize("image_format", FORMATS)
+def test_every_named_format_is_opened(tmp_path: Path, image_format: str) -> None:
+    Image.new("RGB", (8, 6)).save(tmp_path / "image", image_format)
+    with open_image(tmp_path / "image") as opened:
+        assert opened.size == (8, 6)
+
+
+@pytest.mark.parametrize("pattern", ["{0..99999999999}.tar", "{0..9}" * 8 + ".tar", "{a,b}" * 40 + ".tar"])
+def test_braces_that_stand_for_too_many_files_are_refused(pattern: str) -> None:
+    with pytest.raises(ConfigError, match=r"stands for more than 100,000 files; correct the numbers in its braces"):
+        shards(pattern)
+
+
+def test_a_caption_of_megabytes_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png((255, 0, 0)))
+    (tmp_path / "metadata.jsonl").write_text('{"image": "a.png", "text": "' + "a " * 1_300_000 + '"}')
+    with pytest.raises(ConfigError, match="the text has 2,600,000 characters, expected 10,000 or fewer") as caught:
+        check_images(str(tmp_path))
+    assert len(str(caught.value)) < 400

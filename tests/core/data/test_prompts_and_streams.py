@@ -182,3 +182,16 @@ def test_without_pyarrow_a_parquet_file_says_what_to_install(tmp_path: Path, mon
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ConfigError, match=r"pip install 'alignkit\[parquet\]'"):
         read_examples(tmp_path / "p.parquet")
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
+def test_a_prompt_of_megabytes_is_refused_or_skipped(tmp_path: Path, name: str) -> None:
+    long = "a " * 1_300_000
+    lines = ["a fox", long] if name == "p.txt" else ['{"text": "a fox"}', '{"text": "' + long + '"}']
+    (tmp_path / name).write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=r"line 2: .*the text has 2,600,000 characters, expected 10,000") as caught:
+        read_examples(tmp_path / name)
+    assert len(str(caught.value)) < 500
+    skipped: list[str] = []
+    assert [example.text for example in read_examples(tmp_path / name, skipped=skipped)] == ["a fox"]
+    assert len(skipped) == 1

@@ -112,3 +112,30 @@ def test_an_adapter_without_the_unet_is_refused_and_what_is_merged_is_quiet(
     capfd.readouterr()
     DiffusersPolicy(str(tiny_family("sd_1_5")), adapter=str(lcm_lora(tmp_path)), trainable=False)
     assert "LoRA" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    "tensors", [{"lora_A": torch.tensor(1.0), "lora_B": torch.tensor(1.0)}, {"lora_A": torch.ones(0, 4)}]
+)
+def test_tensors_of_no_adapter_are_a_single_clear_line(
+    tiny_family: Any, tmp_path: Path, tensors: dict[str, torch.Tensor]
+) -> None:
+    layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k"
+    save_file({f"{layer}.{name}.weight": tensor for name, tensor in tensors.items()}, tmp_path / "scalar.safetensors")
+    with pytest.raises(
+        ConfigError, match=r"^model\.adapter: .*scalar\.safetensors cannot be loaded as a LoRA"
+    ) as caught:
+        DiffusersPolicy(str(tiny_family("sd_1_5")), adapter=str(tmp_path / "scalar.safetensors"), trainable=False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # of diffusers
+def test_a_hub_that_cannot_be_reached_is_no_missing_file(tiny_family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    given: dict[str, Any]
+    for key in ("adapter", "unet"):
+        given = {key: "nobody/nothing", "trainable": False}
+        with pytest.raises(
+            ConfigError, match=rf"^model\.{key}: nobody/nothing is not on this disk, and the hub .* reached"
+        ):
+            DiffusersPolicy(str(tiny_family("sd_1_5")), **given)
