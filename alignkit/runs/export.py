@@ -18,7 +18,7 @@ from torch import Tensor
 from alignkit.config.bundles import find_bundle
 from alignkit.config.sections import ModelConfig
 from alignkit.errors import AlignkitError
-from alignkit.files import write_file
+from alignkit.files import share, write_file
 from alignkit.interfaces import Policy
 from alignkit.models.lora_files import note, read_lora, scaled, write_kohya, write_lora, write_peft
 from alignkit.models.pipelines import LORA_FILE, Files, is_pipeline, load_pipeline
@@ -181,6 +181,7 @@ def _new_folder(target: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
+        share(partial)
         if target.is_dir():
             target.rmdir()
         partial.replace(target)
