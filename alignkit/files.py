@@ -57,6 +57,15 @@ def writing(folder: Path) -> Iterator[None]:
         raise AlignkitError(f"--out {folder}: cannot be written ({error.strerror or error})") from error
 
 
+def share(folder: Path) -> None:
+    """Give all files in a folder the permissions of new files; safetensors makes its own for their owner alone."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
+
+
 def _sync(path: Path) -> None:
     """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)

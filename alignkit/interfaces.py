@@ -63,6 +63,15 @@ class Policy(ABC):
         return PolicyFacts()
 
     @classmethod
+    def check(cls, source: str, settings: PolicySettings) -> list[str]:
+        """Open the configs and headers of the files that `load` would open, but no weights; look up no hub id.
+
+        Returns a line for each part of them that `load` would not use. Raises ConfigError, in one line, for what is
+        missing or would not fit.
+        """
+        return []
+
+    @classmethod
     @abstractmethod
     def load(cls, source: str, settings: PolicySettings) -> Policy:
         """Build the policy of a checkpoint. Raises ConfigError, in one line, for what is missing or does not fit."""

@@ -141,6 +141,12 @@ class PolicySettings:
     """Folder, file or hub id of a network in the place of the checkpoint's own; empty: its own."""
     adapter: str = ""
     """Folder, file or hub id of a LoRA to merge before training; empty: none."""
+    variant: str = ""
+    """Ending of the files of weights, as "fp16"; empty: none, or the only one there is."""
+    config: str = ""
+    """Folder or hub id of the configs of a checkpoint of one file; empty: what suits its kind."""
+    allow_pickle: bool = False
+    """Whether weights may be pickled."""
     prediction: str = ""
     """Type of the network's output: "epsilon", "v_prediction", "sample" or "consistency"; empty: that of the
     checkpoint."""
@@ -176,6 +182,8 @@ class PolicyFacts:
     """Number of its times, the length of `Policy.times()`."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Sections of a run file that suit the checkpoint where no registered model brings any: its sampler, mostly."""
+    count_tokens: Callable[[str], tuple[int, int]] | None = field(default=None, compare=False)
+    """Returns the largest number of tokens that the text encoders read, and the number in a text."""
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,9 @@ def tiny_lcm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def read_pipelines(tiny_lcm: Path, tiny_teacher: Path) -> dict[str, Any]:
     """The two pipelines above by their folders, as they are loaded with default settings."""
-    from alignkit.models.pipelines import load_pipeline
+    from alignkit.models.pipelines import Files, load_pipeline
 
-    return {str(folder): load_pipeline(str(folder)) for folder in (tiny_lcm, tiny_teacher)}
+    return {str(folder): load_pipeline(Files(str(folder))) for folder in (tiny_lcm, tiny_teacher)}
 
 
 @pytest.fixture
@@ -56,12 +56,13 @@ def kept_pipelines(read_pipelines: dict[str, Any], monkeypatch: pytest.MonkeyPat
     because they never change it."""
     from alignkit.models import diffusers_policy, pipelines
 
-    def load(source: str, dtype: Any, **settings: Any) -> Any:
+    def load(files: pipelines.Files, dtype: Any, guidance_embedding: int) -> Any:
         import torch
 
-        pipe = read_pipelines.get(source)
-        if pipe is None or dtype is not torch.float32 or any(settings.values()):
-            return pipelines.load_pipeline(source, dtype, **settings)
+        pipe = read_pipelines.get(files.source)
+        plain = pipelines.Files(files.source, prediction=files.prediction)
+        if pipe is None or dtype is not torch.float32 or guidance_embedding or files != plain:
+            return pipelines.load_pipeline(files, dtype, guidance_embedding)
         shared = pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler
         return copy.deepcopy(pipe, {id(part): part for part in shared})
 

@@ -154,3 +154,9 @@ def print_component(item: Mapping[str, Any], chosen: bool) -> None:
         where = f"  (with {one['where']} as the only reward)" if one["where"] else ""
         line = Text.assemble("recipe ", (one["name"], "cyan"), ", not the paper's", (where, "dim"))
         console.print(Padding(line, (0, 0, 0, 2), expand=False))
+
+
+def print_warnings(lines: Iterable[str]) -> None:
+    """Print a line each to stderr."""
+    for line in lines:
+        typer.secho(f"warning: {line}", fg="yellow", err=True)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from alignkit.cli.options import Json, Rewards, Set, Steps, Trust, overrides
-from alignkit.cli.output import loading, print_json
+from alignkit.cli.output import loading, print_json, print_warnings
 from alignkit.errors import AlignkitError
 
 Prompts = Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts; by default those of training.")]
@@ -62,6 +62,7 @@ def pairs(
         made = pairs_of_images(load(None, changes), Path(source), out, limit=limit, every=every, margin=margin)
     else:
         run = open_run(source, changes, trust)
+        print_warnings(run.misread())
         made = make_pairs(run, out, count=count, limit=limit, steps=steps, seed=seed, every=every, margin=margin)
     for what in made.skipped:
         typer.echo(f"skipped as broken: {what}", err=True)
@@ -103,6 +104,7 @@ def prefer(
         from alignkit.serving.prefer import open_prefer, start
 
     run = open_run(source, _changes(prompts, None, steps, assignments))
+    print_warnings(run.misread())
     skipped = run.skipped()
     server = open_prefer(run, out, count=count, limit=limit, seed=seed, before=before, port=port, skipped=skipped)
     for what in skipped or ():

@@ -36,10 +36,12 @@ def lint(
     assignments: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Report prompts that a reward cannot score, and repeated ones.
+    """Report prompts that a reward cannot score, that are too long or repeated, or have marks of other tools.
 
-    Without --load no weights are needed, but words that the reward does not know and prompts that are too long for
-    it are not found. Exits with 1 if a prompt cannot be read or scored.
+    Weights as (red:1.3), <lora:...>, __wildcards__ and {choices|of others} are plain text here. Without --load no
+    weights are needed: the tokenizer of --model finds prompts that are too long for it, without --model those of more
+    than 77 words and signs are found; but words that the reward does not
+    know and prompts that are too long for the reward are not found. Exits with 1 if a prompt cannot be read or scored.
 
     \b
     alignkit prompts lint attributes --reward attribute_binding

@@ -25,7 +25,7 @@ from alignkit.cli.options import (
     overrides,
     step_list,
 )
-from alignkit.cli.output import lasting_console, loading, print_json, print_table
+from alignkit.cli.output import lasting_console, loading, print_json, print_table, print_warnings
 from alignkit.errors import AlignkitError
 
 WIDE = 110
@@ -197,7 +197,10 @@ def sample(
         from alignkit.runs.run import open_run
 
     numbers = step_list(steps)
-    for path in sample_images(open_run(source), prompts, out, steps=numbers, seed=seed, count=count):
+    run = open_run(source)
+    for number, path in enumerate(sample_images(run, prompts, out, steps=numbers, seed=seed, count=count)):
+        if not number:  # the model is loaded, and so is on this disk
+            print_warnings(run.misread(prompts))
         typer.echo(path)
 
 
@@ -253,6 +256,8 @@ def evaluate_runs(
         raise AlignkitError(f"--csv {csv}: exists already; choose another name")
     changes = overrides(None, None, None, None, None, None, assignments)
     runs = [open_run(source, changes, trust) for source in sources]
+    for run in runs:
+        print_warnings(run.misread())
     rows = evaluate(
         runs, step_list(steps), reward or (), not unseen, Console(stderr=True),
         win_rate=win_rate or "", real=fid or "", points=points,

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from alignkit.config.load import load as load_config
+from alignkit.data.misread import count_words, foreign_mark, mark_name
 from alignkit.data.prompt_sets import prompt_file
 from alignkit.data.prompts import read_examples
 from alignkit.errors import ConfigError
@@ -18,7 +19,7 @@ from alignkit.rewards.checked import blaming
 from alignkit.rewards.weighted import WeightedRewards
 from alignkit.runs.build import Parts
 
-Problem = Literal["broken", "unscorable", "truncated", "repeated"]
+Problem = Literal["broken", "unscorable", "truncated", "syntax", "repeated"]
 _SIDE = 64
 """Width and height of the grey image that loaded rewards are tried on."""
 
@@ -28,7 +29,8 @@ class Finding:
     """A problem of one prompt."""
 
     problem: Problem
-    """broken: cannot be read; unscorable: the reward rejects it; truncated: its end is ignored; repeated."""
+    """broken: cannot be read; unscorable: the reward rejects it; truncated: its end is ignored; syntax: weights,
+    adapters, wildcards and choices of other tools, which are plain text here; repeated."""
     number: int
     """Position among the prompts that can be read, from 1; 0 for a broken one."""
     prompt: str
@@ -50,13 +52,18 @@ class Questions:
 def lint(
     source: str | Path, reward: str, overrides: Mapping[str, Any] | None = None, load: bool = False
 ) -> tuple[int, list[Finding]]:
-    """Return the number of prompts in the file or set `source`, and the problems that `reward` has with them.
+    """Return the number of prompts in the file or set `source`, and their problems for `reward` and the model.
 
-    Without `load` no weights are loaded. With it the reward scores a grey image with each prompt, which also finds
-    words that it does not know and prompts that it truncates. Raises AlignkitError if the file or the reward itself is
-    wrong.
+    Without `load` no weights are loaded; the tokenizer of the model that `overrides` name counts the tokens if it is on
+    this disk, else words are counted for Stable Diffusion's text encoders. With it the reward scores a grey image with
+    each prompt, which also finds words that it does not know and prompts that it truncates. Raises AlignkitError if the
+    file or the reward itself is wrong.
     """
     config = load_config(None, {**(overrides or {}), "reward": [reward]})
+    named = config.model.name if "model.name" in (overrides or {}) else ""
+    count, model = (Parts(config).facts().count_tokens if named else None), f"model {named}"
+    if count is None:
+        count, model = count_words, "Stable Diffusion"
     broken: list[str] = []
     examples = read_examples(source, config.data.prompt_column, broken)
     findings = [Finding("broken", 0, "", what) for what in broken]
@@ -69,6 +76,12 @@ def lint(
         seen = first.setdefault(same(example.text), number)
         if seen != number:
             findings.append(Finding("repeated", number, example.text, f"same text as prompt {seen}"))
+        if mark := foreign_mark(example.text):
+            why = f"{mark!r} is {mark_name(example.text)} in other tools, and plain text here"
+            findings.append(Finding("syntax", number, example.text, why))
+        if (tokens := count(example.text))[1] > tokens[0]:
+            why = f"{model}: reads {tokens[0]} tokens, found {tokens[1]}; the end of the prompt is ignored"
+            findings.append(Finding("truncated", number, example.text, why))
         for problem, why in _problems(rewards, example, load):
             findings.append(Finding(problem, number, example.text, why))
     return len(examples), findings

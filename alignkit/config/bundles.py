@@ -19,18 +19,20 @@ MANY_STEPS = {"sampler": {"name": "ddim", "num_steps": 25, "eta": 0.0}}
 
 
 def find_bundle(name: str, registry: Registry | None = None) -> ModelBundle:
-    """Return the registered model of this name or at this hub id, else a bare bundle around a hub id or a folder.
+    """Return the registered model of this name or at this hub id, else a bare bundle around a hub id, folder or file.
 
     Raises AlignkitError, with the nearest name, for what is none of these.
     """
     registry = registry or default_registry()
     registered = any(row.kind == "model" for row in registry.named(name))
-    if not registered and Path(name).is_dir():
+    if not registered and Path(name).exists():
         serving = list(_serving(name, registry)[0].values())
         if not serving:
             raise ConfigError(f"model.name: {_unserved(name)}")
         own = serving[0].facts(name, PolicySettings(trainable=False)).defaults if len(serving) == 1 else {}
         return ModelBundle(path=name, defaults={**MANY_STEPS, **own})
+    if not registered and name.endswith((".safetensors", ".ckpt")):
+        raise ConfigError(f"model.name: there is no file {name}")
     if not registered and is_hub_id(name):
         return _at_hub_id(name, registry) or ModelBundle(path=name)
     if not registered and "/" in name:
@@ -97,6 +99,11 @@ def _serving(source: str, registry: Registry) -> tuple[dict[str, type[Policy]], 
 def _unserved(source: str) -> str:
     """Return a message for a source that no policy serves."""
     folder = Path(source)
+    if folder.is_file():
+        return (
+            f"no policy serves the file {source}; expected a whole checkpoint of Stable Diffusion or SDXL (a UNet "
+            "alone goes to model.unet, a LoRA to model.adapter)"
+        )
     if not folder.is_dir():
         if is_hub_id(source):
             return f"no policy serves the hub id {source} (`alignkit list policies`)"

@@ -57,7 +57,7 @@ __all__ = [
 DEFAULT_ALGORITHM = "lasro"
 PATHS = {
     "data.prompts", "data.images", "data.pairs", "data.cache", "evaluate.prompts", "surrogate.init", "scoring.cache",
-    "model.name", "model.teacher", "model.unet", "model.adapter",
+    "model.name", "model.teacher", "model.unet", "model.adapter", "model.config",
 }  # fmt: skip
 
 _ONE_MORE = "whose value is one more, as in diffusers: 1 is the conditional prediction"

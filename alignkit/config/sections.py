@@ -25,7 +25,8 @@ class ModelConfig(Section):
     """The model under training, and the part of it that is trained."""
 
     name: Annotated[str, MinLen(1)] = "shapes_lcm"
-    """A registered model (`alignkit list models`), a hub id or a diffusers folder."""
+    """A registered model (`alignkit list models`), a hub id, a diffusers folder, or a .safetensors file with a whole
+    checkpoint."""
     policy: str = ""
     """The policy that loads the model and its teacher (`alignkit list policies`); empty: the one that serves the
     checkpoint."""
@@ -35,7 +36,16 @@ class ModelConfig(Section):
     """A UNet that replaces the pipeline's own (SDXL-Lightning, LCM for SDXL): a hub id, a folder, a .safetensors
     file, or owner/name/file.safetensors on the hub."""
     adapter: str = ""
-    """A LoRA that is merged into the model before anything else (LCM-LoRA, an earlier run), named as for unet."""
+    """A LoRA, DoRA, LoHa or LoKr that is merged into the UNet before anything else (LCM-LoRA, an earlier run), named as
+    for unet."""
+    variant: str = ""
+    """Ending of the files of weights ("fp16" for diffusion_pytorch_model.fp16.safetensors); empty: plain files, or the
+    only variant there is."""
+    config: str = ""
+    """A folder or hub id of a pipeline whose configs and tokenizer a checkpoint of one file takes; empty: those of its
+    kind, which come from the hub."""
+    allow_pickle: bool = False
+    """Whether weights may be read from pickled files (.bin, .ckpt) too. Only tensors are unpickled."""
     prediction: Literal["", "epsilon", "v_prediction", "sample", "consistency"] = ""
     """Prediction type of the network where unet or adapter changed it; "consistency" is an LCM. Empty: as the
     pipeline's scheduler says."""

@@ -1,4 +1,4 @@
-"""A diffusers pipeline with a UNet as a `Policy`; the only module of the core that uses peft."""
+"""A diffusers pipeline with a UNet as a `Policy`."""
 
 from __future__ import annotations
 
@@ -21,16 +21,19 @@ from alignkit import diffusion
 from alignkit.errors import ConfigError
 from alignkit.interfaces import Policy
 from alignkit.models.encoder_cache import content_of, fingerprint, tokenizer_state
+from alignkit.models.latents import Latents
 from alignkit.models.lora_files import DIFFUSERS, UNET, write_lora
 from alignkit.models.modules import exchanged, outputs_of, precision_of
 from alignkit.models.pipelines import (
     LORA_FILE,
+    Files,
+    check_pipeline,
     is_pipeline,
     load_pipeline,
-    locate_weights,
     noise_levels,
     scheduler_of,
 )
+from alignkit.models.prompts import token_counter
 from alignkit.records import EncodingCache, PolicyFacts, PolicySettings, Prompt
 
 V = TypeVar("V", str, Tensor)
@@ -56,6 +59,9 @@ class DiffusersPolicy(Policy):
         *,
         unet: str = "",
         adapter: str = "",
+        variant: str = "",
+        config: str = "",
+        allow_pickle: bool = False,
         prediction: str = "",
         guidance_embedding: int = 0,
         lora_rank: int = 16,
@@ -71,9 +77,8 @@ class DiffusersPolicy(Policy):
         """Load the pipeline at `source` with the settings of `alignkit.records.PolicySettings`."""
         self.source, self.cache, self.rows_per_pass = source, cache, rows_per_pass
         self.device = torch.device(device)
-        pipe = load_pipeline(
-            source, dtype or torch.float32, unet=unet, adapter=adapter, guidance_embedding=guidance_embedding
-        )
+        files = Files(source, unet, adapter, variant, config, allow_pickle, prediction)
+        pipe = load_pipeline(files, dtype or torch.float32, guidance_embedding)
         self.pipe = pipe.to(self.device)
         self.unet = self.pipe.unet.requires_grad_(False).eval()
         self.vae = self.pipe.vae.requires_grad_(False).eval()
@@ -83,12 +88,13 @@ class DiffusersPolicy(Policy):
         for name in ("text_encoder", "text_encoder_2"):
             if (encoder := getattr(self.pipe, name, None)) is not None:
                 encoder.requires_grad_(False).eval()
-        config = self.pipe.scheduler.config
-        self._prediction: str = config.prediction_type if prediction in ("", "consistency") else prediction
-        self._alphas = noise_levels(config).to(self.device)
+        self._latents = Latents(self.pipe)
+        schedule = self.pipe.scheduler.config
+        self._prediction: str = schedule.prediction_type if prediction in ("", "consistency") else prediction
+        self._alphas = noise_levels(schedule).to(self.device)
         is_lcm = isinstance(self.pipe.scheduler, LCMScheduler)
         self.consistency = prediction == "consistency" or (not prediction and is_lcm)
-        self._scaling: float | None = config.get("timestep_scaling", 10.0) if self.consistency else None
+        self._scaling: float | None = schedule.get("timestep_scaling", 10.0) if self.consistency else None
         self._embed_dim: int | None = self.unet.config.time_cond_proj_dim
         self.guidance_embedded = self._embed_dim is not None
         if guidance_scale is None:
@@ -115,7 +121,8 @@ class DiffusersPolicy(Policy):
 
     @classmethod
     def serves(cls, source: str) -> bool:
-        """Whether `source` is a folder whose `model_index.json` lists a UNet, a VAE and a scheduler, or a hub id."""
+        """Whether `source` is a folder whose `model_index.json` lists a UNet, a VAE and a scheduler, a file with a
+        whole checkpoint, or a hub id."""
         try:
             return is_pipeline(source)
         except ConfigError:  # an index that cannot be read
@@ -123,17 +130,20 @@ class DiffusersPolicy(Policy):
 
     @classmethod
     def facts(cls, source: str, settings: PolicySettings) -> PolicyFacts:
-        """Read the pipeline's scheduler; of a hub id no more is known than the settings say."""
-        for key, weights in (("model.unet", settings.unet), ("model.adapter", settings.adapter)):
-            if weights:
-                locate_weights(key, weights)
-        scheduler, config = scheduler_of(source)
+        """Read the pipeline's scheduler; of a hub id that is not on this disk only the settings are known."""
+        scheduler, config = scheduler_of(source, settings.config)
         is_lcm = scheduler == "LCMScheduler" if scheduler else None
         return PolicyFacts(
             consistency=settings.prediction == "consistency" if settings.prediction else is_lcm,
             num_times=len(noise_levels(config)) if config else None,
             defaults={"sampler": {"name": "lcm"}} if is_lcm else {},
+            count_tokens=token_counter(source, settings.config),
         )
+
+    @classmethod
+    def check(cls, source: str, settings: PolicySettings) -> list[str]:
+        names = ("unet", "adapter", "variant", "config", "allow_pickle", "prediction")
+        return check_pipeline(Files(source, **{name: getattr(settings, name) for name in names}))
 
     @classmethod
     def load(cls, source: str, settings: PolicySettings) -> DiffusersPolicy:
@@ -173,9 +183,7 @@ class DiffusersPolicy(Policy):
         return torch.cat([self._cached("images", image, self._encode_image)["latents"] for image in images])
 
     def _encode_image(self, image: Tensor) -> dict[str, Tensor]:
-        pixels = (2 * image[None] - 1).to(self.device, precision_of(self.vae))
-        latents: Tensor = self.vae.encode(pixels).latent_dist.mode().float() * self.vae.config.scaling_factor
-        return {"latents": latents}
+        return {"latents": self._latents.encode(image[None])}
 
     def _cached(self, kind: str, value: V, encode: Callable[[V], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Encode a text or image, or take it from the cache if there is one; on the device."""
@@ -211,8 +219,7 @@ class DiffusersPolicy(Policy):
         }
 
     def decode(self, latents: Tensor) -> Tensor:
-        pixels: Tensor = self.vae.decode((latents / self.vae.config.scaling_factor).to(precision_of(self.vae))).sample
-        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+        return self._latents.decode(latents)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:

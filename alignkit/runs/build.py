@@ -19,6 +19,7 @@ from alignkit.config.load import RunConfig, SurrogateConfig
 from alignkit.config.recipes import departure
 from alignkit.config.trust import disclosure, refuse
 from alignkit.data.images import check_images, open_images
+from alignkit.data.misread import misread
 from alignkit.data.preferences import check_pairs, open_pairs
 from alignkit.data.prompts import read_examples
 from alignkit.data.sources import Images, Preferences
@@ -159,10 +160,17 @@ class Parts:
         return {f"alignkit.{name}": value for name, value in found.items() if value}
 
     def warnings(self) -> list[str]:
-        """Return a line for each setting that is allowed and probably not meant."""
+        """Return a line for each setting, file and prompt that is allowed and probably not meant."""
         surrogate = self.config.surrogate
         found = [self.config.evaluate.unmeasured(), surrogate.untrained() if surrogate else ""]
-        return [warning for warning in found if warning]
+        return [warning for warning in [*found, *self._check_model(), *self.misread()] if warning]
+
+    def misread(self, texts: Sequence[str] | None = None) -> list[str]:
+        """Return a line about texts that the model reads in part, and one about marks of other tools in them; None: all
+        prompts of the run."""
+        if texts is None:
+            texts = [example.text for example in [*self.prompts([]), *self.held_out(), *self.point_examples()]]
+        return misread(texts, self.config.model.name, self.facts().count_tokens)
 
     def disclosure(self) -> list[str]:
         """Return a line for each piece of code that the run imports beyond alignkit, and each address it sends to."""
@@ -176,13 +184,15 @@ class Parts:
         """
         refuse(self.config)
         sampler, algorithm, skipped = self.sampler(), self.algorithm(), self.skipped()
-        model, data, facts = self.config.model, self.config.data, self._facts()
+        self._check_model()
+        model, data, facts = self.config.model, self.config.data, self.facts()
         self._check_sampler(facts)
         for tracker in self.config.train.trackers:
             if find_spec(tracker) is None:
                 raise ConfigError(f"train.trackers: {tracker} is not installed; pip install 'alignkit[{tracker}]'")
         if self.who_needs("teacher") and self.teacher_source():
-            find_policy(self.teacher_source(), model.policy, "model.teacher")
+            source = self.teacher_source()
+            find_policy(source, model.policy, "model.teacher").check(source, self._teacher_settings())
         if "stochastic_steps" in algorithm.needs and not sampler.stochastic_steps():
             found = ", ".join(f"{name} = {value}" for name, value in self.config.sampler.fields.items())
             raise ConfigError(
@@ -252,14 +262,19 @@ class Parts:
 
     def check_steps(self, steps: Sequence[int]) -> None:
         """Raise ConfigError for a number of steps that the sampler cannot take on this model. Needs no weights."""
-        facts = self._facts()
+        facts = self.facts()
         for number in steps:
             self.sampler(number).check(facts)
 
-    def _facts(self) -> PolicyFacts:
+    def facts(self) -> PolicyFacts:
         """Return what is known of the policy before its weights load."""
         source = find_bundle(self.config.model.name).path
         return find_policy(source, self.config.model.policy).facts(source, self._settings())
+
+    def _check_model(self) -> list[str]:
+        """Return a line for each part of the model's files that is not used. Raises ConfigError for an unfit model."""
+        source = find_bundle(self.config.model.name).path
+        return find_policy(source, self.config.model.policy).check(source, self._settings())
 
     def _check_sampler(self, facts: PolicyFacts) -> None:
         """Raise ConfigError for a sampler that cannot sample from such a policy, also at the steps of evaluations."""
@@ -297,6 +312,9 @@ class Parts:
         return PolicySettings(
             unet=model.unet,
             adapter=model.adapter,
+            variant=model.variant,
+            config=model.config,
+            allow_pickle=model.allow_pickle,
             prediction=model.prediction,
             guidance_scale=model.guidance_scale,
             guidance_embedding=model.guidance_embedding,
@@ -310,15 +328,18 @@ class Parts:
         """Load the model that this one was distilled from, which is not trained; None if nothing needs it."""
         if not self.who_needs("teacher"):
             return None
-        settings = PolicySettings(
+        source, settings = self.teacher_source(), replace(self._teacher_settings(), device=device)
+        return find_policy(source, self.config.model.policy, "model.teacher").load(source, settings)
+
+    def _teacher_settings(self) -> PolicySettings:
+        return PolicySettings(
             trainable=False,
             guidance_scale=1.0,
-            device=device,
+            config=self.config.model.config,
+            allow_pickle=self.config.model.allow_pickle,
             gradient_checkpointing=self.config.train.gradient_checkpointing,
             rows_per_pass=self.config.train.rows_per_pass,
         )
-        source = self.teacher_source()
-        return find_policy(source, self.config.model.policy, "model.teacher").load(source, settings)
 
     def load_surrogate(self, policy: Policy) -> Surrogate | None:
         """Load the surrogate for this policy, from `surrogate.init` if that is set; None if the run has none."""

@@ -18,10 +18,10 @@ from torch import Tensor
 from alignkit.config.bundles import find_bundle
 from alignkit.config.sections import ModelConfig
 from alignkit.errors import AlignkitError
-from alignkit.files import write_file
+from alignkit.files import share, write_file
 from alignkit.interfaces import Policy
 from alignkit.models.lora_files import note, read_lora, scaled, write_kohya, write_lora, write_peft
-from alignkit.models.pipelines import LORA_FILE, is_pipeline, load_pipeline
+from alignkit.models.pipelines import LORA_FILE, Files, is_pipeline, load_pipeline
 from alignkit.models.quiet import errors_only, no_progress_bars
 from alignkit.page.record import read_record
 from alignkit.runs.build import Parts
@@ -160,7 +160,8 @@ def _merge(model: ModelConfig, file: Path, scale: float, folder: Path) -> None:
     source = find_bundle(model.name).path
     if not is_pipeline(source):
         raise AlignkitError(f"export: {source} is no diffusers pipeline, so there is none to merge into")
-    pipe = load_pipeline(source, unet=model.unet, adapter=model.adapter, guidance_embedding=model.guidance_embedding)
+    files = Files(source, model.unet, model.adapter, model.variant, model.config, model.allow_pickle, model.prediction)
+    pipe = load_pipeline(files, guidance_embedding=model.guidance_embedding)
     if model.lora_rank:
         with errors_only():
             pipe.load_lora_weights(file.parent, weight_name=file.name)
@@ -180,6 +181,7 @@ def _new_folder(target: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
+        share(partial)
         if target.is_dir():
             target.rmdir()
         partial.replace(target)

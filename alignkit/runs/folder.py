@@ -21,7 +21,7 @@ from torch import Tensor
 
 from alignkit.config.load import RunConfig, to_toml
 from alignkit.errors import AlignkitError, ConfigError
-from alignkit.files import write_file
+from alignkit.files import share, write_file
 from alignkit.interfaces import Policy, Surrogate
 from alignkit.models.lora_files import note
 from alignkit.models.pipelines import LORA_FILE
@@ -87,6 +87,7 @@ def export(
         if surrogate is not None:
             tensors = {n: t.detach().cpu().contiguous() for n, t in surrogate.module().state_dict().items()}
             save_file(tensors, partial / SURROGATE_FILE)
+        share(partial)
         for path in partial.iterdir():
             target = folder / path.name
             if target.is_dir():

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignkit.errors import AlignkitError
-from alignkit.files import _sync, read_json
+from alignkit.files import _sync, read_json, share
 
 TENSORS, STRUCTURE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 
@@ -47,6 +47,7 @@ def save(folder: Path, step: int, state: Mapping[str, Any], keep: int = 0) -> Pa
         (partial / STRUCTURE).write_text(json.dumps(structure), encoding="utf-8")
         files = {name: _fingerprint(partial / name) for name in (TENSORS, STRUCTURE)}
         (partial / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1), encoding="utf-8")
+        share(partial)
         for path in (*partial.iterdir(), partial):
             _sync(path)
         if target.exists():

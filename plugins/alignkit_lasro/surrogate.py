@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from alignkit import Policy, Prompt, Surrogate
 from alignkit.errors import ConfigError
+from alignkit.models.pipelines import load_unet
 
 
 class EncoderWithHead(nn.Module):
@@ -81,7 +82,7 @@ class LatentUNet(PairwiseSurrogate):
     def load(self, policy: Policy) -> None:
         source = self.backbone or policy.source
         try:
-            unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet")
+            unet = load_unet(source)
         except (OSError, ValueError) as error:
             raise ConfigError(f"surrogate.backbone: no UNet in {source!r} ({str(error).splitlines()[0]})") from error
         if unet.config.in_channels != policy.latent_shape[0]:

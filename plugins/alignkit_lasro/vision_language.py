@@ -23,6 +23,7 @@ from transformers import (
 from alignkit import Policy, Prompt, check_ranges
 from alignkit.errors import ConfigError
 from alignkit.models.quiet import errors_only, no_progress_bars
+from alignkit.models.weight_files import variant_in
 from alignkit_lasro.surrogate import PairwiseSurrogate
 
 GRID = 16
@@ -129,7 +130,9 @@ class LatentCLIP(VisionLanguage):
 
     def _new(self, generator: str, edge: int, patch: int) -> Any:
         self._tokenizer = CLIPTokenizer.from_pretrained(generator, subfolder="tokenizer")
-        tower = CLIPTextModelWithProjection.from_pretrained(generator, subfolder="text_encoder")
+        tower = CLIPTextModelWithProjection.from_pretrained(
+            generator, subfolder="text_encoder", variant=variant_in(generator, "text_encoder")
+        )
         config = CLIPConfig(
             text_config=tower.config.to_dict(), vision_config=self._vision(edge, patch), projection_dim=self.width
         )

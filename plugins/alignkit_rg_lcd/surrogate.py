@@ -18,6 +18,7 @@ from transformers.utils import logging
 from alignkit import Policy, Prompt, Surrogate, check_ranges
 from alignkit.errors import ConfigError
 from alignkit.models.quiet import no_progress_bars
+from alignkit.models.weight_files import variant_in
 
 
 class TwoTowers(nn.Module):
@@ -105,7 +106,7 @@ class LRM(Surrogate):
             with no_progress_bars(), _silently():
                 self._tokenizer = CLIPTokenizer.from_pretrained(source, subfolder=folders[0])
                 tower, info = CLIPTextModelWithProjection.from_pretrained(
-                    source, subfolder=folders[1], output_loading_info=True
+                    source, subfolder=folders[1], output_loading_info=True, variant=variant_in(source, folders[1])
                 )
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]

@@ -170,3 +170,31 @@ def test_the_command_prints_prompts_and_questions() -> None:
     assert run("phrases", "a blue cup").stdout == "a blue cup\n  is there a cup?\n  is the cup blue?\n"
     (one,) = json.loads(run("phrases", "a cat", "--json").stdout)
     assert one["prompt"] == "a cat" and one["questions"] == ["is there a cat?"] and one["refused"]
+
+
+# The model
+
+
+def test_prompts_longer_than_the_models_text_encoder_reads_are_found_without_weights(
+    tmp_path: Path, tiny_lcm: Path
+) -> None:
+    file = write(tmp_path / "prompts.txt", "a red circle", "a red circle and " * 20 + "a blue square")
+    for overrides, who, limit in (
+        ({"model.name": str(tiny_lcm)}, f"model {tiny_lcm}", "24"),
+        ({}, "Stable Diff", "77"),
+    ):
+        count, (finding,) = lint(file, "pixel_check", overrides)
+        assert count == 2 and (finding.problem, finding.number) == ("truncated", 2)
+        assert finding.why.startswith(who) and f"reads {limit} tokens, found 8" in finding.why
+
+
+def test_marks_of_other_tools_are_found_and_named(tmp_path: Path) -> None:
+    file = write(tmp_path / "prompts.txt", "a (red:1.3) circle", "a red circle <lora:ink:1>", "a __colour__ circle")
+    found = run("lint", file, "--reward", "clip_score")
+    assert found.exit_code == 0 and found.stdout.endswith("3 prompts, 3 problems\n")
+    for line in (
+        "'(red:1.3)' is a weight in other tools",
+        "'<lora:ink:1>' is an adapter",
+        "'__colour__' is a wildcard",
+    ):
+        assert line in found.stdout

@@ -89,7 +89,7 @@ def test_of_a_hub_id_no_more_is_known_than_the_settings_say() -> None:
 def test_settings_that_the_policy_refuses_are_found_before_weights_load(tiny_lcm: Path, tmp_path: Path) -> None:
     for name in ("unet", "adapter"):
         with pytest.raises(ConfigError, match=rf"^model\.{name}: 'a b' is no folder, no \.safetensors file and no hub"):
-            DiffusersPolicy.facts(str(tiny_lcm), PolicySettings(**{name: "a b"}))
+            DiffusersPolicy.check(str(tiny_lcm), PolicySettings(**{name: "a b"}))
     folder = pipeline(tmp_path / "bare", unet=["d", "U"], vae=["d", "V"], scheduler=["d", "LCMScheduler"])
     with pytest.raises(ConfigError, match=r"^model: .*bare cannot be loaded as a diffusers pipeline: .*scheduler"):
         find_bundle(str(folder))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 import random
 import subprocess
 import sys
@@ -244,3 +245,12 @@ def test_a_file_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> Non
         with pytest.raises(AlignkitError, match=f"{path}: could not be written"):
             write_file(path, "one")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_files_have_the_permissions_of_new_files(tmp_path: Path) -> None:
+    mask = os.umask(0o027)
+    try:
+        saved = checkpoint.save(tmp_path, 1, {"a": torch.ones(2)}, keep=1)
+    finally:
+        os.umask(mask)
+    assert {path.stat().st_mode & 0o777 for path in saved.iterdir()} == {0o640}
