@@ -101,14 +101,14 @@ def read_text(path: str | Path, most: int = MOST_BYTES) -> str:
     return read_bytes(path, most).decode("utf-8-sig")
 
 
-def parse_json(text: str | bytes, halves: bool = False) -> Any:
+def parse_json(text: str | bytes | bytearray, halves: bool = False) -> Any:
     """Parse JSON that a stranger may have written.
 
     Raises ValueError, in one line, for what is not JSON or not UTF-8, for more than `MOST_DEPTH` levels of lists and
     objects, for integers of more than `MOST_DIGITS` digits and, unless `halves` are allowed, for halves of surrogate
     pairs, which no tokenizer reads and no file stores.
     """
-    if isinstance(text, bytes):
+    if not isinstance(text, str):
         text = text.decode("utf-8-sig")
     try:
         value = json.loads(text, parse_int=_integer)

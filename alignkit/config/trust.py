@@ -18,7 +18,7 @@ from alignkit.config.sections import DataConfig, PluginConfig, RunConfig
 from alignkit.config.sources import LISTS
 from alignkit.errors import ConfigError
 from alignkit.imports import Code, Token, is_name, origin
-from alignkit.registry import default_registry
+from alignkit.registry import Registry, default_registry
 
 OWN = "ALIGNKIT_"
 """Variables with this prefix are made for alignkit: any run file may name them."""
@@ -90,9 +90,11 @@ def texts(tree: Any) -> Iterator[str]:
             yield from texts(value)
 
 
-def uses(config: RunConfig, section: str = "") -> list[Use]:
+def uses(config: RunConfig, section: str = "", registry: Registry | None = None) -> list[Use]:
     """Return what a run imports and which tokens it sends, in one section or in all."""
-    found = [use for at, key, one in _plugins(config) for use in _of_plugin(at, key, one) if section in ("", at)]
+    registry = registry or default_registry()
+    plugins = [(at, key, one) for at, key, one in _plugins(config) if section in ("", at)]
+    found = [use for at, key, one in plugins for use in _of_plugin(registry, at, key, one)]
     for name, hint in schema.field_types(DataConfig).items():
         value, at = getattr(config.data, name), f"data.{name}"
         if _marks(hint, Code) and is_name(value) and not os.path.exists(value) and section in ("", at):
@@ -112,32 +114,30 @@ def _plugins(config: RunConfig) -> list[tuple[str, str, Any]]:
     return plugins
 
 
-def disclosure(config: RunConfig) -> list[str]:
+def disclosure(config: RunConfig, registry: Registry | None = None) -> list[str]:
     """Return a line for each piece of code that a run imports beyond alignkit, and each address that it sends to."""
-    rows = [
-        (section, default_registry().find(LISTS.get(section, section), one.name))
-        for section, _, one in _plugins(config)
-    ]
+    registry = registry or default_registry()
+    rows = [(section, registry.find(LISTS.get(section, section), one.name)) for section, _, one in _plugins(config)]
     added = [
         f"{section}: imports {row.target} of {row.distribution} {row.version}"
         for section, row in rows
         if row.distribution != OURS
     ]
-    packages = {row.target.partition(".")[0] for row in default_registry().components() if row.distribution == OURS}
-    named = [use.text() for use in uses(config) if use.url or use.value.partition(".")[0] not in packages]
+    packages = {row.target.partition(".")[0] for row in registry.components() if row.distribution == OURS}
+    named = [use.text() for use in uses(config, "", registry) if use.url or use.value.partition(".")[0] not in packages]
     return [*dict.fromkeys(added), *named]
 
 
-def refuse(config: RunConfig, section: str = "") -> None:
+def refuse(config: RunConfig, section: str = "", registry: Registry | None = None) -> None:
     """Raise ConfigError if a run file alone names code, or the address of a token, in one section or in all."""
     if config.stated is not None:
-        for use in uses(config, section):
+        for use in uses(config, section, registry):
             if why := use.refusal(config.stated):
                 raise ConfigError(why)
 
 
-def _of_plugin(section: str, key: str, plugin: PluginConfig) -> Iterator[Use]:
-    cls = default_registry().get(LISTS.get(section, section), plugin.name)
+def _of_plugin(registry: Registry, section: str, key: str, plugin: PluginConfig) -> Iterator[Use]:
+    cls = registry.get(LISTS.get(section, section), plugin.name)
     types, defaults = schema.field_types(cls), schema.defaults(cls)
     fields = defaults | plugin.fields
     for name, hint in types.items():

@@ -141,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
         route = self.server.routes.get(f"{self.command} {self.path}")
         if route is None:
             raise Refusal(404, f"there is no {self.command} {self.path[:80]} here")
-        data = self._read_body() if self.command == "POST" else b""
+        data = self._read_body() if self.command == "POST" else bytearray()
         self.server.connections.work(self.connection)
         if self.command == "GET":
             return route({})
@@ -196,7 +196,7 @@ class _Handler(BaseHTTPRequestHandler):
             return False
         return True
 
-    def _read_body(self) -> bytes:
+    def _read_body(self) -> bytearray:
         # A web page cannot send this type to another origin without a preflight request, which this server refuses.
         if self.headers.get_content_type() != "application/json":
             raise Refusal(415, "expected Content-Type: application/json")
@@ -215,7 +215,7 @@ class _Handler(BaseHTTPRequestHandler):
                 raise Refusal(503, "other requests take all memory for requests; try again")
             data += piece
         del self.headers["Content-Length"]  # nothing is left for _discard to read
-        return bytes(data)
+        return data
 
     def _send(self, status: int, body: dict[str, Any] | str) -> None:
         if isinstance(body, str):
@@ -253,7 +253,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Log nothing, because one line per request would hide the errors."""
 
 
-def _parsed(data: bytes) -> dict[str, Any]:
+def _parsed(data: bytearray) -> dict[str, Any]:
     """Return the JSON object of a request. Raises Refusal for anything else."""
     try:
         body = parse_json(data)

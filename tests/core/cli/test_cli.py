@@ -93,7 +93,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
         for score, own, reason in ((0.5, parts, ""), (None, {}, "no answer")):
             yield [{"image": f"{score}.png", "prompt": "text", "score": score, "parts": own, "reason": reason}]
 
-    def evaluate(runs: list[FakeRun], steps: Any, rewards: Any, seen: bool, console: Console) -> list[Row]:
+    def evaluate(runs: list[FakeRun], steps: Any, rewards: Any, seen: bool, console: Console, **more: Any) -> list[Row]:
         assert console.stderr  # so that what is printed can be piped
         module.calls.append(("evaluate", len(runs), steps, rewards, seen))
         return [Row("acme_red", 2, 64, 0.5, 0.75, 0.25, 0.125, 0.375)]

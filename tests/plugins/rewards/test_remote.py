@@ -157,6 +157,7 @@ def test_a_missing_server_is_reported_in_one_line() -> None:
         TransientError, match=rf"remote: no answer from {url}/spec in 3 tries \(ConnectError .*\); check"
     ):
         Remote(url=url, retries=2).check_server([])
+    Remote(url=url).check([Example("a")])  # sends nothing
 
 
 def test_a_server_that_answers_too_late_is_not_retried(images: Tensor, examples: list[Example]) -> None:
