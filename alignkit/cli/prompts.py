@@ -36,7 +36,9 @@ def lint(
     assignments: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Report prompts that a reward cannot score, that are too long or repeated, or have marks of other tools.
+    """Report prompts that a reward or the model misreads.
+
+    These are prompts that a reward cannot score, that are too long or repeated, or have marks of other tools.
 
     Weights as (red:1.3), <lora:...>, __wildcards__ and {choices|of others} are plain text here. Without --load no
     weights are needed: the tokenizer of --model finds prompts that are too long for it, without --model those of more

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 import alignkit
 from alignkit.cli.app import app
-from alignkit.commands.evaluate import as_csv
+from alignkit.commands.evaluate import Evaluation, as_csv
 from alignkit.config.sections import EvaluateConfig
 from alignkit.errors import ConfigError
 from alignkit.evaluation.rows import Row
@@ -52,6 +52,9 @@ class FakeRun:
 
     def warnings(self) -> list[str]:
         return list(filter(None, [self.config.evaluate.unmeasured()]))
+
+    def misread(self, texts: Any = None) -> list[str]:
+        return []
 
     def departure(self) -> str:
         return self.departs
@@ -93,10 +96,12 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
         for score, own, reason in ((0.5, parts, ""), (None, {}, "no answer")):
             yield [{"image": f"{score}.png", "prompt": "text", "score": score, "parts": own, "reason": reason}]
 
-    def evaluate(runs: list[FakeRun], steps: Any, rewards: Any, seen: bool, console: Console, **more: Any) -> list[Row]:
+    def evaluate(
+        runs: list[FakeRun], steps: Any, rewards: Any, seen: bool, console: Console, **more: Any
+    ) -> Evaluation:
         assert console.stderr  # so that what is printed can be piped
         module.calls.append(("evaluate", len(runs), steps, rewards, seen))
-        return [Row("acme_red", 2, 64, 0.5, 0.75, 0.25, 0.125, 0.375)]
+        return Evaluation([Row("acme_red", 2, 64, 0.5, 0.75, 0.25, 0.125, 0.375)])
 
     def open_run(source: str, overrides: Any = None, trust: bool = False) -> FakeRun:
         module.opened = overrides
