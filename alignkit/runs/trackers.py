@@ -6,7 +6,7 @@ import json
 import math
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ def _start(name: str, config: RunConfig, folder: Path, after: int | None) -> Gen
         write_file(kept, own_id)
     wandb = WandBTracker(PROJECT, dir=str(folder / FOLDER), name=folder.name, id=own_id, resume="allow")
     wandb.start()
-    wandb.store_init_configuration(dict(_flat(asdict(config))))
+    wandb.store_init_configuration(dict(_flat(asdict(replace(config, stated=None)))))  # settings alone
     wandb.run.define_metric(AXIS)
     wandb.run.define_metric("*", step_metric=AXIS)
     return wandb
