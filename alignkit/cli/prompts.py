@@ -42,8 +42,8 @@ def lint(
 
     Weights as (red:1.3), <lora:...>, __wildcards__ and {choices|of others} are plain text here. Without --load no
     weights are needed: the tokenizer of --model finds prompts that are too long for it, without --model those of more
-    than 77 words and signs are found; but words that the reward does not
-    know and prompts that are too long for the reward are not found. Exits with 1 if a prompt cannot be read or scored.
+    than 77 words and signs are found. Words that the reward does not know, and prompts that are too long for the
+    reward, need --load. Exits with 1 if a prompt cannot be read or scored.
 
     \b
     alignkit prompts lint attributes --reward attribute_binding

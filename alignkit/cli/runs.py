@@ -230,7 +230,7 @@ def evaluate_runs(
     features, so they are not those of papers, which use an Inception network; both are free of the bias of few images.
     With --points, the line below the table names the point with the smallest FID (the elbow rule of LaSRO's appendix
     E), which `alignkit export RUN --checkpoint N` takes. --win-rate compares images of the same prompt and noise: each
-    run with its model before training, and every two runs.
+    run with its model before training, and every two runs; with it, JSON is an object of "rows" and "wins".
 
     Terminals of 110 columns, JSON and CSV also show intervals of the means, next to those of the difference.
 

@@ -12,14 +12,15 @@ from functools import partial
 from itertools import combinations
 from typing import TYPE_CHECKING
 
+import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from alignkit.data.real import real_images
+from alignkit.data.real import count_real, real_images
 from alignkit.errors import AlignkitError, ConfigError
 from alignkit.evaluation.measure import Measurement, compare, measure, win_rates
 from alignkit.evaluation.realism import BLOCKS, DISTANCES, distances
-from alignkit.evaluation.rows import TOTAL, Row
+from alignkit.evaluation.rows import Row
 from alignkit.evaluation.statistics import kernel_distance
 from alignkit.evaluation.wins import WinRate
 from alignkit.page.cells import rows_cell
@@ -80,6 +81,10 @@ def evaluate(
     `progress` True it is shown in a terminal too, with False nowhere. The rows are a list that a notebook shows as a
     table.
     """
+    if win_rate:
+        _check_win_rate(runs, win_rate, steps, rewards, seen)
+    if real:
+        _check_real(runs, real, seen)
     before: dict[str, Measurement] = {}
     measured: list[Measured] = []
     with _bars(console, progress) as bars:
@@ -91,9 +96,8 @@ def evaluate(
     # Sorting is stable: runs stay in the order given.
     names = list(dict.fromkeys(row.reward for row in rows))
     kinds = list(dict.fromkeys(row.prompts for row in rows))
-    result = Evaluation(
-        sorted(rows, key=lambda row: (kinds.index(row.prompts), row.num_steps, names.index(row.reward)))
-    )
+    rows.sort(key=lambda row: (kinds.index(row.prompts), row.num_steps, names.index(row.reward)))
+    result = Evaluation(rows)
     if win_rate:
         result.wins = list(_wins(measured, win_rate))
     return result
@@ -105,8 +109,6 @@ class Measured:
 
     name: str
     kind: str
-    alike: str
-    """Equal for runs that are measured in the same way, so that their images make pairs."""
     before: Measurement
     after: Measurement
     trained: bool
@@ -114,21 +116,49 @@ class Measured:
 
 def _wins(measured: Sequence[Measured], reward: str) -> Iterator[WinRate]:
     """Yield the win rates of each run over its model before training, and of every two runs."""
-    known = sorted({name for m in measured for _, name in m.after.each} - {TOTAL})
-    if reward not in known:
-        raise ConfigError(f"--win-rate: found {reward!r}, expected one of {', '.join(known)}")
     for m in measured:
         if m.trained:
             yield from _of_kind(win_rates(m.name, m.after, "before training", m.before, reward), m.kind)
     for one, other in combinations(measured, 2):
-        if one.kind != other.kind or one.name == other.name:
-            continue
-        if one.alike != other.alike:
+        if one.kind == other.kind and one.name != other.name:
+            yield from _of_kind(win_rates(one.name, one.after, other.name, other.after, reward), one.kind)
+
+
+def _check_win_rate(
+    runs: Sequence[Run], reward: str, steps: Sequence[int] | None, extra: Sequence[str], seen: bool
+) -> None:
+    """Raise ConfigError if a run does not measure the reward, or two runs not on the same prompts in the same way."""
+
+    def way(run: Run) -> str:
+        settings, trained = run.config.evaluate, {one.name: one.fields for one in run.config.rewards}
+        fields = {**settings.held_out_rewards(), **trained}.get(reward, {})
+        prompts = run.held_out(), run.prompts(run.skipped())[: settings.limit] if seen else []
+        return repr((fields, settings.seed, settings.samples, list(steps or settings.steps), prompts))
+
+    for run, name in zip(runs, _names(runs), strict=True):
+        known = run.with_measured(extra).names
+        if reward not in known:
+            raise ConfigError(f"--win-rate: found {reward!r}, expected one that {name} measures: {', '.join(known)}")
+        if way(run) != way(runs[0]):
             raise ConfigError(
-                f"--win-rate: {one.name} and {other.name} are not measured alike; give both the same prompts, seed and "
-                f"settings of {reward} with --set evaluate.prompts=..., evaluate.seed=... and reward.{reward}.KEY=..."
+                f"--win-rate: {_names(runs)[0]} and {name} are not measured alike; give both the same prompts, seed "
+                f"and settings of {reward} with --set evaluate.prompts=..., evaluate.seed=... and "
+                f"reward.{reward}.KEY=..."
             )
-        yield from _of_kind(win_rates(one.name, one.after, other.name, other.after, reward), one.kind)
+
+
+def _check_real(runs: Sequence[Run], real: str, seen: bool) -> None:
+    """Raise ConfigError for too few prompts or real images, or images that cannot be found."""
+    count = count_real(real)
+    for run in runs:
+        settings, unseen = run.config.evaluate, run.held_out()
+        kinds = [unseen, run.prompts(run.skipped())[: settings.limit]] if seen else [unseen]
+        fewest = min((len(examples) for examples in kinds if examples), default=0)
+        if min(fewest, count) < BLOCKS:
+            raise ConfigError(
+                f"--fid: found {fewest} prompts and {count} real images, expected at least {BLOCKS} of each; raise "
+                "evaluate.limit or name more images"
+            )
 
 
 def _of_kind(found: Sequence[WinRate], kind: str) -> list[WinRate]:
@@ -176,7 +206,10 @@ def _rows(
         for examples in prompts.values():
             rewards.check(examples)
         policy = run.policy()
-        photos = policy.features(real_images(real, policy.image_size).to(policy.device)).cpu() if real else None
+        photos = None
+        if real:
+            batches = real_images(real, policy.image_size, settings.batch_size)
+            photos = torch.cat([policy.features(images.to(policy.device)).cpu() for images in batches])
         rewards.load(policy.device)
         weights: dict[int | None, Mapping[str, Tensor]] = {None: run.weights}
         if points:
@@ -214,9 +247,7 @@ def _rows(
                     found += realism(before[key].features, after.features, photos, len(examples))
                 rows += [replace(row, prompts=kind, update=update) for row in found]
                 if update is None:
-                    alike = repr((config.rewards, settings.seed, settings.samples, examples, chosen, extra))
-                    one = Measured(name, kind, alike, before[key], after, bool(run.weights))
-                    measurements.append(one)
+                    measurements.append(Measured(name, kind, before[key], after, bool(run.weights)))
     return rows
 
 
@@ -235,15 +266,7 @@ def drift(before: Mapping[int, Tensor], after: Mapping[int, Tensor], prompts: in
 
 
 def realism(before: Mapping[int, Tensor], after: Mapping[int, Tensor], real: Tensor, prompts: int) -> list[Row]:
-    """Return the rows of FID and KID by number of steps, between features (N, D) of images and (M, D) of `real` ones.
-
-    Raises ConfigError for too few prompts or real images.
-    """
-    if min(prompts, len(real)) < BLOCKS:
-        raise ConfigError(
-            f"--fid: found {prompts} prompts and {len(real)} real images, expected at least {BLOCKS} of each; raise "
-            "evaluate.limit or name more images"
-        )
+    """Return the rows of FID and KID by number of steps, between features (N, D) and those of `real` images (M, D)."""
     rows = []
     for num_steps, features in before.items():
         for name, distance in DISTANCES.items():

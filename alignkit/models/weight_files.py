@@ -26,7 +26,7 @@ ALLOW = (
     ".safetensors files"
 )
 WHOLE = "model.diffusion_model."
-"""Begin of the names of a UNet's tensors in a checkpoint of one file."""
+"""Start of the names of a UNet's tensors in a checkpoint of one file."""
 _NAME = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.([A-Za-z]\w*))?(?:-\d{5}-of-\d{5})?(\.safetensors|\.bin)"
 )

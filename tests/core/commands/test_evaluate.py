@@ -157,7 +157,7 @@ def test_runs_are_compared_image_by_image(trained: list[Run]) -> None:
     pairs = {(w.first, w.second): w for w in rows.wins}
     assert list(pairs) == [("first", "before training"), ("second", "before training"), ("first", "second")]
     assert all(w.count == 5 and w.prompts == "unseen" and w.low <= w.rate <= w.high for w in rows.wins)
-    with pytest.raises(ConfigError, match="--win-rate: found 'beauty', expected one of brightness"):
+    with pytest.raises(ConfigError, match="--win-rate: found 'beauty', expected one that first measures: brightness"):
         evaluate(trained, steps=[1], seen=False, win_rate="beauty")
     other = open_run(trained[1].folder, {"evaluate.seed": 5})
     with pytest.raises(ConfigError, match="first and second are not measured alike"):
@@ -186,5 +186,11 @@ def test_points_and_the_distance_to_real_images_are_rows(tiny_run: MakeRun, tmp_
     assert found["reward", 2].after == pytest.approx(found["reward", None].after)
     assert found["reward", 1].after != found["reward", 2].after
     assert elbow(rows).startswith("the smallest fid of the points is ")
+    fresh = open_run(run.folder)
     with pytest.raises(ConfigError, match="contains no image"):
-        evaluate([opened], steps=[1], seen=False, real=str(tmp_path / "pointed" / "checkpoints"))
+        evaluate([fresh], steps=[1], seen=False, real=str(tmp_path / "pointed" / "checkpoints"))
+    for i in range(5, 24):
+        (photos / f"{i}.png").unlink()
+    with pytest.raises(ConfigError, match="--fid: found 20 prompts and 5 real images, expected at least 20 of each"):
+        evaluate([fresh], steps=[1], seen=False, real=str(photos))
+    assert fresh._policy is None  # refused before the model loads
